@@ -1,0 +1,136 @@
+"""What the launcher says about this process: torchrun's variables, Slurm's under srun, or none.
+
+torchrun's win over Slurm's, since torchrun is often itself started by srun. The names a restart or a requeue keeps
+come from here too. No device is touched and no connection is made.
+"""
+
+import os
+import re
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Any, Literal
+
+from launch.command_line import UsageError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Launch:
+    """What the launcher says, before any device or connection is touched."""
+
+    launcher: Literal["torchrun", "slurm", "none"] = "none"
+    rank: int = 0
+    local_rank: int = 0
+    world_size: int = 1
+    local_world_size: int = 1
+    address: str = "localhost"
+    """Host of the store at which the ranks meet."""
+    port: int = 29500  # torch's own default for MASTER_PORT
+
+
+def read_launch(environ: Mapping[str, str] = os.environ) -> Launch:
+    """Rank and world size from torchrun's variables, else from srun's, else one process.
+
+    Slurm's are believed only inside a step (SLURM_STEP_ID): in a batch script they describe the whole job, and a
+    plain `python` there would wait for ranks that nobody starts.
+
+    Raises:
+        UsageError: if a variable is missing or is no number.
+    """
+    try:
+        if "RANK" in environ and "WORLD_SIZE" in environ:
+            return Launch(
+                launcher="torchrun",
+                rank=int(environ["RANK"]),
+                local_rank=int(environ.get("LOCAL_RANK", environ["RANK"])),
+                world_size=int(environ["WORLD_SIZE"]),
+                local_world_size=int(environ.get("LOCAL_WORLD_SIZE", environ["WORLD_SIZE"])),
+                address=environ.get("MASTER_ADDR", "localhost"),
+                port=int(environ.get("MASTER_PORT", "29500")),
+            )
+        if "SLURM_PROCID" in environ and "SLURM_STEP_ID" in environ:
+            return read_slurm(environ)
+    except (KeyError, ValueError) as error:
+        raise UsageError(f"launcher variables: {error}; start with torchrun, srun python, or plain python") from None
+    return Launch()
+
+
+def read_slurm(environ: Mapping[str, str]) -> Launch:
+    """Rank and world size of a task that srun started. The port lies below the ephemeral range, by job id."""
+    tasks = per_node_counts(environ.get("SLURM_STEP_TASKS_PER_NODE", environ["SLURM_NTASKS"]))
+    job_id = int(environ.get("SLURM_JOB_ID", "0"))
+    return Launch(
+        launcher="slurm",
+        rank=int(environ["SLURM_PROCID"]),
+        local_rank=int(environ["SLURM_LOCALID"]),
+        world_size=int(environ.get("SLURM_STEP_NUM_TASKS", environ["SLURM_NTASKS"])),
+        local_world_size=tasks[int(environ.get("SLURM_NODEID", "0"))],
+        address=environ.get("MASTER_ADDR") or first_host(environ.get("SLURM_STEP_NODELIST", "localhost")),
+        port=int(environ.get("MASTER_PORT") or 10000 + job_id % 20000),
+    )
+
+
+def per_node_counts(text: str) -> list[int]:
+    """Slurm's `2(x3),1` as [2, 2, 2, 1]."""
+    counts = []
+    for part in text.split(","):
+        match = re.fullmatch(r"(\d+)(?:\(x(\d+)\))?", part.strip())
+        if match is None:
+            raise ValueError(f"{text!r} is no list of tasks per node")
+        counts += [int(match[1])] * int(match[2] or 1)
+    return counts
+
+
+def first_host(node_list: str) -> str:
+    """The first host of a Slurm node list: `gpu[03-05,9],login` gives `gpu03`."""
+    match = re.match(r"([^\[,]+)(?:\[(\d+)[^\]]*\]([^,\[]*))?", node_list)
+    if match is None:
+        raise ValueError(f"{node_list!r} is no Slurm node list")
+    return match[1] + (match[2] or "") + (match[3] or "")
+
+
+def job_identity() -> dict[str, Any]:
+    """The scheduler's or launcher's name for this job, and how often it has restarted it."""
+    if "SLURM_JOB_ID" in os.environ:
+        restarts = int(os.environ.get("SLURM_RESTART_COUNT", "0")) * 1000  # each may hold restarts by torchrun
+        return {"job": f"slurm-{slurm_name()}", "restart": restarts + int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))}
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        return {"job": f"torchrun-{torchrun_name()}", "restart": int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))}
+    return {"job": None, "restart": 0}
+
+
+def slurm_name() -> str:
+    """The Slurm job's id, or for an array task `<array job>_<task>`, which a requeue keeps."""
+    if "SLURM_ARRAY_TASK_ID" in os.environ:
+        return f"{os.environ['SLURM_ARRAY_JOB_ID']}_{os.environ['SLURM_ARRAY_TASK_ID']}"
+    return os.environ["SLURM_JOB_ID"]
+
+
+def torchrun_name() -> str:
+    """torchrun's run id, or, where none was given, the time at which torchrun was started: a restart keeps both."""
+    run_id = os.environ["TORCHELASTIC_RUN_ID"]
+    return run_id if run_id != "none" else start_time(os.getppid())
+
+
+def start_time(pid: int) -> str:
+    """When a process was started, as `20261121-041530`; the present time where /proc does not tell."""
+    try:
+        ticks = int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19])
+        booted = int(re.search(r"^btime (\d+)", Path("/proc/stat").read_text(), re.MULTILINE)[1])  # pyright: ignore
+        started = booted + ticks // os.sysconf("SC_CLK_TCK")
+    except (OSError, ValueError, IndexError, TypeError):
+        started = int(time.time())
+    return datetime.fromtimestamp(started).strftime("%Y%m%d-%H%M%S")
+
+
+def default_run_name(trainer: str, recipe: str) -> str:
+    """Trainer, recipe and an id: the Slurm job's, else torchrun's, else the time. A restart finds its folder again."""
+    if "SLURM_JOB_ID" in os.environ:
+        run_id = slurm_name()
+    elif "TORCHELASTIC_RUN_ID" in os.environ:
+        run_id = torchrun_name()
+    else:
+        run_id = f"{datetime.now():%Y%m%d-%H%M%S}-{os.getpid()}"
+    return "-".join(re.sub(r"[^A-Za-z0-9._-]", "_", part) for part in (trainer, recipe, run_id))

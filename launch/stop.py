@@ -1,0 +1,102 @@
+"""A stop that loses nothing: a signal sets a flag, and all ranks agree on the step at which they stop.
+
+    stop = catch_signals()                   # first thing in a script: importing torch takes seconds
+    agreement = StopAgreement(world_size)
+    for ...:
+        train_step()
+        if agreement.due() and agreement.vote(stop)[0]:  # the same answer at the same step on every rank
+            save_and_leave()
+
+SIGTERM and SIGUSR1 are what Slurm, torchrun and Kubernetes send; SIGINT is Ctrl-C. A second Ctrl-C, a second or
+more after the first, ends the process at once (the delay because torchrun passes the terminal's SIGINT on again).
+"""
+
+import os
+import signal
+import time
+from types import FrameType
+
+POLL_SECONDS = 0.5  # how long a stop may wait for the next agreement
+MOST_STEPS = 64  # between two agreements, so that a step that becomes slow does not delay the next one much
+
+
+class StopRequest:
+    """Whether this process was asked to stop, and by what. Set in a signal handler, or by another rank's request."""
+
+    def __init__(self) -> None:
+        self.reason: str | None = None
+        self._interrupted_at: float | None = None
+
+    def __bool__(self) -> bool:
+        return self.reason is not None
+
+    def ask(self, reason: str) -> None:
+        """Request a stop; the first reason is kept."""
+        self.reason = self.reason or reason
+
+    def handle(self, number: int, frame: FrameType | None) -> None:
+        """The signal handler: it only sets the flag, unless this is a second Ctrl-C."""
+        now = time.monotonic()
+        if number == signal.SIGINT:
+            if self._interrupted_at is not None and now - self._interrupted_at > 1:
+                os._exit(130)  # 128 + SIGINT; checkpoints on disk are whole, so nothing needs tidying
+            self._interrupted_at = self._interrupted_at or now
+        self.ask(signal.Signals(number).name)
+
+
+_request = StopRequest()  # one a process, as signal handlers are
+
+
+def catch_signals() -> StopRequest:
+    """Install the handlers (main thread only; again is harmless) and return this process's request."""
+    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+        signal.signal(number, _request.handle)
+    return _request
+
+
+def stop_request() -> StopRequest:
+    """This process's request, whether or not signals are caught."""
+    return _request
+
+
+def ignore_signals() -> None:
+    """For DataLoader workers: a stop reaches the whole process group, and they must live until their rank has saved."""
+    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
+
+
+class StopAgreement:
+    """Tells all ranks of a stop at the same step, for one small all_reduce every half second rather than every step.
+
+    Each vote also carries the slowest rank's time per step, from which every rank computes the same number of steps
+    until the next one. So no rank enters a collective alone, and the cost does not grow as steps get short.
+    """
+
+    def __init__(self, world_size: int) -> None:
+        self.world_size = world_size
+        self._steps_until_next = 1
+        self._steps_since = 0
+        self._since = time.monotonic()
+
+    def due(self) -> bool:
+        """Called after every step by every rank: True, on all of them at the same step, when it is time to vote."""
+        self._steps_since += 1
+        self._steps_until_next -= 1
+        return self._steps_until_next <= 0
+
+    def vote(self, request: StopRequest, bad_steps: int = 0) -> tuple[bool, int]:
+        """Whether any rank was asked to stop, and the largest number of consecutive bad steps that any rank counts."""
+        step_seconds = (time.monotonic() - self._since) / max(1, self._steps_since)
+        stop, slowest, worst = float(bool(request)), step_seconds, float(bad_steps)
+        if self.world_size > 1:
+            import torch  # not at the top: handlers are installed before torch is imported
+            import torch.distributed as dist
+
+            votes = torch.tensor([stop, slowest, worst], dtype=torch.float64)
+            dist.all_reduce(votes, op=dist.ReduceOp.MAX)
+            stop, slowest, worst = votes.tolist()
+        self._steps_until_next = max(1, min(MOST_STEPS, int(POLL_SECONDS / max(slowest, 1e-6))))
+        self._steps_since, self._since = 0, time.monotonic()
+        if stop:
+            request.ask("another rank was asked to stop")
+        return bool(stop), int(worst)
