@@ -1,0 +1,95 @@
+"""Augmentation of a whole batch at a time, on the device the model is on, keyed by (seed, epoch, sample).
+
+A sample gets the same crop and flip on the CPU and the GPU, alone or in a batch, at any world size. The per-sample
+choices are one hash each; the pixels are moved by one gather and one select for the batch.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from datasets.keyed_random import random_integers
+
+CROP_ROW, CROP_COLUMN, FLIP = 2, 3, 4  # purposes among the keyed random numbers
+
+
+@dataclass(frozen=True, kw_only=True)
+class Augmentation:
+    """What happens to a training image between the data set and the network."""
+
+    seed: int
+    mean: tuple[float, ...]
+    """Per channel, in units of the full range [0, 1]."""
+    std: tuple[float, ...]
+    shift: int = 0
+    """The image is padded by so many pixels on each side and cropped back at a random place."""
+    padding: Literal["reflect", "zeros"] = "reflect"
+    flip: Literal["random", "alternating"] | None = None
+    """random: half of the samples, drawn anew each epoch. alternating: half of them in the first epoch, and then each
+    sample the other way round every epoch, so that any two consecutive epochs show both sides (cifar10-airbench)."""
+
+    def prepare(self, images: Tensor) -> Tensor:
+        """Pad the whole data set once, (N, C, H, W) to (N, C, H + 2 shift, W + 2 shift), so that a crop is a gather."""
+        return pad(images, self.shift, self.padding) if self.shift else images
+
+    def __call__(self, prepared: Tensor, samples: Tensor, *, epoch: int) -> Tensor:
+        """Crop, flip and normalise some samples of the prepared data set.
+
+        Args:
+            prepared: uint8 (N, C, H + 2 shift, W + 2 shift), from `prepare`.
+            samples: int64 (B,), indices into it, on its device; they are the key of every random choice.
+            epoch: the other part of the key.
+
+        Returns:
+            float32 (B, C, H, W), normalised.
+        """
+        if self.shift:
+            rows = random_integers(samples, 2 * self.shift + 1, self.seed, epoch, CROP_ROW)
+            columns = random_integers(samples, 2 * self.shift + 1, self.seed, epoch, CROP_COLUMN)
+            images = crop(prepared, samples, rows, columns, self.shift)
+        else:
+            images = prepared[samples]
+        if self.flip is not None:
+            images = torch.where(self.flipped(samples, epoch)[:, None, None, None], images.flip(-1), images)
+        return normalize(images, self.mean, self.std)
+
+    def flipped(self, samples: Tensor, epoch: int) -> Tensor:
+        """Which samples are mirrored in this epoch: bool (B,)."""
+        if self.flip == "random":
+            return random_integers(samples, 2, self.seed, epoch, FLIP) == 1
+        return (random_integers(samples, 2, self.seed, 0, FLIP) + epoch) % 2 == 1
+
+
+def pad(images: Tensor, amount: int, mode: Literal["reflect", "zeros"]) -> Tensor:
+    """Pad height and width on both sides; reflect does not repeat the edge pixel. Any dtype, (N, C, H, W)."""
+    if mode == "reflect":
+        for dimension in (2, 3):
+            size = images.shape[dimension]
+            positions = torch.arange(-amount, size + amount, device=images.device).abs()
+            images = images.index_select(dimension, size - 1 - (size - 1 - positions).abs())
+        return images
+    padded = images.new_zeros(*images.shape[:2], images.shape[2] + 2 * amount, images.shape[3] + 2 * amount)
+    padded[:, :, amount:-amount, amount:-amount] = images
+    return padded
+
+
+def crop(padded: Tensor, samples: Tensor, rows: Tensor, columns: Tensor, shift: int) -> Tensor:
+    """Windows of the unpadded size whose upper left corners are (rows, columns), each (B,) in [0, 2 shift]."""
+    height, width = padded.shape[2] - 2 * shift, padded.shape[3] - 2 * shift
+    windows = padded.unfold(2, height, 1).unfold(3, width, 1)  # a view: (N, C, 2 shift + 1, 2 shift + 1, H, W)
+    return windows[samples, :, rows, columns]
+
+
+def normalize(images: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> Tensor:
+    """uint8 (B, C, H, W) to float32 with the given mean and std taken out of each channel."""
+    scale = torch.tensor([1 / (255 * s) for s in std], device=images.device)[:, None, None]
+    offset = torch.tensor([m / s for m, s in zip(mean, std, strict=True)], device=images.device)[:, None, None]
+    return images.to(torch.float32).mul_(scale).sub_(offset)
+
+
+def denormalize(images: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> Tensor:
+    """The inverse, for pictures: float32 (B, C, H, W) back to [0, 1]."""
+    shape = (-1, 1, 1)
+    return (images * torch.tensor(std).view(shape) + torch.tensor(mean).view(shape)).clamp(0, 1)

@@ -1,0 +1,56 @@
+"""Random numbers that are a hash of what they are for: (seed, epoch, purpose, sample index).
+
+The same on the CPU and the GPU, at any world size, with any number of workers, before and after a resume, because
+nothing is drawn in sequence and so nothing has to be saved. The hash is the finaliser of splitmix64 (Steele, Lea and
+Flood, 2014), in 64-bit integers that wrap.
+"""
+
+import torch
+from torch import Tensor
+
+WORD = (1 << 64) - 1
+GOLDEN = 0x9E3779B97F4A7C15  # 2**64 / golden ratio: spreads consecutive indices over all bits
+FIRST, SECOND = 0xBF58476D1CE4E5B9, 0x94D049BB133111EB  # splitmix64's multipliers
+
+
+def signed(word: int) -> int:
+    """A 64-bit word as the int64 with the same bits, which is what a tensor holds."""
+    return word - (1 << 64) if word >> 63 else word
+
+
+def mix(word: int) -> int:
+    """splitmix64's finaliser for one Python integer: every input bit flips each output bit half of the time."""
+    word = ((word ^ (word >> 30)) * FIRST) & WORD
+    word = ((word ^ (word >> 27)) * SECOND) & WORD
+    return word ^ (word >> 31)
+
+
+def key(*parts: int) -> int:
+    """One word that names a purpose, such as (seed, epoch, "flip"'s number)."""
+    word = 0
+    for part in parts:
+        word = mix((word + GOLDEN + part) & WORD)
+    return word
+
+
+def shift_right(words: Tensor, num_bits: int) -> Tensor:
+    """Logical shift: int64's own keeps the sign."""
+    return (words >> num_bits) & ((1 << (64 - num_bits)) - 1)
+
+
+def random_bits(indices: Tensor, *key_parts: int) -> Tensor:
+    """63 random bits for each index, as non-negative int64, of the shape and on the device of `indices` (int64)."""
+    words = indices * signed(GOLDEN) + signed(key(*key_parts))
+    words = (words ^ shift_right(words, 30)) * signed(FIRST)
+    words = (words ^ shift_right(words, 27)) * signed(SECOND)
+    return shift_right(words ^ shift_right(words, 31), 1)
+
+
+def random_integers(indices: Tensor, limit: int, *key_parts: int) -> Tensor:
+    """An integer in [0, limit) for each index; the bias of the remainder is below limit / 2**63."""
+    return random_bits(indices, *key_parts) % limit
+
+
+def random_uniform(indices: Tensor, *key_parts: int) -> Tensor:
+    """A float32 in [0, 1) for each index: 24 bits, which float32 holds exactly on every device."""
+    return shift_right(random_bits(indices, *key_parts), 39).to(torch.float32) / (1 << 24)

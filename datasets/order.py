@@ -1,0 +1,77 @@
+"""Which sample comes when: a pure function of (seed, epoch, position), whatever the number of ranks and workers.
+
+Optimizer step k of an epoch consumes order[k * G : (k + 1) * G], G the global batch; rank r takes every
+world_size-th of them. So a position in training is just (epoch, samples consumed), and a run may go on at another
+world size with no sample repeated or skipped.
+"""
+
+from collections.abc import Iterator, Sized
+
+import torch
+from torch import Tensor
+from torch.utils.data import DistributedSampler
+
+from datasets.keyed_random import random_bits
+
+ORDER = 1  # this module's purpose among the keyed random numbers
+
+
+def epoch_order(num_samples: int, *, seed: int, epoch: int) -> Tensor:
+    """The epoch's order of all training samples: a permutation of range(num_samples), int64, on the CPU.
+
+    Sorted by keyed random bits, not drawn by torch.randperm, whose result is not promised to stay the same over
+    versions of torch.
+    """
+    return torch.argsort(random_bits(torch.arange(num_samples), seed, epoch, ORDER), stable=True)
+
+
+def evaluation_indices(num_samples: int, *, rank: int, world_size: int) -> range:
+    """Indices that this rank evaluates: over all ranks every sample once, none padded.
+
+    Raises:
+        ValueError: if rank is outside [0, world_size).
+
+    DistributedSampler pads to equal lengths instead, which counts some samples twice.
+    """
+    if not 0 <= rank < world_size:
+        raise ValueError(f"rank {rank} is outside [0, {world_size})")
+    return range(rank, num_samples, world_size)
+
+
+class ResumableSampler(DistributedSampler[int]):
+    """torch's DistributedSampler with a place to start in the epoch, and whole global batches only.
+
+    What it changes: the order (`epoch_order`), the start (`set_position`), and that the incomplete last global batch
+    is dropped, so that every step of every epoch has the same size.
+    """
+
+    def __init__(self, dataset: Sized, *, global_batch_size: int, rank: int, world_size: int, seed: int) -> None:
+        super().__init__(dataset, num_replicas=world_size, rank=rank, shuffle=True, seed=seed, drop_last=True)  # pyright: ignore
+        self.num_dataset_samples = len(dataset)
+        self.global_batch_size = global_batch_size
+        self.steps_per_epoch = self.num_dataset_samples // global_batch_size
+        self.samples_consumed = 0
+
+    def set_position(self, epoch: int, samples_consumed: int) -> None:
+        """Start the next iteration there. `samples_consumed` counts over all ranks, in this epoch.
+
+        Raises:
+            ValueError: if it is no whole number of global batches.
+        """
+        if samples_consumed % self.global_batch_size:
+            raise ValueError(f"{samples_consumed} samples are no whole number of batches of {self.global_batch_size}")
+        self.set_epoch(epoch)
+        self.samples_consumed = samples_consumed
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self.indices().tolist())
+
+    def indices(self) -> Tensor:
+        """This rank's samples from the position to the end of the epoch, in order: int64."""
+        order = epoch_order(self.num_dataset_samples, seed=self.seed, epoch=self.epoch)
+        end = self.steps_per_epoch * self.global_batch_size
+        return order[self.samples_consumed : end][self.rank :: self.num_replicas]
+
+    def __len__(self) -> int:
+        remaining = self.steps_per_epoch * self.global_batch_size - self.samples_consumed
+        return remaining // self.num_replicas

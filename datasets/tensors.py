@@ -1,0 +1,40 @@
+"""A labelled data set that lies in memory as two tensors, and the error for data that cannot be used."""
+
+import hashlib
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+class DataError(Exception):
+    """Data that is missing, damaged or does not fit. One line for the user; `exit_code` is what the process returns."""
+
+    kind, exit_code = "data", 3
+
+
+@dataclass(frozen=True, kw_only=True)
+class TensorDataset:
+    """Inputs and targets of one split, both of length N."""
+
+    inputs: Tensor
+    """uint8 images (N, C, H, W), or float32 features (N, F)."""
+    targets: Tensor
+    """int64 labels (N,), or float32 values (N, 1)."""
+    class_names: tuple[str, ...] = ()
+
+    def __len__(self) -> int:
+        return len(self.inputs)
+
+    def to(self, device: torch.device) -> "TensorDataset":
+        """The same data on a device."""
+        return TensorDataset(inputs=self.inputs.to(device), targets=self.targets.to(device),
+                             class_names=self.class_names)
+
+    def fingerprint(self) -> str:
+        """A hash of every byte, to notice that the data changed since a checkpoint; 0.1 s for CIFAR-10."""
+        digest = hashlib.sha256()
+        for tensor in (self.inputs, self.targets):
+            digest.update(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
+            digest.update(memoryview(tensor.cpu().contiguous().numpy()).cast("B"))
+        return digest.hexdigest()[:16]

@@ -1,0 +1,100 @@
+"""torch's optimizers, from flags; each group remembers its peak rate as `initial_lr`, which the schedule scales."""
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+if TYPE_CHECKING:
+    from trainers.engine.config import TrainConfig
+
+NORMS = (nn.modules.batchnorm._BatchNorm, nn.LayerNorm, nn.GroupNorm)
+
+
+def build_optimizer(model: nn.Module, config: "TrainConfig") -> "Optimizer | MuonWithAdamW":
+    """The optimizer of the parameters that are trained."""
+    groups = parameter_groups(model, config)
+    learning_rate, momentum, decay = config.learning_rate, config.momentum, config.weight_decay
+    kernel: dict[str, Any] = {"fused": True} if fused_works(model) else {"foreach": True}
+    if config.optimizer == "sgd":
+        optimizer: Optimizer | MuonWithAdamW = torch.optim.SGD(groups, lr=learning_rate, momentum=momentum, weight_decay=decay,
+                                               nesterov=config.nesterov and momentum > 0, **kernel)
+    elif config.optimizer == "adam":
+        optimizer = torch.optim.Adam(groups, lr=learning_rate, weight_decay=decay, **kernel)
+    elif config.optimizer == "adamw":
+        optimizer = torch.optim.AdamW(groups, lr=learning_rate, weight_decay=decay, **kernel)
+    elif config.optimizer == "rmsprop":
+        optimizer = torch.optim.RMSprop(groups, lr=learning_rate, momentum=momentum, weight_decay=decay, foreach=True)
+    else:
+        optimizer = MuonWithAdamW(groups[0]["params"], learning_rate=learning_rate, momentum=momentum,
+                                  weight_decay=decay)
+    for group in optimizer.param_groups:
+        group.setdefault("initial_lr", group["lr"])
+    return optimizer
+
+
+def parameter_groups(model: nn.Module, config: "TrainConfig") -> list[dict[str, Any]]:
+    """All trained parameters; the biases of norms apart where they learn at a rate of their own.
+
+    Their weight decay is divided by the same factor, so that the pull towards zero stays what it is.
+    """
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    if config.norm_bias_lr_scale == 1.0:
+        return [{"params": trained}]
+    biases = [module.bias for module in model.modules() if isinstance(module, NORMS) and module.bias is not None]
+    biases = [bias for bias in biases if bias.requires_grad]
+    chosen = {id(bias) for bias in biases}
+    scale = config.norm_bias_lr_scale
+    return [
+        {"params": [parameter for parameter in trained if id(parameter) not in chosen]},
+        {"params": biases, "lr": config.learning_rate * scale, "weight_decay": config.weight_decay / scale},
+    ]
+
+
+def fused_works(model: nn.Module) -> bool:
+    """Whether one kernel can update all parameters: floats, all on the CPU or all on a GPU."""
+    devices = {parameter.device.type for parameter in model.parameters()}
+    return devices <= {"cpu"} or devices <= {"cuda"}
+
+
+class MuonWithAdamW:
+    """torch's Muon for weight matrices and AdamW for everything else, stepped and saved as one.
+
+    Muon's rates are matched to AdamW's (adjust_lr_fn), so one learning rate serves both.
+    """
+
+    def __init__(self, parameters: list[nn.Parameter], *, learning_rate: float, momentum: float,
+                 weight_decay: float) -> None:
+        matrices = [parameter for parameter in parameters if parameter.ndim == 2]
+        others = [parameter for parameter in parameters if parameter.ndim != 2]
+        self.parts: list[Optimizer] = []
+        if matrices:
+            self.parts.append(torch.optim.Muon(matrices, lr=learning_rate, momentum=momentum,
+                                               weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw"))
+        if others:
+            self.parts.append(torch.optim.AdamW(others, lr=learning_rate, weight_decay=weight_decay))
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:
+        """The groups of both."""
+        return [group for part in self.parts for group in part.param_groups]
+
+    def step(self) -> None:
+        """Update all parameters."""
+        for part in self.parts:
+            part.step()
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Drop all gradients."""
+        for part in self.parts:
+            part.zero_grad(set_to_none=set_to_none)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The states of both, in order."""
+        return {"parts": [part.state_dict() for part in self.parts]}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """The inverse."""
+        for part, saved in zip(self.parts, state["parts"], strict=True):
+            part.load_state_dict(saved)

@@ -1,0 +1,101 @@
+"""One process, DataParallel or DistributedDataParallel: wrapping, unwrapping, and when gradients are averaged."""
+
+import contextlib
+import inspect
+from fnmatch import fnmatchcase
+from typing import Literal
+
+import torch
+from torch import nn
+from torch.nn.parallel import DataParallel, DistributedDataParallel
+
+from launch.command_line import UsageError
+from launch.process_group import World
+
+ParallelName = Literal["auto", "none", "dp", "ddp"]
+# torch 2.15 renamed broadcast_buffers and deprecates the old name
+BUFFERS_ARGUMENT = next(name for name in ("forward_sync_buffers", "broadcast_buffers")
+                        if name in inspect.signature(DistributedDataParallel.__init__).parameters)
+
+
+def choose_parallel(name: ParallelName, world: World, *, num_gpus: int) -> tuple[Literal["none", "dp", "ddp"], str]:
+    """What `--parallel` comes to here, and a sentence about it where it is not what was asked for.
+
+    Raises:
+        UsageError: if several ranks would train apart, or ddp is asked for without a launcher.
+    """
+    if name == "auto":
+        return ("ddp" if world.backend is not None else "none"), ""
+    if name == "ddp" and world.backend is None:
+        raise UsageError("--parallel ddp: no launcher started this process; use torchrun --standalone "
+                         "--nproc_per_node=N, or --parallel none")
+    if name != "ddp" and world.world_size > 1:
+        raise UsageError(f"--parallel {name}: {world.world_size} ranks would train apart; use --parallel ddp, or one "
+                         f"process")
+    if name == "dp" and (world.device.type != "cuda" or num_gpus < 2):
+        found = "one GPU" if world.device.type == "cuda" else "no GPU"
+        return "none", f"DataParallel has nothing to split on {found}; training as --parallel none"
+    return name, ""
+
+
+def parallelize(model: nn.Module, parallel: Literal["none", "dp", "ddp"], world: World) -> nn.Module:
+    """Wrap a model that is on its device. DDP starts every rank from rank 0's weights.
+
+    Buffers are not broadcast at every forward pass: BatchNorm in training mode does not read them, and evaluation
+    takes rank 0's (metrics.sync_buffers).
+    """
+    if parallel == "dp":
+        return DataParallel(model)
+    if parallel == "ddp" and any(parameter.requires_grad for parameter in model.parameters()):
+        devices = [world.device.index] if world.device.type == "cuda" else None
+        return DistributedDataParallel(model, device_ids=devices, gradient_as_bucket_view=True,
+                                       **{BUFFERS_ARGUMENT: False})
+    return model
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """The network itself, whose parameter names carry no `module.` prefix."""
+    return model.module if isinstance(model, DataParallel | DistributedDataParallel) else model
+
+
+def gradient_sync(model: nn.Module, *, last: bool) -> contextlib.AbstractContextManager[object]:
+    """The context of one micro-batch: DDP averages gradients on the last one only (`no_sync` on the others)."""
+    if isinstance(model, DistributedDataParallel) and not last:
+        return model.no_sync()
+    return contextlib.nullcontext()
+
+
+def freeze(model: nn.Module, patterns: tuple[str, ...]) -> list[nn.Module]:
+    """Stop training every parameter whose name begins with, or matches (`*`), a pattern. Call it before wrapping.
+
+    Returns:
+        The BatchNorm modules inside the frozen part, which must stay in evaluation mode.
+
+    Raises:
+        UsageError: if a pattern matches no parameter.
+    """
+    frozen = set()
+    for pattern in patterns:
+        matching = [name for name, _ in model.named_parameters()
+                    if name == pattern or name.startswith(pattern + ".") or fnmatchcase(name, pattern)]
+        if not matching:
+            tops = ", ".join(name for name, _ in model.named_children())
+            raise UsageError(f"--freeze {pattern}: matches no parameter; the model's parts are {tops}")
+        frozen.update(matching)
+    for name, parameter in model.named_parameters():
+        if name in frozen:
+            parameter.requires_grad_(False)
+    return [module for name, module in model.named_modules()
+            if isinstance(module, nn.modules.batchnorm._BatchNorm) and f"{name}.weight" in frozen
+            and f"{name}.bias" in frozen]
+
+
+def num_parameters(model: nn.Module) -> int:
+    """How many numbers the model holds in its parameters, frozen ones included."""
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait for the device; only where a time is taken."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

@@ -1,0 +1,67 @@
+"""What a person sees of a run: one bar on a terminal, plain lines elsewhere; on rank 0 only."""
+
+import contextlib
+import os
+import sys
+import time
+
+from tqdm import tqdm
+
+LINE_SECONDS = 10.0  # between two plain lines
+
+
+def say(text: str) -> None:
+    """Print to stdout. If the reader has gone away, training goes on and later text is dropped."""
+    try:
+        print(text, flush=True)
+    except (OSError, ValueError):
+        sys.stdout = open(os.devnull, "w")
+
+
+class Progress:
+    """Steps done, with the loss, accuracy and speed of the last report; redrawn by time, not at every step."""
+
+    def __init__(self, *, shown: bool, total_steps: int, step: int) -> None:
+        self.shown = shown
+        self.total_steps, self.step = total_steps, step
+        self.figures = ""
+        self._said_at = time.monotonic()
+        self._bar = None
+        if shown and sys.stderr is not None and sys.stderr.isatty():
+            self._bar = tqdm(total=total_steps, initial=step, unit="step", mininterval=0.5, dynamic_ncols=True)
+
+    def advance(self) -> None:
+        """One more step; prints only when it is time to."""
+        self.step += 1
+        if self._bar is not None:
+            self._bar.update()
+        elif self.shown and time.monotonic() - self._said_at > LINE_SECONDS:
+            self._said_at = time.monotonic()
+            self._line(f"step {self.step}/{self.total_steps}{self.figures}")
+
+    def report(self, *, loss: float, accuracy: float | None, samples_per_second: float, seconds_left: float) -> None:
+        """Take the figures of a report."""
+        percent = f"  accuracy {100 * accuracy:.2f} %" if accuracy is not None else ""
+        self.figures = f"  loss {loss:.4f}{percent}  {samples_per_second:,.0f} samples/s"
+        if self._bar is not None:
+            self._bar.set_postfix_str(self.figures.strip(), refresh=False)
+        else:
+            self.figures += f"  ETA {seconds_left:.0f} s"
+
+    def note(self, text: str) -> None:
+        """A line of its own, above the bar."""
+        if self.shown:
+            self._line(text)
+
+    def _line(self, text: str) -> None:
+        with contextlib.suppress(OSError, ValueError):  # a closed stderr must not end a run
+            if self._bar is not None:
+                self._bar.write(text, file=sys.stderr)
+            else:
+                sys.stderr.write(text + "\n")
+                sys.stderr.flush()
+
+    def close(self) -> None:
+        """Leave the bar as it is."""
+        if self._bar is not None:
+            self._bar.close()

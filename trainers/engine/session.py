@@ -1,0 +1,257 @@
+"""From a config and a data set to a finished run: the wiring that all trainers share.
+
+    with process_group(...) as world, open_run(config, "cifar", world) as folder:
+        if folder is None:
+            return EXIT_DONE                    # the run was finished before
+        trainer = build_trainer(config, model, task, world, folder, ...)
+        return complete(config, trainer, train, test, ...)
+"""
+
+import contextlib
+import hashlib
+import resource
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+from launch.command_line import EXIT_DONE, EXIT_PREEMPTED, CheckpointError, UsageError, one_line
+from launch.launcher import default_run_name
+from launch.process_group import World, from_main
+from launch.run_folder import RunFolder
+from launch.stop import catch_signals
+from trainers.engine.checkpoint import Checkpointer, sweep
+from trainers.engine.config import MAY_CHANGE, TrainConfig
+from trainers.engine.metrics import Evaluation, equal_on_all_ranks
+from trainers.engine.optimizer import build_optimizer
+from trainers.engine.parallel import choose_parallel, freeze, num_parameters, parallelize, unwrap
+from trainers.engine.precision import Precision
+from trainers.engine.progress import say
+from trainers.engine.restore import check_fits, load_or_fail, newest_good
+from trainers.engine.schedule import schedule
+from trainers.engine.trainer import EvaluationBatches, Task, TrainBatches, Trainer
+
+
+def plain(config: TrainConfig) -> dict[str, Any]:
+    """The config as JSON and `weights_only` take it: paths as text, tuples as lists."""
+    def convert(value: Any) -> Any:
+        return str(value) if isinstance(value, Path) else list(value) if isinstance(value, tuple) else value
+    return {name: convert(value) for name, value in asdict(config).items()}
+
+
+@contextlib.contextmanager
+def open_run(config: TrainConfig, trainer: str, world: World) -> Iterator[RunFolder | None]:
+    """Own the run folder for the length of a `with` block; None if the run is DONE and no more is asked of it.
+
+    However the block ends, status.json says how, and the folder is given up.
+    """
+    name = from_main(world, lambda: config.run_name or default_run_name(trainer, config.recipe))
+    folder = RunFolder(config.output_dir / name, is_main=world.is_main)
+    from_main(world, folder.claim)
+    world.watchdog.on_tick.append(folder.beat)
+    facts = {"world_size": world.world_size, "device": str(world.device), "threads_per_rank": world.threads,
+             "launcher": world.launcher, "backend": world.backend}
+    try:
+        if not from_main(world, lambda: folder.begin(plain(config), may_change=MAY_CHANGE, world=facts)):
+            result = folder.read_json("result.json") or {}
+            if world.is_main:
+                say(f"{folder.path} is DONE (accuracy {result.get('accuracy')}); raise --epochs or --max-steps to go on")
+            yield None
+        else:
+            yield folder
+    except Exception as error:
+        with contextlib.suppress(CheckpointError):  # a later incarnation owns the folder, or the disk is full
+            before = folder.read_json("status.json") or {}
+            folder.write_status("FAILED", step=world.watchdog.step, epoch=before.get("epoch", 0),
+                                reason=one_line(error) or f"{type(error).__name__}: {error}"[:500])
+        raise
+    finally:
+        folder.release()
+
+
+def build_trainer(config: TrainConfig, model: nn.Module, task: Task, world: World, folder: RunFolder, *,
+                  steps_per_epoch: int, dataset_fingerprint: str) -> Trainer:
+    """Freeze, move, wrap and equip a model for training.
+
+    Raises:
+        UsageError: for flags that do not fit this model, device or world.
+    """
+    precision = Precision(config.precision, world.device)
+    frozen_norms = freeze(model, config.freeze)
+    model.to(world.device, memory_format=torch.channels_last if config.channels_last else torch.preserve_format)
+    parallel, remark = choose_parallel(config.parallel, world, num_gpus=torch.cuda.device_count())
+    if remark and world.is_main:
+        say(remark)
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise UsageError(f"--freeze {' '.join(config.freeze)}: leaves nothing to train; freeze less")
+    ema = None
+    if config.ema_decay is not None:
+        ema = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(config.ema_decay), use_buffers=True)
+    optimizer = build_optimizer(model, config)
+    if config.compile:
+        model.compile()
+    total_steps = min(config.epochs * steps_per_epoch, config.max_steps or config.epochs * steps_per_epoch)
+    return Trainer(
+        parallelize(model, parallel, world), optimizer, task, world, precision=precision, folder=folder,
+        schedule=schedule(config.schedule, total_steps=total_steps, warmup_steps=config.warmup_steps),
+        checkpointer=Checkpointer(folder, keep=config.keep_checkpoints), stop=catch_signals(), seed=config.seed,
+        accumulation_steps=config.accumulation_steps, clip_grad_norm=config.clip_grad_norm, ema=ema,
+        frozen_norms=frozen_norms, channels_last=config.channels_last, max_bad_steps=config.max_bad_steps,
+        config=plain(config),
+        fingerprint={"dataset": dataset_fingerprint, "global_batch_size": config.batch_size,
+                     "world_size": world.world_size, "threads": world.threads, "torch": str(torch.__version__)},
+    )
+
+
+def resume(config: TrainConfig, trainer: Trainer) -> str:
+    """Put the trainer where the run was. Rank 0 chooses the checkpoint and tells the others.
+
+    Returns:
+        A sentence for the summary.
+
+    Raises:
+        CheckpointError: if no checkpoint is whole, it does not fit, or the ranks loaded different weights.
+    """
+    world, folder = trainer.world, trainer.folder
+    source = from_main(world, lambda: choose_checkpoint(config, folder))
+    if source is None:
+        from_main(world, lambda: folder.truncate_metrics(-1))
+        return "from the start"
+    state = load_or_fail(source)
+    check_fits(state, unwrap(trainer.model), source, fingerprint=trainer.fingerprint)
+    trainer.load_state(state)
+    if not equal_on_all_ranks(weights_sha256(unwrap(trainer.model)), world):
+        raise CheckpointError(f"{source}: the ranks loaded different weights; is --output-dir one shared folder?")
+    from_main(world, lambda: folder.truncate_metrics(trainer.step))
+    return f"from {source.name}, step {trainer.step}, epoch {trainer.epoch}"
+
+
+def choose_checkpoint(config: TrainConfig, folder: RunFolder) -> Path | None:
+    """By `--resume`; what is on disk decides, never a restart counter. Tidies up what killed saves left."""
+    if config.resume == "never":
+        folder.set_aside()
+        return None
+    sweep(folder.checkpoints)
+    if config.resume != "auto":
+        return Path(config.resume)
+    path, warnings = newest_good(folder.checkpoints)
+    for warning in warnings:
+        say(warning)
+    return path
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """How a session ended, for the trainer's own last words."""
+
+    exit_code: int
+    evaluation: Evaluation | None = None
+
+
+def complete(config: TrainConfig, trainer: Trainer, train: TrainBatches, test: EvaluationBatches, *,
+             class_names: tuple[str, ...] = ()) -> Outcome:
+    """Resume, train, evaluate, and write down how it ended."""
+    began = time.perf_counter()
+    world, folder = trainer.world, trainer.folder
+    if config.evaluate is not None:
+        return evaluate_only(config, trainer, test, class_names, began)
+    where = resume(config, trainer)
+    if world.is_main:
+        say(summary(config, trainer, train, where))
+    outcome = trainer.fit(train, test, epochs=config.epochs, max_steps=config.max_steps,
+                          eval_every=config.eval_every, checkpoint_every=config.checkpoint_every)
+    if outcome == "stopped":
+        folder.write_status("PREEMPTED", step=trainer.step, epoch=trainer.epoch, reason=trainer.stop.reason or "")
+        if world.is_main:
+            say(f"stopped at step {trainer.step} ({trainer.stop.reason}); the same command goes on from there")
+        return Outcome(exit_code=EXIT_PREEMPTED)
+    evaluation = trainer.last_evaluation or trainer.evaluate(test)
+    if evaluation is None:  # asked to stop in the evaluation of a run that was complete
+        folder.write_status("PREEMPTED", step=trainer.step, epoch=trainer.epoch, reason=trainer.stop.reason or "")
+        return Outcome(exit_code=EXIT_PREEMPTED)
+    finish(config, trainer, evaluation, class_names, total_seconds=time.perf_counter() - began)
+    return Outcome(exit_code=EXIT_DONE, evaluation=evaluation)
+
+
+def evaluate_only(config: TrainConfig, trainer: Trainer, test: EvaluationBatches, class_names: tuple[str, ...],
+                  began: float) -> Outcome:
+    """`--evaluate PATH`: the result of a checkpoint; nothing is trained."""
+    assert config.evaluate is not None
+    state = load_or_fail(config.evaluate)
+    check_fits(state, unwrap(trainer.model), config.evaluate, fingerprint={})
+    trainer.load_state(state)
+    evaluation = trainer.evaluate(test)
+    if evaluation is None:
+        return Outcome(exit_code=EXIT_PREEMPTED)
+    finish(config, trainer, evaluation, class_names, total_seconds=time.perf_counter() - began)
+    return Outcome(exit_code=EXIT_DONE, evaluation=evaluation)
+
+
+def finish(config: TrainConfig, trainer: Trainer, evaluation: Evaluation, class_names: tuple[str, ...], *,
+           total_seconds: float) -> None:
+    """Write result.json and the DONE status, and say the accuracy, class by class."""
+    world, folder = trainer.world, trainer.folder
+    seconds = trainer.train_seconds
+    folder.write_json("result.json", {
+        "accuracy": evaluation.accuracy, "per_class_accuracy": evaluation.per_class_accuracy,
+        "confusion_matrix": evaluation.confusion_matrix, "loss": evaluation.loss, "num_samples": evaluation.num_samples,
+        "class_names": list(class_names), "train_seconds": seconds, "total_seconds": total_seconds,
+        "samples_per_second": trainer.step * config.batch_size / seconds if seconds else None,
+        "world_size": world.world_size, "device": str(world.device), "precision": config.precision,
+        "parallel": choose_parallel(config.parallel, world, num_gpus=torch.cuda.device_count())[0],
+        "num_parameters": num_parameters(unwrap(trainer.model)),
+        "weights_sha256": weights_sha256(unwrap(trainer.model)), "peak_memory_bytes": peak_memory_bytes(world.device),
+        "steps": trainer.step, "best": trainer.best,
+    })
+    folder.write_status("DONE", step=trainer.step, epoch=trainer.epoch)
+    if world.is_main:
+        say(result_text(evaluation, class_names, folder.path))
+
+
+def summary(config: TrainConfig, trainer: Trainer, train: TrainBatches, where: str) -> str:
+    """What will run, before step 1: the batch arithmetic most of all."""
+    world, model = trainer.world, unwrap(trainer.model)
+    last_step = min(config.epochs * train.steps_per_epoch, config.max_steps or config.epochs * train.steps_per_epoch)
+    trained = sum(parameter.numel() for parameter in trainer.trained)
+    return "\n".join([
+        f"run        {trainer.folder.path} ({where})",
+        f"world      {world.world_size} x {world.device.type}, {world.threads} threads each, backend {world.backend}, "
+        f"launched by {world.launcher}",
+        f"batch      {config.batch_size} = {config.rank_batch_size()} per rank x {world.world_size} ranks x "
+        f"{config.accumulation_steps} accumulation",
+        f"steps      {last_step} = {train.steps_per_epoch} per epoch, {config.epochs} epochs"
+        + (f", at most {config.max_steps}" if config.max_steps else ""),
+        f"model      {config.model}, {num_parameters(model):,} parameters, {trained:,} trained, {config.precision}",
+    ])
+
+
+def result_text(evaluation: Evaluation, class_names: tuple[str, ...], path: Path) -> str:
+    """The last words of a run."""
+    if evaluation.accuracy is None:
+        return f"test loss {evaluation.loss:.6f} over {evaluation.num_samples} samples\nresults in {path}"
+    lines = [f"test accuracy {100 * evaluation.accuracy:.2f} % over {evaluation.num_samples} samples"]
+    for name, share in zip(class_names, evaluation.per_class_accuracy or [], strict=False):
+        lines.append(f"  {name:<12} {100 * share:6.2f} %" if share is not None else f"  {name:<12}   none")
+    return "\n".join([*lines, f"results in {path}"])
+
+
+def weights_sha256(model: nn.Module) -> str:
+    """A hash of all parameters and buffers, by name: equal exactly when every bit is."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def peak_memory_bytes(device: torch.device) -> int:
+    """Most memory that torch held on the GPU, or that this process held on the CPU, so far."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

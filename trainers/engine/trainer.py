@@ -1,0 +1,325 @@
+"""The training loop: fit, train_step, evaluate. It is given objects and knows no flags, data sets or networks.
+
+A position is (step, epoch, samples consumed in the epoch). Everything else that a resumed run needs is in
+`state()`; random choices are keyed by position, so none of their state is saved.
+"""
+
+import hashlib
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel
+
+from launch.command_line import NumericError
+from launch.process_group import World
+from launch.run_folder import RunFolder
+from launch.stop import StopAgreement, StopRequest
+from trainers.engine.checkpoint import Checkpointer
+from trainers.engine.metrics import Evaluation, EvaluationSums, TrainingSums, sync_buffers
+from trainers.engine.parallel import gradient_sync, synchronize, unwrap
+from trainers.engine.precision import Precision
+from trainers.engine.progress import Progress
+
+Batch = tuple[Tensor, Tensor]
+REPORTS_PER_EPOCH = 10  # at fixed steps, so that a resumed run writes the same lines
+
+
+class TrainBatches(Protocol):
+    """What `fit` trains on: datasets.loaders.TrainLoader and its like."""
+
+    steps_per_epoch: int
+    global_batch_size: int
+
+    def batches(self, epoch: int, samples_consumed: int) -> Iterator[Batch]:
+        """This rank's micro-batches from that position to the end of the epoch."""
+        ...
+
+
+class EvaluationBatches(Protocol):
+    """What `evaluate` counts: this rank's share of a test set."""
+
+    def __iter__(self) -> Iterator[Batch]:
+        """The batches."""
+        ...
+
+
+@dataclass(kw_only=True)
+class Task:
+    """What is learned: the loss to minimise, the loss to report on the test set, and the number of classes."""
+
+    loss: Callable[[Tensor, Tensor], Tensor]
+    """(outputs, targets) -> mean over the batch."""
+    test_loss: Callable[[Tensor, Tensor], Tensor]
+    num_classes: int | None
+    """None where there are none: then only the loss is reported."""
+
+
+class Trainer:
+    """Trains one model on one rank, in step with the other ranks."""
+
+    def __init__(
+        self, model: nn.Module, optimizer: Any, task: Task, world: World, *, schedule: Callable[[int], float],
+        precision: Precision, folder: RunFolder, checkpointer: Checkpointer, stop: StopRequest, seed: int,
+        accumulation_steps: int = 1, clip_grad_norm: float | None = None, ema: AveragedModel | None = None,
+        frozen_norms: list[nn.Module] | None = None, channels_last: bool = False, max_bad_steps: int = 10,
+        config: dict[str, Any] | None = None, fingerprint: dict[str, Any] | None = None,
+    ) -> None:
+        self.model, self.optimizer, self.task, self.world = model, optimizer, task, world
+        self.schedule, self.precision, self.seed = schedule, precision, seed
+        self.folder, self.checkpointer, self.stop = folder, checkpointer, stop
+        self.accumulation_steps, self.clip_grad_norm, self.ema = accumulation_steps, clip_grad_norm, ema
+        self.frozen_norms = frozen_norms or []
+        self.memory_format = torch.channels_last if channels_last else torch.preserve_format
+        self.max_bad_steps = max_bad_steps
+        self.config, self.fingerprint = config or {}, fingerprint or {}
+        self.trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        self.step = self.epoch = self.samples_consumed = 0
+        self.best: dict[str, Any] | None = None
+        self.epochs: list[dict[str, Any]] = []
+        self.last_evaluation: Evaluation | None = None
+        self.sums = TrainingSums(world.device, classification=task.num_classes is not None)
+        self.bad_steps = torch.zeros((), device=world.device)  # consecutive ones with a non-finite loss
+        self.train_seconds = 0.0
+        self._steps_began = 0.0
+        self._reported = (0, 0.0)  # samples and seconds at the last report, for the speed between two
+        self._trained_here = 0
+
+    def fit(self, train: TrainBatches, test: EvaluationBatches | None, *, epochs: int, max_steps: int | None = None,
+            eval_every: int = 1, checkpoint_every: int | None = None) -> Literal["done", "stopped"]:
+        """Train from the present position to the end, or until a stop that all ranks agree on.
+
+        Raises:
+            NumericError: after `max_bad_steps` consecutive steps with a non-finite loss.
+            CheckpointError: if a checkpoint cannot be written.
+        """
+        last_step = min(epochs * train.steps_per_epoch, max_steps or epochs * train.steps_per_epoch)
+        agreement = StopAgreement(self.world.world_size)
+        progress = Progress(shown=self.world.is_main, total_steps=last_step, step=self.step)
+        try:
+            while self.step < last_step or self.samples_consumed >= train.steps_per_epoch * train.global_batch_size:
+                if not self._train_epoch(train, last_step, agreement, progress, checkpoint_every):
+                    return self._stop_here()
+                last_epoch = self.step >= last_step
+                if (last_epoch or (self.epoch + 1) % eval_every == 0) and test is not None:
+                    self.last_evaluation = self.evaluate(test)
+                    if self.last_evaluation is None:
+                        return self._stop_here()
+                is_best = self._finish_epoch(train, progress)
+                if is_best or checkpoint_every is None or last_epoch:
+                    self._save(is_best=is_best)
+            self.checkpointer.join()
+            return "done"
+        finally:
+            progress.close()
+
+    def _train_epoch(self, train: TrainBatches, last_step: int, agreement: StopAgreement, progress: Progress,
+                     checkpoint_every: int | None) -> bool:
+        """The rest of the epoch; False if all ranks agreed to stop within it."""
+        if self.stop and self.world.world_size == 1:
+            return False
+        self._train_mode()
+        interval = max(1, train.steps_per_epoch // REPORTS_PER_EPOCH)
+        batches = train.batches(self.epoch, self.samples_consumed)
+        self._steps_began = time.perf_counter()
+        while self.samples_consumed < train.steps_per_epoch * train.global_batch_size and self.step < last_step:
+            self.train_step(batches)
+            self.samples_consumed += train.global_batch_size
+            self._trained_here += train.global_batch_size
+            step_in_epoch = self.samples_consumed // train.global_batch_size
+            ends = step_in_epoch == train.steps_per_epoch or self.step == last_step
+            if ends or step_in_epoch % interval == 0:
+                self._report(progress, last_step)
+            progress.advance()
+            if agreement.due() and self._agreed_to_stop(agreement):
+                self._pause_clock()
+                return False
+            if checkpoint_every is not None and self.step % checkpoint_every == 0 and not ends:
+                self._pause_clock()
+                self._save()
+                self._steps_began = time.perf_counter()
+        self._pause_clock()
+        return True
+
+    def train_step(self, batches: Iterator[Batch]) -> None:
+        """One optimizer update from the next `accumulation_steps` micro-batches. Nothing in it waits for the device."""
+        mark, step = self.world.watchdog.mark, self.step
+        self._seed_dropout()
+        self._set_learning_rate()
+        for micro_step in range(self.accumulation_steps):
+            mark(step, "data")
+            inputs, targets = next(batches)
+            inputs = inputs.to(self.world.device, memory_format=self.memory_format, non_blocking=True)
+            targets = targets.to(self.world.device, non_blocking=True)
+            with gradient_sync(self.model, last=micro_step == self.accumulation_steps - 1):
+                mark(step, "forward")
+                with self.precision.autocast():
+                    outputs = self.model(inputs)
+                    loss = self.task.loss(outputs, targets)
+                mark(step, "backward")
+                self.precision.scaler.scale(loss / self.accumulation_steps).backward()
+            self.sums.update(loss, outputs, targets)
+            self.bad_steps = torch.where(torch.isfinite(loss.detach()), 0.0, self.bad_steps + 1)
+        mark(step, "optimizer")
+        if self.clip_grad_norm is not None:
+            self.precision.scaler.unscale_(self.optimizer)
+            nn.utils.clip_grad_norm_(self.trained, self.clip_grad_norm)
+        self.precision.scaler.step(self.optimizer)
+        self.precision.scaler.update()
+        self.optimizer.zero_grad(set_to_none=True)
+        if self.ema is not None:
+            self.ema.update_parameters(unwrap(self.model))
+        self.step += 1
+
+    @torch.no_grad()
+    def evaluate(self, test: EvaluationBatches) -> Evaluation | None:
+        """Count every sample of the test set once, over all ranks; None on every rank if any was asked to stop.
+
+        Through the unwrapped model, or its moving average, with rank 0's buffers. No collective inside the loop, so
+        ranks may have different numbers of batches.
+        """
+        model = self.ema.module if self.ema is not None else unwrap(self.model)
+        sync_buffers(model, self.world)
+        model.eval()
+        sums = EvaluationSums(self.world.device, num_classes=self.task.num_classes)
+        for inputs, targets in test:
+            self.world.watchdog.mark(self.step, "evaluate")
+            if self.stop:
+                break
+            inputs = inputs.to(self.world.device, memory_format=self.memory_format, non_blocking=True)
+            targets = targets.to(self.world.device, non_blocking=True)
+            with self.precision.autocast():
+                outputs = model(inputs)
+            sums.update(self.task.test_loss(outputs.float(), targets), outputs, targets)
+        return sums.reduce(self.world, interrupted=bool(self.stop))
+
+    def _train_mode(self) -> None:
+        self.model.train()
+        for module in self.frozen_norms:
+            module.eval()  # frozen BatchNorm neither normalises by the batch nor follows it
+
+    def _seed_dropout(self) -> None:
+        """Dropout of a step depends on (seed, step, rank) alone, so that a resumed run repeats it."""
+        text = f"{self.seed} {self.step} {self.world.rank}"
+        torch.manual_seed(int.from_bytes(hashlib.blake2b(text.encode(), digest_size=7).digest(), "big"))
+
+    def _set_learning_rate(self) -> None:
+        multiplier = self.schedule(self.step)
+        for group in self.optimizer.param_groups:
+            group["lr"] = group["initial_lr"] * multiplier
+
+    def _pause_clock(self) -> None:
+        synchronize(self.world.device)
+        self.train_seconds += time.perf_counter() - self._steps_began
+        self._steps_began = time.perf_counter()
+
+    def _agreed_to_stop(self, agreement: StopAgreement) -> bool:
+        """Vote with the other ranks.
+
+        Raises:
+            NumericError: if a rank has counted too many bad steps; all ranks raise it at the same step.
+        """
+        self.world.watchdog.mark(self.step, "reduce")
+        stop, bad_steps = agreement.vote(self.stop, int(self.bad_steps.item()))  # a wait, twice a second
+        if bad_steps >= self.max_bad_steps:
+            raise NumericError(f"step {self.step}: the loss is not finite for {bad_steps} consecutive steps; lower "
+                               f"--learning-rate or set --clip-grad-norm; the last good checkpoint is kept")
+        return stop
+
+    def _report(self, progress: Progress, last_step: int) -> None:
+        """One line of metrics.jsonl, of the epoch so far: a collective, and the one place that waits for the device."""
+        self._pause_clock()
+        loss, accuracy = self.sums.means(self.world)
+        samples, seconds = self._reported
+        speed = (self._trained_here - samples) / max(self.train_seconds - seconds, 1e-9)
+        self._reported = (self._trained_here, self.train_seconds)
+        self._write_line("train", loss, accuracy, speed)
+        progress.report(loss=loss, accuracy=accuracy, samples_per_second=speed,
+                        seconds_left=(last_step - self.step) * self.train_seconds / max(self.step, 1))
+
+    def _write_line(self, split: str, loss: float, accuracy: float | None, speed: float | None) -> None:
+        self.folder.append_metrics({
+            "split": split, "step": self.step, "epoch": self.epoch, "loss": loss, "accuracy": accuracy,
+            "learning_rate": self.optimizer.param_groups[0]["lr"], "samples_per_second": speed,
+            "seconds": self.train_seconds,
+        })
+
+    def _finish_epoch(self, train: TrainBatches, progress: Progress) -> bool:
+        """Record the evaluation, if there was one, and move to the next epoch if this one is complete.
+
+        Returns:
+            Whether the evaluation is the best so far.
+        """
+        evaluation, is_best = self.last_evaluation, False
+        train_loss, train_accuracy = self.sums.means(self.world)
+        line = {"epoch": self.epoch, "step": self.step, "train_loss": train_loss, "train_accuracy": train_accuracy,
+                "test_loss": None, "test_accuracy": None, "seconds": self.train_seconds}
+        if evaluation is not None and (not self.epochs or self.epochs[-1]["step"] != self.step):
+            line |= {"test_loss": evaluation.loss, "test_accuracy": evaluation.accuracy}
+            self._write_line("test", evaluation.loss, evaluation.accuracy, None)
+            is_best = evaluation.is_better_than(self.best)
+            if is_best:
+                self.best = {"accuracy": evaluation.accuracy, "loss": evaluation.loss, "step": self.step}
+        self.epochs.append(line)
+        progress.note(epoch_text(line))
+        if self.samples_consumed >= train.steps_per_epoch * train.global_batch_size:
+            self.epoch, self.samples_consumed = self.epoch + 1, 0
+            self.sums.reset()
+        self.folder.write_status("RUNNING", step=self.step, epoch=self.epoch)
+        return is_best
+
+    def _stop_here(self) -> Literal["stopped"]:
+        self._save()
+        self.checkpointer.join()
+        return "stopped"
+
+    def _save(self, *, is_best: bool = False) -> None:
+        """Hand the state to the checkpointer, on rank 0; collecting it is collective. Once a step."""
+        if self.step == self.checkpointer.last_step and not is_best:
+            return
+        self.world.watchdog.mark(self.step, "checkpoint")
+        running = self.sums.of_all_ranks(self.world)
+        self.checkpointer.last_step = self.step
+        if self.world.is_main:
+            self.checkpointer.save(self.state(running), is_best=is_best)
+
+    def state(self, running: list[list[float]]) -> dict[str, Any]:
+        """Everything a checkpoint holds; tensors are the live ones."""
+        return {
+            "model": unwrap(self.model).state_dict(), "optimizer": self.optimizer.state_dict(),
+            "scaler": self.precision.scaler.state_dict(),
+            "ema": self.ema.module.state_dict() if self.ema is not None else None,
+            "step": self.step, "epoch": self.epoch, "samples_consumed": self.samples_consumed, "best": self.best,
+            "history": {"epochs": self.epochs, "running": running, "train_seconds": self.train_seconds},
+            "config": self.config, "fingerprint": self.fingerprint, "format": 1,
+        }
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Continue from a checkpoint's state, which was checked to fit."""
+        unwrap(self.model).load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        if state["scaler"]:
+            self.precision.scaler.load_state_dict(state["scaler"])
+        if self.ema is not None and state["ema"] is not None:
+            self.ema.module.load_state_dict(state["ema"])
+            self.ema.n_averaged.fill_(1)  # not 0, which would start the average anew
+        self.step, self.epoch, self.samples_consumed = state["step"], state["epoch"], state["samples_consumed"]
+        self.best, self.epochs = state["best"], state["history"]["epochs"]
+        self.sums.restore(state["history"]["running"], self.world)
+        self.train_seconds = state["history"]["train_seconds"]
+        self._reported = (0, self.train_seconds)
+        self.checkpointer.last_step = self.step
+
+
+def epoch_text(line: dict[str, Any]) -> str:
+    """An epoch's figures for a person."""
+    parts = [f"epoch {line['epoch']}: train loss {line['train_loss']:.4f}"]
+    for name, value in (("train accuracy", line["train_accuracy"]), ("test accuracy", line["test_accuracy"])):
+        if value is not None:
+            parts.append(f"{name} {100 * value:.2f} %")
+    if line["test_loss"] is not None and line["test_accuracy"] is None:
+        parts.append(f"test loss {line['test_loss']:.6f}")
+    return ", ".join(parts) + f", {line['seconds']:.1f} s of training"

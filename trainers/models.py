@@ -1,0 +1,170 @@
+"""Every network of the trainers, and `build`, which finds one by name.
+
+`width` is always the number of channels of the first convolution that is trained; the other layers scale with it.
+"""
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torchvision import models as torchvision_models
+from torchvision.models.resnet import BasicBlock
+
+
+class Net(nn.Module):
+    """The network of PyTorch's 60-minute blitz for 3x32x32 images, with a width to widen."""
+
+    def __init__(self, num_classes: int, width: int = 6) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(3, width, 5)
+        self.conv2 = nn.Conv2d(width, 16, 5)
+        self.fc1 = nn.Linear(16 * 5 * 5, 120)
+        self.fc2 = nn.Linear(120, 84)
+        self.fc3 = nn.Linear(84, num_classes)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Logits (B, num_classes) of images (B, 3, 32, 32)."""
+        features = F.max_pool2d(F.relu(self.conv1(images)), 2)
+        features = F.max_pool2d(F.relu(self.conv2(features)), 2).flatten(1)
+        return self.fc3(F.relu(self.fc2(F.relu(self.fc1(features)))))
+
+
+class WhiteNet(nn.Module):
+    """A small fast convolutional network for 3x32x32 images, after cifar10-airbench (Keller Jordan, 2024).
+
+    The first layer is a 2x2 convolution that whitens image patches: set from the data by `whiten`, and frozen. Three
+    blocks follow, convolutions starting as the identity, norms without a weight, and the logits are scaled down.
+    """
+
+    def __init__(self, num_classes: int, width: int = 32) -> None:
+        super().__init__()
+        self.whitening = nn.Conv2d(3, 24, 2)  # 3 channels x 2 x 2 pixels = 12 directions, each with either sign
+        self.whitening.weight.requires_grad_(False)
+        self.blocks = nn.Sequential(white_block(24, width), white_block(width, 4 * width),
+                                    white_block(4 * width, 4 * width))
+        self.head = nn.Linear(4 * width, num_classes, bias=False)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Logits (B, num_classes) of images (B, 3, 32, 32)."""
+        features = self.blocks(F.gelu(self.whitening(images)))
+        return self.head(F.max_pool2d(features, 3).flatten(1)) / 9
+
+    @torch.no_grad()
+    def whiten(self, images: Tensor, eps: float = 5e-4) -> None:
+        """Set the first layer from normalised images (N, 3, 32, 32): its outputs become uncorrelated, of variance 1.
+
+        The eigenvectors' signs are fixed, since those that LAPACK returns differ between machines.
+        """
+        patches = images.unfold(2, 2, 1).unfold(3, 2, 1).movedim(1, 3).flatten(0, 2).flatten(1).double()
+        eigenvalues, eigenvectors = torch.linalg.eigh(patches.T @ patches / len(patches))
+        largest = eigenvectors.abs().argmax(0)
+        eigenvectors = eigenvectors * eigenvectors.gather(0, largest[None]).sign()
+        filters = (eigenvectors / (eigenvalues + eps).sqrt()).T.view(12, 3, 2, 2)
+        self.whitening.weight.copy_(torch.cat([filters, -filters]))
+
+
+def white_block(channels_in: int, channels_out: int) -> nn.Sequential:
+    """conv, pool, norm, GELU, conv, norm, GELU."""
+    return nn.Sequential(
+        identity_convolution(channels_in, channels_out), nn.MaxPool2d(2), weightless_norm(channels_out), nn.GELU(),
+        identity_convolution(channels_out, channels_out), weightless_norm(channels_out), nn.GELU(),
+    )
+
+
+def identity_convolution(channels_in: int, channels_out: int) -> nn.Conv2d:
+    """A 3x3 convolution whose first filters pass their input channel through."""
+    convolution = nn.Conv2d(channels_in, channels_out, 3, padding=1, bias=False)
+    nn.init.dirac_(convolution.weight.data[:channels_in])
+    return convolution
+
+
+def weightless_norm(channels: int) -> nn.BatchNorm2d:
+    """BatchNorm with a bias only; its running statistics follow the last few batches."""
+    norm = nn.BatchNorm2d(channels, eps=1e-12, momentum=0.4)
+    norm.weight.requires_grad_(False)
+    return norm
+
+
+class ResNet9(nn.Module):
+    """The nine-layer residual network of David Page's DAWNBench entry (2018), for 3x32x32 images."""
+
+    def __init__(self, num_classes: int, width: int = 64) -> None:
+        super().__init__()
+        self.stem = nn.Sequential(conv_norm_relu(3, width), conv_norm_relu(width, 2 * width), nn.MaxPool2d(2))
+        self.residual1 = nn.Sequential(conv_norm_relu(2 * width, 2 * width), conv_norm_relu(2 * width, 2 * width))
+        self.middle = nn.Sequential(conv_norm_relu(2 * width, 4 * width), nn.MaxPool2d(2),
+                                    conv_norm_relu(4 * width, 8 * width), nn.MaxPool2d(2))
+        self.residual2 = nn.Sequential(conv_norm_relu(8 * width, 8 * width), conv_norm_relu(8 * width, 8 * width))
+        self.head = nn.Linear(8 * width, num_classes, bias=False)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Logits (B, num_classes) of images (B, 3, 32, 32)."""
+        features = self.stem(images)
+        features = self.middle(features + self.residual1(features))
+        features = features + self.residual2(features)
+        return self.head(F.adaptive_max_pool2d(features, 1).flatten(1)) / 8
+
+
+def conv_norm_relu(channels_in: int, channels_out: int) -> nn.Sequential:
+    """3x3 convolution, BatchNorm, ReLU."""
+    return nn.Sequential(nn.Conv2d(channels_in, channels_out, 3, padding=1, bias=False),
+                         nn.BatchNorm2d(channels_out), nn.ReLU(inplace=True))
+
+
+class ResNet18(nn.Module):
+    """ResNet-18 for 3x32x32 images: a 3x3 stem without stride and no max-pool, torchvision's blocks (He et al., 2015)."""
+
+    def __init__(self, num_classes: int, width: int = 64) -> None:
+        super().__init__()
+        self.stem = conv_norm_relu(3, width)
+        self.layers = nn.Sequential(residual_layer(width, width, stride=1), residual_layer(width, 2 * width, stride=2),
+                                    residual_layer(2 * width, 4 * width, stride=2),
+                                    residual_layer(4 * width, 8 * width, stride=2))
+        self.head = nn.Linear(8 * width, num_classes)
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Logits (B, num_classes) of images (B, 3, 32, 32)."""
+        return self.head(self.layers(self.stem(images)).mean((2, 3)))
+
+
+def residual_layer(channels_in: int, channels_out: int, *, stride: int) -> nn.Sequential:
+    """Two basic blocks; the first halves the image if the stride is 2."""
+    shortcut = None
+    if stride != 1 or channels_in != channels_out:
+        shortcut = nn.Sequential(nn.Conv2d(channels_in, channels_out, 1, stride=stride, bias=False),
+                                 nn.BatchNorm2d(channels_out))
+    return nn.Sequential(BasicBlock(channels_in, channels_out, stride, shortcut),
+                         BasicBlock(channels_out, channels_out))
+
+
+OURS: dict[str, Callable[..., nn.Module]] = {
+    "net": Net,
+    "whitenet": WhiteNet,
+    "resnet9": ResNet9,
+    "resnet18": ResNet18,
+}
+
+
+def names() -> list[str]:
+    """Every name that `build` knows: ours, then the classifiers of torchvision.models."""
+    return [*OURS, *(name for name in torchvision_models.list_models(module=torchvision_models) if name not in OURS)]
+
+
+def build(name: str, *, num_classes: int, width: int | None = None) -> nn.Module:
+    """A new network with its usual initialisation, on the CPU.
+
+    Raises:
+        KeyError: for an unknown name.
+        ValueError: for a width that the model does not have.
+    """
+    if name in OURS:
+        return OURS[name](num_classes) if width is None else OURS[name](num_classes, width=width)
+    if name not in names():
+        raise KeyError(name)
+    if width is not None:
+        raise ValueError(f"{name} has no width to set")
+    return torchvision_models.get_model(name, weights=None, num_classes=num_classes)
