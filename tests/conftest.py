@@ -1,0 +1,44 @@
+"""Fixtures: the real data, unpacked once a session where ../shared is there, and visible skips where it is not."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.support import SHARED
+
+
+def unpack(name: str, folder: Path) -> Path:
+    script = SHARED / "data" / "unpack.py"
+    if not script.exists():
+        pytest.skip(f"needs the real {name}: no {script}")
+    subprocess.run([sys.executable, str(script), "--out", str(folder), "--only", name], check=True, timeout=120,
+                   capture_output=True)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def real_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One folder for every real data set that a test asks for."""
+    return tmp_path_factory.mktemp("data")
+
+
+@pytest.fixture(scope="session")
+def cifar10(real_data: Path) -> Path:
+    return unpack("cifar-10", real_data)
+
+
+@pytest.fixture(scope="session")
+def mnist(real_data: Path) -> Path:
+    return unpack("mnist", real_data)
+
+
+@pytest.fixture(scope="session")
+def fashion_mnist(real_data: Path) -> Path:
+    return unpack("fashion-mnist", real_data)
+
+
+@pytest.fixture(scope="session")
+def cats_dogs(real_data: Path) -> Path:
+    return unpack("cats-dogs", real_data) / "cats-dogs"
