@@ -113,7 +113,7 @@ def conv_norm_relu(channels_in: int, channels_out: int) -> nn.Sequential:
 
 
 class ResNet18(nn.Module):
-    """ResNet-18 for 3x32x32 images: a 3x3 stem without stride and no max-pool, torchvision's blocks (He et al., 2015)."""
+    """ResNet-18 (He et al., 2015) for 3x32x32 images: torchvision's blocks, a 3x3 stem without stride, no max-pool."""
 
     def __init__(self, num_classes: int, width: int = 64) -> None:
         super().__init__()
@@ -141,11 +141,30 @@ def residual_layer(channels_in: int, channels_out: int, *, stride: int) -> nn.Se
                          BasicBlock(channels_out, channels_out))
 
 
+class CheatSheetNet(nn.Module):
+    """The cats-and-dogs network of the CNN cheat sheet, for 3x32x32 images; larger ones are pooled to 5x5 features."""
+
+    def __init__(self, num_classes: int, width: int = 6) -> None:
+        super().__init__()
+        self.model = nn.Sequential(nn.Conv2d(3, width, 5), nn.ReLU(), nn.MaxPool2d(2, 2),
+                                   nn.Conv2d(width, 16, 5), nn.ReLU(), nn.MaxPool2d(2, 2))
+        self.classifier = nn.Sequential(nn.Linear(400, 800), nn.ReLU(), nn.Linear(800, 120), nn.ReLU(),
+                                        nn.Linear(120, num_classes))
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Logits (B, num_classes) of images (B, 3, H, W), H and W at least 32."""
+        features = self.model(images)
+        if features.shape[2:] != (5, 5):
+            features = F.adaptive_avg_pool2d(features, 5)
+        return self.classifier(features.flatten(1))
+
+
 OURS: dict[str, Callable[..., nn.Module]] = {
     "net": Net,
     "whitenet": WhiteNet,
     "resnet9": ResNet9,
     "resnet18": ResNet18,
+    "cheatsheet": CheatSheetNet,
 }
 
 
