@@ -105,9 +105,9 @@ class EvaluationLoader:
         self.normalize, self.batch_size = normalize, batch_size
 
     def __iter__(self) -> Iterator[Batch]:
-        for inputs, targets in zip(self.inputs.split(self.batch_size), self.targets.split(self.batch_size), strict=True):
-            if len(inputs):
-                yield self.normalize(inputs), targets
+        for start in range(0, len(self.inputs), self.batch_size):
+            part = slice(start, start + self.batch_size)
+            yield self.normalize(self.inputs[part]), self.targets[part]
 
 
 def evaluation_loader(dataset: TensorDataset, normalize: Callable[[Tensor], Tensor], *, rank: int, world_size: int,

@@ -52,7 +52,7 @@ def background_of(traits: Tensor) -> Tensor:
 
 
 def shape_mask(label: int, traits: Tensor) -> Tensor:
-    """How much each pixel belongs to the shape, (N, 32, 32) in [0, 1], from signed distances that are negative inside."""
+    """How much each pixel belongs to the shape, (N, 32, 32) in [0, 1]: a soft step at its outline."""
     grid = torch.arange(SIZE, dtype=torch.float32)
     centre = 16 + (traits[:, 0:2] - 0.5) * 12
     y, x = grid[:, None] - centre[:, 0, None, None], grid - centre[:, 1, None, None]

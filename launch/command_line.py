@@ -123,7 +123,7 @@ def nearest(name: str, known: Sequence[str] | Mapping[str, Any]) -> str:
 
 
 def plain_text(boxed: str) -> str:
-    """The sentences of tyro's framed error message, on one line: what is wrong, then the nearest flag if it names one."""
+    """tyro's framed error message on one line: what is wrong, then the nearest flag if it names one."""
     lines = [re.sub(r"\x1b\[[0-9;]*m", "", line).strip("│╭╮╰╯ \n") for line in boxed.splitlines()]
     text, in_suggestion = [], False
     for line in lines[1:]:  # the first is the frame's title

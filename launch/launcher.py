@@ -93,11 +93,12 @@ def first_host(node_list: str) -> str:
 
 def job_identity() -> dict[str, Any]:
     """The scheduler's or launcher's name for this job, and how often it has restarted it."""
+    restarts = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
     if "SLURM_JOB_ID" in os.environ:
-        restarts = int(os.environ.get("SLURM_RESTART_COUNT", "0")) * 1000  # each may hold restarts by torchrun
-        return {"job": f"slurm-{slurm_name()}", "restart": restarts + int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))}
+        requeues = int(os.environ.get("SLURM_RESTART_COUNT", "0"))
+        return {"job": f"slurm-{slurm_name()}", "restart": 1000 * requeues + restarts}  # each may hold many restarts
     if "TORCHELASTIC_RUN_ID" in os.environ:
-        return {"job": f"torchrun-{torchrun_name()}", "restart": int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))}
+        return {"job": f"torchrun-{torchrun_name()}", "restart": restarts}
     return {"job": None, "restart": 0}
 
 

@@ -95,6 +95,13 @@ def keep_freed_memory() -> None:
         mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
 
 
+def use_deterministic_kernels() -> None:
+    """Refuse kernels whose result changes from run to run. cuBLAS reads its variable when CUDA is first used."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True)
+    torch.backends.cudnn.benchmark = False
+
+
 def environment_record() -> dict[str, Any]:
     """Versions, code and machine: what is needed to repeat a run. No environment variables: they may hold secrets."""
     return {

@@ -10,6 +10,7 @@ meet at MASTER_ADDR:MASTER_PORT, and the group is taken down again however the b
 import contextlib
 import os
 import sys
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -20,7 +21,13 @@ import torch.distributed as dist
 
 from launch.command_line import DistributedError, one_line, report
 from launch.launcher import Launch, read_launch
-from launch.machine import choose_backend, choose_device, choose_threads, keep_freed_memory
+from launch.machine import (
+    choose_backend,
+    choose_device,
+    choose_threads,
+    keep_freed_memory,
+    use_deterministic_kernels,
+)
 from launch.network import interface_towards
 from launch.watchdog import Watchdog
 
@@ -53,7 +60,7 @@ class World:
 
 @contextlib.contextmanager
 def process_group(backend: str = "auto", *, device: str = "auto", timeout_seconds: float = 300,
-                  threads: int | None = None) -> Iterator[World]:
+                  threads: int | None = None, deterministic: bool = False) -> Iterator[World]:
     """Join the other ranks for the length of a `with` block.
 
     An error inside the block ends every rank: the one that fails first reports it, in one line, and the others,
@@ -67,6 +74,8 @@ def process_group(backend: str = "auto", *, device: str = "auto", timeout_second
     chosen = choose_device(device, launch)
     num_threads = choose_threads(threads, launch)
     torch.set_num_threads(num_threads)
+    if deterministic:
+        use_deterministic_kernels()
     if chosen.type == "cpu":
         keep_freed_memory()
     else:
@@ -202,3 +211,23 @@ def gather(world: World, value: T) -> list[T]:
     values: list[Any] = [None] * world.world_size
     dist.all_gather_object(values, value)
     return values
+
+
+def time_all_reduce(world: World, *, num_bytes: int, device: torch.device, backend: str) -> float:
+    """Seconds that an all_reduce of that size takes in a group of its own; a first one, which connects, is left out.
+
+    Raises:
+        DistributedError: if the sum is wrong.
+    """
+    group = dist.new_group(backend=backend, timeout=timedelta(seconds=RENDEZVOUS_SECONDS))
+    seconds = 0.0
+    for _ in range(2):
+        values = torch.ones(num_bytes // 4, device=device)
+        barrier(world)  # else it also times how late the slowest rank comes
+        start = time.perf_counter()
+        dist.all_reduce(values, group=group)
+        total = values.sum().item()  # waits for a GPU, which works on after all_reduce has returned
+        seconds = time.perf_counter() - start
+        if total != world.world_size * len(values):
+            raise DistributedError(f"{backend} on {device}: all_reduce over {world.world_size} ranks gave a wrong sum")
+    return seconds

@@ -40,7 +40,8 @@ def environment(**variables: str) -> dict[str, str]:
     return {**kept, "PYTHONUNBUFFERED": "1", **variables}
 
 
-def command(trainer: str, flags: list[str], *, ranks: int | None = None, torchrun: list[str] | None = None) -> list[str]:
+def command(trainer: str, flags: list[str], *, ranks: int | None = None,
+            torchrun: list[str] | None = None) -> list[str]:
     """The command line of a trainer: under python, or under torchrun when `ranks` is given."""
     script = [str(ROOT / "trainers" / f"{trainer}.py"), *map(str, flags)]
     if ranks is None:

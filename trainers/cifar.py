@@ -28,10 +28,10 @@ from datasets.augment import Augmentation, normalize
 from datasets.loaders import evaluation_loader, train_loader
 from datasets.tensors import TensorDataset
 from launch.command_line import UsageError, nearest, run
-from launch.process_group import World, barrier, process_group
+from launch.process_group import World, barrier
 from trainers import models
 from trainers.engine.config import TrainConfig
-from trainers.engine.session import build_trainer, complete, open_run
+from trainers.engine.session import build_trainer, complete, join_world, open_run
 from trainers.engine.trainer import Task
 
 
@@ -63,6 +63,7 @@ RECIPES: dict[str, dict[str, Any]] = {
     },
     "blitz": {
         "model": "net", "epochs": 2, "batch_size": 4, "learning_rate": 0.001, "momentum": 0.9, "half_statistics": True,
+        "onednn": False,
     },
 }
 
@@ -107,9 +108,7 @@ def check(config: CifarConfig) -> None:
 def main(config: CifarConfig) -> int:
     """One run, on this rank; returns the exit code."""
     check(config)
-    with (process_group(config.backend, device=config.device, timeout_seconds=config.timeout,
-                        threads=config.threads) as world,
-          open_run(config, "cifar", world) as folder):
+    with join_world(config) as world, open_run(config, "cifar", world) as folder:
         if folder is None:
             return 0
         train, test = load_data(config, world)

@@ -18,8 +18,8 @@ from trainers.engine.schedule import ScheduleName
 # A resumed run may differ in these: they change where, how long and how fast it runs, not what is learned.
 MAY_CHANGE = frozenset({
     "data_dir", "download", "output_dir", "run_name", "epochs", "max_steps", "accumulation_steps", "device", "backend",
-    "parallel", "compile", "channels_last", "workers", "threads", "deterministic", "eval_every", "checkpoint_every",
-    "keep_checkpoints", "resume", "evaluate", "timeout", "tensorboard", "init_from",
+    "parallel", "compile", "channels_last", "workers", "threads", "onednn", "deterministic", "eval_every",
+    "checkpoint_every", "keep_checkpoints", "resume", "evaluate", "timeout", "tensorboard", "init_from",
 })
 
 
@@ -89,6 +89,8 @@ class TrainConfig:
     """Threads per rank. Default: OMP_NUM_THREADS, else usable cores / ranks on the node."""
     seed: int = 0
     """Of weights, order, augmentation and dropout."""
+    onednn: bool = True
+    """oneDNN's CPU kernels; tiny networks at tiny batches are 1.3 times faster without (measured)."""
     deterministic: bool = False
     """Only deterministic kernels: bit-identical GPU runs, slower."""
     eval_every: int = 1

@@ -5,6 +5,7 @@ all_reduce adds over the ranks; accuracy, per-class accuracy and the plot come f
 number of test samples. A task without classes has a loss only.
 """
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -23,43 +24,65 @@ def all_reduce_sum(values: Tensor, world: World) -> Tensor:
 
 
 class TrainingSums:
-    """Loss, correct predictions and samples of this rank since the epoch began: float64, exact for counts."""
+    """Loss, correct predictions and samples of this rank since the epoch began.
 
-    def __init__(self, device: torch.device, *, classification: bool) -> None:
+    A step leaves its numbers on the device; `collect` fetches all that wait in one go and adds them one after the
+    other, so that the sums do not depend, to the last bit, on when that is done.
+    """
+
+    def __init__(self, *, classification: bool) -> None:
         self.classification = classification
-        self.sums = torch.zeros(3, dtype=torch.float64, device=device)  # loss, correct, samples
+        self.loss = self.correct = self.samples = 0.0
+        self.bad_steps = 0
+        """Consecutive micro-batches, up to the last collected one, whose loss is not finite."""
+        self._waiting: list[tuple[Tensor, Tensor | None, int]] = []
 
     def update(self, loss: Tensor, outputs: Tensor, targets: Tensor) -> None:
-        """Add one micro-batch: its mean loss, outputs (B, ...) and targets (B, ...). Nothing here waits for the device."""
-        num_samples = len(targets)
-        self.sums[0] += loss.detach() * num_samples  # .item() here would wait for every step
-        if self.classification:
-            self.sums[1] += (outputs.detach().argmax(1) == targets).sum()
-        self.sums[2] += num_samples
+        """Add one micro-batch: its mean loss, outputs (B, ...), targets (B, ...). Nothing here waits for the device."""
+        correct = (outputs.detach().argmax(1) == targets).sum() if self.classification else None
+        self._waiting.append((loss.detach(), correct, len(targets)))  # .item() here would wait for every step
+
+    def collect(self) -> None:
+        """Fetch what waits: one wait for the device."""
+        if not self._waiting:
+            return
+        losses, corrects, sizes = zip(*self._waiting, strict=True)
+        self._waiting = []
+        losses = torch.stack(losses).tolist()
+        corrects = torch.stack(corrects).tolist() if self.classification else [0] * len(losses)
+        for loss, correct, size in zip(losses, corrects, sizes, strict=True):
+            self.loss += loss * size
+            self.correct += correct
+            self.samples += size
+            self.bad_steps = 0 if math.isfinite(loss) else self.bad_steps + 1
 
     def reset(self) -> None:
         """Begin an epoch."""
-        self.sums.zero_()
+        self.loss = self.correct = self.samples = 0.0
 
     def means(self, world: World) -> tuple[float, float | None]:
-        """Mean loss and accuracy over all ranks since the epoch began. A collective, and a wait for the device."""
-        loss, correct, samples = all_reduce_sum(self.sums.clone(), world).tolist()
+        """Mean loss and accuracy over all ranks since the epoch began. A collective."""
+        self.collect()
+        sums = torch.tensor([self.loss, self.correct, self.samples], dtype=torch.float64)
+        loss, correct, samples = all_reduce_sum(sums, world).tolist()
         samples = max(samples, 1.0)
         return loss / samples, correct / samples if self.classification else None
 
     def of_all_ranks(self, world: World) -> list[list[float]]:
         """Each rank's three sums, for a checkpoint: (W, 3). A collective."""
-        rows = torch.zeros(world.world_size, 3, dtype=torch.float64, device=self.sums.device)
-        rows[world.rank] = self.sums
+        self.collect()
+        rows = torch.zeros(world.world_size, 3, dtype=torch.float64)
+        rows[world.rank] = torch.tensor([self.loss, self.correct, self.samples], dtype=torch.float64)
         return all_reduce_sum(rows, world).tolist()
 
     def restore(self, rows: list[list[float]], world: World) -> None:
         """Take this rank's sums from a checkpoint; after one at another world size, rank 0 takes them all."""
-        table = torch.tensor(rows, dtype=torch.float64)
+        mine = [0.0, 0.0, 0.0]
         if len(rows) == world.world_size:
-            self.sums.copy_(table[world.rank])
-        else:
-            self.sums.copy_(table.sum(0) if world.is_main else torch.zeros(3))
+            mine = rows[world.rank]
+        elif world.is_main:
+            mine = [sum(column) for column in zip(*rows, strict=True)]
+        self.loss, self.correct, self.samples = mine
 
 
 @dataclass(frozen=True, kw_only=True)

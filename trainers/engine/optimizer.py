@@ -18,8 +18,9 @@ def build_optimizer(model: nn.Module, config: "TrainConfig") -> "Optimizer | Muo
     learning_rate, momentum, decay = config.learning_rate, config.momentum, config.weight_decay
     kernel: dict[str, Any] = {"fused": True} if fused_works(model) else {"foreach": True}
     if config.optimizer == "sgd":
-        optimizer: Optimizer | MuonWithAdamW = torch.optim.SGD(groups, lr=learning_rate, momentum=momentum, weight_decay=decay,
-                                               nesterov=config.nesterov and momentum > 0, **kernel)
+        optimizer: Optimizer | MuonWithAdamW = torch.optim.SGD(
+            groups, lr=learning_rate, momentum=momentum, weight_decay=decay,
+            nesterov=config.nesterov and momentum > 0, **kernel)
     elif config.optimizer == "adam":
         optimizer = torch.optim.Adam(groups, lr=learning_rate, weight_decay=decay, **kernel)
     elif config.optimizer == "adamw":

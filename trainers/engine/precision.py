@@ -1,9 +1,10 @@
 """Autocast and gradient scaling; in fp32 both are absent, not merely switched off."""
 
 import contextlib
-from typing import Literal
+from typing import Any, Literal
 
 import torch
+from torch import Tensor
 
 from launch.command_line import UsageError
 
@@ -23,10 +24,36 @@ class Precision:
             raise UsageError("--precision fp16: on a CPU it is 30 times slower than fp32 (measured); use bf16")
         self.name = name
         self.device_type = device.type
-        self.scaler = torch.amp.GradScaler(device.type, enabled=name == "fp16")
+        self.scaler = torch.amp.GradScaler(device.type) if name == "fp16" else None
 
     def autocast(self) -> contextlib.AbstractContextManager[object]:
         """The context of the forward pass and the loss."""
         if self.name == "fp32":
             return contextlib.nullcontext()
         return torch.autocast(self.device_type, dtype=DTYPES[self.name])
+
+    def backward(self, loss: Tensor) -> None:
+        """Add the gradients of a loss, scaled up where fp16 would round small ones to zero."""
+        (loss if self.scaler is None else self.scaler.scale(loss)).backward()
+
+    def unscale(self, optimizer: Any) -> None:
+        """Make the gradients those of the loss itself, for clipping."""
+        if self.scaler is not None:
+            self.scaler.unscale_(optimizer)
+
+    def step(self, optimizer: Any) -> None:
+        """Update the weights; in fp16 a step whose gradients overflowed is skipped, and the scale lowered."""
+        if self.scaler is None:
+            optimizer.step()
+        else:
+            self.scaler.step(optimizer)
+            self.scaler.update()
+
+    def state_dict(self) -> dict[str, Any]:
+        """The scaler's state; empty without one."""
+        return self.scaler.state_dict() if self.scaler is not None else {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """The inverse."""
+        if self.scaler is not None:
+            self.scaler.load_state_dict(state)

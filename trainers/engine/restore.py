@@ -130,5 +130,5 @@ def model_differences(saved: Mapping[str, Tensor], current: Mapping[str, Tensor]
             differences.append(f"{name} is {tuple(saved[name].shape)} in the checkpoint and "
                                f"{tuple(current[name].shape)} in the model")
         elif name in saved and saved[name].dtype != current[name].dtype:
-            differences.append(f"{name} is {saved[name].dtype} in the checkpoint and {current[name].dtype} in the model")
+            differences.append(f"{name} is {saved[name].dtype} in the checkpoint and {current[name].dtype} here")
     return differences

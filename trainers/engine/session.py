@@ -1,6 +1,6 @@
 """From a config and a data set to a finished run: the wiring that all trainers share.
 
-    with process_group(...) as world, open_run(config, "cifar", world) as folder:
+    with join_world(config) as world, open_run(config, "cifar", world) as folder:
         if folder is None:
             return EXIT_DONE                    # the run was finished before
         trainer = build_trainer(config, model, task, world, folder, ...)
@@ -23,7 +23,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from launch.command_line import EXIT_DONE, EXIT_PREEMPTED, CheckpointError, UsageError, one_line
 from launch.launcher import default_run_name
-from launch.process_group import World, from_main
+from launch.process_group import World, from_main, process_group
 from launch.run_folder import RunFolder
 from launch.stop import catch_signals
 from trainers.engine.checkpoint import Checkpointer, sweep
@@ -45,6 +45,13 @@ def plain(config: TrainConfig) -> dict[str, Any]:
     return {name: convert(value) for name, value in asdict(config).items()}
 
 
+def join_world(config: TrainConfig) -> contextlib.AbstractContextManager[World]:
+    """The process group that the flags ask for, on kernels that they ask for."""
+    torch.backends.mkldnn.enabled = config.onednn
+    return process_group(config.backend, device=config.device, timeout_seconds=config.timeout,
+                         threads=config.threads, deterministic=config.deterministic)
+
+
 @contextlib.contextmanager
 def open_run(config: TrainConfig, trainer: str, world: World) -> Iterator[RunFolder | None]:
     """Own the run folder for the length of a `with` block; None if the run is DONE and no more is asked of it.
@@ -61,7 +68,7 @@ def open_run(config: TrainConfig, trainer: str, world: World) -> Iterator[RunFol
         if not from_main(world, lambda: folder.begin(plain(config), may_change=MAY_CHANGE, world=facts)):
             result = folder.read_json("result.json") or {}
             if world.is_main:
-                say(f"{folder.path} is DONE (accuracy {result.get('accuracy')}); raise --epochs or --max-steps to go on")
+                say(f"{folder.path} is DONE (accuracy {result.get('accuracy')}); raise --epochs to go on")
             yield None
         else:
             yield folder

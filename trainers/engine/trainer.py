@@ -76,13 +76,13 @@ class Trainer:
         self.memory_format = torch.channels_last if channels_last else torch.preserve_format
         self.max_bad_steps = max_bad_steps
         self.config, self.fingerprint = config or {}, fingerprint or {}
+        self.dropout_generator = default_generator(world.device)
         self.trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         self.step = self.epoch = self.samples_consumed = 0
         self.best: dict[str, Any] | None = None
         self.epochs: list[dict[str, Any]] = []
         self.last_evaluation: Evaluation | None = None
-        self.sums = TrainingSums(world.device, classification=task.num_classes is not None)
-        self.bad_steps = torch.zeros((), device=world.device)  # consecutive ones with a non-finite loss
+        self.sums = TrainingSums(classification=task.num_classes is not None)
         self.train_seconds = 0.0
         self._steps_began = 0.0
         self._reported = (0, 0.0)  # samples and seconds at the last report, for the speed between two
@@ -160,15 +160,13 @@ class Trainer:
                     outputs = self.model(inputs)
                     loss = self.task.loss(outputs, targets)
                 mark(step, "backward")
-                self.precision.scaler.scale(loss / self.accumulation_steps).backward()
+                self.precision.backward(loss / self.accumulation_steps if self.accumulation_steps > 1 else loss)
             self.sums.update(loss, outputs, targets)
-            self.bad_steps = torch.where(torch.isfinite(loss.detach()), 0.0, self.bad_steps + 1)
         mark(step, "optimizer")
         if self.clip_grad_norm is not None:
-            self.precision.scaler.unscale_(self.optimizer)
+            self.precision.unscale(self.optimizer)
             nn.utils.clip_grad_norm_(self.trained, self.clip_grad_norm)
-        self.precision.scaler.step(self.optimizer)
-        self.precision.scaler.update()
+        self.precision.step(self.optimizer)
         self.optimizer.zero_grad(set_to_none=True)
         if self.ema is not None:
             self.ema.update_parameters(unwrap(self.model))
@@ -204,7 +202,8 @@ class Trainer:
     def _seed_dropout(self) -> None:
         """Dropout of a step depends on (seed, step, rank) alone, so that a resumed run repeats it."""
         text = f"{self.seed} {self.step} {self.world.rank}"
-        torch.manual_seed(int.from_bytes(hashlib.blake2b(text.encode(), digest_size=7).digest(), "big"))
+        digest = hashlib.blake2b(text.encode(), digest_size=7).digest()
+        self.dropout_generator.manual_seed(int.from_bytes(digest, "big"))
 
     def _set_learning_rate(self) -> None:
         multiplier = self.schedule(self.step)
@@ -223,7 +222,8 @@ class Trainer:
             NumericError: if a rank has counted too many bad steps; all ranks raise it at the same step.
         """
         self.world.watchdog.mark(self.step, "reduce")
-        stop, bad_steps = agreement.vote(self.stop, int(self.bad_steps.item()))  # a wait, twice a second
+        self.sums.collect()  # a wait for the device, twice a second
+        stop, bad_steps = agreement.vote(self.stop, self.sums.bad_steps)
         if bad_steps >= self.max_bad_steps:
             raise NumericError(f"step {self.step}: the loss is not finite for {bad_steps} consecutive steps; lower "
                                f"--learning-rate or set --clip-grad-norm; the last good checkpoint is kept")
@@ -290,7 +290,7 @@ class Trainer:
         """Everything a checkpoint holds; tensors are the live ones."""
         return {
             "model": unwrap(self.model).state_dict(), "optimizer": self.optimizer.state_dict(),
-            "scaler": self.precision.scaler.state_dict(),
+            "scaler": self.precision.state_dict(),
             "ema": self.ema.module.state_dict() if self.ema is not None else None,
             "step": self.step, "epoch": self.epoch, "samples_consumed": self.samples_consumed, "best": self.best,
             "history": {"epochs": self.epochs, "running": running, "train_seconds": self.train_seconds},
@@ -301,8 +301,7 @@ class Trainer:
         """Continue from a checkpoint's state, which was checked to fit."""
         unwrap(self.model).load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
-        if state["scaler"]:
-            self.precision.scaler.load_state_dict(state["scaler"])
+        self.precision.load_state_dict(state["scaler"])
         if self.ema is not None and state["ema"] is not None:
             self.ema.module.load_state_dict(state["ema"])
             self.ema.n_averaged.fill_(1)  # not 0, which would start the average anew
@@ -312,6 +311,13 @@ class Trainer:
         self.train_seconds = state["history"]["train_seconds"]
         self._reported = (0, self.train_seconds)
         self.checkpointer.last_step = self.step
+
+
+def default_generator(device: torch.device) -> torch.Generator:
+    """The generator that dropout on this device draws from; seeding it alone costs 1 us, torch.manual_seed 100."""
+    if device.type == "cuda":
+        return torch.cuda.default_generators[device.index]
+    return torch.default_generator
 
 
 def epoch_text(line: dict[str, Any]) -> str:
