@@ -1,0 +1,130 @@
+"""The tree keeps its shape: imports point downwards only, and each thing has one owner."""
+
+import ast
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.support import ROOT, environment, execute
+
+OURS = ("launch", "datasets", "trainers")
+FILES = sorted(path for package in OURS for path in (ROOT / package).rglob("*.py"))
+COLLECTIVES = ("all_reduce", "all_gather", "all_gather_object", "broadcast", "broadcast_object_list", "barrier",
+               "reduce", "gather", "scatter", "reduce_scatter", "all_to_all", "gather_object")
+MAY_COMMUNICATE = ("launch/process_group.py", "launch/stop.py", "trainers/engine/metrics.py",
+                   "trainers/engine/checkpoint.py")
+
+
+def relative(path: Path) -> str:
+    return path.relative_to(ROOT).as_posix()
+
+
+def imported(path: Path) -> set[str]:
+    """Dotted names of the modules that a file imports, at any depth."""
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            names |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
+    return names
+
+
+def forbidden_for(name: str) -> tuple[str, ...]:
+    """What a file of this name must not import."""
+    if name.startswith("launch/"):
+        return ("datasets", "trainers", "tests")
+    if name.startswith("datasets/"):
+        return ("launch", "trainers", "tests")
+    if name.startswith("trainers/engine/"):
+        return ("datasets", "trainers.models", "tests", *workloads())
+    return ("tests",)
+
+
+def workloads() -> tuple[str, ...]:
+    return tuple(f"trainers.{path.stem}" for path in (ROOT / "trainers").glob("*.py") if path.stem != "__init__")
+
+
+@pytest.mark.parametrize("path", FILES, ids=relative)
+def test_imports_point_downwards_only(path: Path) -> None:
+    names = imported(path)
+    forbidden = forbidden_for(relative(path))
+    found = {name for name in names if any(name == bad or name.startswith(bad + ".") for bad in forbidden)}
+    assert not found
+
+
+def test_no_two_files_import_each_other_in_a_circle() -> None:
+    modules = {relative(path)[:-3].replace("/", "."): path for path in FILES}
+    graph = {name: imported_at_top(path) & set(modules) for name, path in modules.items()}
+    done: set[str] = set()
+
+    def visit(name: str, trail: tuple[str, ...]) -> None:
+        assert name not in trail, " -> ".join((*trail, name))
+        if name not in done:
+            for other in graph[name]:
+                visit(other, (*trail, name))
+            done.add(name)
+
+    for name in graph:
+        visit(name, ())
+
+
+def imported_at_top(path: Path) -> set[str]:
+    """Modules imported when the file is: not inside functions, not for type checking only."""
+    tree = ast.parse(path.read_text())
+    names: set[str] = set()
+    for node in tree.body:
+        if isinstance(node, ast.Import | ast.ImportFrom):
+            names |= imported_by(node)
+    return names
+
+
+def imported_by(node: ast.Import | ast.ImportFrom) -> set[str]:
+    if isinstance(node, ast.Import):
+        return {alias.name for alias in node.names}
+    return {node.module or ""} | {f"{node.module}.{alias.name}" for alias in node.names}
+
+
+@pytest.mark.parametrize("path", FILES, ids=relative)
+def test_the_environment_is_read_in_launch_only(path: Path) -> None:
+    if relative(path).startswith("launch/"):
+        return
+    uses = [node for node in ast.walk(ast.parse(path.read_text()))
+            if isinstance(node, ast.Attribute) and node.attr in ("environ", "getenv", "putenv")]
+    assert not uses
+
+
+@pytest.mark.parametrize("path", FILES, ids=relative)
+def test_collectives_are_called_by_their_owners_only(path: Path) -> None:
+    if relative(path) in MAY_COMMUNICATE:
+        return
+    calls = [ast.unparse(node.func) for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Call)]
+    assert not [call for call in calls
+                if call.rpartition(".")[2] in COLLECTIVES and call.split(".")[0] in ("dist", "torch")]
+
+
+def test_no_file_shadows_the_standard_library() -> None:
+    assert not [relative(path) for path in FILES if path.stem in sys.stdlib_module_names]
+
+
+def test_a_trainer_run_by_path_ignores_other_packages_of_our_names(tmp_path: Path) -> None:
+    for name in ("datasets", "launch", "trainers"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "__init__.py").write_text("raise ImportError('the wrong package')\n")
+    done = execute([sys.executable, str(ROOT / "trainers" / "cifar.py"), "--help"], cwd=tmp_path,
+                   PYTHONPATH=str(tmp_path), timeout=60)
+    assert done.code == 0, done.err
+    assert "--batch-size" in done.out
+
+
+def test_a_trainer_runs_as_a_module_too() -> None:
+    done = execute([sys.executable, "-m", "trainers.cifar", "--help"], cwd=ROOT, timeout=60)
+    assert done.code == 0, done.err
+    assert "--batch-size" in done.out
+
+
+def test_the_test_environment_drops_launcher_variables(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RANK", "3")
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    assert not {"RANK", "SLURM_JOB_ID"} & set(environment())
