@@ -1,0 +1,112 @@
+"""One page about this machine and job: what would run, what would not, and the fix. Nothing is trained.
+
+    python launch/doctor.py
+    torchrun --nproc-per-node 2 launch/doctor.py          also: the ranks, their devices, one timed all_reduce
+    srun python launch/doctor.py --output-dir /scratch/me/runs --json
+
+Every line is OK, WARN (works, but slowly or not for long) or FAIL, with the fix. Exit code 0, or 5 if anything is
+FAIL. Of the environment only torchrun's, Slurm's and a few thread and network variables are shown.
+"""
+
+import importlib.util
+import json
+import os
+import socket
+import sys
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+if not __package__:
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
+    missing = [name for name in ("torch", "tyro") if importlib.util.find_spec(name) is None]
+    if missing:  # nothing below could be imported
+        sys.exit(f"FAIL  versions: {sys.executable} has no {', '.join(missing)}; fix: pip install -e {sys.path[0]}")
+
+from launch.command_line import DeviceError, UsageError, run
+from launch.doctor_job import job_findings
+from launch.doctor_machine import Finding, fail, machine_findings
+from launch.doctor_ranks import ranks_findings
+from launch.launcher import Launch, read_launch
+
+COLORS = {"OK": "\x1b[32m", "WARN": "\x1b[33m", "FAIL": "\x1b[1;31m"}
+RESET = "\x1b[0m"
+
+
+@dataclass(frozen=True, kw_only=True)
+class DoctorConfig:
+    """Check this machine and, under torchrun or srun, the ranks of the job. Trains nothing."""
+
+    output_dir: str = "runs"
+    """Folder in which runs are to be kept: its space, and whether files can be replaced and synced there."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """The --device that training would be given."""
+    backend: Literal["auto", "gloo", "nccl"] = "auto"
+    """The --backend that training would be given."""
+    timeout: float = 60
+    """Seconds to wait for the other ranks."""
+    json: bool = False
+    """Print one JSON object instead: ok, host, findings (check, state, text, fix, host), ranks."""
+
+
+def main(config: DoctorConfig) -> int:
+    """Find out, print on rank 0, and return the exit code (the same on every rank)."""
+    try:
+        launch = read_launch()
+    except UsageError as error:
+        launch, broken = Launch(), [fail("launcher", str(error), "start with torchrun, srun python, or plain python")]
+    else:
+        broken = []
+    findings = [*machine_findings(launch, Path(config.output_dir)), *(broken or job_findings(launch))]
+    ranks: list[dict[str, Any]] = []
+    if launch.launcher != "none":
+        findings, ranks = ranks_findings(launch, findings, device=config.device, backend=config.backend,
+                                         timeout_seconds=config.timeout)
+    failed = any(finding.state == "FAIL" for finding in findings)
+    if launch.rank == 0:
+        if config.json:
+            print(json.dumps({"ok": not failed, "host": socket.gethostname(), "ranks": ranks,
+                              "findings": [asdict(finding) for finding in findings]}, indent=2))
+        else:
+            print(page(findings, ranks, color=sys.stdout.isatty() and "NO_COLOR" not in os.environ))
+    return DeviceError.exit_code if failed else 0
+
+
+def page(findings: list[Finding], ranks: list[dict[str, Any]], *, color: bool) -> str:
+    """The findings as lines, each fix under its finding, then a line a rank and a summary."""
+    lines = [f"doctor on {socket.gethostname()}", ""]
+    width = max(len(finding.check) for finding in findings)
+    for finding in findings:
+        state = f"{finding.state:4}"
+        shown = f"{COLORS[finding.state]}{state}{RESET}" if color else state
+        host = f"[{finding.host}] " if finding.host else ""
+        lines.append(f"  {shown}  {finding.check:{width}}  {host}{finding.text}")
+        if finding.fix:
+            lines.append(f"  {'':4}  {'':{width}}  fix: {finding.fix}")
+    if ranks:
+        lines += ["", *rank_table(ranks)]
+    return "\n".join([*lines, "", summary(findings)])
+
+
+def rank_table(ranks: list[dict[str, Any]]) -> list[str]:
+    """One line a rank: where it runs and on what."""
+    host_width = max(len(record["host"]) for record in ranks)
+    lines = [f"  {'rank':>4}  {'local':>5}  {'host':{host_width}}  {'device':8}  {'threads':>7}  uuid"]
+    for record in ranks:
+        lines.append(f"  {record['rank']:4}  {record['local_rank']:5}  {record['host']:{host_width}}  "
+                     f"{record['device'] or 'none':8}  {record['threads']:7}  {record['uuid'] or ''}".rstrip())
+    return lines
+
+
+def summary(findings: list[Finding]) -> str:
+    """How many of each, in words that say what to do."""
+    count = {state: sum(finding.state == state for finding in findings) for state in ("OK", "WARN", "FAIL")}
+    if count["FAIL"]:
+        return f"{count['FAIL']} FAIL, {count['WARN']} WARN: training would not work as it is"
+    if count["WARN"]:
+        return f"{count['WARN']} WARN: training works"
+    return "all OK"
+
+
+if __name__ == "__main__":
+    run(main, DoctorConfig)

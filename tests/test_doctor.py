@@ -1,0 +1,171 @@
+"""The doctor: one page, nothing trained, and every broken thing found with its fix."""
+
+import json
+import os
+import socket
+import sys
+from pathlib import Path
+
+import pytest
+
+from launch.doctor_job import check_port, job_findings
+from launch.doctor_machine import as_numbers, check_cores, required_versions
+from launch.doctor_ranks import check_devices_of, gathered
+from launch.launcher import Launch
+from launch.machine import usable_cores
+from tests.support import ROOT, Finished, execute
+
+DOCTOR = str(ROOT / "launch" / "doctor.py")
+
+
+def doctor(*flags: str, ranks: int | None = None, **variables: str) -> Finished:
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"] if ranks else []
+    return execute([sys.executable, *launcher, DOCTOR, *flags], timeout=90, **variables)
+
+
+def findings(finished: Finished) -> dict[str, dict[str, str]]:
+    return {finding["check"]: finding for finding in json.loads(finished.out)["findings"]}
+
+
+def record(rank: int, **changed: object) -> dict[str, object]:
+    return {"rank": rank, "local_rank": rank, "host": "a", "device": "cuda:0", "uuid": f"GPU-{rank}", "problem": None,
+            **changed}
+
+
+@pytest.mark.timeout(120)
+def test_a_sound_machine_exits_zero_and_nothing_is_left_in_the_output_folder(tmp_path: Path):
+    finished = doctor("--output-dir", str(tmp_path / "runs" / "mine"), "--device", "cpu")
+    assert finished.code == 0, finished.out + finished.err
+    assert "versions" in finished.out
+    assert "rename and fsync work" in finished.out
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.timeout(120)
+def test_an_output_folder_that_cannot_be_written_fails_with_code_5_and_a_fix(tmp_path: Path):
+    (tmp_path / "file").write_text("")
+    finished = doctor("--output-dir", str(tmp_path / "file"), "--json")
+    found = findings(finished)["--output-dir"]
+    assert finished.code == 5
+    assert json.loads(finished.out)["ok"] is False
+    assert found["state"] == "FAIL"
+    assert found["fix"]
+
+
+@pytest.mark.timeout(120)
+def test_secrets_in_the_environment_are_not_printed(tmp_path: Path):
+    for flags in ([], ["--json"]):
+        finished = doctor("--output-dir", str(tmp_path), *flags, HF_TOKEN="hunter2", SLURM_JWT="hunter2",
+                          OMP_NUM_THREADS="1")
+        assert "hunter2" not in finished.out + finished.err
+        assert "OMP_NUM_THREADS=1" in finished.out
+
+
+@pytest.mark.timeout(120)
+def test_two_ranks_are_mapped_timed_and_found_to_run_the_same_code(tmp_path: Path):
+    finished = doctor("--output-dir", str(tmp_path), "--json", "--device", "cpu", ranks=2)
+    found, ranks = findings(finished), json.loads(finished.out)["ranks"]
+    assert finished.code == 0, finished.out + finished.err
+    assert [(one["rank"], one["device"]) for one in ranks] == [(0, "cpu"), (1, "cpu")]
+    assert len({one["pid"] for one in ranks}) == 2
+    assert {found[name]["state"] for name in ("rank devices", "code", "clocks", "all_reduce")} == {"OK"}
+    assert "25 MiB over gloo" in found["all_reduce"]["text"]
+
+
+@pytest.mark.timeout(120)
+def test_a_rank_that_runs_other_code_is_named(tmp_path: Path):
+    script = tmp_path / "doctor_of_two_checkouts.py"
+    script.write_text(f"""
+import os, sys
+sys.path.insert(0, {str(ROOT)!r})
+import launch.doctor_ranks as ranks
+from launch.doctor import DoctorConfig, main
+true_hash = ranks.code_hash
+ranks.code_hash = lambda: "edited" if os.environ["RANK"] == "1" else true_hash()
+sys.exit(main(DoctorConfig(output_dir={str(tmp_path)!r}, device="cpu", json=True)))
+""")
+    finished = execute([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2",
+                        str(script)], timeout=90)
+    found = findings(finished)["code"]
+    assert finished.code != 0
+    assert found["state"] == "FAIL"
+    assert "ranks 1: code edited" in found["text"]
+
+
+@pytest.mark.timeout(120)
+def test_ranks_that_never_come_are_a_finding_and_not_a_hang(tmp_path: Path):
+    with socket.socket() as free:
+        free.bind(("", 0))
+        port = free.getsockname()[1]
+    finished = doctor("--output-dir", str(tmp_path), "--timeout", "3", "--json", RANK="0", WORLD_SIZE="2",
+                      LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    assert finished.code == 5, finished.out + finished.err
+    assert "not all ranks met" in findings(finished)["ranks"]["text"]
+    assert "versions" in findings(finished)
+
+
+@pytest.mark.timeout(120)
+def test_launcher_variables_that_are_no_numbers_are_a_finding(tmp_path: Path):
+    finished = doctor("--output-dir", str(tmp_path), "--json", RANK="zero", WORLD_SIZE="2")
+    assert finished.code == 5
+    assert "zero" in findings(finished)["launcher"]["text"]
+
+
+def test_ranks_that_share_a_gpu_fail_under_nccl_and_are_warned_of_under_gloo():
+    ranks = [record(0, uuid="GPU-x"), record(1, uuid="GPU-x"), record(2)]
+    assert check_devices_of(ranks, "auto").state == "FAIL"
+    assert "ranks 0, 1 share GPU-x" in check_devices_of(ranks, "auto").text
+    assert check_devices_of(ranks, "gloo").state == "WARN"
+    assert check_devices_of([record(0), record(1)], "auto").state == "OK"
+
+
+def test_a_rank_without_a_gpu_is_named_with_its_host():
+    broken = record(9, host="b", device=None, uuid=None, problem="local rank 9 has no GPU; start 8 ranks")
+    found = check_devices_of([record(0), broken], "auto")
+    assert (found.state, found.fix) == ("FAIL", "start 8 ranks")
+    assert "rank 9 on b" in found.text
+
+
+def test_of_another_node_only_trouble_is_shown_and_with_its_name():
+    def line(state: str) -> dict[str, str]:
+        return {"check": "/dev/shm", "state": state, "text": "", "fix": "", "host": ""}
+    found = gathered([[line("OK")], [], [line("WARN"), line("OK")]], [record(0), record(1), record(2, host="b")])
+    assert [(finding.state, finding.host) for finding in found] == [("OK", ""), ("WARN", "b")]
+
+
+def test_more_threads_than_cores_is_a_warning_with_the_number_that_fits():
+    ranks = 2
+    launch = Launch(launcher="slurm", world_size=ranks, local_world_size=ranks)
+    found = check_cores(launch, {"OMP_NUM_THREADS": str(usable_cores() + 1)})
+    assert found.state == "WARN"
+    assert f"OMP_NUM_THREADS={max(1, usable_cores() // ranks)}" in found.fix
+    assert check_cores(Launch(), {"OMP_NUM_THREADS": "1"}).state == "OK"
+
+
+def test_a_port_in_use_is_told_from_a_free_one():
+    with socket.socket() as holder:
+        holder.bind(("", 0))
+        holder.listen()
+        port = holder.getsockname()[1]
+        assert check_port(Launch(port=port)).state == "WARN"
+    assert check_port(Launch(port=port)).state == "OK"
+
+
+def test_plain_python_inside_a_slurm_job_is_a_warning():
+    states = {finding.check: finding.state for finding in job_findings(Launch(), {"SLURM_JOB_ID": "7"})}
+    assert states["launcher"] == "WARN"
+
+
+def test_required_versions_come_from_pyproject_and_compare_as_numbers():
+    required = required_versions()
+    assert {"torch", "torchvision", "tyro", "matplotlib"} <= required.keys()
+    assert as_numbers("2.10.0+cu128") > as_numbers("2.9.1")
+    assert as_numbers(required["torch"]) >= (2, 10)
+
+
+@pytest.mark.timeout(60)
+def test_a_python_without_torch_gets_one_line_and_no_traceback(tmp_path: Path):
+    finished = execute([sys.executable, "-S", DOCTOR], timeout=30, PYTHONPATH=os.devnull)
+    assert finished.code != 0
+    assert "has no torch" in finished.err
+    assert "Traceback" not in finished.err
