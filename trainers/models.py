@@ -3,7 +3,9 @@
 `width` is always the number of channels of the first convolution that is trained; the other layers scale with it.
 """
 
+import inspect
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -159,31 +161,98 @@ class CheatSheetNet(nn.Module):
         return self.classifier(features.flatten(1))
 
 
+class MnistNet(nn.Module):
+    """The convolutional network of the MNIST tutorial for 1x28x28 images; 32 and 64 channels, 100 hidden is its variant.
+
+    Gives log-probabilities. Cross-entropy leaves those as they are and so is the tutorial's nll_loss.
+    """
+
+    def __init__(self, num_classes: int, channels: tuple[int, int] = (10, 20), hidden: int = 50,
+                 dropout: float = 0.5) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(1, channels[0], 5)
+        self.conv2 = nn.Conv2d(channels[0], channels[1], 5)
+        self.conv2_drop = nn.Dropout2d(dropout)
+        self.fc1 = nn.Linear(channels[1] * 4 * 4, hidden)
+        self.fc1_drop = nn.Dropout(dropout)
+        self.fc2 = nn.Linear(hidden, num_classes)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Log-probabilities (B, num_classes) of images (B, 1, 28, 28)."""
+        features = F.relu(F.max_pool2d(self.conv1(images), 2))
+        features = F.relu(F.max_pool2d(self.conv2_drop(self.conv2(features)), 2)).flatten(1)
+        return F.log_softmax(self.fc2(self.fc1_drop(F.relu(self.fc1(features)))), dim=1)
+
+
+def softmax_regression(num_classes: int) -> nn.Sequential:
+    """One linear layer on the pixels of 1x28x28 images, as Dive into Deep Learning starts it (chapter 3)."""
+    model = nn.Sequential(nn.Flatten(), nn.Linear(28 * 28, num_classes))
+    nn.init.normal_(model[1].weight, std=0.01)
+    nn.init.zeros_(model[1].bias)
+    return model
+
+
+def lenet(num_classes: int) -> nn.Sequential:
+    """LeNet for 1x28x28 images with sigmoids, average pooling and Xavier's start (Dive into Deep Learning, chapter 6)."""
+    model = nn.Sequential(
+        nn.Conv2d(1, 6, 5, padding=2), nn.Sigmoid(), nn.AvgPool2d(2),
+        nn.Conv2d(6, 16, 5), nn.Sigmoid(), nn.AvgPool2d(2), nn.Flatten(),
+        nn.Linear(16 * 5 * 5, 120), nn.Sigmoid(), nn.Linear(120, 84), nn.Sigmoid(), nn.Linear(84, num_classes),
+    )
+    for module in model:
+        if isinstance(module, nn.Linear | nn.Conv2d):
+            nn.init.xavier_uniform_(module.weight)
+    return model
+
+
+def linear(num_features: int) -> nn.Sequential:
+    """Linear regression: float32 (B, num_features) to (B, 1)."""
+    return nn.Sequential(nn.Linear(num_features, 1))
+
+
 OURS: dict[str, Callable[..., nn.Module]] = {
     "net": Net,
     "whitenet": WhiteNet,
     "resnet9": ResNet9,
     "resnet18": ResNet18,
     "cheatsheet": CheatSheetNet,
+    "mnistnet": MnistNet,
+    "softmax": softmax_regression,
+    "lenet": lenet,
 }
+GREY = ("mnistnet", "softmax", "lenet")  # for 1x28x28 images; the others take colour
 
 
 def names() -> list[str]:
-    """Every name that `build` knows: ours, then the classifiers of torchvision.models."""
-    return [*OURS, *(name for name in torchvision_models.list_models(module=torchvision_models) if name not in OURS)]
+    """Every name that `build` knows: ours, then the classifiers of torchvision.models.
+
+    `torchvision/resnet18` is always torchvision's, where one of ours has the name too.
+    """
+    theirs = torchvision_models.list_models(module=torchvision_models)
+    return [*OURS, *(name for name in theirs if name not in OURS), *(f"torchvision/{name}" for name in theirs)]
 
 
-def build(name: str, *, num_classes: int, width: int | None = None) -> nn.Module:
+def build(name: str, *, num_classes: int, **options: Any) -> nn.Module:
     """A new network with its usual initialisation, on the CPU.
+
+    Args:
+        options: what this network has to set: `width`, or of mnistnet `channels`, `hidden` and `dropout`. None is its
+            own default.
 
     Raises:
         KeyError: for an unknown name.
-        ValueError: for a width that the model does not have.
+        ValueError: for an option that the network does not have.
     """
+    chosen = {option: value for option, value in options.items() if value is not None}
     if name in OURS:
-        return OURS[name](num_classes) if width is None else OURS[name](num_classes, width=width)
+        unknown = chosen.keys() - inspect.signature(OURS[name]).parameters
+        if unknown:
+            raise ValueError(f"{name} has no {', '.join(sorted(unknown))} to set")
+        return OURS[name](num_classes, **chosen)
     if name not in names():
         raise KeyError(name)
-    if width is not None:
-        raise ValueError(f"{name} has no width to set")
-    return torchvision_models.get_model(name, weights=None, num_classes=num_classes)
+    if chosen:
+        raise ValueError(f"{name} has no {', '.join(sorted(chosen))} to set")
+    name = name.removeprefix("torchvision/")
+    options = {"aux_logits": False, "init_weights": True} if name in ("googlenet", "inception_v3") else {}
+    return torchvision_models.get_model(name, weights=None, num_classes=num_classes, **options)
