@@ -45,12 +45,26 @@ class Augmentation:
         Returns:
             float32 (B, C, H, W), normalised.
         """
+        return self.augment(prepared, samples, samples, epoch)
+
+    def batch(self, images: Tensor, samples: Tensor, *, epoch: int) -> Tensor:
+        """The same result for images that are not in memory with all others.
+
+        Args:
+            images: uint8 (B, C, H, W), not prepared.
+            samples: int64 (B,), the keys, on their device.
+            epoch: as above.
+        """
+        return self.augment(self.prepare(images), torch.arange(len(images), device=images.device), samples, epoch)
+
+    def augment(self, prepared: Tensor, rows: Tensor, samples: Tensor, epoch: int) -> Tensor:
+        """Some rows (B,) of prepared images, their random choices keyed by `samples` (B,)."""
         if self.shift:
-            rows = random_integers(samples, 2 * self.shift + 1, self.seed, epoch, CROP_ROW)
-            columns = random_integers(samples, 2 * self.shift + 1, self.seed, epoch, CROP_COLUMN)
-            images = crop(prepared, samples, rows, columns, self.shift)
+            down = random_integers(samples, 2 * self.shift + 1, self.seed, epoch, CROP_ROW)
+            right = random_integers(samples, 2 * self.shift + 1, self.seed, epoch, CROP_COLUMN)
+            images = crop(prepared, rows, down, right, self.shift)
         else:
-            images = prepared[samples]
+            images = prepared[rows]
         if self.flip is not None:
             images = torch.where(self.flipped(samples, epoch)[:, None, None, None], images.flip(-1), images)
         return normalize(images, self.mean, self.std)
