@@ -15,7 +15,7 @@ import json
 import os
 import shutil
 import socket
-from collections.abc import Iterator
+from collections.abc import Generator
 from pathlib import Path
 from typing import Any
 
@@ -67,7 +67,7 @@ class ImageCache:
         except (OSError, ValueError, KeyError, TypeError):
             return None
 
-    def build(self, decoder: Decoder, bad_images: BadImages) -> Iterator[int]:
+    def build(self, decoder: Decoder, bad_images: BadImages) -> Generator[int]:
         """Decode all images into the file, in order; yields how many are done, after every few.
 
         Closing the iterator early leaves nothing behind.

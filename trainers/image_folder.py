@@ -1,0 +1,257 @@
+"""Train an image classifier on a folder of images by class, on one process or many.
+
+    python trainers/image_folder.py --data-dir cats-dogs                        # train/<class>/… and test/<class>/…
+    python trainers/image_folder.py --data-dir photos --validation-fraction 0.2 # one folder of classes
+    python trainers/image_folder.py --data-dir cats-dogs --recipe cheatsheet    # the CNN cheat sheet's own settings
+    torchrun --standalone --nproc_per_node=2 trainers/image_folder.py --data-dir photos --recipe finetune \\
+        --pretrained resnet18.pth --workers 4
+    python trainers/image_folder.py --dataset synthetic --cache                 # no data at hand
+"""
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+if not __package__:  # run by path: our packages, not others of the same names
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+from launch.stop import catch_signals, ignore_signals
+
+if __name__ == "__main__":
+    catch_signals()  # before torch is imported, which takes seconds
+
+import torch
+from torch import Tensor, nn
+
+from datasets import image_folder
+from datasets.augment import Augmentation, normalize
+from datasets.bad_images import BadImages
+from datasets.decode import FitName
+from datasets.decoded import DecodedEvaluationLoader, DecodedTrainLoader, Decoder
+from datasets.image_cache import GatherThenAugment, ImageCache
+from datasets.image_folder import ImageTree
+from datasets.loaders import check_size, evaluation_loader, train_loader
+from datasets.order import ResumableSampler
+from datasets.tensors import DataError
+from launch.command_line import EXIT_PREEMPTED, UsageError, nearest, report, run
+from launch.process_group import World, barrier, from_main, gather, process_group
+from launch.run_folder import RunFolder
+from trainers import models
+from trainers.engine.card import ModelCard, write_card
+from trainers.engine.config import TrainConfig
+from trainers.engine.session import build_trainer, complete, open_run
+from trainers.engine.together import finish_together
+from trainers.engine.trainer import EvaluationBatches, Task, TrainBatches
+
+OUR_MODELS = ("cheatsheet", "net", "resnet9")  # other names are torchvision's, resnet18 too
+STATISTICS: dict[str, tuple[tuple[float, ...], tuple[float, ...]]] = {
+    "none": ((0.0, 0.0, 0.0), (1.0, 1.0, 1.0)),
+    "half": ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),
+    "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),  # torchvision's weights expect these
+}
+CACHE_ON_GPU = 0.5  # the largest share of a GPU's memory that cached images may take; others stay in the file
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageFolderConfig(TrainConfig):
+    """Train an image classifier on a folder of images by class."""
+
+    recipe: str = "fast"
+    """fast: over 70 % on cats and dogs in 10 epochs. cheatsheet: the tutorial's settings. finetune: a torchvision model
+    at 224 pixels. Other flags override its settings."""
+    dataset: Literal["folder", "synthetic"] = "folder"
+    """folder is --data-dir; synthetic is drawn from the seed and written below it."""
+    data_dir: Path = Path("data")
+    """Folder that holds train/ and test/ (or val/), each with one folder per class."""
+    validation_fraction: float | None = None
+    """Test on this share of the training images (or of one folder of classes), set apart; a test folder plays no part."""
+    model: str = "cheatsheet"
+    """cheatsheet, net, resnet9 or a classifier of torchvision.models."""
+    pretrained: Path | None = None
+    """Start from the weights in a file; a head for other classes is replaced by a new one."""
+    image_size: int | None = None
+    """Height and width that the network sees. Default: 32 for our networks, 224 for torchvision's."""
+    fit: FitName = "squash"
+    """How images become square: squash them, or crop their middle."""
+    normalize: Literal["none", "half", "imagenet"] = "imagenet"
+    """Mean and std taken out of each channel; none leaves [0, 1]."""
+    random_crop: float | None = None
+    """Train on random parts of the images, with at least this share of their area, such as 0.35."""
+    shift: int = 0
+    """Train on images shifted by up to this many pixels."""
+    flip: Literal["random", "alternating"] | None = None
+    """Mirror half of the images; alternating shows each side every other epoch."""
+    cache: bool = False
+    """Decode every image once, into a file that all ranks of a node share, and train from memory."""
+    cache_dir: Path | None = None
+    """Folder of the cache, local to the node. Default: .cache inside --data-dir."""
+    skip_bad: int = 0
+    """Unreadable images that a run may leave out; in training the next readable one takes the place."""
+
+
+RECIPES: dict[str, dict[str, Any]] = {
+    "fast": {
+        "epochs": 10, "batch_size": 32, "learning_rate": 0.02, "momentum": 0.9, "nesterov": True,
+        "weight_decay": 0.0005, "schedule": "onecycle", "shift": 1, "flip": "alternating",
+    },
+    "cheatsheet": {"epochs": 10, "batch_size": 8, "learning_rate": 0.01, "momentum": 0.0, "normalize": "none"},
+    "finetune": {
+        "model": "resnet18", "fit": "crop", "epochs": 5, "batch_size": 32, "learning_rate": 0.005, "momentum": 0.9,
+        "nesterov": True, "weight_decay": 0.0001, "schedule": "cosine", "random_crop": 0.35, "flip": "random",
+        "channels_last": True, "workers": 2,
+    },
+}
+
+
+def check(config: ImageFolderConfig) -> None:
+    """Find mistakes in the flags before ranks wait for each other."""
+    config.check()
+    if network(config) not in models.names():
+        known = [*OUR_MODELS, *(name.removeprefix("torchvision/") for name in models.names())]
+        raise UsageError(f"--model {config.model}: unknown; choose {', '.join(OUR_MODELS)} or a classifier of "
+                         f"torchvision.models{nearest(config.model, known)}")
+    for flag, value in (("validation-fraction", config.validation_fraction), ("random-crop", config.random_crop)):
+        if value is not None and not 0 < value < 1:
+            raise UsageError(f"--{flag} {value}: must lie between 0 and 1")
+    if config.image_size is not None and config.image_size < 1:
+        raise UsageError(f"--image-size {config.image_size}: must be at least 1")
+    for flag, value in (("skip-bad", config.skip_bad), ("shift", config.shift)):
+        if value < 0:
+            raise UsageError(f"--{flag} {value}: must not be negative")
+    if config.shift >= image_size(config):
+        raise UsageError(f"--shift {config.shift}: must be below the image size of {image_size(config)}")
+    if config.cache and config.random_crop is not None:
+        raise UsageError(f"--random-crop {config.random_crop}: needs the images at full size, which --cache does not "
+                         f"keep; use --shift, or leave --cache out")
+    if config.cache_dir is not None and not config.cache:
+        raise UsageError(f"--cache-dir {config.cache_dir}: does nothing alone; add --cache")
+
+
+def network(config: ImageFolderConfig) -> str:
+    """The name that models.build knows the network by."""
+    return config.model if config.model in OUR_MODELS else f"torchvision/{config.model}"
+
+
+def image_size(config: ImageFolderConfig) -> int:
+    """Height and width that the network sees."""
+    return config.image_size or (32 if config.model in OUR_MODELS else 224)
+
+
+def load_data(config: ImageFolderConfig, world: World) -> tuple[ImageTree, ImageTree]:
+    """Training and test split: names and labels, no pixels yet."""
+    folder = config.data_dir
+    if config.dataset == "synthetic":
+        if world.local_rank == 0:
+            image_folder.write_synthetic(config.data_dir, seed=config.seed)
+        barrier(world)
+        folder = image_folder.write_synthetic(config.data_dir, seed=config.seed)
+    train, test = image_folder.load(folder, validation_fraction=config.validation_fraction, seed=config.seed)
+    if len(set(gather(world, train.listing_hash() + test.listing_hash()))) > 1:
+        raise DataError(f"--data-dir {folder}: the ranks found different files in it; give every node the same folder")
+    check_size(len(train), config.batch_size)
+    return train, test
+
+
+def build_model(config: ImageFolderConfig, num_classes: int) -> nn.Module:
+    """The network, from the seed, tried on one blank image."""
+    torch.manual_seed(config.seed)
+    model, size = models.build(network(config), num_classes=num_classes), image_size(config)
+    try:
+        with torch.no_grad():
+            model.eval()(torch.zeros(1, 3, size, size))
+    except (RuntimeError, AssertionError) as error:
+        raise UsageError(f"--image-size {size}: {config.model} cannot take 3 x {size} x {size} images "
+                         f"({str(error).strip().splitlines()[0]}); try another size") from None
+    return model.train()
+
+
+def remember_bad_images(config: ImageFolderConfig, world: World, folder: RunFolder) -> BadImages:
+    """The unreadable images of this run, those of before an interruption included; kept in bad_images.json."""
+    def exchange(mine: dict[str, str]) -> list[dict[str, str]]:
+        all_found = gather(world, mine)
+        if any(all_found):
+            folder.write_json("bad_images.json", dict(item for found in all_found for item in found.items()))
+        return all_found
+
+    known = from_main(world, lambda: None if config.resume == "never" else folder.read_json("bad_images.json"))
+    return BadImages(config.skip_bad, exchange=exchange, log=report, known=known)
+
+
+def build_loaders(config: ImageFolderConfig, train: ImageTree, test: ImageTree, world: World,
+                  bad_images: BadImages) -> tuple[TrainBatches, EvaluationBatches] | None:
+    """The loaders of this rank; None if the job was asked to stop while the cache was built."""
+    mean, std = STATISTICS[config.normalize]
+    augmentation = Augmentation(seed=config.seed, mean=mean, std=std, shift=config.shift, flip=config.flip)
+    decoder = Decoder({"train": train, "test": test}, size=image_size(config), fit=config.fit, seed=config.seed,
+                      smallest_area=config.random_crop or 1.0, skip_bad=config.skip_bad, workers=config.workers,
+                      pin_memory=world.device.type == "cuda", prepare_worker=ignore_signals)
+    shard = {"rank": world.rank, "world_size": world.world_size}
+
+    def normalized(images: Tensor) -> Tensor:
+        return normalize(images, mean, std)
+
+    if not config.cache:
+        sampler = ResumableSampler(train, global_batch_size=config.batch_size, seed=config.seed, **shard)
+        return (DecodedTrainLoader(train, decoder, augmentation, sampler, bad_images, device=world.device,
+                                   rank_batch_size=config.rank_batch_size()),
+                DecodedEvaluationLoader(test, decoder, normalized, bad_images, device=world.device, **shard))
+    folder = config.cache_dir or config.data_dir / ".cache"
+    caches = [ImageCache(tree, split, folder, size=image_size(config), fit=config.fit)
+              for tree, split in ((train, "train"), (test, "test"))]
+    for cache in caches:
+        if not fill(cache, decoder, bad_images, world):
+            return None
+    training, testing = (cache.open(bad_images) for cache in caches)
+    device = cache_device(world.device, sum(cache.num_bytes for cache in caches))
+    return (train_loader(training, GatherThenAugment(augmentation), batch_size=config.batch_size, seed=config.seed,
+                         rank_batch_size=config.rank_batch_size(), device=device, **shard),
+            evaluation_loader(testing, normalized, device=device, **shard))
+
+
+def fill(cache: ImageCache, decoder: Decoder, bad_images: BadImages, world: World) -> bool:
+    """Build a cache that is not there, by one rank of each node; False if the job was asked to stop meanwhile."""
+    builds = world.local_rank == 0 and not cache.exists()
+    if builds:
+        report(f"decoding {len(cache.tree):,} images into {cache.path} ({cache.num_bytes / 2**20:.0f} MiB)")
+    return finish_together(world, cache.build(decoder, bad_images) if builds else None, catch_signals())
+
+
+def cache_device(device: torch.device, num_bytes: int) -> torch.device:
+    """Where cached images are kept while training: on the GPU if they leave it enough room, else in the shared file."""
+    if device.type == "cuda" and num_bytes > CACHE_ON_GPU * torch.cuda.get_device_properties(device).total_memory:
+        return torch.device("cpu")
+    return device
+
+
+def describe(config: ImageFolderConfig, class_names: tuple[str, ...]) -> ModelCard:
+    """What predict.py must know."""
+    mean, std = STATISTICS[config.normalize]
+    return ModelCard(trainer="image_folder", model=network(config), class_names=class_names, mean=mean, std=std,
+                     image_size=(image_size(config), image_size(config)), fit=config.fit)
+
+
+def main(config: ImageFolderConfig) -> int:
+    """One run, on this rank; returns the exit code."""
+    check(config)
+    with (process_group(config.backend, device=config.device, timeout_seconds=config.timeout,
+                        threads=config.threads) as world,
+          open_run(config, "image_folder", world) as folder):
+        if folder is None:
+            return 0
+        train, test = load_data(config, world)
+        write_card(folder, describe(config, train.class_names))
+        model = build_model(config, len(train.class_names))
+        batches = build_loaders(config, train, test, world, remember_bad_images(config, world, folder))
+        if batches is None:
+            folder.write_status("PREEMPTED", reason=catch_signals().reason or "")
+            return EXIT_PREEMPTED
+        task = Task(loss=nn.CrossEntropyLoss(label_smoothing=config.label_smoothing), test_loss=nn.CrossEntropyLoss(),
+                    num_classes=len(train.class_names))
+        trainer = build_trainer(config, model, task, world, folder, steps_per_epoch=batches[0].steps_per_epoch,
+                                dataset_fingerprint=from_main(world, train.fingerprint))
+        return complete(config, trainer, *batches, class_names=train.class_names).exit_code
+
+
+if __name__ == "__main__":
+    run(main, ImageFolderConfig, recipes=RECIPES)
