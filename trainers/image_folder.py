@@ -65,7 +65,7 @@ class ImageFolderConfig(TrainConfig):
     data_dir: Path = Path("data")
     """Folder that holds train/ and test/ (or val/), each with one folder per class."""
     validation_fraction: float | None = None
-    """Test on this share of the training images (or of one folder of classes), set apart; a test folder plays no part."""
+    """Test on this share of the training images (or of one folder of classes), set apart; no test folder is used."""
     model: str = "cheatsheet"
     """cheatsheet, net, resnet9 or a classifier of torchvision.models."""
     pretrained: Path | None = None
