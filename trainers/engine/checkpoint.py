@@ -1,8 +1,8 @@
 """Checkpoints that are whole or absent, written in the background; see restore.py for the way back.
 
-A save copies the state into memory kept for it (all that training waits for), and a thread writes a temporary file,
-fsyncs it, reads it back, renames it, fsyncs the folder, and then commits it by writing its manifest the same way.
-A file without a manifest was never finished. Only rank 0 writes; every rank calls, for the parts that are collective.
+Training hands over a snapshot; a thread writes a temporary file, fsyncs it, reads it back, renames it, fsyncs the
+folder, and then commits it by writing its manifest the same way. A file without a manifest was never finished. Only
+rank 0 writes; every rank calls, for the parts that are collective.
 """
 
 import hashlib
@@ -11,102 +11,138 @@ import os
 import shutil
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
+from concurrent import futures
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
-from torch import Tensor
 
-from launch.command_line import CheckpointError, RunError
+from launch.command_line import CheckpointError, NumericError
 from launch.run_folder import RunFolder, replace_file, sync_folder
+from trainers.engine.snapshot import Snapshot, not_finite, tree_bytes
 
 FORMAT = 1
 READ_BYTES = 1 << 22
 
 
 class Checkpointer:
-    """Writes the checkpoints of one run, one at a time."""
+    """Writes the checkpoints of one run, one at a time, and counts what training waited for them."""
 
     def __init__(self, folder: RunFolder, *, keep: int) -> None:
         self.folder, self.keep = folder, keep
         self.last_step: int | None = None
         self.num_saves, self.wait_seconds = 0, 0.0
-        self._snapshot: Any = None
-        self._thread: threading.Thread | None = None
-        self._error: Exception | None = None
+        self._snapshot = Snapshot()
+        self._copied = threading.Event()
+        self._copied.set()
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
+        self._under_way: Future[None] | None = None
 
-    def save(self, state: dict[str, Any], *, is_best: bool = False) -> None:
-        """Copy `state` now and write it in the background; waits first for a save still under way. Rank 0 only.
+    def prepare(self, state: Mapping[str, Any]) -> None:
+        """Get the snapshot's memory in the background, so that the first save is as quick as the others."""
+        self._under_way = self._thread.submit(self._snapshot.allocate, state)
+
+    def save(self, state: Mapping[str, Any], *, is_best: bool = False) -> None:
+        """Begin to copy and write `state`; waits first for a save still under way. Rank 0 only.
+
+        `finish_copy` has to be called before the next optimizer step.
 
         Raises:
             CheckpointError: if the disk is too full, or an earlier save failed.
+            NumericError: if an earlier save found a number that is not finite.
         """
         began = time.perf_counter()
         self.join()
         self.folder.check_fence()
         check_free_space(self.folder.checkpoints, state)
-        self._snapshot = copy_tree(state, self._snapshot)
-        self._thread = threading.Thread(target=self._write, args=(self._snapshot, is_best), name="checkpoint")
-        self._thread.start()
+        self._snapshot.begin(state)
+        self._copied.clear()
+        self._under_way = self._thread.submit(self._copy_and_write, is_best)
         self.last_step = state["step"]
         self.num_saves += 1
         self.wait_seconds += time.perf_counter() - began
+
+    def finish_copy(self) -> None:
+        """Wait until parameters and optimizer state are copied, and so may change."""
+        if not self._copied.is_set():
+            began = time.perf_counter()
+            self._copied.wait()
+            self.wait_seconds += time.perf_counter() - began
+
+    def wait(self) -> None:
+        """Wait for the save under way, whether or not it fails."""
+        if self._under_way is not None:
+            futures.wait([self._under_way])
 
     def join(self) -> None:
         """Wait for the save under way.
 
         Raises:
             CheckpointError: if it failed.
+            NumericError: if it found a number that is not finite.
         """
-        if self._thread is not None:
-            self._thread.join()
-            self._thread = None
-        if self._error is not None:
-            error, self._error = self._error, None
-            raise error
+        if self._under_way is not None:
+            under_way, self._under_way = self._under_way, None
+            under_way.result()
 
-    def _write(self, state: dict[str, Any], is_best: bool) -> None:
+    def _copy_and_write(self, is_best: bool) -> None:
         try:
-            path = write_checkpoint(self.folder.checkpoints, state, check_fence=self.folder.check_fence)
+            self._snapshot.copy_rest()
+        finally:
+            self._copied.set()
+        self._snapshot.wait_for_gpu()
+        try:
+            path = write_checkpoint(self.folder.checkpoints, self._snapshot.tree, check_fence=self.folder.check_fence)
             if is_best:
                 link_best(path)
             prune(self.folder.checkpoints, keep=self.keep)
-        except RunError as error:
-            self._error = error
         except (OSError, RuntimeError) as error:  # torch.save turns a failed write into a RuntimeError
-            self._error = CheckpointError(f"{self.folder.checkpoints}: cannot be written ({error}); free some space, "
-                                          f"then start the same command again")
+            raise CheckpointError(f"{self.folder.checkpoints}: cannot be written ({first_line(error)}); free some "
+                                  f"space, then start the same command again") from None
 
 
-def write_checkpoint(folder: Path, state: dict[str, Any], *, check_fence: Callable[[], None] = lambda: None) -> Path:
+def write_checkpoint(folder: Path, state: Mapping[str, Any], *,
+                     check_fence: Callable[[], None] = lambda: None) -> Path:
     """Write one checkpoint durably and return its path. The manifest, written last, is the commit point.
 
     Raises:
         CheckpointError: if what was read back differs from what was written, or `check_fence` says so.
+        NumericError: if a tensor is not finite: such a file could not be gone on from.
         OSError: as the file system says. The temporary file is removed.
     """
+    if name := not_finite(state):
+        raise NumericError(f"step {state['step']}: {name} is not finite, so it was not saved; lower --learning-rate or "
+                           f"set --clip-grad-norm; the last good checkpoint is kept")
     path = checkpoint_path(folder, state["step"])
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with open(temporary, "wb") as file:
             writer = HashingWriter(file)
-            torch.save(state, writer)  # pyright: ignore[reportArgumentType]
+            torch.save(dict(state), writer)  # pyright: ignore[reportArgumentType]
             file.flush()
             os.fsync(file.fileno())
-        if file_sha256(temporary) != writer.sha256.hexdigest():
+            forget_cached(file)
+        digest = writer.sha256.hexdigest()
+        if file_sha256(temporary) != digest:
             raise CheckpointError(f"{temporary}: differs from what was written; check the disk")
         check_fence()
-        manifest_path(path).unlink(missing_ok=True)  # of an earlier file of this step, about to be replaced
+        keep_earlier(path)
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
     sync_folder(folder)
-    manifest = {"file": path.name, "size": writer.size, "sha256": writer.sha256.hexdigest(), "step": state["step"],
-                "epoch": state["epoch"], "format": FORMAT, "fingerprint": state["fingerprint"]}
     check_fence()
-    replace_file(manifest_path(path), (json.dumps(manifest, indent=2) + "\n").encode(), durable=True)
+    replace_file(manifest_path(path), manifest(state, size=writer.size, sha256=digest), durable=True)
     return path
+
+
+def manifest(state: Mapping[str, Any], *, size: int, sha256: str) -> bytes:
+    """The text that commits a checkpoint. Loading makes it anew from the file and compares, byte by byte."""
+    facts = {"file": checkpoint_path(Path(), state["step"]).name, "size": size, "sha256": sha256,
+             "step": state["step"], "epoch": state["epoch"], "format": FORMAT, "fingerprint": state["fingerprint"]}
+    return (json.dumps(facts, indent=2) + "\n").encode()
 
 
 class HashingWriter:
@@ -126,14 +162,30 @@ class HashingWriter:
         self.file.flush()
 
 
+def forget_cached(file: BinaryIO) -> None:
+    """Ask the kernel to drop its copy of a synced file, so that reading it back reads the disk."""
+    if hasattr(os, "posix_fadvise"):
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
 def checkpoint_path(folder: Path, step: int) -> Path:
     """`step-00000400.pt`: sorts by step."""
     return folder / f"step-{step:08d}.pt"
 
 
+def step_of(path: Path) -> int:
+    """The step in a checkpoint's name."""
+    return int(path.stem.split("-")[1])
+
+
 def manifest_path(path: Path) -> Path:
     """The manifest beside a checkpoint."""
     return path.with_suffix(".json")
+
+
+def committed(folder: Path) -> list[Path]:
+    """The checkpoints that have a manifest, oldest first; `step-N-earlier.pt` sorts before `step-N.pt`."""
+    return [path.with_suffix(".pt") for path in sorted(folder.glob("step-*.json"))]
 
 
 def file_sha256(path: Path) -> str:
@@ -145,65 +197,70 @@ def file_sha256(path: Path) -> str:
     return digest.hexdigest()
 
 
+def give_name(path: Path, name: str) -> None:
+    """A second name in the same folder for a file, replacing what had it: a hard link, or a copy where links fail."""
+    temporary = path.with_name(f".{name}.{os.getpid()}.tmp")
+    temporary.unlink(missing_ok=True)
+    try:
+        os.link(path, temporary)
+    except OSError:
+        shutil.copyfile(path, temporary)
+    os.replace(temporary, path.with_name(name))
+
+
 def link_best(path: Path) -> None:
-    """Make best.pt and best.json this checkpoint: a second name for the same bytes, or a copy where links fail."""
-    for source, name in ((path, "best.pt"), (manifest_path(path), "best.json")):
-        temporary = path.with_name(f".{name}.{os.getpid()}.tmp")
-        temporary.unlink(missing_ok=True)
-        try:
-            os.link(source, temporary)
-        except OSError:
-            shutil.copyfile(source, temporary)
-        os.replace(temporary, path.with_name(name))
+    """Make best.pt and best.json this checkpoint."""
+    give_name(path, "best.pt")
+    give_name(manifest_path(path), "best.json")
     sync_folder(path.parent)
+
+
+def keep_earlier(path: Path) -> None:
+    """Before a step is saved again: its earlier file stays, as `step-N-earlier`, until the new one is committed."""
+    if path.exists() and manifest_path(path).exists():
+        give_name(path, f"{path.stem}-earlier.pt")
+        give_name(manifest_path(path), f"{path.stem}-earlier.json")
+        sync_folder(path.parent)
+    manifest_path(path).unlink(missing_ok=True)
 
 
 def prune(folder: Path, *, keep: int) -> None:
     """Delete all but the newest `keep` committed checkpoints; best.pt is a name of its own and stays."""
-    for manifest in sorted(folder.glob("step-*.json"))[:-keep]:
-        manifest.unlink(missing_ok=True)  # first: a checkpoint without a manifest does not count
-        manifest.with_suffix(".pt").unlink(missing_ok=True)
+    paths = committed(folder)
+    earlier = [path for path in paths if path.stem.endswith("-earlier")]
+    remaining = [path for path in paths if path not in earlier]
+    for path in earlier + remaining[:-keep]:
+        manifest_path(path).unlink(missing_ok=True)  # first: a checkpoint without a manifest does not count
+        path.unlink(missing_ok=True)
 
 
 def sweep(folder: Path) -> None:
-    """Remove what killed saves left behind: temporaries, and checkpoints that were never committed."""
+    """Remove what killed saves left behind: temporaries, and files never committed beside others that were."""
     for path in folder.glob(".*.tmp"):
         path.unlink(missing_ok=True)
-    for path in folder.glob("step-*.pt"):
-        if not manifest_path(path).exists():
+    paths = committed(folder)
+    for path in folder.glob("step-*.pt") if paths else ():  # without any manifest somebody may have lost them
+        if path not in paths:
             path.unlink(missing_ok=True)
+
+
+def set_aside(paths: Iterable[Path], reason: str) -> None:
+    """Rename checkpoints to `step-N.pt.<reason>`: they no longer count, and are nobody's to delete but the user's."""
+    for path in paths:
+        for file in (manifest_path(path), path):  # the manifest first: from then on the other does not count
+            if file.exists():
+                os.replace(file, file.with_name(f"{file.name}.{reason}"))
 
 
 def check_free_space(folder: Path, state: Any) -> None:
     """Raise CheckpointError if the file would not fit, before anything is copied."""
-    needed = tree_bytes(state) * 1.02 + 2**20
+    needed = tree_bytes(state) * 1.02 + 2**20  # the archive's own share is about 1 % at 100 kB a tensor
     free = shutil.disk_usage(folder).free
     if free < needed:
         raise CheckpointError(f"{folder}: a checkpoint needs {needed / 2**20:.0f} MiB and {free / 2**20:.0f} MiB are "
                               f"free; free some space, then start the same command again")
 
 
-def tree_bytes(tree: Any) -> int:
-    """Bytes of all tensors in nested dicts and lists."""
-    if isinstance(tree, Tensor):
-        return tree.nbytes
-    children = tree.values() if isinstance(tree, dict) else tree if isinstance(tree, list | tuple) else ()
-    return sum(tree_bytes(child) for child in children)
-
-
-def copy_tree(tree: Any, into: Any = None) -> Any:
-    """A copy of nested dicts and lists whose tensors lie in CPU memory, reusing the tensors of an earlier copy.
-
-    Allocating anew would cost a page fault for every 4 KiB: several times the copy itself.
-    """
-    if isinstance(tree, Tensor):
-        fits = isinstance(into, Tensor) and into.shape == tree.shape and into.dtype == tree.dtype
-        target = into if fits else torch.empty(tree.shape, dtype=tree.dtype, pin_memory=tree.is_cuda)
-        return target.copy_(tree.detach())
-    if isinstance(tree, dict):
-        known = into if isinstance(into, dict) else {}
-        return {name: copy_tree(child, known.get(name)) for name, child in tree.items()}
-    if isinstance(tree, list | tuple):
-        known = into if isinstance(into, list | tuple) and len(into) == len(tree) else [None] * len(tree)
-        return type(tree)(copy_tree(child, old) for child, old in zip(tree, known, strict=True))
-    return tree
+def first_line(error: Exception) -> str:
+    """What an exception says first."""
+    return (str(error).splitlines() or [type(error).__name__])[0]

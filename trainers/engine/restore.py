@@ -1,14 +1,15 @@
 """Loading a checkpoint: nothing is believed until it has been checked, and a damaged file costs one warning.
 
-Order of checks: manifest, size, sha256 (torch.load itself does not verify its CRCs), torch.load with
-weights_only=True, the keys, and that every tensor is dense and finite. Then, against the model it is for: names,
-shapes and dtypes.
+Order of checks: manifest, size, sha256 (torch.load itself does not verify its CRCs), the archive's own CRCs, torch.load
+with weights_only=True, the keys, that every tensor is dense and finite, and that the manifest is the one that saving
+this state would write. Then, against the run it is for: names, shapes and dtypes, data set and global batch.
 """
 
 import json
 import pickle
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from launch.command_line import CheckpointError
-from trainers.engine.checkpoint import FORMAT, file_sha256, manifest_path
+from trainers.engine.checkpoint import FORMAT, committed, file_sha256, first_line, manifest, manifest_path
+from trainers.engine.snapshot import not_finite
 
 KEYS = ("format", "model", "optimizer", "scaler", "ema", "step", "epoch", "samples_consumed", "best", "history",
         "config", "fingerprint")
@@ -33,62 +35,72 @@ def load_verified(path: Path) -> dict[str, Any]:
         Damaged: if any check fails.
     """
     try:
-        manifest = json.loads(manifest_path(path).read_text())
-        expected_size, expected_hash = int(manifest["size"]), str(manifest["sha256"])
+        written = manifest_path(path).read_bytes()
+        expected = json.loads(written)
+        size, sha256 = int(expected["size"]), str(expected["sha256"])
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise Damaged(f"no readable manifest ({type(error).__name__})") from None
+        raise Damaged(f"no readable manifest {manifest_path(path).name} ({type(error).__name__})") from None
+    state = read_checked(path, size=size, sha256=sha256)
+    check_content(state)
+    if manifest(state, size=size, sha256=sha256) != written:
+        raise Damaged("its manifest describes another state")
+    return state
+
+
+def read_checked(path: Path, *, size: int, sha256: str) -> Any:
+    """What torch.load returns for a file of that size and hash.
+
+    Raises:
+        Damaged: if it is another file, or cannot be read.
+    """
     try:
-        if path.stat().st_size != expected_size:
-            raise Damaged(f"{path.stat().st_size} bytes, the manifest says {expected_size}")
-        if file_sha256(path) != expected_hash:
+        if path.stat().st_size != size:
+            raise Damaged(f"{path.stat().st_size} bytes, the manifest says {size}")
+        if file_sha256(path) != sha256:
             raise Damaged("its sha256 is not the manifest's")
-        if not zipfile.is_zipfile(path):
-            raise Damaged("no zip archive")
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, pickle.UnpicklingError, EOFError) as error:
-        raise Damaged(f"cannot be read ({str(error).splitlines()[0]})") from None
+        with zipfile.ZipFile(path) as archive:
+            if member := archive.testzip():
+                raise Damaged(f"{member} in it fails its CRC")
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except (OSError, RuntimeError, EOFError, zipfile.BadZipFile, pickle.UnpicklingError) as error:
+        raise Damaged(f"cannot be read ({first_line(error)})") from None
+
+
+def check_content(state: Any) -> None:
+    """Check that a loaded object is a state of this format.
+
+    Raises:
+        Damaged: if not.
+    """
     missing = [key for key in KEYS if not isinstance(state, dict) or key not in state]
     if missing:
         raise Damaged(f"lacks {', '.join(missing)}")
     if state["format"] != FORMAT:
         raise Damaged(f"format {state['format']}, this code reads {FORMAT}")
-    for name, tensor in tensors_in(state):
-        if tensor.layout is not torch.strided or not torch.isfinite(tensor).all():
-            raise Damaged(f"{name} is not dense and finite")
-    return state
+    if name := not_finite(state):
+        raise Damaged(f"{name} is not dense and finite")
 
 
-def tensors_in(tree: Any, name: str = "") -> Iterator[tuple[str, Tensor]]:
-    """Every tensor of nested dicts and lists, with its path."""
-    if isinstance(tree, Tensor):
-        yield name, tree
-    elif isinstance(tree, Mapping):
-        for key, child in tree.items():
-            yield from tensors_in(child, f"{name}.{key}" if name else str(key))
-    elif isinstance(tree, list | tuple):
-        for position, child in enumerate(tree):
-            yield from tensors_in(child, f"{name}[{position}]")
+@dataclass(frozen=True, kw_only=True)
+class Newest:
+    """What a folder of checkpoints holds."""
+
+    path: Path = Path()
+    state: dict[str, Any] | None = None
+    """Of the newest that passes every check; None if there is none."""
+    damaged: dict[Path, str]
+    """What is wrong with each newer one, newest first."""
 
 
-def newest_good(folder: Path) -> tuple[Path | None, list[str]]:
-    """The newest checkpoint that passes every check, and a warning for each newer one that does not.
-
-    Raises:
-        CheckpointError: if there are checkpoints and none is good: starting over silently would lose the run.
-    """
-    warnings = []
-    manifests = sorted(folder.glob("step-*.json"), reverse=True)
-    for manifest in manifests:
-        path = manifest.with_suffix(".pt")
+def newest_good(folder: Path) -> Newest:
+    """The newest checkpoint that passes every check, and the newer ones that do not."""
+    damaged: dict[Path, str] = {}
+    for path in reversed(committed(folder)):
         try:
-            load_verified(path)
-            return path, warnings
+            return Newest(path=path, state=load_verified(path), damaged=damaged)
         except Damaged as damage:
-            warnings.append(f"WARNING checkpoint: {path}: {damage}; falling back to the one before")
-    if manifests:
-        raise CheckpointError(f"{folder}: none of {len(manifests)} checkpoints is whole (newest: {warnings[0]}); "
-                              f"use --resume never to start over, or another --run-name")
-    return None, warnings
+            damaged[path] = str(damage)
+    return Newest(damaged=damaged)
 
 
 def load_or_fail(path: Path) -> dict[str, Any]:
@@ -102,26 +114,39 @@ def load_or_fail(path: Path) -> dict[str, Any]:
     try:
         return load_verified(path)
     except Damaged as damage:
-        raise CheckpointError(f"{path}: {damage}; use another checkpoint") from None
+        raise CheckpointError(f"{path}: {damage}; use another checkpoint, or --init-from if only its weights are "
+                              f"wanted") from None
 
 
-def check_fits(state: Mapping[str, Any], model: nn.Module, source: Path, *, fingerprint: Mapping[str, Any]) -> None:
-    """Compare a checkpoint with the model and data it is to go on with.
+def check_fits(state: Mapping[str, Any], model: nn.Module, source: Path, *, config: Mapping[str, Any] | None = None,
+               fingerprint: Mapping[str, Any] | None = None) -> None:
+    """Compare a checkpoint with the model, and the flags and data, that it is to go on with.
 
     Raises:
         CheckpointError: with the first three differences.
     """
     differences = model_differences(state["model"], model.state_dict())
+    for name in ("optimizer", "ema_decay", "freeze"):  # they decide what the optimizer's state looks like
+        was, now = state["config"].get(name), (config or {}).get(name)
+        if config is not None and was != now:
+            differences.append(f"--{name.replace('_', '-')} was {was} and is {now}")
     for name in ("dataset", "global_batch_size"):
-        if name in fingerprint and state["fingerprint"].get(name) != fingerprint[name]:
-            differences.append(f"{name} was {state['fingerprint'].get(name)} and is {fingerprint[name]}")
+        was, now = state["fingerprint"].get(name), (fingerprint or {}).get(name)
+        if fingerprint is not None and was != now:
+            differences.append(f"{name} was {was} and is {now}")
     if differences:
-        more = f" and {len(differences) - 3} more" if len(differences) > 3 else ""
-        raise CheckpointError(f"{source}: does not fit this run: {'; '.join(differences[:3])}{more}; use the flags and "
-                              f"data it was made with, or another --run-name")
+        raise CheckpointError(f"{source}: does not fit this run: {first_three(differences)}; use the flags and data it "
+                              f"was made with, or another --run-name")
 
 
-def model_differences(saved: Mapping[str, Tensor], current: Mapping[str, Tensor]) -> list[str]:
+def first_three(differences: list[str]) -> str:
+    """The first three of a list, and how many more there are."""
+    more = f" and {len(differences) - 3} more" if len(differences) > 3 else ""
+    return "; ".join(differences[:3]) + more
+
+
+def model_differences(saved: Mapping[str, Tensor], current: Mapping[str, Tensor], *,
+                      compare_dtypes: bool = True) -> list[str]:
     """Sentences about names, shapes and dtypes that differ."""
     differences = [f"{name} is not in the checkpoint" for name in current if name not in saved]
     differences += [f"{name} is not in the model" for name in saved if name not in current]
@@ -129,6 +154,6 @@ def model_differences(saved: Mapping[str, Tensor], current: Mapping[str, Tensor]
         if name in saved and saved[name].shape != current[name].shape:
             differences.append(f"{name} is {tuple(saved[name].shape)} in the checkpoint and "
                                f"{tuple(current[name].shape)} in the model")
-        elif name in saved and saved[name].dtype != current[name].dtype:
+        elif name in saved and compare_dtypes and saved[name].dtype != current[name].dtype:
             differences.append(f"{name} is {saved[name].dtype} in the checkpoint and {current[name].dtype} here")
     return differences

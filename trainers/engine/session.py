@@ -22,18 +22,20 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from launch.command_line import EXIT_DONE, EXIT_PREEMPTED, CheckpointError, UsageError, one_line
-from launch.launcher import default_run_name
+from launch.launcher import default_run_name, job_identity
 from launch.process_group import World, from_main, process_group
 from launch.run_folder import RunFolder
 from launch.stop import catch_signals
-from trainers.engine.checkpoint import Checkpointer, sweep
+from trainers.engine.checkpoint import Checkpointer
 from trainers.engine.config import MAY_CHANGE, TrainConfig
-from trainers.engine.metrics import Evaluation, equal_on_all_ranks
+from trainers.engine.metrics import Evaluation
 from trainers.engine.optimizer import build_optimizer
 from trainers.engine.parallel import choose_parallel, freeze, num_parameters, parallelize, unwrap
 from trainers.engine.precision import Precision
+from trainers.engine.pretrained import load_pretrained
 from trainers.engine.progress import say
-from trainers.engine.restore import check_fits, load_or_fail, newest_good
+from trainers.engine.restore import check_fits, load_or_fail
+from trainers.engine.resume import check_same_on_all_ranks, choose_checkpoint, load_for_evaluation
 from trainers.engine.schedule import schedule
 from trainers.engine.trainer import EvaluationBatches, Task, TrainBatches, Trainer
 
@@ -112,7 +114,8 @@ def build_trainer(config: TrainConfig, model: nn.Module, task: Task, world: Worl
         frozen_norms=frozen_norms, channels_last=config.channels_last, max_bad_steps=config.max_bad_steps,
         config=plain(config),
         fingerprint={"dataset": dataset_fingerprint, "global_batch_size": config.batch_size,
-                     "world_size": world.world_size, "threads": world.threads, "torch": str(torch.__version__)},
+                     "world_size": world.world_size, "threads": world.threads, "torch": str(torch.__version__),
+                     **job_identity()},
     )
 
 
@@ -126,31 +129,27 @@ def resume(config: TrainConfig, trainer: Trainer) -> str:
         CheckpointError: if no checkpoint is whole, it does not fit, or the ranks loaded different weights.
     """
     world, folder = trainer.world, trainer.folder
-    source = from_main(world, lambda: choose_checkpoint(config, folder))
+    source = from_main(world, lambda: choose_checkpoint(config.resume, folder))
     if source is None:
         from_main(world, lambda: folder.truncate_metrics(-1))
-        return "from the start"
+        return "from the start" if config.init_from is None else start_from_weights(trainer, config.init_from)
     state = load_or_fail(source)
-    check_fits(state, unwrap(trainer.model), source, fingerprint=trainer.fingerprint)
+    check_fits(state, unwrap(trainer.model), source, config=trainer.config, fingerprint=trainer.fingerprint)
     trainer.load_state(state)
-    if not equal_on_all_ranks(weights_sha256(unwrap(trainer.model)), world):
-        raise CheckpointError(f"{source}: the ranks loaded different weights; is --output-dir one shared folder?")
+    check_same_on_all_ranks(trainer, source)
     from_main(world, lambda: folder.truncate_metrics(trainer.step))
     return f"from {source.name}, step {trainer.step}, epoch {trainer.epoch}"
 
 
-def choose_checkpoint(config: TrainConfig, folder: RunFolder) -> Path | None:
-    """By `--resume`; what is on disk decides, never a restart counter. Tidies up what killed saves left."""
-    if config.resume == "never":
-        folder.set_aside()
-        return None
-    sweep(folder.checkpoints)
-    if config.resume != "auto":
-        return Path(config.resume)
-    path, warnings = newest_good(folder.checkpoints)
-    for warning in warnings:
-        say(warning)
-    return path
+def start_from_weights(trainer: Trainer, path: Path) -> str:
+    """`--init-from`: weights of a file, nothing else of it.
+
+    Raises:
+        CheckpointError: if they cannot be read or do not fit, or the ranks loaded different ones.
+    """
+    part = load_pretrained(unwrap(trainer.model), path)
+    check_same_on_all_ranks(trainer, path)
+    return f"from the weights in {path}{part}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -190,9 +189,7 @@ def evaluate_only(config: TrainConfig, trainer: Trainer, test: EvaluationBatches
                   began: float) -> Outcome:
     """`--evaluate PATH`: the result of a checkpoint; nothing is trained."""
     assert config.evaluate is not None
-    state = load_or_fail(config.evaluate)
-    check_fits(state, unwrap(trainer.model), config.evaluate, fingerprint={})
-    trainer.load_state(state)
+    load_for_evaluation(config.evaluate, trainer)
     evaluation = trainer.evaluate(test)
     if evaluation is None:
         return Outcome(exit_code=EXIT_PREEMPTED)

@@ -114,6 +114,7 @@ class Trainer:
             self.checkpointer.join()
             return "done"
         finally:
+            self.checkpointer.wait()  # before the run folder is given up
             progress.close()
 
     def _train_epoch(self, train: TrainBatches, last_step: int, agreement: StopAgreement, progress: Progress,
@@ -127,6 +128,8 @@ class Trainer:
         self._steps_began = time.perf_counter()
         while self.samples_consumed < train.steps_per_epoch * train.global_batch_size and self.step < last_step:
             self.train_step(batches)
+            if self._trained_here == 0 and self.world.is_main:
+                self.checkpointer.prepare(self.state([]))  # the optimizer has its state now
             self.samples_consumed += train.global_batch_size
             self._trained_here += train.global_batch_size
             step_in_epoch = self.samples_consumed // train.global_batch_size
@@ -166,6 +169,7 @@ class Trainer:
         if self.clip_grad_norm is not None:
             self.precision.unscale(self.optimizer)
             nn.utils.clip_grad_norm_(self.trained, self.clip_grad_norm)
+        self.checkpointer.finish_copy()
         self.precision.step(self.optimizer)
         self.optimizer.zero_grad(set_to_none=True)
         if self.ema is not None:
@@ -289,7 +293,7 @@ class Trainer:
     def state(self, running: list[list[float]]) -> dict[str, Any]:
         """Everything a checkpoint holds; tensors are the live ones."""
         return {
-            "model": unwrap(self.model).state_dict(), "optimizer": self.optimizer.state_dict(),
+            "model": unwrap(self.model).state_dict(keep_vars=True), "optimizer": self.optimizer.state_dict(),
             "scaler": self.precision.state_dict(),
             "ema": self.ema.module.state_dict() if self.ema is not None else None,
             "step": self.step, "epoch": self.epoch, "samples_consumed": self.samples_consumed, "best": self.best,

@@ -1,0 +1,120 @@
+"""Where a run goes on: which checkpoint, by `--resume` and what is on disk, and putting its weights into a trainer."""
+
+import hashlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.optim.swa_utils import AveragedModel
+
+from launch.command_line import CheckpointError, report
+from launch.launcher import job_identity
+from launch.run_folder import RunFolder
+from trainers.engine.checkpoint import committed, link_best, set_aside, step_of, sweep
+from trainers.engine.metrics import equal_on_all_ranks
+from trainers.engine.parallel import unwrap
+from trainers.engine.restore import Newest, check_fits, load_or_fail, newest_good
+from trainers.engine.snapshot import tensors_in
+from trainers.engine.trainer import Trainer
+
+
+def choose_checkpoint(resume: str, folder: RunFolder) -> Path | None:
+    """What to go on from, by `--resume` and by what is on disk; None for the start. Rank 0 only.
+
+    Tidies up what killed saves left, and renames damaged files, so that retention does not count them.
+
+    Raises:
+        CheckpointError: if there are checkpoints and none is whole: starting over silently would lose the run.
+    """
+    sweep(folder.checkpoints)
+    newest = newest_good(folder.checkpoints)
+    if not goes_on(resume, newest.state):
+        return begin_anew(resume, folder)
+    if newest.state is None:
+        check_nothing_is_lost(folder.checkpoints, newest)
+        return None
+    if newest.damaged:
+        reasons = ", ".join(f"{path} ({reason})" for path, reason in newest.damaged.items())
+        report(f"WARNING checkpoint: {reasons}: kept as *.damaged; going on from {newest.path.name}")
+        set_aside(newest.damaged, "damaged")
+    if (newest.state["best"] or {}).get("step") == newest.state["step"]:
+        link_best(newest.path)  # a kill between its two links is mended here
+    return newest.path
+
+
+def goes_on(resume: str, state: Mapping[str, Any] | None) -> bool:
+    """Whether the run's own newest checkpoint is what `--resume` means.
+
+    `never` and PATH say how a run begins: the same job restarted, or the same PATH given again, goes on where it was.
+    """
+    if resume == "auto" or state is None:
+        return resume == "auto"
+    if resume == "never":
+        mine, was = job_identity(), state["fingerprint"]
+        return mine["job"] is not None and was.get("job") == mine["job"] and mine["restart"] > was["restart"]
+    return state["config"].get("resume") == resume
+
+
+def begin_anew(resume: str, folder: RunFolder) -> Path | None:
+    """Begin at the start or at a checkpoint that the user named; what the run had after that is renamed, not deleted.
+
+    Raises:
+        CheckpointError: if that checkpoint is missing or damaged.
+    """
+    if resume == "never":
+        folder.set_aside()
+        return None
+    path = Path(resume)
+    step = load_or_fail(path)["step"]
+    if path.resolve().parent == folder.checkpoints.resolve():
+        set_aside([own for own in committed(folder.checkpoints) if step_of(own) > step], "superseded")
+    else:
+        folder.set_aside()
+    return path
+
+
+def check_nothing_is_lost(checkpoints: Path, newest: Newest) -> None:
+    """Called where no checkpoint is whole.
+
+    Raises:
+        CheckpointError: if one is damaged.
+    """
+    if newest.damaged:
+        path, reason = next(iter(newest.damaged.items()))
+        raise CheckpointError(f"{path}: {reason}, and of {len(newest.damaged)} checkpoints none is whole; use --resume "
+                              f"never to start over, or another --run-name")
+    if uncommitted := sorted(checkpoints.glob("step-*.pt")):
+        report(f"WARNING checkpoint: {uncommitted[-1]}: has no manifest, so was never finished; starting over")
+
+
+def load_for_evaluation(path: Path, trainer: Trainer) -> None:
+    """Put a checkpoint's weights, and their moving average if it has one, into the trainer; flags need not agree.
+
+    Raises:
+        CheckpointError: if it is missing, damaged or of another model, or the ranks loaded different files.
+    """
+    state, model = load_or_fail(path), unwrap(trainer.model)
+    check_fits(state, model, path)
+    model.load_state_dict(state["model"])
+    trainer.ema = None
+    if state["ema"] is not None:
+        trainer.ema = AveragedModel(model)
+        trainer.ema.module.load_state_dict(state["ema"])
+    trainer.step, trainer.epoch, trainer.best = state["step"], state["epoch"], state["best"]
+    check_same_on_all_ranks(trainer, path)
+
+
+def check_same_on_all_ranks(trainer: Trainer, source: Path) -> None:
+    """Compare hashes of weights and optimizer state. A collective.
+
+    Raises:
+        CheckpointError: on every rank, if any differs.
+    """
+    digest = hashlib.sha256()
+    average = trainer.ema.module.state_dict() if trainer.ema is not None else None
+    for name, tensor in tensors_in([unwrap(trainer.model).state_dict(), average, trainer.optimizer.state_dict()]):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+    if not equal_on_all_ranks(digest.hexdigest(), trainer.world):
+        raise CheckpointError(f"{source}: the ranks loaded different weights; let every node see the same folder")
