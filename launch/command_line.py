@@ -30,6 +30,8 @@ class RunError(Exception):
 
     kind = "run"
     exit_code = 1
+    reporter: bool | None = None
+    """Whether this rank is the one to report it; None where all ranks find the same, and rank 0 speaks."""
 
 
 class UsageError(RunError):
@@ -74,8 +76,9 @@ def one_line(error: Exception) -> str | None:
 
 
 def launched_rank() -> int:
-    """The rank that torchrun or srun gave this process; 0 when neither did."""
-    return int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")))
+    """The rank that torchrun or srun gave this process; 0 when neither did, or what they gave is no number."""
+    text = os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0"))
+    return int(text) if text.isdecimal() else 0
 
 
 def parse(config_class: type, *, recipes: Mapping[str, Mapping[str, Any]] | None = None,
@@ -144,7 +147,7 @@ def plain_text(boxed: str) -> str:
 
 def report(line: str) -> None:
     """Write one whole line to stderr, in one write so that ranks sharing a terminal do not mix theirs."""
-    with contextlib.suppress(OSError, ValueError):  # a closed terminal must not hide the exit code
+    with contextlib.suppress(OSError, ValueError, AttributeError):  # a closed terminal must not hide the exit code
         sys.stderr.write(f"{line}\n")
         sys.stderr.flush()
 
@@ -162,7 +165,8 @@ def run(main: Callable[[Any], int | None], config_class: type, *,
         line = one_line(error)
         if line is None:
             raise
-        if launched_rank() == 0:
+        reporter = getattr(error, "reporter", None)
+        if launched_rank() == 0 if reporter is None else reporter:
             report(line)
         sys.exit(error.exit_code)  # pyright: ignore[reportAttributeAccessIssue]
     except KeyboardInterrupt:

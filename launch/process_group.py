@@ -9,7 +9,7 @@ meet at MASTER_ADDR:MASTER_PORT, and the group is taken down again however the b
 
 import contextlib
 import os
-import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -19,7 +19,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
-from launch.command_line import DistributedError, one_line, report
+from launch.command_line import DeviceError, DistributedError, one_line, report
 from launch.launcher import Launch, read_launch
 from launch.machine import (
     choose_backend,
@@ -28,12 +28,12 @@ from launch.machine import (
     keep_freed_memory,
     use_deterministic_kernels,
 )
-from launch.network import interface_towards
+from launch.rendezvous import RENDEZVOUS_SECONDS, meet, store_is_hosted_by_torchrun
 from launch.watchdog import Watchdog
 
 T = TypeVar("T")
-RENDEZVOUS_SECONDS = 60  # for all ranks to have started; torchrun or srun starts them together
 GRACE_SECONDS = 10  # a collective gives up this long after the watchdog has named the rank that hangs
+TEARDOWN_SECONDS = 30  # gloo needs milliseconds
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,6 +71,44 @@ def process_group(backend: str = "auto", *, device: str = "auto", timeout_second
         DistributedError: if the ranks do not all arrive within a minute.
     """
     launch = read_launch()
+    grouped = launch.launcher == "torchrun" or launch.world_size > 1
+    watchdog = Watchdog(
+        rank=launch.rank, world_size=launch.world_size, timeout_seconds=timeout_seconds, has_launcher=grouped,
+        first_without_store=launch.local_world_size if store_is_hosted_by_torchrun() else 1)
+    watchdog.start()  # before the ranks meet: their launcher may die meanwhile
+    try:
+        store = meet(launch, timeout_seconds) if grouped else None
+        watchdog.start(store)
+        try:
+            world = prepare(launch, watchdog, backend, device=device, threads=threads, deterministic=deterministic)
+            if store is not None:
+                join(world, launch, store, timeout_seconds)
+            yield world
+        except Exception as error:
+            leave_together(watchdog, error)
+            raise
+    finally:
+        watchdog.stop()
+        if dist.is_initialized():
+            take_down()
+
+
+def take_down() -> None:
+    """Destroy the group, or else the process: NCCL may wait for ever for a rank that is gone."""
+    last_resort = threading.Timer(TEARDOWN_SECONDS, os._exit, [DistributedError.exit_code])
+    last_resort.daemon = True
+    last_resort.start()
+    dist.destroy_process_group()
+    last_resort.cancel()
+
+
+def prepare(launch: Launch, watchdog: Watchdog, backend: str, *, device: str, threads: int | None,
+            deterministic: bool) -> World:
+    """Choose this rank's device, threads and backend, and set torch up for them.
+
+    Raises:
+        DeviceError: for a device or backend that is not here.
+    """
     chosen = choose_device(device, launch)
     num_threads = choose_threads(threads, launch)
     torch.set_num_threads(num_threads)
@@ -81,62 +119,11 @@ def process_group(backend: str = "auto", *, device: str = "auto", timeout_second
     else:
         torch.cuda.set_device(chosen)
     grouped = launch.launcher == "torchrun" or launch.world_size > 1
-    world = World(
+    return World(
         rank=launch.rank, local_rank=launch.local_rank, world_size=launch.world_size,
         local_world_size=launch.local_world_size, device=chosen, launcher=launch.launcher, threads=num_threads,
-        backend=choose_backend(backend, chosen) if grouped else None,
-        watchdog=Watchdog(rank=launch.rank, world_size=launch.world_size, timeout_seconds=timeout_seconds,
-                          has_launcher=grouped),
+        backend=choose_backend(backend, chosen) if grouped else None, watchdog=watchdog,
     )
-    if grouped:
-        store = meet(launch, timeout_seconds)
-        join(world, launch, store, timeout_seconds)
-        world.watchdog.start(store)
-    try:
-        yield world
-    except Exception as error:
-        leave_together(world, error)
-        raise
-    finally:
-        world.watchdog.stop()
-        if dist.is_initialized():
-            dist.destroy_process_group()
-
-
-def meet(launch: Launch, timeout_seconds: float) -> dist.Store:
-    """The key-value store that every rank can reach: torchrun's agent hosts it, or else rank 0."""
-    choose_interface(launch)
-    hosted_by_agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-    wait = timedelta(seconds=min(RENDEZVOUS_SECONDS, timeout_seconds))
-    where = f"{launch.address}:{launch.port} (interface {os.environ.get('GLOO_SOCKET_IFNAME', 'default')})"
-    try:
-        store = dist.TCPStore(launch.address, launch.port, is_master=launch.rank == 0 and not hosted_by_agent,
-                              timeout=wait, wait_for_workers=False)
-        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")  # the agent's store outlives its ranks
-        shared = dist.PrefixStore(f"trainers/{attempt}", store)
-        shared.add("arrived", 1)
-        shared.set(f"arrived/{launch.rank}", "")
-        shared.wait([f"arrived/{rank}" for rank in range(launch.world_size)], wait) if launch.rank == 0 else None
-        return shared
-    except RuntimeError as error:  # torch's DistError and its kin
-        raise DistributedError(
-            f"rank {launch.rank} of {launch.world_size} at {where}: not all ranks met within "
-            f"{wait.total_seconds():.0f} s ({str(error).splitlines()[0][:120]}); check that every node can reach that "
-            f"host and port, or set GLOO_SOCKET_IFNAME and MASTER_PORT"
-        ) from None
-
-
-def choose_interface(launch: Launch) -> None:
-    """Have gloo listen where its peers are: loopback on one node, else the interface that leads to the meeting place.
-
-    Left alone, gloo takes the address its host name resolves to, which on many systems is 127.0.1.1.
-    """
-    if "GLOO_SOCKET_IFNAME" in os.environ or sys.platform != "linux":
-        return
-    if launch.local_world_size == launch.world_size:
-        os.environ["GLOO_SOCKET_IFNAME"] = "lo"
-    elif name := interface_towards(launch.address):
-        os.environ["GLOO_SOCKET_IFNAME"] = name
 
 
 def join(world: World, launch: Launch, store: dist.Store, timeout_seconds: float) -> None:
@@ -158,16 +145,35 @@ def join(world: World, launch: Launch, store: dist.Store, timeout_seconds: float
         ) from None
 
 
-def leave_together(world: World, error: Exception) -> None:
-    """Report an error from one rank; a rank that is not the first to fail exits here, quietly."""
-    lost_peer = world.world_size > 1 and one_line(error) is None and is_lost_peer(error)
-    exit_code = DistributedError.exit_code if lost_peer else getattr(error, "exit_code", 1)
-    if not world.watchdog.claim_report():
-        raise SystemExit(exit_code) from None
-    line = world.watchdog.lost_peer_line() if lost_peer else one_line(error)
-    if line is not None:
+def leave_together(watchdog: Watchdog, error: Exception) -> None:
+    """Report an error from one rank and exit; a rank that is not the first to fail exits quietly.
+
+    Returns only for an error that is our bug, on the rank that is to show its traceback.
+    """
+    known = explained(error)
+    first = watchdog.claim_report()
+    if first and isinstance(known, LostPeer):
+        report(watchdog.lost_peer_line())
+    elif first and (line := one_line(known)) is not None:
         report(line)
-        raise SystemExit(exit_code) from None
+    watchdog.leave()
+    if not first or one_line(known) is not None:
+        raise SystemExit(getattr(known, "exit_code", 1)) from None
+
+
+class LostPeer(DistributedError):
+    """A collective failed because another rank has ended, or did not come."""
+
+
+def explained(error: Exception) -> Exception:
+    """What torch raises for a lost rank or a lack of memory, as one of our errors; any other error unchanged."""
+    if one_line(error) is not None:
+        return error
+    text = str(error).lower()
+    if isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in text:
+        return DeviceError(f"memory: {str(error).splitlines()[0] if text else 'used up'}; lower --batch-size, raise "
+                           f"--accumulation-steps, or use --precision bf16")
+    return LostPeer("another rank was lost") if is_lost_peer(error) else error
 
 
 def is_lost_peer(error: Exception) -> bool:
@@ -190,6 +196,7 @@ def from_main(world: World, action: Callable[[], T]) -> T:
     The other ranks wait meanwhile, at most the collective timeout. The value must be picklable and small.
     """
     outcome: list[Any] = [None, None]
+    world.watchdog.mark(world.watchdog.step, "main" if world.is_main else "reduce")
     if world.is_main:
         try:
             outcome[0] = action()

@@ -25,6 +25,8 @@ class StopRequest:
 
     def __init__(self) -> None:
         self.reason: str | None = None
+        self.launcher: int | None = None
+        """The process that started this one, known before it can have died unnoticed."""
         self._interrupted_at: float | None = None
 
     def __bool__(self) -> bool:
@@ -49,6 +51,7 @@ _request = StopRequest()  # one a process, as signal handlers are
 
 def catch_signals() -> StopRequest:
     """Install the handlers (main thread only; again is harmless) and return this process's request."""
+    _request.launcher = _request.launcher or os.getppid()
     for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
         signal.signal(number, _request.handle)
     return _request

@@ -1,56 +1,62 @@
 """A thread beside the training loop that sees what the loop cannot while it waits for its peers.
 
 Twice a second it tells the other ranks how far this one is, passes a stop request on, and looks for trouble: a
-launcher that has died (then this rank leaves too, so that no orphan keeps a GPU), or a loop that has made no
-progress for the timeout (then the rank that hangs is named, with its Python stack, and the job ends).
+launcher that has died (then this rank leaves too, so that no orphan keeps a GPU), a rank that has reported an error
+while this one does not notice, or a loop that has made no progress for the timeout (then the rank that hangs is
+named, with its Python stack, and the job ends).
 """
 
 import contextlib
 import faulthandler
-import json
 import os
 import sys
 import threading
 import time
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from launch.command_line import DistributedError, report
+from launch.heartbeats import STALE_SECONDS, Heartbeats
 from launch.stop import stop_request
 
 if TYPE_CHECKING:
     import torch.distributed as dist
 
 TICK_SECONDS = 0.5
-WAITING = ("backward", "reduce")  # phases in which a rank may be waiting for another
-STALE_SECONDS = 1.3  # a live rank has sent another beat by then
+LEAVE_SECONDS = 4.0  # for a rank to notice by itself that another has reported an error
+WAITING = ("backward", "reduce", "left")  # phases in which a rank may be waiting for another
 
 
 class Watchdog:
-    """Heartbeats, hang detection and the one-report-a-job rule. Without a store (one process) it does none of it."""
+    """Heartbeats, hang detection and the one-report-a-job rule; without a store (one process) only the first."""
 
     def __init__(self, *, rank: int = 0, world_size: int = 1, timeout_seconds: float = 300,
-                 has_launcher: bool = False) -> None:
+                 has_launcher: bool = False, first_without_store: int = 1) -> None:
         self.rank, self.world_size = rank, world_size
         self.timeout_seconds = timeout_seconds
+        self.first_without_store = first_without_store
+        """The rank that speaks when the store has died with its host: the first of those that live elsewhere."""
         self.on_tick: list[Callable[[], None]] = []
         self.step, self.phase = 0, "start"
         self._changed_at = time.monotonic()
-        self._parent = os.getppid() if has_launcher else None
-        self._store: dist.Store | None = None
+        self._launcher = (stop_request().launcher or os.getppid()) if has_launcher else None
+        self._heartbeats: Heartbeats | None = None
+        self._before: dict[int, int] | None = None  # heartbeats counted a while before the timeout
+        self._reported_at: float | None = None
+        self._claimed = threading.Lock()  # taken once: this process reports at most one error
         self._stopping = threading.Event()
         self._thread: threading.Thread | None = None
-        self._num_beats = 0
 
     def mark(self, step: int, phase: str) -> None:
         """Say that the training loop is alive and where: cheap enough for every phase of every step."""
         self.step, self.phase, self._changed_at = step, phase, time.monotonic()
 
     def start(self, store: "dist.Store | None" = None) -> None:
-        """Begin to watch. `store` is used from this thread alone, through a connection of its own."""
-        self._store = store.clone() if store is not None else None  # pyright: ignore[reportAttributeAccessIssue]
+        """Begin to watch; again with a store when there is one. It is used through a connection of its own."""
+        if store is not None:
+            self._heartbeats = Heartbeats(store, rank=self.rank, world_size=self.world_size)
+        self.mark(self.step, self.phase)
         if self._thread is None:
-            self.mark(self.step, self.phase)
             self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
             self._thread.start()
 
@@ -60,79 +66,109 @@ class Watchdog:
         if self._thread is not None:
             self._thread.join(timeout=5)
 
+    def launcher_died(self) -> bool:
+        """Whether the process that started this one is gone: it has then been given another parent."""
+        return self._launcher is not None and os.getppid() != self._launcher
+
     def claim_report(self) -> bool:
         """Whether this rank is the first of the job to report an error, and so the one whose line is shown."""
-        if self._store is None:
+        if not self._claimed.acquire(blocking=False):
+            return False
+        if self._heartbeats is None:
             return True
         try:
-            return self._store.add("reported", 1) == 1
-        except RuntimeError:  # the store died with its host, rank 0 or torchrun: the lowest rank left speaks
-            return self.rank <= 1
+            return self._heartbeats.first_to_report()
+        except RuntimeError:  # the store died with its host: with torchrun, or with rank 0
+            return self.rank == (0 if self.launcher_died() else self.first_without_store)
+
+    def leave(self) -> None:
+        """Tell the others that this rank ends of its own will, so that they do not take it for one that was lost."""
+        self.phase = "left"
+        if self._heartbeats is not None:
+            with contextlib.suppress(RuntimeError):
+                self._heartbeats.send(self.step, "left")
 
     def lost_peer_line(self) -> str:
         """The line for a collective that failed because some rank is gone: names those without a heartbeat."""
-        silent = self._silent_ranks()
+        if self.launcher_died():
+            return self._launcher_line()
+        silent = self._silent_after_a_while()
         who = f"rank {', '.join(map(str, silent))}" if silent else "another rank"
         return (f"ERROR distributed: {who} of {self.world_size}: ended without a word at about step {self.step}; "
                 f"see its output above or the system log (killed, out of memory?), then start the same command again")
 
+    def _launcher_line(self) -> str:
+        return (f"ERROR distributed: rank {self.rank} of {self.world_size}: its launcher died at step {self.step}; "
+                f"start the same command again")
+
     def _watch(self) -> None:
         interval = TICK_SECONDS * max(1.0, self.world_size / 64)  # what the store must serve does not grow with W
         while not self._stopping.wait(interval):
-            if self._parent is not None and os.getppid() != self._parent:
-                if self.rank == 0:
-                    report(f"ERROR distributed: rank {self.rank}: its launcher died at step {self.step}; "
-                           f"start the same command again")
-                os._exit(DistributedError.exit_code)
+            if self.launcher_died():
+                self._leave_with_the_launcher()
             for action in self.on_tick:
                 action()
             with contextlib.suppress(RuntimeError):  # a store that died with its host; the collectives will say so
                 self._beat()
-            if self.world_size > 1 and time.monotonic() - self._changed_at > self.timeout_seconds:
-                self._end_the_hang()
+            if self._heartbeats is not None and self.world_size > 1:
+                self._check_progress()
+
+    def _leave_with_the_launcher(self) -> None:
+        if self.rank == 0 and self._claimed.acquire(blocking=False):
+            report(self._launcher_line())
+        os._exit(DistributedError.exit_code)
 
     def _beat(self) -> None:
-        if self._store is None:
+        """Send a heartbeat; take over a stop request, and leave some time after another rank's error."""
+        if self._heartbeats is None or self.phase == "left":
             return
-        self._num_beats += 1
-        self._store.set(f"beat/{self.rank}", json.dumps([self._num_beats, self.step, self.phase]))
+        self._heartbeats.send(self.step, self.phase)
         request = stop_request()
         if request:
-            self._store.set("stop", request.reason or "")
-        elif self._store.check(["stop"]):
+            self._heartbeats.ask_all_to_stop()
+        elif self._heartbeats.asked_to_stop():
             request.ask("another rank was asked to stop")
+        if self._heartbeats.anyone_reported() and not self._claimed.locked():
+            self._reported_at = self._reported_at or time.monotonic()
+            if time.monotonic() - self._reported_at > LEAVE_SECONDS:
+                os._exit(DistributedError.exit_code)
 
-    def _beats(self) -> dict[int, list[Any]]:
-        """The last beat [count, step, phase] of every rank that has sent one."""
-        assert self._store is not None
-        ranks = [rank for rank in range(self.world_size) if self._store.check([f"beat/{rank}"])]
-        return {rank: json.loads(self._store.get(f"beat/{rank}")) for rank in ranks}
+    def _check_progress(self) -> None:
+        """Compare heartbeats from shortly before the timeout with those at the timeout."""
+        assert self._heartbeats is not None
+        idle = time.monotonic() - self._changed_at
+        if idle < max(self.timeout_seconds - STALE_SECONDS, self.timeout_seconds / 2):
+            self._before = None
+        elif self._before is None:
+            self._before = self._heartbeats.counts()
+        elif idle > self.timeout_seconds:
+            self._end_the_hang(self._heartbeats.silent_since(self._before))
 
-    def _silent_ranks(self) -> list[int]:
+    def _silent_after_a_while(self) -> list[int]:
         """Ranks whose heartbeat does not change for a while."""
-        try:
-            before = self._beats()
-            time.sleep(STALE_SECONDS)
-            after = self._beats()
-        except RuntimeError:
-            return [0]  # the store's host
-        return [rank for rank in range(self.world_size)
-                if rank != self.rank and (rank not in after or after[rank][0] == before.get(rank, [None])[0])]
+        if self._heartbeats is None:
+            return []
+        before = self._heartbeats.counts()
+        time.sleep(STALE_SECONDS)
+        return self._heartbeats.silent_since(before)
 
-    def _end_the_hang(self) -> None:
+    def _end_the_hang(self, silent: list[int]) -> None:
         """Name the rank that all the others wait for: silent, or else not itself waiting, or else furthest behind."""
-        silent = self._silent_ranks() if self._store is not None else []
-        beats = self._beats() if self._store is not None and 0 not in silent else {}
-        beats[self.rank] = [0, self.step, self.phase]
-        busy = [rank for rank, beat in beats.items() if beat[2] not in WAITING] or list(beats)
-        culprit = silent[0] if silent else min(busy, key=lambda rank: (beats[rank][1], rank))
-        _, step, phase = beats.get(culprit, [0, self.step, "unknown"])
+        assert self._heartbeats is not None
+        last = self._heartbeats.last_known()
+        last[self.rank] = (self.step, self.phase)
+        busy = [rank for rank, (_, phase) in last.items() if phase not in WAITING] or list(last)
+        culprit = silent[0] if silent else min(busy, key=lambda rank: (last[rank][0], rank))
+        step, phase = last.get(culprit, (self.step, "unknown"))
         if culprit == self.rank:
-            faulthandler.dump_traceback(file=sys.stderr)
+            with contextlib.suppress(OSError, ValueError, AttributeError, RuntimeError):  # a closed stderr
+                faulthandler.dump_traceback(file=sys.stderr)
         elif not silent:
             time.sleep(TICK_SECONDS)  # the culprit shows its stack and speaks for itself
         if self.claim_report():
             report(f"ERROR distributed: rank {culprit} of {self.world_size}: no progress for "
                    f"{self.timeout_seconds:.0f} s at step {step}, phase {phase}; the others wait for it: look at that "
                    f"process, or raise --timeout if it was only slow")
+        if silent:
+            self._heartbeats.kill_siblings(silent)  # stopped processes cannot leave by themselves
         os._exit(DistributedError.exit_code)

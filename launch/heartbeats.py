@@ -1,0 +1,101 @@
+"""What ranks tell each other beside their collectives, through the job's key-value store.
+
+A heartbeat of a rank is [count, step, phase, host, pid, parent's pid]. Besides there are two marks that any rank may
+set: `stop`, that it was asked to stop, and `reported`, that it has reported an error for all of them.
+"""
+
+import json
+import os
+import signal
+import socket
+from contextlib import suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch.distributed as dist
+
+STALE_SECONDS = 1.3  # a live rank has sent another heartbeat by then
+
+
+class Heartbeats:
+    """One rank's view. Every method may raise RuntimeError, when the store has died with its host."""
+
+    def __init__(self, store: "dist.Store", *, rank: int, world_size: int) -> None:
+        self.store = store.clone()  # pyright: ignore[reportAttributeAccessIssue]: a connection of its own
+        self.rank, self.world_size = rank, world_size
+        self._num_sent = 0
+        self._me = [socket.gethostname(), os.getpid(), os.getppid()]
+
+    def send(self, step: int, phase: str) -> None:
+        """Say that this rank lives, and where it is."""
+        self._num_sent += 1
+        self.store.set(f"beat/{self.rank}", json.dumps([self._num_sent, step, phase, *self._me]))
+
+    def ask_all_to_stop(self) -> None:
+        """Pass a stop request on."""
+        self.store.set("stop", "")
+
+    def asked_to_stop(self) -> bool:
+        """Whether any rank was asked to stop."""
+        return self.store.check(["stop"])
+
+    def first_to_report(self) -> bool:
+        """Whether no other rank has reported an error before this call."""
+        return self.store.add("reported", 1) == 1
+
+    def anyone_reported(self) -> bool:
+        """Whether any rank has reported an error."""
+        return self.store.check(["reported"])
+
+    def last(self) -> dict[int, list[Any]]:
+        """The last heartbeat of every rank that has sent one; of none if the store is dead."""
+        with suppress(RuntimeError):
+            known = [rank for rank in range(self.world_size) if self.store.check([f"beat/{rank}"])]
+            return {rank: json.loads(self.store.get(f"beat/{rank}")) for rank in known}
+        return {}
+
+    def counts(self) -> dict[int, int]:
+        """How many heartbeats every rank has sent."""
+        return {rank: beat[0] for rank, beat in self.last().items()}
+
+    def last_known(self) -> dict[int, tuple[int, str]]:
+        """The (step, phase) of every rank that has sent a heartbeat."""
+        return {rank: (beat[1], beat[2]) for rank, beat in self.last().items()}
+
+    def silent_since(self, before: dict[int, int]) -> list[int]:
+        """Other ranks that have sent nothing since `counts` gave `before`, and did not leave of their own will."""
+        now = self.last()
+        if not now:
+            return [0] if self.rank else []  # the store's host
+        return [rank for rank in range(self.world_size) if rank != self.rank
+                and (rank not in now or (now[rank][0] == before.get(rank) and now[rank][2] != "left"))]
+
+    def kill_siblings(self, ranks: list[int]) -> None:
+        """SIGKILL those of the ranks that run on this host under the same launcher: they cannot end by themselves."""
+        for rank, (_, _, _, host, pid, parent) in self.last().items():
+            if rank in ranks and host == self._me[0] and parent == self._me[2] == parent_of(pid):
+                with suppress(ProcessLookupError, PermissionError):
+                    os.kill(pid, signal.SIGKILL)
+
+
+def parent_of(pid: int) -> int | None:
+    """The parent of a process, or None where /proc does not tell."""
+    try:
+        return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+    except (OSError, ValueError, IndexError):
+        return None
+
+
+def claim_this_node(port: int) -> socket.socket | None:
+    """A token that one rank of the job gets on each node: for ranks that cannot reach the store. None for the others.
+
+    An abstract Unix socket (Linux) can be bound once, until it is closed or its process ends.
+    """
+    token = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+    try:
+        token.bind(f"\0torchrun-trainers-{os.getuid()}-{port}")
+    except OSError:
+        token.close()
+        return None
+    return token

@@ -1,0 +1,115 @@
+"""How the ranks find each other: the key-value store at MASTER_ADDR:MASTER_PORT, and the interface gloo listens on."""
+
+import os
+import socket
+import sys
+import time
+from datetime import timedelta
+
+import torch.distributed as dist
+
+from launch.command_line import EXIT_PREEMPTED, DistributedError
+from launch.heartbeats import claim_this_node
+from launch.launcher import Launch
+from launch.network import interface_towards
+from launch.stop import stop_request
+
+RENDEZVOUS_SECONDS = 60  # for all ranks to have started; torchrun or srun starts them together
+STOP_SECONDS = 5  # a rank that was asked to stop waits so long for the others, to leave together with them
+
+
+def store_is_hosted_by_torchrun() -> bool:
+    """Whether torchrun's agent hosts the store, which then outlives the ranks; else rank 0 does."""
+    return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+
+
+def meet(launch: Launch, timeout_seconds: float) -> dist.Store:
+    """The key-value store that every rank can reach, once all ranks have reached it.
+
+    Raises:
+        DistributedError: if they do not within a minute.
+    """
+    choose_interface(launch)
+    wait_seconds = min(RENDEZVOUS_SECONDS, timeout_seconds)
+    try:
+        return wait_for_all(connect(launch, wait_seconds), launch, wait_seconds)
+    except (RuntimeError, OSError) as error:  # torch's DistError and its kin
+        missing = DistributedError(
+            f"rank {launch.rank} of {launch.world_size} at {launch.address}:{launch.port} (interface "
+            f"{os.environ.get('GLOO_SOCKET_IFNAME', 'default')}): not all ranks met within {wait_seconds:.0f} s "
+            f"({str(error).splitlines()[0][:160]}); check that every rank was started, that the port is free "
+            f"(MASTER_PORT) and that every node can reach that host, or set GLOO_SOCKET_IFNAME"
+        )
+    missing.token = claim_this_node(launch.port)  # pyright: ignore[reportAttributeAccessIssue]: held until the exit
+    missing.reporter = missing.token is not None  # pyright: ignore[reportAttributeAccessIssue]
+    if missing.reporter:
+        time.sleep(1)  # the others, which wait just as long, find that it is taken
+    raise missing
+
+
+def connect(launch: Launch, wait_seconds: float) -> dist.Store:
+    """A client of the store; the process that hosts it may start later than this one.
+
+    Raises:
+        RuntimeError, OSError: if it cannot be reached, or the port is taken.
+    """
+    hosts_it = launch.rank == 0 and not store_is_hosted_by_torchrun()
+    if not hosts_it:
+        wait_for_port(launch, wait_seconds)
+    return dist.TCPStore(launch.address, launch.port, is_master=hosts_it, wait_for_workers=False,
+                         timeout=timedelta(seconds=wait_seconds))
+
+
+def wait_for_port(launch: Launch, wait_seconds: float) -> None:
+    """Until something listens there. torch's own wait hears no signal, and ends with pages of C++ frames."""
+    began = time.monotonic()
+    while True:
+        try:
+            with socket.create_connection((launch.address, launch.port), timeout=STOP_SECONDS):
+                return
+        except OSError:
+            if time.monotonic() - began > wait_seconds:
+                raise
+        leave_if_stopped(time.monotonic() - began)
+        time.sleep(0.1)
+
+
+def wait_for_all(store: dist.Store, launch: Launch, wait_seconds: float) -> dist.Store:
+    """The part of the store that belongs to this start of the job: torchrun's outlives its ranks.
+
+    Raises:
+        RuntimeError: if not all ranks arrive, naming some that did not.
+    """
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    shared = dist.PrefixStore(f"trainers/{attempt}", store)
+    shared.set(f"arrived/{launch.rank}", "")
+    awaited = [f"arrived/{rank}" for rank in range(launch.world_size)] if launch.rank == 0 else ["all"]
+    began = time.monotonic()
+    while not shared.check(awaited):
+        if time.monotonic() - began > wait_seconds:
+            missing = [key.rpartition("/")[2] for key in awaited if not shared.check([key])]
+            raise RuntimeError(f"missing: rank {', '.join(missing[:8])}" if launch.rank == 0 else "rank 0 gave up")
+        leave_if_stopped(time.monotonic() - began)
+        time.sleep(0.01 * max(1.0, launch.world_size / 16))  # what the store must serve does not grow with W
+    if launch.rank == 0:
+        shared.set("all", "")
+    return shared
+
+
+def leave_if_stopped(waited_seconds: float) -> None:
+    """A stop while ranks are still awaited: there is nothing to save, and they may never come."""
+    if stop_request() and waited_seconds > STOP_SECONDS:
+        raise SystemExit(EXIT_PREEMPTED)
+
+
+def choose_interface(launch: Launch) -> None:
+    """Have gloo listen where its peers are: loopback on one node, else the interface that leads to the meeting place.
+
+    Left alone, gloo takes the address its host name resolves to, which on many systems is 127.0.1.1.
+    """
+    if "GLOO_SOCKET_IFNAME" in os.environ or sys.platform != "linux":
+        return
+    if launch.local_world_size == launch.world_size:
+        os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+    elif name := interface_towards(launch.address):
+        os.environ["GLOO_SOCKET_IFNAME"] = name
