@@ -69,6 +69,14 @@ class Augmentation:
             images = torch.where(self.flipped(samples, epoch)[:, None, None, None], images.flip(-1), images)
         return normalize(images, self.mean, self.std)
 
+    def normalize(self, images: Tensor) -> Tensor:
+        """uint8 images (B, C, H, W) as the network sees them when nothing is random."""
+        return normalize(images, self.mean, self.std)
+
+    def to_image(self, inputs: Tensor) -> Tensor:
+        """What the network sees, on the CPU, as pictures in [0, 1]."""
+        return denormalize(inputs, self.mean, self.std)
+
     def flipped(self, samples: Tensor, epoch: int) -> Tensor:
         """Which samples are mirrored in this epoch: bool (B,)."""
         if self.flip == "random":

@@ -28,11 +28,10 @@ from datasets.augment import Augmentation, normalize
 from datasets.loaders import evaluation_loader, train_loader
 from datasets.tensors import TensorDataset
 from launch.command_line import UsageError, nearest, run
-from launch.process_group import World, barrier
+from launch.process_group import World
 from trainers import models
 from trainers.engine.config import TrainConfig
-from trainers.engine.session import build_trainer, complete, join_world, open_run
-from trainers.engine.trainer import Task
+from trainers.engine.session import download_once, join_world, open_run, train_classifier
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,10 +71,7 @@ def load_data(config: CifarConfig, world: World) -> tuple[TensorDataset, TensorD
     """Training and test split; with --download one rank of each node fetches while the others wait."""
     if config.dataset == "synthetic":
         return synthetic.load(seed=config.seed)
-    if config.download:
-        if world.local_rank == 0:
-            cifar.download(config.data_dir)
-        barrier(world)
+    download_once(config, world, cifar.download)
     return cifar.load(config.data_dir)
 
 
@@ -118,12 +114,10 @@ def main(config: CifarConfig) -> int:
                                     flip=config.flip)
         batches = train_loader(train, augmentation, batch_size=config.batch_size,
                                rank_batch_size=config.rank_batch_size(), seed=config.seed, **shard)
-        task = Task(loss=nn.CrossEntropyLoss(label_smoothing=config.label_smoothing), test_loss=nn.CrossEntropyLoss(),
-                    num_classes=len(train.class_names))
-        trainer = build_trainer(config, build_model(config, train), task, world, folder,
-                                steps_per_epoch=batches.steps_per_epoch, dataset_fingerprint=train.fingerprint())
-        test_batches = evaluation_loader(test, lambda images: normalize(images, mean, std), **shard)
-        return complete(config, trainer, batches, test_batches, class_names=train.class_names).exit_code
+        test_batches = evaluation_loader(test, augmentation.normalize, **shard)
+        return train_classifier(config, build_model(config, train), world, folder, batches, test_batches,
+                                class_names=train.class_names, dataset_fingerprint=train.fingerprint(),
+                                to_image=augmentation.to_image).exit_code
 
 
 if __name__ == "__main__":

@@ -162,7 +162,7 @@ class CheatSheetNet(nn.Module):
 
 
 class MnistNet(nn.Module):
-    """The convolutional network of the MNIST tutorial for 1x28x28 images; 32 and 64 channels, 100 hidden is its variant.
+    """The MNIST tutorial's network for 1x28x28 images; its wider variant has 32 and 64 channels and 100 hidden.
 
     Gives log-probabilities. Cross-entropy leaves those as they are and so is the tutorial's nll_loss.
     """
@@ -193,7 +193,7 @@ def softmax_regression(num_classes: int) -> nn.Sequential:
 
 
 def lenet(num_classes: int) -> nn.Sequential:
-    """LeNet for 1x28x28 images with sigmoids, average pooling and Xavier's start (Dive into Deep Learning, chapter 6)."""
+    """LeNet for 1x28x28 images with sigmoids, average pooling, Xavier's start (Dive into Deep Learning, chapter 6)."""
     model = nn.Sequential(
         nn.Conv2d(1, 6, 5, padding=2), nn.Sigmoid(), nn.AvgPool2d(2),
         nn.Conv2d(6, 16, 5), nn.Sigmoid(), nn.AvgPool2d(2), nn.Flatten(),
@@ -216,15 +216,16 @@ OURS: dict[str, Callable[..., nn.Module]] = {
     "resnet9": ResNet9,
     "resnet18": ResNet18,
     "cheatsheet": CheatSheetNet,
+}
+GREY: dict[str, Callable[..., nn.Module]] = {  # for 1x28x28 images; the others take colour
     "mnistnet": MnistNet,
     "softmax": softmax_regression,
     "lenet": lenet,
 }
-GREY = ("mnistnet", "softmax", "lenet")  # for 1x28x28 images; the others take colour
 
 
 def names() -> list[str]:
-    """Every name that `build` knows: ours, then the classifiers of torchvision.models.
+    """Every network for colour images: ours, then the classifiers of torchvision.models.
 
     `torchvision/resnet18` is always torchvision's, where one of ours has the name too.
     """
@@ -233,7 +234,7 @@ def names() -> list[str]:
 
 
 def build(name: str, *, num_classes: int, **options: Any) -> nn.Module:
-    """A new network with its usual initialisation, on the CPU.
+    """A new network for colour or grey images with its usual initialisation, on the CPU.
 
     Args:
         options: what this network has to set: `width`, or of mnistnet `channels`, `hidden` and `dropout`. None is its
@@ -244,15 +245,14 @@ def build(name: str, *, num_classes: int, **options: Any) -> nn.Module:
         ValueError: for an option that the network does not have.
     """
     chosen = {option: value for option, value in options.items() if value is not None}
-    if name in OURS:
-        unknown = chosen.keys() - inspect.signature(OURS[name]).parameters
-        if unknown:
-            raise ValueError(f"{name} has no {', '.join(sorted(unknown))} to set")
-        return OURS[name](num_classes, **chosen)
-    if name not in names():
+    make = (OURS | GREY).get(name)
+    if make is None and name not in names():
         raise KeyError(name)
-    if chosen:
-        raise ValueError(f"{name} has no {', '.join(sorted(chosen))} to set")
+    unknown = chosen.keys() - inspect.signature(make).parameters if make is not None else chosen.keys()
+    if unknown:
+        raise ValueError(f"{name} has no {', '.join(sorted(unknown))} to set")
+    if make is not None:
+        return make(num_classes, **chosen)
     name = name.removeprefix("torchvision/")
     options = {"aux_logits": False, "init_weights": True} if name in ("googlenet", "inception_v3") else {}
     return torchvision_models.get_model(name, weights=None, num_classes=num_classes, **options)

@@ -20,6 +20,8 @@ MAY_CHANGE = frozenset({
     "data_dir", "download", "output_dir", "run_name", "epochs", "max_steps", "accumulation_steps", "device", "backend",
     "parallel", "compile", "channels_last", "workers", "threads", "onednn", "deterministic", "eval_every",
     "checkpoint_every", "keep_checkpoints", "resume", "evaluate", "timeout", "tensorboard", "init_from",
+    "pictures", "log_gradients", "show_batch", "save_weights",
+    "cache", "cache_dir", "skip_bad",  # of image_folder.py: how images are read, and what is forgiven
 })
 
 
@@ -65,6 +67,8 @@ class TrainConfig:
     """Steps over which the rate first rises linearly."""
     label_smoothing: float = 0.0
     """Share of the target probability that is spread over all classes."""
+    class_weights: tuple[float, ...] = ()
+    """A factor on the loss of each class's samples, one per class; to make up for rare classes."""
     clip_grad_norm: float | None = None
     """Largest allowed norm of all gradients together, after unscaling."""
     ema_decay: float | None = None
@@ -111,6 +115,17 @@ class TrainConfig:
     """Consecutive steps with a non-finite loss after which the run stops."""
     tensorboard: bool = False
     """Write TensorBoard event files to the run folder."""
+    pictures: bool = True
+    """Draw curves, confusion matrix and predictions into the run folder."""
+    log_gradients: bool = False
+    """Add the norm of each layer's gradient to every reported training line, and to TensorBoard."""
+    show_batch: bool = False
+    """Draw the first training batch as the network sees it into the run folder."""
+    save_weights: bool = False
+    """Write the final weights alone, a plain state_dict, to weights.pt in the run folder."""
+
+    measure: str | None = None
+    """Time so many steps after leaving others out, WARMUP:STEPS, write the figures to result.json, and stop."""
 
     def rank_batch_size(self) -> int:
         """Samples per rank per micro-batch, from the launcher's world size.
@@ -142,8 +157,24 @@ class TrainConfig:
                 raise UsageError(f"--{name.replace('_', '-')} {getattr(self, name)}: must not be negative")
         if self.ema_decay is not None and not 0 < self.ema_decay < 1:
             raise UsageError(f"--ema-decay {self.ema_decay}: must lie between 0 and 1, such as 0.999")
+        if any(not 0 <= weight < float("inf") for weight in self.class_weights):
+            raise UsageError(f"--class-weights {' '.join(map(str, self.class_weights))}: must not be negative")
         if self.label_smoothing >= 1:
             raise UsageError(f"--label-smoothing {self.label_smoothing}: must be below 1")
+        if self.measure is not None:
+            measured_steps(self.measure)
         if self.timeout <= 0:
             raise UsageError(f"--timeout {self.timeout}: must be positive")
         self.rank_batch_size()
+
+
+def measured_steps(text: str) -> tuple[int, int]:
+    """`20:100` as (20, 100): steps left out, steps timed.
+
+    Raises:
+        UsageError: if it is anything else, or no step would be timed.
+    """
+    warmup, _, steps = text.partition(":")
+    if not (warmup.isdecimal() and steps.isdecimal() and int(steps) > 0):
+        raise UsageError(f"--measure {text}: must be WARMUP:STEPS, such as 20:100")
+    return int(warmup), int(steps)

@@ -8,11 +8,8 @@
 """
 
 import contextlib
-import hashlib
-import resource
-import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -23,18 +20,22 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from launch.command_line import EXIT_DONE, EXIT_PREEMPTED, CheckpointError, UsageError, one_line
 from launch.launcher import default_run_name, job_identity
-from launch.process_group import World, from_main, process_group
+from launch.process_group import World, barrier, from_main, process_group
 from launch.run_folder import RunFolder
 from launch.stop import catch_signals
 from trainers.engine.checkpoint import Checkpointer
 from trainers.engine.config import MAY_CHANGE, TrainConfig
+from trainers.engine.losses import classification_task
+from trainers.engine.measure import write_measurement
 from trainers.engine.metrics import Evaluation
 from trainers.engine.optimizer import build_optimizer
 from trainers.engine.parallel import choose_parallel, freeze, num_parameters, parallelize, unwrap
 from trainers.engine.precision import Precision
 from trainers.engine.pretrained import load_pretrained
 from trainers.engine.progress import say
+from trainers.engine.report import Report, draw_first_batch
 from trainers.engine.restore import check_fits, load_or_fail
+from trainers.engine.result import ToImage, draw, finish
 from trainers.engine.resume import check_same_on_all_ranks, choose_checkpoint, load_for_evaluation
 from trainers.engine.schedule import schedule
 from trainers.engine.trainer import EvaluationBatches, Task, TrainBatches, Trainer
@@ -75,13 +76,20 @@ def open_run(config: TrainConfig, trainer: str, world: World) -> Iterator[RunFol
         else:
             yield folder
     except Exception as error:
-        with contextlib.suppress(CheckpointError):  # a later incarnation owns the folder, or the disk is full
-            before = folder.read_json("status.json") or {}
-            folder.write_status("FAILED", step=world.watchdog.step, epoch=before.get("epoch", 0),
-                                reason=one_line(error) or f"{type(error).__name__}: {error}"[:500])
+        if folder.begun:
+            say_failed(folder, explained(error), step=world.watchdog.step)
         raise
     finally:
         folder.release()
+
+
+def say_failed(folder: RunFolder, error: Exception, *, step: int) -> None:
+    """FAILED and why; not if a later incarnation owns the folder, or the disk is full."""
+    before = folder.read_json("status.json") or {}
+    reason = one_line(error) or f"{type(error).__name__}: {error}"[:500]
+    with contextlib.suppress(CheckpointError):
+        folder.write_status("FAILED", step=max(step, before.get("step", 0)), epoch=before.get("epoch", 0),
+                            reason=reason)
 
 
 def build_trainer(config: TrainConfig, model: nn.Module, task: Task, world: World, folder: RunFolder, *,
@@ -112,7 +120,8 @@ def build_trainer(config: TrainConfig, model: nn.Module, task: Task, world: Worl
         checkpointer=Checkpointer(folder, keep=config.keep_checkpoints), stop=catch_signals(), seed=config.seed,
         accumulation_steps=config.accumulation_steps, clip_grad_norm=config.clip_grad_norm, ema=ema,
         frozen_norms=frozen_norms, channels_last=config.channels_last, max_bad_steps=config.max_bad_steps,
-        config=plain(config),
+        report=Report(folder, pictures=config.pictures, tensorboard=config.tensorboard),
+        log_gradients=config.log_gradients, config=plain(config),
         fingerprint={"dataset": dataset_fingerprint, "global_batch_size": config.batch_size,
                      "world_size": world.world_size, "threads": world.threads, "torch": str(torch.__version__),
                      **job_identity()},
@@ -131,13 +140,14 @@ def resume(config: TrainConfig, trainer: Trainer) -> str:
     world, folder = trainer.world, trainer.folder
     source = from_main(world, lambda: choose_checkpoint(config.resume, folder))
     if source is None:
-        from_main(world, lambda: folder.truncate_metrics(-1))
+        from_main(world, lambda: folder.truncate_metrics(-1, evaluated=False))
         return "from the start" if config.init_from is None else start_from_weights(trainer, config.init_from)
     state = load_or_fail(source)
     check_fits(state, unwrap(trainer.model), source, config=trainer.config, fingerprint=trainer.fingerprint)
     trainer.load_state(state)
     check_same_on_all_ranks(trainer, source)
-    from_main(world, lambda: folder.truncate_metrics(trainer.step))
+    evaluated = bool(trainer.epochs) and trainer.epochs[-1]["step"] == trainer.step
+    from_main(world, lambda: folder.truncate_metrics(trainer.step, evaluated=evaluated))
     return f"from {source.name}, step {trainer.step}, epoch {trainer.epoch}"
 
 
@@ -160,62 +170,68 @@ class Outcome:
     evaluation: Evaluation | None = None
 
 
+def train_classifier(config: TrainConfig, model: nn.Module, world: World, folder: RunFolder, train: TrainBatches,
+                     test: EvaluationBatches, *, class_names: tuple[str, ...], dataset_fingerprint: str,
+                     to_image: ToImage) -> Outcome:
+    """A classifier of images, from its parts to the end of the run.
+
+    Args:
+        to_image: undoes the normalisation, for pictures.
+    """
+    task = classification_task(config, class_names, world.device)
+    trainer = build_trainer(config, model, task, world, folder, steps_per_epoch=train.steps_per_epoch,
+                            dataset_fingerprint=dataset_fingerprint)
+    return complete(config, trainer, train, test, class_names=class_names, to_image=to_image)
+
+
 def complete(config: TrainConfig, trainer: Trainer, train: TrainBatches, test: EvaluationBatches, *,
-             class_names: tuple[str, ...] = ()) -> Outcome:
-    """Resume, train, evaluate, and write down how it ended."""
+             class_names: tuple[str, ...] = (), to_image: ToImage | None = None) -> Outcome:
+    """Resume, train, evaluate, and write down how it ended; with `--evaluate PATH`, load that and train nothing."""
     began = time.perf_counter()
     world, folder = trainer.world, trainer.folder
     if config.evaluate is not None:
-        return evaluate_only(config, trainer, test, class_names, began)
-    where = resume(config, trainer)
-    if world.is_main:
-        say(summary(config, trainer, train, where))
-    outcome = trainer.fit(train, test, epochs=config.epochs, max_steps=config.max_steps,
-                          eval_every=config.eval_every, checkpoint_every=config.checkpoint_every)
-    if outcome == "stopped":
-        folder.write_status("PREEMPTED", step=trainer.step, epoch=trainer.epoch, reason=trainer.stop.reason or "")
+        load_for_evaluation(config.evaluate, trainer)
+    else:
+        where = resume(config, trainer)
         if world.is_main:
-            say(f"stopped at step {trainer.step} ({trainer.stop.reason}); the same command goes on from there")
-        return Outcome(exit_code=EXIT_PREEMPTED)
+            say(summary(config, trainer, train, where))
+            if config.show_batch and to_image is not None:
+                first = next(train.batches(trainer.epoch, trainer.samples_consumed))
+                draw_first_batch(folder, first, to_image, class_names)
+        if config.measure is not None:
+            measured = write_measurement(trainer, train, config.measure)
+            return Outcome(exit_code=EXIT_DONE) if measured else preempted(trainer)
+        outcome = trainer.fit(train, test, epochs=config.epochs, max_steps=config.max_steps,
+                              eval_every=config.eval_every, checkpoint_every=config.checkpoint_every)
+        if outcome == "stopped":
+            return preempted(trainer)
     evaluation = trainer.last_evaluation or trainer.evaluate(test)
     if evaluation is None:  # asked to stop in the evaluation of a run that was complete
-        folder.write_status("PREEMPTED", step=trainer.step, epoch=trainer.epoch, reason=trainer.stop.reason or "")
-        return Outcome(exit_code=EXIT_PREEMPTED)
+        return preempted(trainer)
     finish(config, trainer, evaluation, class_names, total_seconds=time.perf_counter() - began)
-    return Outcome(exit_code=EXIT_DONE, evaluation=evaluation)
-
-
-def evaluate_only(config: TrainConfig, trainer: Trainer, test: EvaluationBatches, class_names: tuple[str, ...],
-                  began: float) -> Outcome:
-    """`--evaluate PATH`: the result of a checkpoint; nothing is trained."""
-    assert config.evaluate is not None
-    load_for_evaluation(config.evaluate, trainer)
-    evaluation = trainer.evaluate(test)
-    if evaluation is None:
-        return Outcome(exit_code=EXIT_PREEMPTED)
-    finish(config, trainer, evaluation, class_names, total_seconds=time.perf_counter() - began)
-    return Outcome(exit_code=EXIT_DONE, evaluation=evaluation)
-
-
-def finish(config: TrainConfig, trainer: Trainer, evaluation: Evaluation, class_names: tuple[str, ...], *,
-           total_seconds: float) -> None:
-    """Write result.json and the DONE status, and say the accuracy, class by class."""
-    world, folder = trainer.world, trainer.folder
-    seconds = trainer.train_seconds
-    folder.write_json("result.json", {
-        "accuracy": evaluation.accuracy, "per_class_accuracy": evaluation.per_class_accuracy,
-        "confusion_matrix": evaluation.confusion_matrix, "loss": evaluation.loss, "num_samples": evaluation.num_samples,
-        "class_names": list(class_names), "train_seconds": seconds, "total_seconds": total_seconds,
-        "samples_per_second": trainer.step * config.batch_size / seconds if seconds else None,
-        "world_size": world.world_size, "device": str(world.device), "precision": config.precision,
-        "parallel": choose_parallel(config.parallel, world, num_gpus=torch.cuda.device_count())[0],
-        "num_parameters": num_parameters(unwrap(trainer.model)),
-        "weights_sha256": weights_sha256(unwrap(trainer.model)), "peak_memory_bytes": peak_memory_bytes(world.device),
-        "steps": trainer.step, "best": trainer.best,
-    })
+    draw(trainer, evaluation, class_names, test=test, to_image=to_image,
+         steps_per_epoch=None if config.evaluate is not None else train.steps_per_epoch)
+    trainer.report.close()
     folder.write_status("DONE", step=trainer.step, epoch=trainer.epoch)
-    if world.is_main:
-        say(result_text(evaluation, class_names, folder.path))
+    return Outcome(exit_code=EXIT_DONE, evaluation=evaluation)
+
+
+def preempted(trainer: Trainer) -> Outcome:
+    """All ranks agreed to stop, and the state is saved."""
+    trainer.report.close()
+    trainer.folder.write_status("PREEMPTED", step=trainer.step, epoch=trainer.epoch, reason=trainer.stop.reason or "")
+    if trainer.world.is_main:
+        say(f"stopped at step {trainer.step} ({trainer.stop.reason}); the same command goes on from there")
+    return Outcome(exit_code=EXIT_PREEMPTED)
+
+
+def download_once(config: TrainConfig, world: World, download: Callable[[Path], None]) -> None:
+    """With `--download`, have one rank of each node fetch the data while the others wait."""
+    if not config.download:
+        return
+    if world.local_rank == 0:
+        download(config.data_dir)
+    barrier(world)
 
 
 def summary(config: TrainConfig, trainer: Trainer, train: TrainBatches, where: str) -> str:
@@ -233,29 +249,3 @@ def summary(config: TrainConfig, trainer: Trainer, train: TrainBatches, where: s
         + (f", at most {config.max_steps}" if config.max_steps else ""),
         f"model      {config.model}, {num_parameters(model):,} parameters, {trained:,} trained, {config.precision}",
     ])
-
-
-def result_text(evaluation: Evaluation, class_names: tuple[str, ...], path: Path) -> str:
-    """The last words of a run."""
-    if evaluation.accuracy is None:
-        return f"test loss {evaluation.loss:.6f} over {evaluation.num_samples} samples\nresults in {path}"
-    lines = [f"test accuracy {100 * evaluation.accuracy:.2f} % over {evaluation.num_samples} samples"]
-    for name, share in zip(class_names, evaluation.per_class_accuracy or [], strict=False):
-        lines.append(f"  {name:<12} {100 * share:6.2f} %" if share is not None else f"  {name:<12}   none")
-    return "\n".join([*lines, f"results in {path}"])
-
-
-def weights_sha256(model: nn.Module) -> str:
-    """A hash of all parameters and buffers, by name: equal exactly when every bit is."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
-
-
-def peak_memory_bytes(device: torch.device) -> int:
-    """Most memory that torch held on the GPU, or that this process held on the CPU, so far."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

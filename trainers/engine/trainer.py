@@ -23,6 +23,7 @@ from trainers.engine.metrics import Evaluation, EvaluationSums, TrainingSums, sy
 from trainers.engine.parallel import gradient_sync, synchronize, unwrap
 from trainers.engine.precision import Precision
 from trainers.engine.progress import Progress
+from trainers.engine.report import Report, gradient_norms
 
 Batch = tuple[Tensor, Tensor]
 REPORTS_PER_EPOCH = 10  # at fixed steps, so that a resumed run writes the same lines
@@ -63,18 +64,19 @@ class Trainer:
 
     def __init__(
         self, model: nn.Module, optimizer: Any, task: Task, world: World, *, schedule: Callable[[int], float],
-        precision: Precision, folder: RunFolder, checkpointer: Checkpointer, stop: StopRequest, seed: int,
-        accumulation_steps: int = 1, clip_grad_norm: float | None = None, ema: AveragedModel | None = None,
+        precision: Precision, folder: RunFolder, report: Report, checkpointer: Checkpointer, stop: StopRequest,
+        seed: int, accumulation_steps: int = 1, clip_grad_norm: float | None = None, ema: AveragedModel | None = None,
         frozen_norms: list[nn.Module] | None = None, channels_last: bool = False, max_bad_steps: int = 10,
-        config: dict[str, Any] | None = None, fingerprint: dict[str, Any] | None = None,
+        log_gradients: bool = False, config: dict[str, Any] | None = None, fingerprint: dict[str, Any] | None = None,
     ) -> None:
         self.model, self.optimizer, self.task, self.world = model, optimizer, task, world
         self.schedule, self.precision, self.seed = schedule, precision, seed
-        self.folder, self.checkpointer, self.stop = folder, checkpointer, stop
+        self.folder, self.report, self.checkpointer, self.stop = folder, report, checkpointer, stop
         self.accumulation_steps, self.clip_grad_norm, self.ema = accumulation_steps, clip_grad_norm, ema
         self.frozen_norms = frozen_norms or []
         self.memory_format = torch.channels_last if channels_last else torch.preserve_format
-        self.max_bad_steps = max_bad_steps
+        self.max_bad_steps, self.log_gradients = max_bad_steps, log_gradients
+        self.gradient_norms: dict[str, Tensor] = {}
         self.config, self.fingerprint = config or {}, fingerprint or {}
         self.dropout_generator = default_generator(world.device)
         self.trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -101,7 +103,7 @@ class Trainer:
         progress = Progress(shown=self.world.is_main, total_steps=last_step, step=self.step)
         try:
             while self.step < last_step or self.samples_consumed >= train.steps_per_epoch * train.global_batch_size:
-                if not self._train_epoch(train, last_step, agreement, progress, checkpoint_every):
+                if not self.train_epoch(train, last_step, agreement, progress, checkpoint_every):
                     return self._stop_here()
                 last_epoch = self.step >= last_step
                 if (last_epoch or (self.epoch + 1) % eval_every == 0) and test is not None:
@@ -117,8 +119,8 @@ class Trainer:
             self.checkpointer.wait()  # before the run folder is given up
             progress.close()
 
-    def _train_epoch(self, train: TrainBatches, last_step: int, agreement: StopAgreement, progress: Progress,
-                     checkpoint_every: int | None) -> bool:
+    def train_epoch(self, train: TrainBatches, last_step: int, agreement: StopAgreement, progress: Progress,
+                    checkpoint_every: int | None) -> bool:
         """The rest of the epoch; False if all ranks agreed to stop within it."""
         if self.stop and self.world.world_size == 1:
             return False
@@ -127,14 +129,15 @@ class Trainer:
         batches = train.batches(self.epoch, self.samples_consumed)
         self._steps_began = time.perf_counter()
         while self.samples_consumed < train.steps_per_epoch * train.global_batch_size and self.step < last_step:
-            self.train_step(batches)
+            step_in_epoch = self.samples_consumed // train.global_batch_size + 1
+            ends = step_in_epoch == train.steps_per_epoch or self.step + 1 == last_step
+            report_due = ends or step_in_epoch % interval == 0
+            self.train_step(batches, watch_gradients=self.log_gradients and report_due)
             if self._trained_here == 0 and self.world.is_main:
                 self.checkpointer.prepare(self.state([]))  # the optimizer has its state now
             self.samples_consumed += train.global_batch_size
             self._trained_here += train.global_batch_size
-            step_in_epoch = self.samples_consumed // train.global_batch_size
-            ends = step_in_epoch == train.steps_per_epoch or self.step == last_step
-            if ends or step_in_epoch % interval == 0:
+            if report_due:
                 self._report(progress, last_step)
             progress.advance()
             if agreement.due() and self._agreed_to_stop(agreement):
@@ -147,7 +150,7 @@ class Trainer:
         self._pause_clock()
         return True
 
-    def train_step(self, batches: Iterator[Batch]) -> None:
+    def train_step(self, batches: Iterator[Batch], *, watch_gradients: bool = False) -> None:
         """One optimizer update from the next `accumulation_steps` micro-batches. Nothing in it waits for the device."""
         mark, step = self.world.watchdog.mark, self.step
         self._seed_dropout()
@@ -166,8 +169,11 @@ class Trainer:
                 self.precision.backward(loss / self.accumulation_steps if self.accumulation_steps > 1 else loss)
             self.sums.update(loss, outputs, targets)
         mark(step, "optimizer")
-        if self.clip_grad_norm is not None:
+        if watch_gradients or self.clip_grad_norm is not None:
             self.precision.unscale(self.optimizer)
+        if watch_gradients:
+            self.gradient_norms = gradient_norms(unwrap(self.model))  # already averaged over the ranks
+        if self.clip_grad_norm is not None:
             nn.utils.clip_grad_norm_(self.trained, self.clip_grad_norm)
         self.checkpointer.finish_copy()
         self.precision.step(self.optimizer)
@@ -183,7 +189,7 @@ class Trainer:
         Through the unwrapped model, or its moving average, with rank 0's buffers. No collective inside the loop, so
         ranks may have different numbers of batches.
         """
-        model = self.ema.module if self.ema is not None else unwrap(self.model)
+        model = self.evaluated_model()
         sync_buffers(model, self.world)
         model.eval()
         sums = EvaluationSums(self.world.device, num_classes=self.task.num_classes)
@@ -197,6 +203,10 @@ class Trainer:
                 outputs = model(inputs)
             sums.update(self.task.test_loss(outputs.float(), targets), outputs, targets)
         return sums.reduce(self.world, interrupted=bool(self.stop))
+
+    def evaluated_model(self) -> nn.Module:
+        """The network that is evaluated: the moving average of the weights, if one is kept."""
+        return self.ema.module if self.ema is not None else unwrap(self.model)
 
     def _train_mode(self) -> None:
         self.model.train()
@@ -245,11 +255,14 @@ class Trainer:
                         seconds_left=(last_step - self.step) * self.train_seconds / max(self.step, 1))
 
     def _write_line(self, split: str, loss: float, accuracy: float | None, speed: float | None) -> None:
-        self.folder.append_metrics({
+        line: dict[str, Any] = {
             "split": split, "step": self.step, "epoch": self.epoch, "loss": loss, "accuracy": accuracy,
             "learning_rate": self.optimizer.param_groups[0]["lr"], "samples_per_second": speed,
             "seconds": self.train_seconds,
-        })
+        }
+        if split == "train" and self.gradient_norms:
+            line["gradient_norms"] = {name: norm.item() for name, norm in self.gradient_norms.items()}
+        self.report.line(line)
 
     def _finish_epoch(self, train: TrainBatches, progress: Progress) -> bool:
         """Record the evaluation, if there was one, and move to the next epoch if this one is complete.
@@ -268,7 +281,8 @@ class Trainer:
             if is_best:
                 self.best = {"accuracy": evaluation.accuracy, "loss": evaluation.loss, "step": self.step}
         self.epochs.append(line)
-        progress.note(epoch_text(line))
+        progress.note(epoch_text(line, samples_per_second=self.step * train.global_batch_size / self.train_seconds))
+        self.report.curves(self.epochs, steps_per_epoch=train.steps_per_epoch)
         if self.samples_consumed >= train.steps_per_epoch * train.global_batch_size:
             self.epoch, self.samples_consumed = self.epoch + 1, 0
             self.sums.reset()
@@ -324,7 +338,7 @@ def default_generator(device: torch.device) -> torch.Generator:
     return torch.default_generator
 
 
-def epoch_text(line: dict[str, Any]) -> str:
+def epoch_text(line: dict[str, Any], *, samples_per_second: float) -> str:
     """An epoch's figures for a person."""
     parts = [f"epoch {line['epoch']}: train loss {line['train_loss']:.4f}"]
     for name, value in (("train accuracy", line["train_accuracy"]), ("test accuracy", line["test_accuracy"])):
@@ -332,4 +346,4 @@ def epoch_text(line: dict[str, Any]) -> str:
             parts.append(f"{name} {100 * value:.2f} %")
     if line["test_loss"] is not None and line["test_accuracy"] is None:
         parts.append(f"test loss {line['test_loss']:.6f}")
-    return ", ".join(parts) + f", {line['seconds']:.1f} s of training"
+    return ", ".join(parts) + f", {line['seconds']:.1f} s of training, {samples_per_second:,.0f} samples/s"

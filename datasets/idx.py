@@ -1,0 +1,103 @@
+"""The IDX files of MNIST and of the data sets made after it: a big-endian header and unsigned bytes, maybe gzipped."""
+
+import gzip
+import zlib
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from datasets.tensors import DataError, TensorDataset
+
+SIZE = 28  # pixels on each side
+NUM_CLASSES = 10
+UNSIGNED_BYTES = 0x08  # the third byte of the magic number; the fourth is the number of dimensions
+REMEDY = "fetch the file again, or train on --dataset synthetic"
+
+
+def load(folder: Path, class_names: tuple[str, ...]) -> tuple[TensorDataset, TensorDataset]:
+    """The training and test split from four files in a folder, plain or .gz, `idx3-ubyte` after a hyphen or a dot.
+
+    Raises:
+        DataError: if a file is missing or damaged, or does not fit the others.
+    """
+    return load_split(folder, "train", class_names), load_split(folder, "t10k", class_names)
+
+
+def load_split(folder: Path, split: str, class_names: tuple[str, ...]) -> TensorDataset:
+    """One split: images uint8 (N, 1, 28, 28) and labels int64 (N,)."""
+    image_file, label_file = find(folder, f"{split}-images", 3), find(folder, f"{split}-labels", 1)
+    return in_memory(read(image_file, num_dimensions=3), read(label_file, num_dimensions=1), class_names,
+                     source=f"{image_file} and {label_file.name}")
+
+
+def in_memory(images: np.ndarray, labels: np.ndarray, class_names: tuple[str, ...], *, source: str) -> TensorDataset:
+    """Checked arrays as a data set: images uint8 (N, 28, 28), labels of any integer type (N,).
+
+    Raises:
+        DataError: for other shapes, counts that differ, none at all, or labels that are no class.
+    """
+    if images.shape[1:] != (SIZE, SIZE):
+        raise DataError(f"{source}: images of {' x '.join(map(str, images.shape[1:]))} pixels, not {SIZE} x {SIZE}; "
+                        f"{REMEDY}")
+    if len(images) != len(labels) or len(images) == 0:
+        raise DataError(f"{source}: {len(images)} images and {len(labels)} labels; {REMEDY}")
+    if labels.min() < 0 or labels.max() >= len(class_names):
+        raise DataError(f"{source}: labels from {labels.min()} to {labels.max()}, not within 0 to "
+                        f"{len(class_names) - 1}; {REMEDY}")
+    return TensorDataset(inputs=as_tensor(images).unsqueeze(1), targets=as_tensor(labels).to(torch.int64),
+                         class_names=class_names)
+
+
+def as_tensor(array: np.ndarray) -> Tensor:
+    """A tensor with memory of its own: torch warns of arrays that cannot be written to."""
+    return torch.from_numpy(array.copy())
+
+
+def is_complete(folder: Path) -> bool:
+    """Whether all four files are there, in any of their spellings."""
+    return all(list(candidates(folder, f"{split}-{content}", num_dimensions))
+               for split in ("train", "t10k") for content, num_dimensions in (("images", 3), ("labels", 1)))
+
+
+def candidates(folder: Path, stem: str, num_dimensions: int) -> list[Path]:
+    """Existing files for one part, the plain ones first."""
+    names = [f"{stem}{mark}idx{num_dimensions}-ubyte{end}" for end in ("", ".gz") for mark in ("-", ".")]
+    return [folder / name for name in names if (folder / name).is_file()]
+
+
+def find(folder: Path, stem: str, num_dimensions: int) -> Path:
+    """The file of one part.
+
+    Raises:
+        DataError: if there is none.
+    """
+    found = candidates(folder, stem, num_dimensions)
+    if not found:
+        raise DataError(f"--data-dir: {folder / stem}-idx{num_dimensions}-ubyte (or .gz) is not there; add --download, "
+                        f"or train on --dataset synthetic")
+    return found[0]
+
+
+def read(path: Path, *, num_dimensions: int) -> np.ndarray:
+    """The array in one file: uint8, of as many dimensions as asked for.
+
+    Raises:
+        DataError: for a wrong magic number, or a length that is not what the header says.
+    """
+    try:
+        with gzip.open(path) if path.suffix == ".gz" else open(path, "rb") as file:
+            content = file.read()
+    except (OSError, EOFError, zlib.error) as error:
+        raise DataError(f"{path}: cannot be read ({error}); {REMEDY}") from None
+    magic = UNSIGNED_BYTES << 8 | num_dimensions
+    header_size = 4 * (1 + num_dimensions)
+    if len(content) < header_size or int.from_bytes(content[:4], "big") != magic:
+        raise DataError(f"{path}: begins with {content[:4].hex() or 'nothing'}, an IDX file of {num_dimensions} "
+                        f"dimensions with {magic:08x}; {REMEDY}")
+    shape = [int(size) for size in np.frombuffer(content[4:header_size], ">u4")]
+    expected = header_size + int(np.prod(shape, dtype=object))  # in Python integers: a damaged header overflows others
+    if len(content) != expected:
+        raise DataError(f"{path}: {len(content)} bytes, its header says {expected}; {REMEDY}")
+    return np.frombuffer(content, np.uint8, offset=header_size).reshape(shape)

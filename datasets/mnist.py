@@ -1,0 +1,98 @@
+"""MNIST (LeCun, Cortes and Burges, 1998): 60,000 training and 10,000 test images of 28x28 pixels, handwritten digits.
+
+Read from the four IDX files, plain or gzipped, in `data_dir/MNIST/raw` (where torchvision puts them),
+`data_dir/MNIST` or `data_dir` itself, or else from `mnist.npz` in one of these, of either kind that goes around.
+"""
+
+import zipfile
+import zlib
+from pathlib import Path
+
+import numpy as np
+from torchvision.datasets import MNIST
+
+from datasets import idx
+from datasets.download import fetch
+from datasets.tensors import DataError, TensorDataset
+
+MEAN = (0.1307,)  # over the 60,000 training images; tests/test_mnist.py recomputes it
+STD = (0.3081,)  # likewise
+CLASS_NAMES = tuple("0123456789")
+NPZ_KEYS = (  # images and labels of the training set, then of the test set
+    ("x_train", "y_train", "x_test", "y_test"),  # Keras
+    ("trainInps", "trainTargs", "testInps", "testTargs"),  # flat images, one-hot labels
+)
+
+
+def load(data_dir: Path) -> tuple[TensorDataset, TensorDataset]:
+    """The training and test split.
+
+    Raises:
+        DataError: if files are missing or damaged.
+    """
+    folders = [data_dir / "MNIST" / "raw", data_dir / "MNIST", data_dir]
+    for folder in folders:
+        if idx.is_complete(folder):
+            return idx.load(folder, CLASS_NAMES)
+    for folder in folders:
+        if (folder / "mnist.npz").is_file():
+            return load_npz(folder / "mnist.npz")
+    for folder in folders:
+        if list(folder.glob("t*-idx?-ubyte*")):
+            return idx.load(folder, CLASS_NAMES)  # some of the four: says which one is missing
+    raise DataError(f"--data-dir {data_dir}: MNIST is not there, neither its IDX files nor mnist.npz; add --download, "
+                    f"or train on --dataset synthetic")
+
+
+def download(data_dir: Path) -> None:
+    """Fetch the four files. For one process a node; others wait. Raises DataError as `fetch` does."""
+    fetch(lambda folder: MNIST(folder, download=True), data_dir, "MNIST")
+
+
+def load_npz(path: Path) -> tuple[TensorDataset, TensorDataset]:
+    """Both splits from one file, whose keys say of which kind it is.
+
+    Raises:
+        DataError: if it is damaged, lacks an array, or holds Python objects, which are never unpickled.
+    """
+    try:
+        with np.load(path, allow_pickle=False) as archive:
+            names = next((names for names in NPZ_KEYS if set(names) <= set(archive.files)), None)
+            if names is None:
+                raise DataError(f"{path}: holds {', '.join(archive.files) or 'nothing'}, not "
+                                f"{' or '.join(', '.join(names) for names in NPZ_KEYS)}; fetch the file again")
+            arrays = [archive[name] for name in names]
+    except (OSError, ValueError, EOFError, AttributeError, zipfile.BadZipFile, zlib.error) as error:
+        reason = "holds Python objects" if "allow_pickle" in str(error) else f"cannot be read ({error})"
+        raise DataError(f"{path}: {reason}; only arrays of numbers are read, fetch the file again") from None
+    return split_of(*arrays[:2], path=path, names=names[:2]), split_of(*arrays[2:], path=path, names=names[2:])
+
+
+def split_of(images: np.ndarray, labels: np.ndarray, *, path: Path, names: tuple[str, ...]) -> TensorDataset:
+    """One split from images (N, 784), (N, 28, 28) or with one channel, and labels (N,) or one-hot (N, 10)."""
+    source = f"{path}: {names[0]} and {names[1]}"
+    if images.ndim < 2 or images[:1].size not in (0, idx.SIZE**2):
+        raise DataError(f"{source}: images of shape {images.shape[1:]}, not 28 x 28; fetch the file again")
+    images = bytes_of(images.reshape(len(images), idx.SIZE, idx.SIZE), source)
+    if labels.ndim == 2 and labels.shape[1] == len(CLASS_NAMES):
+        if not ((labels == 0) | (labels == 1)).all() or not (labels.sum(1) == 1).all():
+            raise DataError(f"{source}: labels of {labels.shape[1]} columns that are not one-hot; fetch the file again")
+        labels = labels.argmax(1)
+    if labels.ndim != 1 or labels.dtype.kind not in "ui":
+        raise DataError(f"{source}: labels of type {labels.dtype} and shape {labels.shape}, not whole numbers or "
+                        f"one-hot; fetch the file again")
+    return idx.in_memory(images, labels.astype(np.int64), CLASS_NAMES, source=source)
+
+
+def bytes_of(images: np.ndarray, source: str) -> np.ndarray:
+    """Images as uint8, from bytes, or from numbers within 0 to 1 or 0 to 255.
+
+    Raises:
+        DataError: for other types and ranges.
+    """
+    if images.dtype == np.uint8 or images.size == 0:
+        return images.astype(np.uint8)
+    if images.dtype.kind not in "uif" or not (images.min() >= 0 and images.max() <= 255):  # false for NaN, too
+        raise DataError(f"{source}: pixels of type {images.dtype} outside 0 to 255; fetch the file again")
+    scale = 255 if images.dtype.kind == "f" and images.max() <= 1 else 1
+    return np.rint(images * scale).astype(np.uint8)

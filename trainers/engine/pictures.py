@@ -1,0 +1,140 @@
+"""Curves, confusion matrix and image grids as PNG bytes.
+
+matplotlib is imported by the first drawing, so that training neither waits for it nor needs a display: figures are made
+without pyplot, which holds global state and would look for a window system.
+"""
+
+import io
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+RIGHT, WRONG = "#1a7f37", "#c62828"
+STYLES = {"train": {"color": "#1f77b4", "linestyle": "-"}, "test": {"color": "#d62728", "linestyle": "--"}}
+MOST_NUMBERS = 20  # classes up to which each cell of a confusion matrix shows its count
+MOST_NAMES = 60  # and up to which each row shows its name
+MOST_IMAGES, COLUMNS = 32, 8
+
+
+def new_figure(width: float, height: float) -> "Figure":
+    """An empty figure of so many inches."""
+    from matplotlib.figure import Figure
+
+    return Figure(figsize=(width, height), layout="constrained")
+
+
+def as_png(figure: "Figure", *, dpi: int = 110) -> bytes:
+    """The file's content."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=dpi)
+    return buffer.getvalue()
+
+
+def curves(epochs: Sequence[dict[str, Any]], *, steps_per_epoch: int, title: str = "") -> bytes:
+    """Loss and, where there are classes, accuracy over the epochs, of the training and the test set.
+
+    Args:
+        epochs: lines with `step`, `train_loss`, `test_loss`, `train_accuracy` and `test_accuracy`, None where unknown.
+        steps_per_epoch: turns a step into epochs, so that one that was cut short is not drawn as whole.
+    """
+    has_accuracy = any(line["train_accuracy"] is not None for line in epochs)
+    figure = new_figure(8.4 if has_accuracy else 4.6, 3.6)
+    panels = figure.subplots(1, 2 if has_accuracy else 1, squeeze=False)[0]
+    places = [line["step"] / steps_per_epoch for line in epochs]
+    draw_lines(panels[0], places, {split: [line[f"{split}_loss"] for line in epochs] for split in STYLES}, "loss")
+    losses = [line[f"{split}_loss"] for line in epochs for split in STYLES if line[f"{split}_loss"] is not None]
+    if losses and min(losses) > 0 and max(losses) > 100 * min(losses):
+        panels[0].set_yscale("log")
+    if has_accuracy:
+        percents = {split: [percent(line[f"{split}_accuracy"]) for line in epochs] for split in STYLES}
+        draw_lines(panels[1], places, percents, "accuracy in %")
+        panels[1].set_ylim(top=min(100.5, panels[1].get_ylim()[1]))
+    figure.suptitle(title)
+    return as_png(figure)
+
+
+def percent(share: float | None) -> float | None:
+    """A share in percent."""
+    return None if share is None else 100 * share
+
+
+def draw_lines(axes: "Axes", places: list[float], series: dict[str, list[float | None]], label: str) -> None:
+    """One line for each split that has values, on a whole-numbered axis of epochs."""
+    from matplotlib.ticker import MaxNLocator
+
+    for split, values in series.items():
+        known = [(place, value) for place, value in zip(places, values, strict=True)
+                 if value is not None and math.isfinite(value)]
+        if known:
+            axes.plot(*zip(*known, strict=True), marker="o", markersize=3, label=f"{split} {label.split()[0]}",
+                      **STYLES[split])
+    axes.set_xlabel("epoch")
+    axes.set_ylabel(label)
+    axes.set_xlim(0, max(1.0, *places) * 1.02 if places else 1.0)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.grid(alpha=0.3)
+    if axes.get_lines():
+        axes.legend()
+
+
+def confusion_matrix(matrix: Sequence[Sequence[int]], class_names: Sequence[str], *, title: str = "") -> bytes:
+    """Rows are true classes, columns predicted ones; the colour is the share of the row, the number the count."""
+    size = len(matrix)
+    names = class_names or [str(label) for label in range(size)]
+    side = min(12.0, 2.6 + 0.55 * size)
+    figure = new_figure(side + 0.8, side)
+    axes = figure.subplots()
+    shares = [[count / max(1, sum(row)) for count in row] for row in matrix]
+    image = axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
+    figure.colorbar(image, ax=axes, label="share of the true class", shrink=0.8)
+    if size <= MOST_NUMBERS:
+        for row, counts in enumerate(matrix):
+            for column, count in enumerate(counts):
+                axes.text(column, row, str(count), ha="center", va="center", fontsize=8,
+                          color="white" if shares[row][column] > 0.5 else "black")
+    if size <= MOST_NAMES:
+        axes.set_xticks(range(size), names, rotation=45, ha="right", rotation_mode="anchor")
+        axes.set_yticks(range(size), names)
+    axes.set_xlabel("predicted")
+    axes.set_ylabel("true")
+    axes.set_title(title)
+    return as_png(figure)
+
+
+def image_grid(images: Tensor, captions: Sequence[str], *, right: Sequence[bool] | None = None,
+               title: str = "") -> bytes:
+    """Images with a line or two of text above each.
+
+    Args:
+        images: float (N, C, H, W) in [0, 1], one channel (grey) or three.
+        captions: N texts.
+        right: N truths, which colour the captions green or red; black without.
+    """
+    num_images = min(len(images), MOST_IMAGES)
+    columns = min(COLUMNS, max(1, num_images))
+    rows = max(1, math.ceil(num_images / columns))
+    figure = new_figure(max(3.0, 1.25 * columns), 1.55 * rows + 0.4)
+    panels = figure.subplots(rows, columns, squeeze=False).flatten()
+    for axes in panels:
+        axes.axis("off")
+    for place in range(num_images):
+        pixels = images[place].float().clamp(0, 1).permute(1, 2, 0).cpu().numpy()
+        panels[place].imshow(pixels, cmap="gray", vmin=0, vmax=1)
+        colour = "black" if right is None else RIGHT if right[place] else WRONG
+        panels[place].set_title(captions[place], fontsize=8, color=colour)
+    figure.suptitle(title, fontsize=10)
+    return as_png(figure, dpi=120)
+
+
+def predictions(images: Tensor, true: Sequence[str], predicted: Sequence[str], *, title: str = "") -> bytes:
+    """A grid with each image's predicted name, and below it the true one where they differ."""
+    right = [name == other for name, other in zip(true, predicted, strict=True)]
+    captions = [other if name == other else f"{other}\ntrue: {name}"
+                for name, other in zip(true, predicted, strict=True)]
+    return image_grid(images, captions, right=right, title=title)

@@ -1,0 +1,89 @@
+"""What a finished run says and leaves: result.json, the last words, pictures, and its weights alone if asked for."""
+
+import hashlib
+import resource
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from trainers.engine.config import TrainConfig
+from trainers.engine.metrics import Evaluation
+from trainers.engine.parallel import choose_parallel, num_parameters, unwrap
+from trainers.engine.progress import say
+from trainers.engine.report import draw_predictions
+from trainers.engine.trainer import EvaluationBatches, Trainer
+
+ToImage = Callable[[Tensor], Tensor]
+"""Inputs as the network sees them, float (B, C, H, W), to pictures in [0, 1]."""
+
+
+def finish(config: TrainConfig, trainer: Trainer, evaluation: Evaluation, class_names: tuple[str, ...], *,
+           total_seconds: float) -> None:
+    """Write result.json and say the accuracy, class by class."""
+    world, folder = trainer.world, trainer.folder
+    seconds = trainer.train_seconds
+    folder.write_json("result.json", {
+        "accuracy": evaluation.accuracy, "per_class_accuracy": evaluation.per_class_accuracy,
+        "confusion_matrix": evaluation.confusion_matrix, "loss": evaluation.loss, "num_samples": evaluation.num_samples,
+        "class_names": list(class_names), "train_seconds": seconds, "total_seconds": total_seconds,
+        "samples_per_second": trainer.step * config.batch_size / seconds if seconds else None,
+        "world_size": world.world_size, "device": str(world.device), "precision": config.precision,
+        "parallel": choose_parallel(config.parallel, world, num_gpus=torch.cuda.device_count())[0],
+        "num_parameters": num_parameters(unwrap(trainer.model)),
+        "weights_sha256": weights_sha256(unwrap(trainer.model)), "peak_memory_bytes": peak_memory_bytes(world.device),
+        "steps": trainer.step, "best": trainer.best,
+    })
+    if config.save_weights and world.is_main:
+        save_weights(trainer.evaluated_model(), folder.path / "weights.pt")
+    if world.is_main:
+        say(result_text(evaluation, class_names, folder.path))
+
+
+def draw(trainer: Trainer, evaluation: Evaluation, class_names: tuple[str, ...], *, steps_per_epoch: int | None,
+         test: EvaluationBatches, to_image: ToImage | None) -> None:
+    """The pictures of a finished run, on rank 0. Of an evaluation only, `steps_per_epoch` is None: it has no curves."""
+    report = trainer.report
+    if not report.draws:
+        return
+    if steps_per_epoch is not None:
+        report.curves(trainer.epochs, steps_per_epoch=steps_per_epoch, always=True)
+    report.confusion_matrix(evaluation, class_names)
+    if to_image is not None:
+        inputs, targets = next(iter(test))  # of rank 0's share: its first images
+        draw_predictions(trainer, inputs, targets, to_image, class_names)
+
+
+def save_weights(model: nn.Module, path: Path) -> None:
+    """A plain state_dict on the CPU, which torch.load(weights_only=True) reads anywhere."""
+    temporary = path.with_suffix(".tmp")
+    torch.save({name: tensor.detach().cpu() for name, tensor in model.state_dict().items()}, temporary)
+    temporary.replace(path)
+
+
+def result_text(evaluation: Evaluation, class_names: tuple[str, ...], path: Path) -> str:
+    """The last words of a run."""
+    if evaluation.accuracy is None:
+        return f"test loss {evaluation.loss:.6f} over {evaluation.num_samples} samples\nresults in {path}"
+    lines = [f"test accuracy {100 * evaluation.accuracy:.2f} % over {evaluation.num_samples} samples"]
+    for name, share in zip(class_names, evaluation.per_class_accuracy or [], strict=False):
+        lines.append(f"  {name:<12} {100 * share:6.2f} %" if share is not None else f"  {name:<12}   none")
+    return "\n".join([*lines, f"results in {path}"])
+
+
+def weights_sha256(model: nn.Module) -> str:
+    """A hash of all parameters and buffers, by name: equal exactly when every bit is."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def peak_memory_bytes(device: torch.device) -> int:
+    """Most memory that torch held on the GPU, or that this process held on the CPU, so far."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
