@@ -69,20 +69,20 @@ class TrainingSums:
         return loss / samples, correct / samples if self.classification else None
 
     def of_all_ranks(self, world: World) -> list[list[float]]:
-        """Each rank's three sums, for a checkpoint: (W, 3). A collective."""
+        """Each rank's three sums and its bad steps, for a checkpoint: (W, 4). A collective."""
         self.collect()
-        rows = torch.zeros(world.world_size, 3, dtype=torch.float64)
-        rows[world.rank] = torch.tensor([self.loss, self.correct, self.samples], dtype=torch.float64)
+        rows = torch.zeros(world.world_size, 4, dtype=torch.float64)
+        rows[world.rank] = torch.tensor([self.loss, self.correct, self.samples, self.bad_steps], dtype=torch.float64)
         return all_reduce_sum(rows, world).tolist()
 
     def restore(self, rows: list[list[float]], world: World) -> None:
         """Take this rank's sums from a checkpoint; after one at another world size, rank 0 takes them all."""
-        mine = [0.0, 0.0, 0.0]
+        mine = [0.0, 0.0, 0.0, 0.0]
         if len(rows) == world.world_size:
             mine = rows[world.rank]
         elif world.is_main:
             mine = [sum(column) for column in zip(*rows, strict=True)]
-        self.loss, self.correct, self.samples = mine
+        self.loss, self.correct, self.samples = mine[:3]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -147,6 +147,7 @@ def sync_buffers(model: nn.Module, world: World) -> None:
     """Give every rank rank 0's buffers: BatchNorm's running statistics differ between ranks after a step."""
     if world.backend is None:
         return
+    world.watchdog.mark(world.watchdog.step, "reduce")
     for buffer in model.buffers():
         dist.broadcast(buffer, src=0)
 

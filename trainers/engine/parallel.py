@@ -2,6 +2,7 @@
 
 import contextlib
 import inspect
+from collections.abc import Iterator
 from fnmatch import fnmatchcase
 from typing import Literal
 
@@ -63,6 +64,24 @@ def gradient_sync(model: nn.Module, *, last: bool) -> contextlib.AbstractContext
     if isinstance(model, DistributedDataParallel) and not last:
         return model.no_sync()
     return contextlib.nullcontext()
+
+
+def rebuilds_buckets(model: nn.Module, world: World) -> bool:
+    """Whether DDP will lay its gradients out anew after the first backward pass, and that can change a sum's bits.
+
+    It orders them by when they arrived. The sum of two numbers has no order; of three or more, it has.
+    """
+    return isinstance(model, DistributedDataParallel) and world.world_size > 2
+
+
+@contextlib.contextmanager
+def unchanged_buffers(model: nn.Module) -> Iterator[None]:
+    """Put the buffers (BatchNorm's running statistics) back as they were before the block."""
+    before = [buffer.clone() for buffer in model.buffers()]
+    yield
+    with torch.no_grad():
+        for buffer, value in zip(model.buffers(), before, strict=True):
+            buffer.copy_(value)
 
 
 def freeze(model: nn.Module, patterns: tuple[str, ...]) -> list[nn.Module]:

@@ -5,6 +5,7 @@ A position is (step, epoch, samples consumed in the epoch). Everything else that
 """
 
 import hashlib
+import itertools
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -15,12 +16,12 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
 from launch.command_line import NumericError
-from launch.process_group import World
+from launch.process_group import World, from_main
 from launch.run_folder import RunFolder
 from launch.stop import StopAgreement, StopRequest
 from trainers.engine.checkpoint import Checkpointer
 from trainers.engine.metrics import Evaluation, EvaluationSums, TrainingSums, sync_buffers
-from trainers.engine.parallel import gradient_sync, synchronize, unwrap
+from trainers.engine.parallel import gradient_sync, rebuilds_buckets, synchronize, unchanged_buffers, unwrap
 from trainers.engine.precision import Precision
 from trainers.engine.progress import Progress
 from trainers.engine.report import Report, gradient_norms
@@ -102,7 +103,8 @@ class Trainer:
         agreement = StopAgreement(self.world.world_size)
         progress = Progress(shown=self.world.is_main, total_steps=last_step, step=self.step)
         try:
-            while self.step < last_step or self.samples_consumed >= train.steps_per_epoch * train.global_batch_size:
+            while self.step < last_step or not self._step_is_recorded():
+                self.last_evaluation = None
                 if not self.train_epoch(train, last_step, agreement, progress, checkpoint_every):
                     return self._stop_here()
                 last_epoch = self.step >= last_step
@@ -111,9 +113,9 @@ class Trainer:
                     if self.last_evaluation is None:
                         return self._stop_here()
                 is_best = self._finish_epoch(train, progress)
-                if is_best or checkpoint_every is None or last_epoch:
+                if is_best or last_epoch or checkpoint_every is None or self.step % checkpoint_every == 0:
                     self._save(is_best=is_best)
-            self.checkpointer.join()
+            from_main(self.world, self.checkpointer.join)
             return "done"
         finally:
             self.checkpointer.wait()  # before the run folder is given up
@@ -127,6 +129,8 @@ class Trainer:
         self._train_mode()
         interval = max(1, train.steps_per_epoch // REPORTS_PER_EPOCH)
         batches = train.batches(self.epoch, self.samples_consumed)
+        if self._trained_here == 0:
+            batches = self._settle_buckets(batches)
         self._steps_began = time.perf_counter()
         while self.samples_consumed < train.steps_per_epoch * train.global_batch_size and self.step < last_step:
             step_in_epoch = self.samples_consumed // train.global_batch_size + 1
@@ -140,7 +144,7 @@ class Trainer:
             if report_due:
                 self._report(progress, last_step)
             progress.advance()
-            if agreement.due() and self._agreed_to_stop(agreement):
+            if (agreement.due() or ends) and self._agreed_to_stop(agreement, last_step):
                 self._pause_clock()
                 return False
             if checkpoint_every is not None and self.step % checkpoint_every == 0 and not ends:
@@ -157,14 +161,10 @@ class Trainer:
         self._set_learning_rate()
         for micro_step in range(self.accumulation_steps):
             mark(step, "data")
-            inputs, targets = next(batches)
-            inputs = inputs.to(self.world.device, memory_format=self.memory_format, non_blocking=True)
-            targets = targets.to(self.world.device, non_blocking=True)
+            inputs, targets = self._to_device(*next(batches))
             with gradient_sync(self.model, last=micro_step == self.accumulation_steps - 1):
                 mark(step, "forward")
-                with self.precision.autocast():
-                    outputs = self.model(inputs)
-                    loss = self.task.loss(outputs, targets)
+                outputs, loss = self._forward(inputs, targets)
                 mark(step, "backward")
                 self.precision.backward(loss / self.accumulation_steps if self.accumulation_steps > 1 else loss)
             self.sums.update(loss, outputs, targets)
@@ -182,6 +182,30 @@ class Trainer:
             self.ema.update_parameters(unwrap(self.model))
         self.step += 1
 
+    def _to_device(self, inputs: Tensor, targets: Tensor) -> Batch:
+        inputs = inputs.to(self.world.device, memory_format=self.memory_format, non_blocking=True)
+        return inputs, targets.to(self.world.device, non_blocking=True)
+
+    def _forward(self, inputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """The outputs and the loss."""
+        with self.precision.autocast():
+            outputs = self.model(inputs)
+            return outputs, self.task.loss(outputs, targets)
+
+    def _settle_buckets(self, batches: Iterator[Batch]) -> Iterator[Batch]:
+        """Have DDP choose the layout of its gradients before the first step rather than after it.
+
+        Over three or more ranks the layout decides in which order gradients are added up: the first step of a resumed
+        run would differ in the last bits from the same step of one never stopped.
+        """
+        first = next(batches, None) if rebuilds_buckets(self.model, self.world) else None
+        if first is None:
+            return batches
+        with unchanged_buffers(self.model):
+            self._forward(*self._to_device(*first))[1].backward()
+        self.optimizer.zero_grad(set_to_none=True)
+        return itertools.chain([first], batches)
+
     @torch.no_grad()
     def evaluate(self, test: EvaluationBatches) -> Evaluation | None:
         """Count every sample of the test set once, over all ranks; None on every rank if any was asked to stop.
@@ -197,8 +221,7 @@ class Trainer:
             self.world.watchdog.mark(self.step, "evaluate")
             if self.stop:
                 break
-            inputs = inputs.to(self.world.device, memory_format=self.memory_format, non_blocking=True)
-            targets = targets.to(self.world.device, non_blocking=True)
+            inputs, targets = self._to_device(inputs, targets)
             with self.precision.autocast():
                 outputs = model(inputs)
             sums.update(self.task.test_loss(outputs.float(), targets), outputs, targets)
@@ -229,16 +252,16 @@ class Trainer:
         self.train_seconds += time.perf_counter() - self._steps_began
         self._steps_began = time.perf_counter()
 
-    def _agreed_to_stop(self, agreement: StopAgreement) -> bool:
+    def _agreed_to_stop(self, agreement: StopAgreement, last_step: int) -> bool:
         """Vote with the other ranks.
 
         Raises:
-            NumericError: if a rank has counted too many bad steps; all ranks raise it at the same step.
+            NumericError: if a rank has counted too many bad steps, or the last step is bad: all ranks raise it.
         """
         self.world.watchdog.mark(self.step, "reduce")
         self.sums.collect()  # a wait for the device, twice a second
         stop, bad_steps = agreement.vote(self.stop, self.sums.bad_steps)
-        if bad_steps >= self.max_bad_steps:
+        if bad_steps >= (1 if self.step == last_step else self.max_bad_steps):
             raise NumericError(f"step {self.step}: the loss is not finite for {bad_steps} consecutive steps; lower "
                                f"--learning-rate or set --clip-grad-norm; the last good checkpoint is kept")
         return stop
@@ -289,17 +312,26 @@ class Trainer:
         self.folder.write_status("RUNNING", step=self.step, epoch=self.epoch)
         return is_best
 
+    def _step_is_recorded(self) -> bool:
+        """Whether the epoch that ends at this step, complete or cut short, was evaluated and recorded."""
+        return bool(self.epochs) and self.epochs[-1]["step"] == self.step
+
     def _stop_here(self) -> Literal["stopped"]:
         self._save()
-        self.checkpointer.join()
+        from_main(self.world, self.checkpointer.join)  # a launcher gives the others little time once one rank has ended
         return "stopped"
 
     def _save(self, *, is_best: bool = False) -> None:
-        """Hand the state to the checkpointer, on rank 0; collecting it is collective. Once a step."""
+        """Hand the state to the checkpointer, on rank 0; collecting it is collective. Once a step.
+
+        Not while the loss is not finite: that would push the last good checkpoint out.
+        """
         if self.step == self.checkpointer.last_step and not is_best:
             return
         self.world.watchdog.mark(self.step, "checkpoint")
         running = self.sums.of_all_ranks(self.world)
+        if any(bad_steps for _, _, _, bad_steps in running):
+            return
         self.checkpointer.last_step = self.step
         if self.world.is_main:
             self.checkpointer.save(self.state(running), is_best=is_best)
@@ -322,7 +354,7 @@ class Trainer:
         self.precision.load_state_dict(state["scaler"])
         if self.ema is not None and state["ema"] is not None:
             self.ema.module.load_state_dict(state["ema"])
-            self.ema.n_averaged.fill_(1)  # not 0, which would start the average anew
+            self.ema.n_averaged.fill_(min(1, state["step"]))  # 0 would start the average anew
         self.step, self.epoch, self.samples_consumed = state["step"], state["epoch"], state["samples_consumed"]
         self.best, self.epochs = state["best"], state["history"]["epochs"]
         self.sums.restore(state["history"]["running"], self.world)
