@@ -5,6 +5,8 @@ nothing is drawn in sequence and so nothing has to be saved. The hash is the fin
 Flood, 2014), in 64-bit integers that wrap.
 """
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -54,3 +56,9 @@ def random_integers(indices: Tensor, limit: int, *key_parts: int) -> Tensor:
 def random_uniform(indices: Tensor, *key_parts: int) -> Tensor:
     """A float32 in [0, 1) for each index: 24 bits, which float32 holds exactly on every device."""
     return shift_right(random_bits(indices, *key_parts), 39).to(torch.float32) / (1 << 24)
+
+
+def random_normal(indices: Tensor, *key_parts: int) -> Tensor:
+    """A float32 from the standard normal distribution for each index (Box and Muller, 1958)."""
+    first, second = (random_uniform(2 * indices + part, *key_parts) for part in (0, 1))
+    return torch.sqrt(-2 * torch.log(1 - first)) * torch.cos(2 * math.pi * second)

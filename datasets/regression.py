@@ -1,0 +1,53 @@
+"""Linear relations with noise, drawn from a seed: what a regression must recover is known."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from datasets.keyed_random import random_normal, random_uniform
+from datasets.tensors import TensorDataset
+
+FEATURES, NOISE = 9, 10  # purposes among the keyed random numbers
+
+
+@dataclass(frozen=True, kw_only=True)
+class LinearRelation:
+    """targets = features @ weights + bias + noise, the features from the standard normal distribution."""
+
+    weights: tuple[float, ...]
+    bias: float
+    num_samples: int
+    normal_noise: float = 0.0
+    """Standard deviation of noise around zero."""
+    uniform_noise: float = 0.0
+    """Noise between zero and this; its mean, half of it, adds to the bias."""
+
+    @property
+    def learned_bias(self) -> float:
+        """The bias that the least squares of many samples have."""
+        return self.bias + self.uniform_noise / 2
+
+    def draw(self, first: int, *, seed: int) -> TensorDataset:
+        """`num_samples` samples from number `first` on: features float32 (N, F), targets float32 (N, 1)."""
+        samples = torch.arange(first, first + self.num_samples)
+        features = random_normal(samples[:, None] * len(self.weights) + torch.arange(len(self.weights)), seed, FEATURES)
+        targets = features @ torch.tensor(self.weights)[:, None] + self.bias
+        return TensorDataset(inputs=features, targets=targets + self.noise(samples, seed)[:, None])
+
+    def noise(self, samples: Tensor, seed: int) -> Tensor:
+        """Of each sample, (N,)."""
+        return (self.normal_noise * random_normal(samples, seed, NOISE)
+                + self.uniform_noise * random_uniform(samples, seed, NOISE))
+
+
+RELATIONS = {
+    "two-features": LinearRelation(weights=(2.0, -3.4), bias=4.2, num_samples=1000, normal_noise=0.01),
+    "five-features": LinearRelation(weights=(1.0, 2.0, 3.0, 4.0, 5.0), bias=5.0, num_samples=10, uniform_noise=0.3),
+}
+
+
+def load(name: str, *, seed: int = 0) -> tuple[TensorDataset, TensorDataset]:
+    """The training and test split of one of RELATIONS, of the same size."""
+    relation = RELATIONS[name]
+    return relation.draw(0, seed=seed), relation.draw(10**6, seed=seed)

@@ -1,0 +1,153 @@
+"""Fit a linear relation, with a loss of your own if you like, on one process or many.
+
+    python trainers/regression.py                                   # Dive into Deep Learning: w = [2, -3.4], b = 4.2
+    python trainers/regression.py --recipe cheatsheet               # five features, ten samples, 500 epochs
+    python trainers/regression.py --loss my_losses.py:huber         # a function of (outputs, targets) in a file
+    torchrun --standalone --nproc_per_node=2 trainers/regression.py # two ranks
+"""
+
+import importlib.util
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+if not __package__:  # run by path: our packages, not others of the same names
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+from launch.stop import catch_signals
+
+if __name__ == "__main__":
+    catch_signals()  # before torch is imported, which takes seconds
+
+import torch
+from torch import Tensor, nn
+
+from datasets import regression
+from datasets.loaders import PlainTransform, evaluation_loader, train_loader
+from datasets.tensors import DataError
+from launch.command_line import UsageError, run
+from trainers import models
+from trainers.engine.config import TrainConfig
+from trainers.engine.parallel import unwrap
+from trainers.engine.progress import say
+from trainers.engine.session import build_trainer, complete, join_world, open_run
+from trainers.engine.trainer import Task
+
+Loss = Callable[[Tensor, Tensor], Tensor]
+
+
+@dataclass(frozen=True, kw_only=True)
+class RegressionConfig(TrainConfig):
+    """Fit a linear relation."""
+
+    recipe: str = "d2l"
+    """d2l: 1,000 samples of two features. cheatsheet: ten samples of five features, with a loss of one's own."""
+    dataset: Literal["two-features", "five-features"] = "two-features"
+    """Drawn from the seed."""
+    model: Literal["linear"] = "linear"
+    """linear: one layer with one output."""
+    loss: str = "mse"
+    """mse: torch's. my-mse: the same, written out. PATH.py:FUNCTION: yours, (outputs, targets) to a mean."""
+
+
+RECIPES: dict[str, dict[str, Any]] = {
+    "d2l": {"dataset": "two-features", "epochs": 3, "batch_size": 10, "learning_rate": 0.03, "momentum": 0.0},
+    "cheatsheet": {
+        "dataset": "five-features", "loss": "my-mse", "epochs": 500, "batch_size": 5, "learning_rate": 0.01,
+        "momentum": 0.0, "eval_every": 100, "checkpoint_every": 1000,
+    },
+}
+
+
+def my_mse(outputs: Tensor, targets: Tensor) -> Tensor:
+    """The cheat sheet's example of a loss of one's own: the mean of the squared differences."""
+    return torch.mean(torch.pow(outputs - targets, 2))
+
+
+LOSSES: dict[str, Loss] = {"mse": nn.MSELoss(), "my-mse": my_mse}
+
+
+def choose_loss(text: str) -> Loss:
+    """The loss that `--loss` names, tried on two samples.
+
+    Raises:
+        UsageError: if it is no known name and not PATH.py:FUNCTION.
+        DataError: if the file cannot be used, or the function gives no loss.
+    """
+    if text in LOSSES:
+        return LOSSES[text]
+    path, colon, function = text.rpartition(":")
+    if not colon or not path.endswith(".py") or not function:
+        raise UsageError(f"--loss {text}: unknown; choose {', '.join(LOSSES)} or PATH.py:FUNCTION")
+    loss = function_in(Path(path), function)
+    outputs = torch.zeros(2, 1, requires_grad=True)
+    try:
+        value = loss(outputs, torch.ones(2, 1))
+    except Exception as error:  # whatever the user's code does is told in one line
+        raise DataError(f"--loss {text}: fails with {type(error).__name__} ({error}) on outputs and targets of "
+                        f"shape (2, 1); give a function of two tensors") from None
+    if not isinstance(value, Tensor) or value.shape != () or not value.requires_grad:
+        kind = f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+        raise DataError(f"--loss {text}: gives {kind}, not one number that depends on the outputs; return a mean made "
+                        f"with torch")
+    return loss
+
+
+def function_in(path: Path, name: str) -> Loss:
+    """A function defined in a Python file, which is run.
+
+    Raises:
+        DataError: if there is no such file or function, or the file does not run.
+    """
+    if not path.is_file():
+        raise DataError(f"--loss {path}:{name}: no such file; give the path of one that defines {name}")
+    spec = importlib.util.spec_from_file_location("users_loss", path)
+    assert spec is not None
+    assert spec.loader is not None  # it ends in .py
+    module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:  # whatever the user's code does is told in one line
+        raise DataError(f"--loss {path}:{name}: the file does not run ({type(error).__name__}: {error}); mend it, then "
+                        f"try again") from None
+    function = getattr(module, name, None)
+    if not callable(function):
+        known = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
+        raise DataError(f"--loss {path}:{name}: the file has no function {name}; it has "
+                        f"{', '.join(known) or 'none at all'}")
+    return function
+
+
+def learned_text(model: nn.Module, relation: regression.LinearRelation) -> str:
+    """The learned state_dict beside what the data was drawn with."""
+    state = model.state_dict()
+    lines = [f"{name:<10} {[round(value, 4) for value in tensor.flatten().tolist()]}" for name, tensor in state.items()]
+    return "\n".join(["learned", *lines, f"drawn with w = {list(relation.weights)}, b = {relation.learned_bias}"])
+
+
+def main(config: RegressionConfig) -> int:
+    """One run, on this rank; returns the exit code."""
+    config.check()
+    loss = choose_loss(config.loss)
+    with join_world(config) as world, open_run(config, "regression", world) as folder:
+        if folder is None:
+            return 0
+        train, test = regression.load(config.dataset, seed=config.seed)
+        shard = {"rank": world.rank, "world_size": world.world_size, "device": world.device}
+        batches = train_loader(train, PlainTransform(), batch_size=config.batch_size,
+                               rank_batch_size=config.rank_batch_size(), seed=config.seed, **shard)
+        test_batches = evaluation_loader(test, lambda features: features, **shard)
+        torch.manual_seed(config.seed)
+        trainer = build_trainer(config, models.linear(train.inputs.shape[1]),
+                                Task(loss=loss, test_loss=loss, num_classes=None), world, folder,
+                                steps_per_epoch=batches.steps_per_epoch, dataset_fingerprint=train.fingerprint())
+        outcome = complete(config, trainer, batches, test_batches)
+        if outcome.evaluation is not None and world.is_main:
+            say(learned_text(unwrap(trainer.model), regression.RELATIONS[config.dataset]))
+        return outcome.exit_code
+
+
+if __name__ == "__main__":
+    run(main, RegressionConfig, recipes=RECIPES)
