@@ -10,8 +10,8 @@ Exchange = Callable[[dict[str, str]], list[dict[str, str]]]
 class BadImages:
     """The distinct unreadable images of a run so far, as {path: reason}, and how many there may be.
 
-    A rank learns of another's at the start of an epoch, so the limit may be found passed only then; which images
-    take the place of bad ones does not depend on it.
+    A rank learns of another's at the end of an epoch, so the limit may be found passed only then; which images take
+    the place of bad ones does not depend on it.
     """
 
     def __init__(self, limit: int, *, exchange: Exchange = lambda mine: [mine],

@@ -164,16 +164,20 @@ class DecodedTrainLoader:
         self.steps_per_epoch, self.global_batch_size = sampler.steps_per_epoch, sampler.global_batch_size
 
     def batches(self, epoch: int, samples_consumed: int) -> Iterator[Batch]:
-        """The rest of the epoch, in micro-batches of `rank_batch_size`; first, all ranks compare their bad images.
+        """The rest of the epoch, in micro-batches of `rank_batch_size`.
+
+        Before the last of several, which all ranks reach in the same step, they compare their bad images: not at the
+        start, since one rank may take a first batch alone, to show it.
 
         Raises:
             DataError: for an unreadable image that may not be skipped, or a dead worker.
         """
-        self.bad_images.share()
         self.sampler.set_position(epoch, samples_consumed)
         keys = [Key("train", samples.tolist(), epoch) for samples in self.sampler.indices().split(self.rank_batch_size)]
-        for batch in self.decoder.decode(keys):
+        for number, batch in enumerate(self.decoder.decode(keys), start=1):
             self.bad_images.add(batch.bad)
+            if number == len(keys) > 1:
+                self.bad_images.share()
             images = batch.images.to(self.device, non_blocking=True)
             samples = torch.tensor(batch.samples).to(self.device, non_blocking=True)
             yield self.augmentation.batch(images, samples, epoch=epoch), self.targets[batch.sources]

@@ -86,7 +86,7 @@ class ImageCache:
                     bad_images.add(batch.bad)
                     bad += batch.bad
                     sources += batch.sources
-                    file.write(memoryview(batch.images.numpy()).cast("B"))  # not into a map: a full disk would kill it
+                    file.write(batch.images.numpy().tobytes())  # not into a map: a full disk would kill the process
                     yield len(sources)
                 file.flush()
                 os.fsync(file.fileno())

@@ -19,6 +19,7 @@ from torchvision.datasets.folder import IMG_EXTENSIONS, make_dataset
 from datasets import synthetic
 from datasets.cifar import move_in_place
 from datasets.keyed_random import random_bits
+from datasets.order import epoch_order
 from datasets.tensors import DataError
 
 SPLIT = 24  # this module's purpose among the keyed random numbers
@@ -89,7 +90,7 @@ def load(data_dir: Path, *, validation_fraction: float | None = None, seed: int 
         raise DataError(f"--data-dir {data_dir}: has no {missing}; add it, or split one folder with "
                         f"--validation-fraction 0.2")
     training = scan(train)
-    return training, scan(test, class_names=training.class_names)
+    return training, mixed(scan(test, class_names=training.class_names))
 
 
 def scan(folder: Path, *, class_names: Sequence[str] | None = None) -> ImageTree:
@@ -124,6 +125,22 @@ def scan(folder: Path, *, class_names: Sequence[str] | None = None) -> ImageTree
                      targets=torch.tensor([label for _, label in files]), class_names=names)
 
 
+def find_images(path: Path) -> list[Path]:
+    """A file as it is, or all images in a folder and the folders below it, sorted.
+
+    Raises:
+        DataError: if there is nothing of that name, or no image in the folder.
+    """
+    if path.is_file():
+        return [path]
+    if not path.is_dir():
+        raise DataError(f"{path}: no such file or folder; check the name")
+    found = sorted(file for file in path.rglob("*") if file.suffix.lower() in IMG_EXTENSIONS and file.is_file())
+    if not found:
+        raise DataError(f"{path}: holds no image ({' '.join(IMG_EXTENSIONS)}); name another folder")
+    return found
+
+
 def split(tree: ImageTree, fraction: float, *, seed: int) -> tuple[ImageTree, ImageTree]:
     """Set a share of each class apart, at least one image and never all, by keyed random order.
 
@@ -138,7 +155,12 @@ def split(tree: ImageTree, fraction: float, *, seed: int) -> tuple[ImageTree, Im
             raise DataError(f"--validation-fraction {fraction}: class {tree.root / name} has a single image; add more")
         num_chosen = min(max(1, round(fraction * len(members))), len(members) - 1)
         chosen[members[order[members].argsort()[:num_chosen]]] = True
-    return tree.subset((~chosen).nonzero().flatten()), tree.subset(chosen.nonzero().flatten())
+    return tree.subset((~chosen).nonzero().flatten()), mixed(tree.subset(chosen.nonzero().flatten()))
+
+
+def mixed(tree: ImageTree) -> ImageTree:
+    """The same images, not class by class: the first ones, which are drawn, then show what there is."""
+    return tree.subset(epoch_order(len(tree), seed=0, epoch=0))
 
 
 def write_synthetic(data_dir: Path, *, seed: int) -> Path:

@@ -30,6 +30,7 @@ from datasets.tensors import TensorDataset
 from launch.command_line import UsageError, nearest, run
 from launch.process_group import World
 from trainers import models
+from trainers.engine.card import ModelCard, write_card
 from trainers.engine.config import TrainConfig
 from trainers.engine.session import download_once, join_world, open_run, train_classifier
 
@@ -109,6 +110,8 @@ def main(config: CifarConfig) -> int:
             return 0
         train, test = load_data(config, world)
         mean, std = statistics(config)
+        write_card(folder, ModelCard(trainer="cifar", model=config.model, class_names=train.class_names, mean=mean,
+                                     std=std, image_size=(32, 32), options={"width": config.width}))
         shard = {"rank": world.rank, "world_size": world.world_size, "device": world.device}
         augmentation = Augmentation(seed=config.seed, mean=mean, std=std, shift=config.shift, padding=config.padding,
                                     flip=config.flip)

@@ -22,10 +22,10 @@ if __name__ == "__main__":
     catch_signals()  # before torch is imported, which takes seconds
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from datasets import image_folder
-from datasets.augment import Augmentation, normalize
+from datasets.augment import Augmentation
 from datasets.bad_images import BadImages
 from datasets.decode import FitName
 from datasets.decoded import DecodedEvaluationLoader, DecodedTrainLoader, Decoder
@@ -35,14 +35,16 @@ from datasets.loaders import check_size, evaluation_loader, train_loader
 from datasets.order import ResumableSampler
 from datasets.tensors import DataError
 from launch.command_line import EXIT_PREEMPTED, UsageError, nearest, report, run
-from launch.process_group import World, barrier, from_main, gather, process_group
+from launch.process_group import World, barrier, from_main, gather
 from launch.run_folder import RunFolder
 from trainers import models
+from trainers.engine.backbone import load_backbone
 from trainers.engine.card import ModelCard, write_card
 from trainers.engine.config import TrainConfig
-from trainers.engine.session import build_trainer, complete, open_run
+from trainers.engine.progress import say
+from trainers.engine.session import join_world, open_run, train_classifier
 from trainers.engine.together import finish_together
-from trainers.engine.trainer import EvaluationBatches, Task, TrainBatches
+from trainers.engine.trainer import EvaluationBatches, TrainBatches
 
 OUR_MODELS = ("cheatsheet", "net", "resnet9")  # other names are torchvision's, resnet18 too
 STATISTICS: dict[str, tuple[tuple[float, ...], tuple[float, ...]]] = {
@@ -153,8 +155,8 @@ def load_data(config: ImageFolderConfig, world: World) -> tuple[ImageTree, Image
     return train, test
 
 
-def build_model(config: ImageFolderConfig, num_classes: int) -> nn.Module:
-    """The network, from the seed, tried on one blank image."""
+def build_model(config: ImageFolderConfig, num_classes: int, world: World) -> nn.Module:
+    """The network, from the seed and `--pretrained`, tried on one blank image."""
     torch.manual_seed(config.seed)
     model, size = models.build(network(config), num_classes=num_classes), image_size(config)
     try:
@@ -163,6 +165,10 @@ def build_model(config: ImageFolderConfig, num_classes: int) -> nn.Module:
     except (RuntimeError, AssertionError) as error:
         raise UsageError(f"--image-size {size}: {config.model} cannot take 3 x {size} x {size} images "
                          f"({str(error).strip().splitlines()[0]}); try another size") from None
+    if config.pretrained is not None:
+        line = load_backbone(model, config.pretrained)
+        if world.is_main:
+            say(line)
     return model.train()
 
 
@@ -178,24 +184,25 @@ def remember_bad_images(config: ImageFolderConfig, world: World, folder: RunFold
     return BadImages(config.skip_bad, exchange=exchange, log=report, known=known)
 
 
+def augmentation(config: ImageFolderConfig) -> Augmentation:
+    """What is done to a decoded training image."""
+    mean, std = STATISTICS[config.normalize]
+    return Augmentation(seed=config.seed, mean=mean, std=std, shift=config.shift, flip=config.flip)
+
+
 def build_loaders(config: ImageFolderConfig, train: ImageTree, test: ImageTree, world: World,
                   bad_images: BadImages) -> tuple[TrainBatches, EvaluationBatches] | None:
     """The loaders of this rank; None if the job was asked to stop while the cache was built."""
-    mean, std = STATISTICS[config.normalize]
-    augmentation = Augmentation(seed=config.seed, mean=mean, std=std, shift=config.shift, flip=config.flip)
+    augment = augmentation(config)
     decoder = Decoder({"train": train, "test": test}, size=image_size(config), fit=config.fit, seed=config.seed,
                       smallest_area=config.random_crop or 1.0, skip_bad=config.skip_bad, workers=config.workers,
                       pin_memory=world.device.type == "cuda", prepare_worker=ignore_signals)
     shard = {"rank": world.rank, "world_size": world.world_size}
-
-    def normalized(images: Tensor) -> Tensor:
-        return normalize(images, mean, std)
-
     if not config.cache:
         sampler = ResumableSampler(train, global_batch_size=config.batch_size, seed=config.seed, **shard)
-        return (DecodedTrainLoader(train, decoder, augmentation, sampler, bad_images, device=world.device,
+        return (DecodedTrainLoader(train, decoder, augment, sampler, bad_images, device=world.device,
                                    rank_batch_size=config.rank_batch_size()),
-                DecodedEvaluationLoader(test, decoder, normalized, bad_images, device=world.device, **shard))
+                DecodedEvaluationLoader(test, decoder, augment.normalize, bad_images, device=world.device, **shard))
     folder = config.cache_dir or config.data_dir / ".cache"
     caches = [ImageCache(tree, split, folder, size=image_size(config), fit=config.fit)
               for tree, split in ((train, "train"), (test, "test"))]
@@ -204,9 +211,9 @@ def build_loaders(config: ImageFolderConfig, train: ImageTree, test: ImageTree, 
             return None
     training, testing = (cache.open(bad_images) for cache in caches)
     device = cache_device(world.device, sum(cache.num_bytes for cache in caches))
-    return (train_loader(training, GatherThenAugment(augmentation), batch_size=config.batch_size, seed=config.seed,
+    return (train_loader(training, GatherThenAugment(augment), batch_size=config.batch_size, seed=config.seed,
                          rank_batch_size=config.rank_batch_size(), device=device, **shard),
-            evaluation_loader(testing, normalized, device=device, **shard))
+            evaluation_loader(testing, augment.normalize, device=device, **shard))
 
 
 def fill(cache: ImageCache, decoder: Decoder, bad_images: BadImages, world: World) -> bool:
@@ -234,23 +241,19 @@ def describe(config: ImageFolderConfig, class_names: tuple[str, ...]) -> ModelCa
 def main(config: ImageFolderConfig) -> int:
     """One run, on this rank; returns the exit code."""
     check(config)
-    with (process_group(config.backend, device=config.device, timeout_seconds=config.timeout,
-                        threads=config.threads) as world,
-          open_run(config, "image_folder", world) as folder):
+    with join_world(config) as world, open_run(config, "image_folder", world) as folder:
         if folder is None:
             return 0
         train, test = load_data(config, world)
         write_card(folder, describe(config, train.class_names))
-        model = build_model(config, len(train.class_names))
+        model = build_model(config, len(train.class_names), world)
         batches = build_loaders(config, train, test, world, remember_bad_images(config, world, folder))
         if batches is None:
             folder.write_status("PREEMPTED", reason=catch_signals().reason or "")
             return EXIT_PREEMPTED
-        task = Task(loss=nn.CrossEntropyLoss(label_smoothing=config.label_smoothing), test_loss=nn.CrossEntropyLoss(),
-                    num_classes=len(train.class_names))
-        trainer = build_trainer(config, model, task, world, folder, steps_per_epoch=batches[0].steps_per_epoch,
-                                dataset_fingerprint=from_main(world, train.fingerprint))
-        return complete(config, trainer, *batches, class_names=train.class_names).exit_code
+        return train_classifier(config, model, world, folder, *batches, class_names=train.class_names,
+                                dataset_fingerprint=from_main(world, train.fingerprint),
+                                to_image=augmentation(config).to_image).exit_code
 
 
 if __name__ == "__main__":

@@ -53,7 +53,9 @@ def read_card(run: Path) -> ModelCard:
         raise CheckpointError(f"--run {run}: no such folder; give one that a trainer made, such as runs/NAME")
     values = RunFolder(run, is_main=False).read_json(FILE_NAME)
     try:
-        return ModelCard(**{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()})
+        converted: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value
+                                     for name, value in (values or {}).items()}
+        return ModelCard(**converted)
     except (TypeError, AttributeError):
         raise CheckpointError(f"--run {run}: has no readable {FILE_NAME}; only runs of the image trainers do, from the "
                               f"moment they start training") from None

@@ -33,8 +33,15 @@ REPORTS_PER_EPOCH = 10  # at fixed steps, so that a resumed run writes the same 
 class TrainBatches(Protocol):
     """What `fit` trains on: datasets.loaders.TrainLoader and its like."""
 
-    steps_per_epoch: int
-    global_batch_size: int
+    @property
+    def steps_per_epoch(self) -> int:
+        """Optimizer steps in one epoch."""
+        ...
+
+    @property
+    def global_batch_size(self) -> int:
+        """Samples that all ranks together consume in one optimizer step."""
+        ...
 
     def batches(self, epoch: int, samples_consumed: int) -> Iterator[Batch]:
         """This rank's micro-batches from that position to the end of the epoch."""

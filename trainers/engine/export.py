@@ -1,0 +1,105 @@
+"""A trained network as a program that runs without this code: torch.export, and ONNX where its packages are installed.
+
+    program = torch.export.load("model.pt2").module()     # in Python; AOTInductor compiles it for C++
+    program(images)                                       # float32 (B, C, H, W), normalised; any B
+
+What was written is read back and run on random images, and must give what the model gives.
+"""
+
+import contextlib
+import copy
+import importlib
+import importlib.util
+import io
+import logging
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from launch.command_line import CheckpointError, UsageError
+
+ONNX_PACKAGES = ("onnx", "onnxscript")
+TOLERANCE = 1e-4  # relative to the largest output; kernels of another library add in another order
+
+
+def export(model: nn.Module, path: Path, *, image_shape: tuple[int, int, int]) -> list[str]:
+    """Write `path` with the suffix .pt2 and, where onnx and onnxscript are installed, with .onnx; check both.
+
+    Args:
+        model: in evaluation mode; it is exported on the CPU.
+        image_shape: channels, height and width of its inputs.
+
+    Returns:
+        A line for each file, and one about ONNX where it is left out.
+
+    Raises:
+        UsageError: if a file cannot be written.
+        CheckpointError: if a written program gives something else than the model.
+    """
+    model = copy.deepcopy(model).cpu().eval()
+    images = torch.randn(3, *image_shape, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        expected = model(images)
+    batch = torch.export.Dim("batch")
+    program = torch.export.export(model, (images,), dynamic_shapes=({0: batch},))
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lines = [write_program(program, path.with_suffix(".pt2"), images, expected)]
+        missing = [name for name in ONNX_PACKAGES if importlib.util.find_spec(name) is None]
+        if missing:
+            return [*lines, f"no ONNX: {' and '.join(missing)} not installed"]
+        return [*lines, write_onnx(program, path.with_suffix(".onnx"), images, expected)]
+    except OSError as error:
+        raise UsageError(f"--export {path}: cannot be written ({error.strerror}); choose a folder that can") from None
+
+
+def write_program(program: torch.export.ExportedProgram, path: Path, images: Tensor, expected: Tensor) -> str:
+    """Save, load and run a torch.export program."""
+    buffer = io.BytesIO()  # torch.export.save to a path has no clean error for one that cannot be written
+    torch.export.save(program, buffer)
+    path.write_bytes(buffer.getvalue())
+    loaded = torch.export.load(path).module()
+    with torch.no_grad():
+        outputs = torch.cat([loaded(images[:2]), loaded(images[2:])])  # other batch sizes than it was traced with
+    return compared(path, outputs, expected)
+
+
+def write_onnx(program: torch.export.ExportedProgram, path: Path, images: Tensor, expected: Tensor) -> str:
+    """Save a program as ONNX, and run that in onnxruntime or, without it, in onnx's own reference evaluator."""
+    with quiet():
+        torch.onnx.export(program, (), str(path), input_names=["images"], output_names=["outputs"], dynamo=True,
+                          external_data=False, verbose=False)
+    feed = {"images": images.numpy()}
+    if importlib.util.find_spec("onnxruntime") is not None:
+        session = importlib.import_module("onnxruntime").InferenceSession(str(path), providers=["CPUExecutionProvider"])
+        outputs = session.run(None, feed)[0]
+    else:
+        outputs = importlib.import_module("onnx.reference").ReferenceEvaluator(str(path)).run(None, feed)[0]
+    return compared(path, torch.from_numpy(outputs), expected)
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Without the exporter's running commentary."""
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(logging.NOTSET)
+
+
+def compared(path: Path, outputs: Tensor, expected: Tensor) -> str:
+    """A line about the largest difference.
+
+    Raises:
+        CheckpointError: if it is more than rounding.
+    """
+    difference = (outputs - expected).abs().max().item()
+    if difference > TOLERANCE * max(1.0, expected.abs().max().item()):
+        raise CheckpointError(f"--export {path}: its outputs differ from the model's by {difference:.2g}; not usable")
+    return f"{path}: {path.stat().st_size / 2**20:.1f} MiB, outputs within {difference:.1g} of the model's"

@@ -1,0 +1,236 @@
+"""What the network of a run says about images: classes with probabilities, a picture; or a program for elsewhere.
+
+    python trainers/predict.py --run runs/NAME cat.jpg dog.png          # some files
+    python trainers/predict.py --run runs/NAME photos/                  # all images of a folder and the folders in it
+    python trainers/predict.py --run runs/NAME --test-images 32         # of the run's own test set
+    python trainers/predict.py --run runs/NAME photos/ --json           # for other programs
+    python trainers/predict.py --run runs/NAME --export model.pt2       # a torch.export program, and ONNX beside it
+
+The weights are those of the best checkpoint, averaged ones if the run kept an average. Where an image's true class is
+known (from the test set, or from a folder with the name of a class), it is compared.
+"""
+
+import importlib
+import itertools
+import sys
+import typing
+from collections.abc import Iterator
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+if not __package__:  # run by path: our packages, not others of the same names
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+import torch
+import tyro
+from torch import Tensor, nn
+
+from datasets.augment import normalize
+from datasets.decode import BadImage, read_image
+from datasets.image_folder import ImageTree, find_images
+from datasets.tensors import DataError
+from launch.command_line import CheckpointError, UsageError, report, run
+from launch.launcher import read_launch
+from launch.machine import choose_device
+from launch.process_group import World
+from launch.run_folder import RunFolder
+from trainers import models
+from trainers.engine.card import ModelCard, read_card
+from trainers.engine.export import export
+from trainers.engine.pictures import MOST_IMAGES
+from trainers.engine.predictions import Prediction, as_json, as_lines, draw
+from trainers.engine.progress import say
+from trainers.engine.restore import Damaged, check_fits, load_or_fail, load_verified, newest_good
+
+
+@dataclass(frozen=True, kw_only=True)
+class PredictConfig:
+    """Classify images with the network of a run."""
+
+    images: Annotated[tuple[Path, ...], tyro.conf.Positional] = ()
+    """Image files, and folders of them."""
+    run: Path | None = None
+    """Run folder, such as runs/NAME."""
+    checkpoint: Path | None = None
+    """Use this checkpoint of the run, not its best."""
+    test_images: int | None = None
+    """Classify so many images of the run's test set."""
+    data_dir: Path | None = None
+    """Where the test set lies. Default: where the run found it."""
+    batch_size: int = 64
+    """Images at a time."""
+    top: int = 3
+    """Classes shown per image, most probable first."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto: a GPU if there is one."""
+    json: bool = False
+    """Print one JSON object, not lines."""
+    picture: Path | None = None
+    """PNG of the first images with their names. Default: predict.png in the run folder."""
+    export: Path | None = None
+    """Write the network as a torch.export program, and as ONNX where the package onnx is installed."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Picture:
+    """One image to classify: uint8 (C, H, W)."""
+
+    name: str
+    pixels: Tensor
+    true_class: str | None = None
+
+
+def check(config: PredictConfig) -> None:
+    """Find mistakes in the flags."""
+    if config.run is None:
+        raise UsageError("--run: missing; give the folder of a run, such as runs/NAME")
+    if not config.images and config.test_images is None and config.export is None:
+        raise UsageError("no images given; name files or folders, or use --test-images 32")
+    for name, value in (("test-images", config.test_images), ("batch-size", config.batch_size), ("top", config.top)):
+        if value is not None and value < 1:
+            raise UsageError(f"--{name} {value}: must be at least 1")
+
+
+def load_model(run: Path, card: ModelCard, checkpoint: Path | None, device: torch.device) -> tuple[nn.Module, Path]:
+    """The network with its trained weights, in evaluation mode, and the file they are from.
+
+    Raises:
+        CheckpointError: if there is no whole checkpoint, or it is of another model.
+    """
+    try:
+        model = models.build(card.model, num_classes=len(card.class_names), **card.options)
+    except (KeyError, ValueError) as error:
+        raise CheckpointError(f"--run {run}: its model {card.model} cannot be built here ({error}); use the version "
+                              f"of this code that trained it") from None
+    state, source = load_state(run, checkpoint)
+    if state["ema"] is not None:
+        state = {**state, "model": state["ema"]}
+    check_fits(state, model, source)
+    model.load_state_dict(state["model"])
+    return model.eval().to(device), source
+
+
+def load_state(run: Path, checkpoint: Path | None) -> tuple[dict[str, Any], Path]:
+    """The state to use and its file: the one named, else the best, else the newest that is whole."""
+    if checkpoint is not None:
+        return load_or_fail(checkpoint), checkpoint
+    best = run / "checkpoints" / "best.pt"
+    if best.exists():
+        try:
+            return load_verified(best), best
+        except Damaged as damage:
+            report(f"WARNING checkpoint: {best}: {damage}; using the newest")
+    newest = newest_good(run / "checkpoints")
+    for path, damage in newest.damaged.items():
+        report(f"WARNING checkpoint: {path}: {damage}; using an older one")
+    if newest.state is None:
+        raise CheckpointError(f"--run {run}: has no whole checkpoint; wait for its first epoch to end, or train again")
+    return newest.state, newest.path
+
+
+def pictures_of(config: PredictConfig, card: ModelCard) -> Iterator[Picture]:
+    """Everything that was asked for, read one at a time."""
+    for path in config.images:
+        for file in find_images(path):
+            parent = file.parent.name
+            yield read_picture(file, card, true_class=parent if parent in card.class_names else None)
+    if config.test_images is not None:
+        yield from test_pictures(config, card)
+
+
+def read_picture(path: Path, card: ModelCard, *, true_class: str | None) -> Picture:
+    """A file in the form that the network was trained on.
+
+    Raises:
+        DataError: if it is no readable image.
+    """
+    try:
+        pixels = read_image(path, size=card.image_size[0], fit=card.fit)
+    except BadImage as error:
+        raise DataError(f"{path}: not readable as an image ({error}); repair it or leave it out") from None
+    if card.channels == 1:
+        pixels = grey(pixels)
+    return Picture(name=str(path), pixels=pixels, true_class=true_class)
+
+
+def grey(pixels: Tensor) -> Tensor:
+    """uint8 (3, H, W) to (1, H, W), by the weights of ITU-R 601-2 as Pillow has them."""
+    weights = torch.tensor([0.299, 0.587, 0.114])[:, None, None]
+    return (pixels * weights).sum(0, keepdim=True).round().to(torch.uint8)
+
+
+def test_pictures(config: PredictConfig, card: ModelCard) -> Iterator[Picture]:
+    """The first images of the run's test set, loaded by the trainer that ran it."""
+    assert config.run is not None
+    trainer = importlib.import_module(f"trainers.{card.trainer}")
+    settings = restore_config(typing.get_type_hints(trainer.main)["config"], config.run)
+    if config.data_dir is not None:
+        settings = replace(settings, data_dir=config.data_dir)
+    _, test = trainer.load_data(settings, World())
+    count = min(config.test_images or 0, len(test))
+    for sample in range(count):
+        true_class = card.class_names[int(test.targets[sample])]
+        if isinstance(test, ImageTree):
+            yield read_picture(test.path(sample), card, true_class=true_class)
+        else:
+            yield Picture(name=f"test {sample}", pixels=test.inputs[sample], true_class=true_class)
+
+
+def restore_config(config_class: type, run: Path) -> Any:
+    """The config of a run, from its config.json: texts back to paths, lists to tuples.
+
+    Raises:
+        CheckpointError: if it is missing or damaged.
+    """
+    saved = RunFolder(run, is_main=False).read_json("config.json")
+    if not isinstance(saved, dict):
+        raise CheckpointError(f"--run {run}: has no readable config.json; name image files, not --test-images")
+    values: dict[str, Any] = {}
+    for field in fields(config_class):
+        value = saved.get(field.name, field.default)
+        is_path = isinstance(value, str) and "Path" in str(typing.get_type_hints(config_class)[field.name])
+        values[field.name] = Path(value) if is_path else tuple(value) if isinstance(value, list) else value
+    return config_class(**values)
+
+
+@torch.no_grad()
+def classify(model: nn.Module, batch: list[Picture], card: ModelCard, device: torch.device) -> list[Prediction]:
+    """Probabilities of a batch of images."""
+    inputs = normalize(torch.stack([picture.pixels for picture in batch]).to(device), card.mean, card.std)
+    probabilities = model(inputs).float().softmax(1).cpu().tolist()  # log-probabilities come out as they went in
+    return [Prediction(name=picture.name, probabilities=tuple(row), true_class=picture.true_class)
+            for picture, row in zip(batch, probabilities, strict=True)]
+
+
+def in_batches(pictures: Iterator[Picture], size: int) -> Iterator[list[Picture]]:
+    """Lists of `size` pictures, the last one shorter."""
+    while batch := list(itertools.islice(pictures, size)):
+        yield batch
+
+
+def main(config: PredictConfig) -> int:
+    """Read, classify and show; returns the exit code."""
+    check(config)
+    assert config.run is not None
+    card = read_card(config.run)
+    device = choose_device(config.device, read_launch())
+    model, source = load_model(config.run, card, config.checkpoint, device)
+    if config.export is not None:
+        lines = export(model, config.export, image_shape=(card.channels, *card.image_size))
+        (sys.stderr if config.json else sys.stdout).write("\n".join(lines) + "\n")
+    predictions: list[Prediction] = []
+    shown: list[Picture] = []
+    for batch in in_batches(pictures_of(config, card), config.batch_size):
+        predictions += classify(model, batch, card, device)
+        shown += batch[: MOST_IMAGES - len(shown)]
+    if predictions:
+        images = torch.stack([picture.pixels for picture in shown]).float() / 255
+        draw(config.picture or config.run / "predict.png", images, predictions[: len(shown)], card.class_names)
+        say(as_json(predictions, card.class_names, source) if config.json
+            else as_lines(predictions, card.class_names, top=config.top))
+    return 0
+
+
+if __name__ == "__main__":
+    run(main, PredictConfig)
