@@ -53,8 +53,8 @@ class Checkpointer:
             CheckpointError: if the disk is too full, or an earlier save failed.
             NumericError: if an earlier save found a number that is not finite.
         """
-        began = time.perf_counter()
         self.join()
+        began = time.perf_counter()
         self.folder.check_fence()
         check_free_space(self.folder.checkpoints, state)
         self._snapshot.begin(state)
@@ -84,6 +84,9 @@ class Checkpointer:
             NumericError: if it found a number that is not finite.
         """
         if self._under_way is not None:
+            began = time.perf_counter()
+            self.wait()
+            self.wait_seconds += time.perf_counter() - began
             under_way, self._under_way = self._under_way, None
             under_way.result()
 
@@ -98,7 +101,7 @@ class Checkpointer:
             if is_best:
                 link_best(path)
             prune(self.folder.checkpoints, keep=self.keep)
-        except (OSError, RuntimeError) as error:  # torch.save turns a failed write into a RuntimeError
+        except OSError as error:
             raise CheckpointError(f"{self.folder.checkpoints}: cannot be written ({first_line(error)}); free some "
                                   f"space, then start the same command again") from None
 
@@ -120,7 +123,7 @@ def write_checkpoint(folder: Path, state: Mapping[str, Any], *,
     try:
         with open(temporary, "wb") as file:
             writer = HashingWriter(file)
-            torch.save(dict(state), writer)  # pyright: ignore[reportArgumentType]
+            save_through(writer, state)
             file.flush()
             os.fsync(file.fileno())
             forget_cached(file)
@@ -145,17 +148,36 @@ def manifest(state: Mapping[str, Any], *, size: int, sha256: str) -> bytes:
     return (json.dumps(facts, indent=2) + "\n").encode()
 
 
+def save_through(writer: "HashingWriter", state: Mapping[str, Any]) -> None:
+    """torch.save, with the error of the file system if there was one.
+
+    Raises:
+        OSError: as the file system says.
+    """
+    try:
+        torch.save(dict(state), writer)  # pyright: ignore[reportArgumentType]
+    except RuntimeError:
+        if writer.error is not None:
+            raise writer.error from None
+        raise
+
+
 class HashingWriter:
     """A file that torch.save writes to, hashing and counting on the way; it only ever appends."""
 
     def __init__(self, file: BinaryIO) -> None:
         self.file, self.size, self.sha256 = file, 0, hashlib.sha256()
+        self.error: OSError | None = None
 
     def write(self, data: bytes) -> int:
         """Append."""
         self.sha256.update(data)
         self.size += len(data)
-        return self.file.write(data)
+        try:
+            return self.file.write(data)
+        except OSError as error:
+            self.error = error  # torch.save says only that a position is unexpected
+            raise
 
     def flush(self) -> None:
         """Pass on to the file."""
