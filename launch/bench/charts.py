@@ -1,0 +1,110 @@
+"""benchmark.png: how fast each set-up is, how that scales, and where its step goes."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+COLORS = {"cpu": "#4878a8", "gpu": "#6aa84f", "dp": "#e69138", "ddp": "#8e63a8"}
+PHASES = {"forward_backward": ("forward + backward", "#4878a8"), "communication": ("communication", "#cc5544"),
+          "optimizer": ("optimizer", "#e6a23c"), "data": ("waiting for data", "#9aa5b1")}
+
+
+def draw(report: dict[str, Any], path: Path) -> None:
+    """Write the PNG; matplotlib is loaded only here."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    rows = [row for row in report["rows"] if row["samples_per_second"]]
+    curves = curves_of(rows)
+    height = max(3.2, 1.6 + 0.42 * len(rows))
+    figure = Figure(figsize=(15 if curves else 11, height), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots(1, 3 if curves else 2, width_ratios=[1.2, 1, 1][: 3 if curves else 2], squeeze=False)[0]
+    figure.suptitle(f"{report['model']}, {report['trainer']} trainer, torch {report['machine']['torch']}", fontsize=11)
+    draw_bars(axes[0], rows)
+    draw_steps(axes[1], rows)
+    if curves:
+        draw_scaling(axes[2], curves)
+    figure.savefig(path, dpi=130)
+
+
+def label(row: dict[str, Any]) -> str:
+    """A row's name on an axis."""
+    return f"{row['setup']}, batch {row['batch_size']}{' *' if row['busy'] else ''}"
+
+
+def draw_bars(axis: Any, rows: Sequence[dict[str, Any]]) -> None:
+    """Samples per second: the median, and as a whisker the slowest and fastest round."""
+    positions = range(len(rows))
+    rates = [row["samples_per_second"] for row in rows]
+    spread = [[row["samples_per_second"] - row["slowest_round"] for row in rows],
+              [row["fastest_round"] - row["samples_per_second"] for row in rows]]
+    axis.barh(positions, rates, xerr=spread, color=[COLORS[row["kind"]] for row in rows], height=0.6,
+              error_kw={"capsize": 3, "elinewidth": 1, "ecolor": "#333333"})
+    widest = max((row["fastest_round"] for row in rows), default=1)
+    for position, row in zip(positions, rows, strict=True):
+        text = f"{row['samples_per_second']:,.0f}" + (" WRONG" if row["verdict"] == "WRONG" else "")
+        axis.text(row["fastest_round"] + 0.02 * widest, position, text, va="center", fontsize=9)
+    axis.set_yticks(positions, [label(row) for row in rows], fontsize=9)
+    axis.invert_yaxis()
+    axis.set_xlim(0, widest * 1.2)
+    axis.set_title("samples per second (whisker: rounds)" + (", * busy machine" * any(row["busy"] for row in rows)),
+                   fontsize=10)
+    plain(axis)
+
+
+def draw_steps(axis: Any, rows: Sequence[dict[str, Any]]) -> None:
+    """Milliseconds per step of each phase, stacked."""
+    left = [0.0] * len(rows)
+    for name, (text, color) in PHASES.items():
+        widths = [1000 * (row["step_seconds"][name] or 0.0) for row in rows]
+        axis.barh(range(len(rows)), widths, left=left, color=color, height=0.6, label=text)
+        left = [start + width for start, width in zip(left, widths, strict=True)]
+    axis.set_yticks(range(len(rows)), [] if len(rows) else None)
+    axis.invert_yaxis()
+    axis.set_title("where a step goes, ms", fontsize=10)
+    axis.legend(fontsize=8, frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.08), ncols=2)
+    plain(axis)
+
+
+def curves_of(rows: Sequence[dict[str, Any]]) -> dict[str, list[tuple[int, float]]]:
+    """Name of a curve -> (devices, samples per second relative to its own first point), of at least two points.
+
+    A curve holds set-ups that differ in the number of devices only; one GPU begins the curves of dp and ddp.
+    """
+    points: dict[str, dict[int, float]] = {}
+    for row in rows:
+        options = row["setup"].partition("+")[2]
+        kinds = ("dp", "ddp") if row["kind"] == "gpu" else (row["kind"],)
+        for kind in kinds:
+            for scaling in row["scalings"]:
+                curve = f"{kind}{'+' + options if options else ''}, {scaling}"
+                points.setdefault(curve, {})[row["devices"]] = row["samples_per_second"]
+    curves = {}
+    for name, rates in points.items():
+        if len(rates) > 1:
+            first = min(rates)
+            curves[name] = [(count, first * rates[count] / rates[first]) for count in sorted(rates)]
+    return curves
+
+
+def draw_scaling(axis: Any, curves: dict[str, list[tuple[int, float]]]) -> None:
+    """Speed-up over devices, against the line on which twice the devices are twice as fast."""
+    most = max(count for points in curves.values() for count, _ in points)
+    axis.plot([1, most], [1, most], color="#999999", linestyle=":", label="ideal")
+    for name, points in curves.items():
+        kind, _, scaling = name.partition(", ")
+        axis.plot(*zip(*points, strict=True), marker="o", label=name, color=COLORS[kind.partition("+")[0]],
+                  linestyle="-" if scaling == "strong" else "--")
+    axis.set_xticks(sorted({count for points in curves.values() for count, _ in points}))
+    axis.set_xlabel("ranks or GPUs", fontsize=9)
+    axis.set_ylim(bottom=0)
+    axis.set_title("speed-up (strong: same global batch; weak: same per rank)", fontsize=10)
+    axis.legend(fontsize=8, frameon=False)
+    plain(axis)
+
+
+def plain(axis: Any) -> None:
+    """No box around the data."""
+    axis.spines[["top", "right"]].set_visible(False)
+    axis.tick_params(labelsize=9)

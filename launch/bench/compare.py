@@ -1,0 +1,67 @@
+"""Two benchmarks side by side: which set-ups changed by more than their rounds scatter."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from launch.command_line import UsageError
+
+FORMAT = 1
+
+
+def read_report(path: Path) -> dict[str, Any]:
+    """A benchmark.json.
+
+    Raises:
+        UsageError: if it is none.
+    """
+    try:
+        report = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise UsageError(f"{path}: cannot be read as a benchmark.json ({error}); give one that launch/benchmark.py "
+                         f"wrote") from None
+    if not isinstance(report, dict) or report.get("format") != FORMAT or "rows" not in report:
+        raise UsageError(f"{path}: is no benchmark.json of format {FORMAT}; give one that launch/benchmark.py wrote")
+    return report
+
+
+def comparison_cells(old: dict[str, Any], new: dict[str, Any]) -> list[list[str]]:
+    """Header and a row for every set-up and batch that both have."""
+    cells = [["set-up", "global batch", "old samples/s", "new samples/s", "new / old", "judgement"]]
+    before = {(row["setup"], row["batch_size"]): row for row in measured(old["rows"])}
+    for row in measured(new["rows"]):
+        other = before.get((row["setup"], row["batch_size"]))
+        if other is not None:
+            ratio = row["samples_per_second"] / other["samples_per_second"]
+            cells.append([row["setup"], str(row["batch_size"]), f"{other['samples_per_second']:,.0f}",
+                          f"{row['samples_per_second']:,.0f}", f"{ratio:.3f}", judgement(other, row)])
+    return cells
+
+
+def measured(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Rows with a speed."""
+    return [row for row in rows if row["samples_per_second"]]
+
+
+def judgement(old: dict[str, Any], new: dict[str, Any]) -> str:
+    """faster or slower only if every new round lies beyond every old one; one round each shows no noise."""
+    if min(old["rounds"], new["rounds"]) < 2:
+        return "one round: noise unknown"
+    if new["slowest_round"] > old["fastest_round"]:
+        return "faster, beyond the noise"
+    if new["fastest_round"] < old["slowest_round"]:
+        return "slower, beyond the noise"
+    return "within the noise"
+
+
+def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
+    """What else changed between the two, so that a ratio is not put down to the code alone."""
+    found = []
+    for name in ("model", "trainer", "dataset", "recipe"):
+        if old.get(name) != new.get(name):
+            found.append(f"{name}: {old.get(name)} -> {new.get(name)}")
+    for name in ("host", "processor", "cores", "gpus", "torch"):
+        if old["machine"].get(name) != new["machine"].get(name):
+            found.append(f"{name}: {old['machine'].get(name)} -> {new['machine'].get(name)}")
+    return found

@@ -1,0 +1,116 @@
+"""Running the commands: which set-up when, one process tree each, and what is left of one that fails."""
+
+import json
+import os
+import signal
+import subprocess
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from launch.bench.setups import Setup, command, environment
+
+STOP_SECONDS = 10  # for a process tree to leave after SIGTERM
+LOG_LINES = 5  # of a run that failed
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """One set-up at one global batch, run once a round."""
+
+    setup: Setup
+    batch_size: int
+    scalings: tuple[Literal["strong", "weak"], ...]
+    """Which curves it is a point of: one device at the base batch is the start of both."""
+
+    @property
+    def key(self) -> tuple[str, int]:
+        """What tells jobs apart."""
+        return self.setup.name, self.batch_size
+
+
+def plan(setups: Sequence[Setup], *, batch_size: int, rank_batch_size: int, scaling: str) -> list[Job]:
+    """The jobs: each set-up at the fixed global batch, at the fixed batch per device, or both."""
+    wanted: dict[tuple[str, int], Job] = {}
+    for setup in setups:
+        sizes = {"strong": batch_size, "weak": rank_batch_size * setup.devices}
+        for name in ("strong", "weak"):
+            if scaling in (name, "both"):
+                size = sizes[name]
+                before = wanted.get((setup.name, size))
+                scalings = (*before.scalings, name) if before else (name,)
+                wanted[setup.name, size] = Job(setup=setup, batch_size=size, scalings=scalings)
+    return list(wanted.values())
+
+
+def rotated(jobs: Sequence[Job], round_number: int) -> list[Job]:
+    """A B C, then B C A, …: no set-up always runs first, when the machine is coolest, or last."""
+    start = round_number % len(jobs)
+    return [*jobs[start:], *jobs[:start]]
+
+
+def run_job(job: Job, trainer: str, flags: Sequence[str], *, steps: str, threads: int, timeout_seconds: float
+            ) -> dict[str, Any]:
+    """Run the trainer once and read what it measured.
+
+    Returns:
+        `setup`, `batch_size`, `scalings`, `command`, `wall_seconds`, `error` (None, or how it ended), and
+        `benchmark`, the trainer's figures (None if it failed).
+    """
+    with tempfile.TemporaryDirectory(prefix="benchmark-") as folder:
+        words = command(job.setup, trainer, [*flags, "--batch-size", str(job.batch_size), "--measure", steps,
+                                             "--output-dir", folder, "--run-name", "run"], threads=threads)
+        began = time.perf_counter()
+        error = execute(words, environment(job.setup), Path(folder, "log"), timeout_seconds)
+        figures = None if error else read_figures(Path(folder, "run", "result.json"))
+    if error is None and figures is None:
+        error = "ended well, but left no figures"
+    return {"setup": job.setup.name, "batch_size": job.batch_size, "scalings": list(job.scalings),
+            "command": " ".join(words), "wall_seconds": time.perf_counter() - began, "error": error,
+            "benchmark": figures}
+
+
+def execute(words: Sequence[str], variables: dict[str, str], log: Path, timeout_seconds: float) -> str | None:
+    """Run a command in a session of its own, so that Ctrl-C reaches the benchmark alone; how it failed, or None."""
+    with open(log, "wb") as file:
+        process = subprocess.Popen(words, stdin=subprocess.DEVNULL, stdout=file, stderr=file, env=variables,
+                                   start_new_session=True)
+        try:
+            code = process.wait(timeout=timeout_seconds)
+        except subprocess.TimeoutExpired:
+            return f"no end after {timeout_seconds:.0f} s"
+        finally:
+            end_session(process)
+    return None if code == 0 else f"exit code {code}: {last_words(log.read_text(errors='replace'))}"
+
+
+def end_session(process: "subprocess.Popen[bytes]") -> None:
+    """Have the process tree leave: asked first, then made to."""
+    for number in (signal.SIGTERM, signal.SIGKILL):
+        if process.poll() is not None:
+            break
+        try:
+            os.killpg(process.pid, number)
+            process.wait(timeout=STOP_SECONDS)
+        except (ProcessLookupError, subprocess.TimeoutExpired):
+            continue
+
+
+def last_words(log: str) -> str:
+    """What a failed run said: its own error line, or else the last exception of any rank."""
+    lines = [line.strip() for line in log.splitlines() if line.strip()]
+    errors = [line for line in lines if line.startswith("ERROR ")]
+    exceptions = [line for line in lines if line.split(":")[0].endswith(("Error", "Exception", "Killed"))
+                  and "ChildFailedError" not in line]
+    return (errors or exceptions[-1:] or lines[-1:] or ["without a word"])[0][:300]
+
+
+def read_figures(path: Path) -> dict[str, Any] | None:
+    """The `benchmark` part of a result.json."""
+    try:
+        return json.loads(path.read_text())["benchmark"]
+    except (OSError, ValueError, KeyError):
+        return None

@@ -1,0 +1,186 @@
+"""What can be compared: `cpu:2`, `gpu:1+bf16+compile`, `dp:4`, `ddp:8`, and the command line that each stands for.
+
+    cpu:N   N ranks on CPU cores (gloo); cpu:1 is one process without a launcher
+    gpu:1   one GPU, one process
+    dp:N    DataParallel: one process that splits every batch over N GPUs
+    ddp:N   N ranks with a GPU each (NCCL); ddp:N+gloo lets ranks share a GPU
+
+Options after `+`: bf16, fp16, channels-last, compile, gloo, threads=T (per rank).
+"""
+
+import os
+import platform
+import re
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal, cast
+
+import torch
+
+from launch.command_line import UsageError, nearest
+from launch.doctor_machine import processor
+from launch.machine import usable_cores
+
+Kind = Literal["cpu", "gpu", "dp", "ddp"]
+Precision = Literal["fp32", "bf16", "fp16"]
+KINDS = ("cpu", "gpu", "dp", "ddp")
+OPTIONS = ("bf16", "fp16", "channels-last", "compile", "gloo", "threads=2")
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Setup:
+    """One column of the comparison."""
+
+    name: str
+    kind: Kind
+    devices: int
+    """Ranks, or GPUs of a DataParallel."""
+    precision: Precision = "fp32"
+    compile: bool = False
+    channels_last: bool = False
+    gloo: bool = False
+    threads: int | None = None
+    """Per rank; None: what --threads says."""
+
+    @property
+    def ranks(self) -> int:
+        """Processes."""
+        return 1 if self.kind in ("gpu", "dp") else self.devices
+
+    @property
+    def launched(self) -> bool:
+        """Whether torchrun starts it."""
+        return self.kind == "ddp" or self.ranks > 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Hardware:
+    """What the machine has for set-ups to run on."""
+
+    cores: int
+    gpu_names: tuple[str, ...]
+
+    @classmethod
+    def here(cls) -> "Hardware":
+        """This machine, as far as this process may use it."""
+        names = tuple(torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count()))
+        return cls(cores=usable_cores(), gpu_names=names if torch.cuda.is_available() else ())
+
+    def record(self) -> dict[str, object]:
+        """What a benchmark's figures hold for."""
+        return {"host": platform.node(), "processor": processor(), "cores": self.cores, "gpus": list(self.gpu_names),
+                "torch": str(torch.__version__)}
+
+
+def parse_setup(text: str) -> Setup:
+    """`ddp:2+bf16` as a Setup.
+
+    Raises:
+        UsageError: for an unknown kind, count or option.
+    """
+    head, *options = text.split("+")
+    match = re.fullmatch(r"([a-z]+):([1-9]\d*)", head)
+    if match is None or match[1] not in KINDS or (match[1] == "gpu" and match[2] != "1"):
+        known = f"{', '.join(f'{kind}:N' for kind in KINDS if kind != 'gpu')} or gpu:1"
+        raise UsageError(f"--setups {text}: unknown; must be {known}, with options such as +bf16"
+                         f"{nearest(head.partition(':')[0], KINDS)}")
+    setup = Setup(name=text, kind=cast(Kind, match[1]), devices=int(match[2]))
+    for option in options:
+        setup = with_option(setup, option)
+    if setup.gloo and setup.kind != "ddp":
+        raise UsageError(f"--setups {text}: +gloo is for ddp:N; leave it out")
+    return setup
+
+
+def with_option(setup: Setup, option: str) -> Setup:
+    """The set-up with one of its `+` options.
+
+    Raises:
+        UsageError: if there is no such option.
+    """
+    threads = re.fullmatch(r"threads=([1-9]\d*)", option)
+    if threads:
+        return replace(setup, threads=int(threads[1]))
+    match option:
+        case "bf16" | "fp16":
+            return replace(setup, precision=option)
+        case "channels-last":
+            return replace(setup, channels_last=True)
+        case "compile":
+            return replace(setup, compile=True)
+        case "gloo":
+            return replace(setup, gloo=True)
+    raise UsageError(f"--setups {setup.name}: no option {option!r}; choose from {', '.join(OPTIONS)}"
+                     f"{nearest(option, OPTIONS)}")
+
+
+def everything(hardware: Hardware) -> list[str]:
+    """All that this machine has: powers of two of its cores and GPUs, and their full number.
+
+    Where there is no GPU, or one, what is missing is in the list too, to be shown as not run.
+    """
+    num_gpus = len(hardware.gpu_names)
+    names = [f"cpu:{count}" for count in powers_up_to(hardware.cores)] + ["gpu:1"]
+    several = [count for count in powers_up_to(num_gpus) if count > 1] or [2]
+    return [*names, *(f"{kind}:{count}" for kind in ("dp", "ddp") for count in several)]
+
+
+def powers_up_to(most: int) -> list[int]:
+    """1, 2, 4, … and `most` itself."""
+    return sorted({2**exponent for exponent in range(most.bit_length()) if 2**exponent <= most} | ({most} - {0}))
+
+
+def why_not(setup: Setup, hardware: Hardware, batch_size: int) -> str | None:
+    """Why this machine cannot run it at that global batch, or None if it can."""
+    num_gpus = len(hardware.gpu_names)
+    needed = 1 if setup.gloo else setup.devices
+    if setup.kind != "cpu" and num_gpus < needed:
+        return f"needs {needed} GPU{'s' * (needed > 1)}, this machine has {num_gpus or 'none'}"
+    if setup.kind == "dp" and setup.devices < 2:
+        return "DataParallel has nothing to split on one GPU"
+    if setup.kind == "cpu" and setup.precision == "fp16":
+        return "fp16 on a CPU is no faster than fp32: use bf16"
+    if batch_size % setup.devices:
+        return f"a global batch of {batch_size} does not divide over {setup.devices} ranks"
+    return None
+
+
+def threads_of(setup: Setup, threads: int) -> int:
+    """Threads per rank."""
+    return setup.threads or threads
+
+
+def check_cores(setups: Sequence[Setup], hardware: Hardware, threads: int) -> list[str]:
+    """A warning for each CPU set-up that wants more cores than there are; it runs all the same."""
+    wants = {setup.name: setup.ranks * threads_of(setup, threads) for setup in setups if setup.kind == "cpu"}
+    return [f"{name}: {want} threads on {hardware.cores} cores; they take turns"
+            for name, want in wants.items() if want > hardware.cores]
+
+
+def command(setup: Setup, trainer: str, flags: Sequence[str], *, threads: int) -> list[str]:
+    """The command line: the trainer under python, or under torchrun."""
+    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={setup.ranks}"]
+    parallel = "dp" if setup.kind == "dp" else "ddp" if setup.launched else "none"
+    return [
+        sys.executable, *(torchrun if setup.launched else []), str(ROOT / "trainers" / f"{trainer}.py"), *flags,
+        "--device", "cpu" if setup.kind == "cpu" else "cuda", "--parallel", parallel,
+        "--backend", "gloo" if setup.gloo or setup.kind == "cpu" else "auto", "--precision", setup.precision,
+        "--compile" if setup.compile else "--no-compile",
+        "--channels-last" if setup.channels_last else "--no-channels-last",
+        "--threads", str(threads_of(setup, threads)),
+    ]
+
+
+def environment(setup: Setup) -> dict[str, str]:
+    """This environment for the command: no launcher's variables, and for DataParallel just its GPUs."""
+    launchers = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    kept = {name: value for name, value in os.environ.items()
+            if name not in launchers and not name.startswith(("TORCHELASTIC_", "SLURM_"))}
+    if setup.kind == "dp":
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
+        gpus = visible if visible != [""] else [str(index) for index in range(setup.devices)]
+        kept["CUDA_VISIBLE_DEVICES"] = ",".join(gpus[: setup.devices])
+    return kept

@@ -1,0 +1,171 @@
+"""From the figures of all rounds to one row a set-up: medians, spread, speed-ups, and what cannot be believed."""
+
+import math
+from collections.abc import Sequence
+from statistics import median
+from typing import Any
+
+from launch.bench.runs import Job
+from launch.bench.setups import Setup
+
+BUSY_SHARE = 0.05  # of the time a thread was ready to run, another process had its core
+IDLE_SHARE = 0.15  # of its time, a lone CPU process did not compute: another machine, or a virtual core, had it
+LOSS_TOLERANCE = 1e-3  # relative: the same sums in another order, grown over a few hundred fp32 steps
+MOVED_TOLERANCE = 0.02  # relative, for the distance that the weights moved, which is what is left of many gradients
+LOOSE_TOLERANCE = 0.1  # relative: other number formats, or BatchNorm, whose statistics depend on how a batch is split
+
+
+def summarise(jobs: Sequence[Job], runs: Sequence[dict[str, Any]], *, baseline: str | None) -> dict[str, Any]:
+    """Rows in the order of the jobs.
+
+    Args:
+        runs: what run_job returned, each with its `round`.
+        baseline: the name of a set-up; None takes the slowest that uses one device.
+    """
+    rows = [row_of(job, [run for run in runs if (run["setup"], run["batch_size"]) == job.key]) for job in jobs]
+    chosen = baseline or slowest_one_device(rows)
+    for row in rows:
+        base = baseline_for(row, rows, chosen)
+        row["speedup"] = ratio_of_rounds(row, base) if base else None
+        row["efficiency"] = efficiency(row, base) if base else None
+    judge_losses(rows, chosen)
+    return {"baseline": chosen, "rows": rows}
+
+
+def row_of(job: Job, runs: list[dict[str, Any]]) -> dict[str, Any]:
+    """One set-up at one batch, over its rounds; figures are None if no round succeeded."""
+    good = [run for run in runs if run["benchmark"] is not None]
+    errors = [run["error"] for run in runs if run["error"]]
+    row: dict[str, Any] = {
+        "setup": job.setup.name, "kind": job.setup.kind, "devices": job.setup.devices, "batch_size": job.batch_size,
+        "scalings": list(job.scalings), "precision": job.setup.precision, "rounds": len(good),
+        "error": errors[0] if errors else None, "samples_per_second": None, "by_round": {}, "loss": None,
+        "verdict": None,
+    }
+    if not good:
+        return row
+    figures = [run["benchmark"] for run in good]
+    rates = [one["samples_per_second"] for one in figures]
+    row |= {
+        "by_round": {str(run["round"]): run["benchmark"]["samples_per_second"] for run in good},
+        "samples_per_second": median(rates), "slowest_round": min(rates), "fastest_round": max(rates),
+        "loss": figures[0]["loss"], "losses": [one["loss"] for one in figures],
+        "weights_moved": figures[0]["weights_moved"],
+        "batch_norm": figures[0]["batch_norm"], "ranks": figures[0]["world_size"],
+        "threads_per_rank": figures[0]["threads_per_rank"],
+        "cpu_share": median(cpu_share(one) for one in figures), "busy": any(is_busy(one, job.setup) for one in figures),
+        "peak_memory_bytes": max(max(one["peak_memory_bytes"]) for one in figures),
+        "step_seconds": {name: phase(figures, name) for name in ("data", "forward_backward", "communication",
+                                                                 "optimizer")},
+        "flops_per_second": median(rates) * figures[0]["flops_per_sample"],
+        "matrix_flops_per_second": median(sum(one["matrix_flops_per_second"]) * gpus_of(job.setup) for one in figures),
+    }
+    row["utilisation"] = row["flops_per_second"] / row["matrix_flops_per_second"]
+    return row
+
+
+def gpus_of(setup: Setup) -> int:
+    """How many devices stand behind one rank: DataParallel's GPUs are taken to be alike."""
+    return setup.devices if setup.kind == "dp" else 1
+
+
+def phase(figures: list[dict[str, Any]], name: str) -> float | None:
+    """Seconds per step in a phase: the mean over ranks, the median over rounds."""
+    values = [[value for value in one[f"{name}_seconds"] if value is not None] for one in figures]
+    return median(sum(ranks) / len(ranks) for ranks in values if ranks) if any(values) else None
+
+
+def cpu_share(figures: dict[str, Any]) -> float:
+    """CPU seconds of all ranks over wall seconds: the number of cores that were kept busy."""
+    return sum(figures["cpu_seconds"]) / figures["seconds"]
+
+
+def is_busy(figures: dict[str, Any], setup: Setup) -> bool:
+    """Whether something else had the cores: threads queued for one, or a lone CPU process was kept from computing."""
+    queued = [seconds for seconds in figures["queued_seconds"] if seconds is not None]
+    if queued and max(queued) > BUSY_SHARE * figures["seconds"] * figures["threads_per_rank"]:
+        return True
+    alone = setup.kind == "cpu" and figures["world_size"] == 1 and figures["threads_per_rank"] == 1
+    return alone and cpu_share(figures) < 1 - IDLE_SHARE
+
+
+def slowest_one_device(rows: Sequence[dict[str, Any]]) -> str | None:
+    """The default baseline."""
+    candidates = [row for row in rows if row["devices"] == 1 and row["samples_per_second"]]
+    candidates = candidates or [row for row in rows if row["samples_per_second"]]
+    return min(candidates, key=lambda row: row["samples_per_second"])["setup"] if candidates else None
+
+
+def baseline_for(row: dict[str, Any], rows: Sequence[dict[str, Any]], name: str | None) -> dict[str, Any] | None:
+    """The baseline's row on the same curve: at the same global batch, or at the same batch per device."""
+    if row["samples_per_second"] is None:
+        return None
+    measured = [other for other in rows if other["setup"] == name and other["samples_per_second"]]
+    for other in measured:
+        if "strong" in row["scalings"] and other["batch_size"] == row["batch_size"]:
+            return other
+        if "weak" in row["scalings"] and other["batch_size"] * row["devices"] == row["batch_size"] * other["devices"]:
+            return other
+    return None
+
+
+def ratio_of_rounds(row: dict[str, Any], base: dict[str, Any]) -> float:
+    """The median over rounds of the ratio within a round: what slows a whole round down cancels."""
+    shared = row["by_round"].keys() & base["by_round"].keys()
+    if not shared:
+        return row["samples_per_second"] / base["samples_per_second"]
+    return median(row["by_round"][name] / base["by_round"][name] for name in shared)
+
+
+def efficiency(row: dict[str, Any], base: dict[str, Any]) -> float | None:
+    """Speed-up per device; None between CPUs and GPUs, where it would mean nothing."""
+    if (row["kind"] == "cpu") != (base["kind"] == "cpu"):
+        return None
+    return row["speedup"] * base["devices"] / row["devices"]
+
+
+def judge_losses(rows: Sequence[dict[str, Any]], baseline: str | None) -> None:
+    """Set `verdict`: at one global batch all set-ups see the same samples, so they must reach the same loss.
+
+    Their weights must also have moved as far: a loss that hardly falls would hide gradients that were not averaged.
+    "same" or "WRONG", or None for a batch that only one set-up ran. The reference is the baseline, else the first.
+    """
+    measured = [row for row in rows if row["loss"] is not None]
+    for row in measured:
+        peers = [other for other in measured if other["batch_size"] == row["batch_size"]]
+        reference = next((other for other in peers if other["setup"] == baseline), peers[0])
+        if len(peers) > 1 or not math.isfinite(row["loss"]):
+            row["tolerance"] = tolerance(row, reference)
+            far = max(row["tolerance"], MOVED_TOLERANCE)
+            agrees = (all(math.isclose(loss, reference["loss"], rel_tol=row["tolerance"]) for loss in row["losses"])
+                      and math.isclose(row["weights_moved"], reference["weights_moved"], rel_tol=far)
+                      and math.isfinite(row["loss"]))
+            row["verdict"] = "same" if agrees else "WRONG"
+
+
+def tolerance(row: dict[str, Any], reference: dict[str, Any]) -> float:
+    """How far two losses may lie apart, relative to the reference."""
+    split_differently = row["batch_norm"] and (row["ranks"], row["devices"]) != (reference["ranks"],
+                                                                                  reference["devices"])
+    same_format = row["precision"] == reference["precision"] == "fp32"
+    return LOSS_TOLERANCE if same_format and not split_differently else LOOSE_TOLERANCE
+
+
+def warnings_of(rows: Sequence[dict[str, Any]], *, rounds: int) -> list[str]:
+    """What a reader must know before believing a row."""
+    found = []
+    busy = [f"{row['setup']} (batch {row['batch_size']})" for row in rows if row.get("busy")]
+    if busy:
+        found.append(f"the machine was busy with something else during {', '.join(busy)}: wall time is well above CPU "
+                     f"time there; run it again on an idle machine")
+    for row in rows:
+        name = f"{row['setup']} (batch {row['batch_size']})"
+        if row["error"]:
+            found.append(f"{name} failed: {row['error']}")
+        if row["verdict"] == "WRONG":
+            found.append(f"{name} is WRONG: loss {row['loss']:.6f} after moving the weights by "
+                         f"{row['weights_moved']:.4f}; the baseline at this batch has others (tolerance "
+                         f"{row['tolerance']:g}), so its speed is worth nothing")
+        if row["samples_per_second"] and row["rounds"] < rounds:
+            found.append(f"{name}: only {row['rounds']} of {rounds} rounds")
+    return found

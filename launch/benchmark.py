@@ -1,0 +1,226 @@
+"""What is each set-up worth for my model on this machine? Times the real commands and lays the results side by side.
+
+    python launch/benchmark.py                                            # everything this machine has
+    python launch/benchmark.py --model resnet18 --batch-size 512 --setups cpu:1 cpu:2 gpu:1 dp:8 ddp:2 ddp:8+bf16
+    python launch/benchmark.py --trainer-flags "--width 64" --compare benchmark/old.json
+    python launch/benchmark.py --pipeline                                 # images/s of ways to load and augment
+
+A set-up is `cpu:N` (N gloo ranks), `gpu:1`, `dp:N` (DataParallel) or `ddp:N` (NCCL), with options such as
+`+bf16+channels-last+compile+threads=2` (ddp also `+gloo`). Each is the trainer's own command under python or torchrun,
+one process tree a run, `--rounds` times in rotating order; warm-up steps are left out and nothing is estimated.
+`--batch-size` is the global batch of strong scaling, and `--rank-batch-size` what each device gets in weak scaling.
+
+Written to --output-dir: benchmark.md, benchmark.png, and benchmark.json, after every run:
+
+    format, complete (false after Ctrl-C), command, trainer, model, recipe, dataset, baseline, warnings [text]
+    machine   host, processor, cores, gpus [name], torch
+    method    steps, warmup_steps, rounds, threads, seed, batch_size, rank_batch_size
+    not_run   [setup, batch_size, why]
+    rows      a set-up at a global batch: setup, kind, devices, batch_size, scalings [strong|weak], rounds, error,
+              samples_per_second (median), slowest_round, fastest_round, by_round {round: samples/s},
+              speedup (median over rounds, against the baseline), efficiency (per device),
+              cpu_share (cores kept busy), busy (another process had the cores), loss, weights_moved,
+              verdict (same|WRONG), tolerance, peak_memory_bytes (of the largest rank),
+              step_seconds {data, forward_backward, communication, optimizer} (null: cannot be told apart),
+              flops_per_second (of the model), matrix_flops_per_second (of all devices), utilisation
+    runs      every run: setup, batch_size, round, command, wall_seconds, error, benchmark (the trainer's figures)
+
+Exit code: 0; 1 if a set-up failed or is WRONG; 2 for flags that cannot work; 130 after Ctrl-C, with what was finished.
+"""
+
+import shlex
+import signal
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+if not __package__:
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
+
+from launch.bench.compare import comparison_cells, differences, read_report
+from launch.bench.output import check_output_dir, say, write_pictures, write_report
+from launch.bench.pipeline import benchmark_pipeline
+from launch.bench.rounds import calibrate, note, run_rounds
+from launch.bench.runs import Job, plan
+from launch.bench.setups import Hardware, Setup, check_cores, everything, parse_setup, why_not
+from launch.bench.summary import summarise, warnings_of
+from launch.bench.table import as_text, terminal_report
+from launch.command_line import UsageError, nearest, run
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@dataclass(frozen=True, kw_only=True)
+class BenchmarkConfig:
+    """Time the real training commands: CPU ranks, one GPU, DataParallel, DDP."""
+
+    setups: tuple[str, ...] = ()
+    """What to compare: cpu:N, gpu:1, dp:N, ddp:N, with options as in ddp:2+bf16. Default: all this machine has."""
+    model: str = "net"
+    """Network, as the trainer's --model takes it."""
+    trainer: str = "cifar"
+    """Which of trainers/ to run."""
+    recipe: str = "blitz"
+    """The trainer's --recipe."""
+    dataset: str = "synthetic"
+    """The trainer's --dataset."""
+    learning_rate: float = 0.05
+    """High enough for set-ups that learn something else to be found out."""
+    trainer_flags: str = ""
+    """More flags for every command, as one string: "--width 64 --optimizer adam"."""
+    batch_size: int = 128
+    """GLOBAL batch of strong scaling."""
+    rank_batch_size: int | None = None
+    """Batch per device of weak scaling. Default: --batch-size."""
+    scaling: Literal["strong", "weak", "both"] = "both"
+    """strong: more devices share one batch. weak: each device brings its own."""
+    baseline: str | None = None
+    """What speed-ups refer to, one of --setups. Default: the slowest that uses one device."""
+    threads: int = 1
+    """Threads per rank, unless a set-up has +threads=T."""
+    rounds: int = 3
+    """Times that each set-up is run."""
+    seconds: float = 4
+    """About how long each timed window takes on the first set-up: from this follow the steps, the same for all."""
+    steps: int | None = None
+    """Steps to time, instead of --seconds."""
+    warmup_steps: int | None = None
+    """Steps to leave out. Default: a fifth of the timed ones, at least 5."""
+    seed: int = 0
+    """Of weights and samples, the same for every set-up."""
+    output_dir: Path = Path("benchmark")
+    """Where benchmark.json, .md and .png are written."""
+    compare: Path | None = None
+    """An older benchmark.json: print ratios and which are beyond the noise."""
+    report: Path | None = None
+    """Show this benchmark.json, run nothing."""
+    pipeline: bool = False
+    """Compare ways to load and augment images instead of set-ups."""
+    timeout: float = 1800
+    """Seconds after which one run is given up."""
+
+
+def main(config: BenchmarkConfig) -> int:
+    """Check everything, run, summarise; returns the exit code."""
+    old = read_report(config.compare) if config.compare else None
+    if config.report is not None:
+        shown = read_report(config.report)
+        say(terminal_report(shown))
+        show_comparison(old, shown)
+        return 0
+    check(config)
+    check_output_dir(config.output_dir)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a batch system's stop keeps what was finished, too
+    if config.pipeline:
+        return benchmark_pipeline(config.output_dir, rounds=config.rounds, seconds=config.seconds,
+                                  batch_size=config.batch_size)
+    hardware = Hardware.here()
+    setups = [parse_setup(text) for text in config.setups or everything(hardware)]
+    jobs, missing = jobs_of(config, setups, hardware)
+    for one in missing:
+        note(f"not run: {one['setup']}: {one['why']}")
+    cores = check_cores([job.setup for job in jobs], hardware, config.threads)
+    report: dict[str, Any] = {
+        "format": 1, "complete": False, "command": shlex.join(["python", *sys.argv]), "trainer": config.trainer,
+        "model": config.model, "recipe": config.recipe, "dataset": config.dataset, "machine": hardware.record(),
+        "not_run": missing,
+    }
+    code = measure_all(config, jobs, report, cores)
+    show_comparison(old, report)
+    return code
+
+
+def check(config: BenchmarkConfig) -> None:
+    """Find mistakes in the flags before anything runs.
+
+    Raises:
+        UsageError: naming the flag and its rule.
+    """
+    trainers = sorted(path.stem for path in (ROOT / "trainers").glob("*.py") if path.stem != "__init__")
+    if config.trainer not in trainers:
+        raise UsageError(f"--trainer {config.trainer}: there is none of that name{nearest(config.trainer, trainers)}; "
+                         f"choose from {', '.join(trainers)}")
+    for name in ("batch_size", "rank_batch_size", "threads", "rounds", "steps", "seconds", "timeout"):
+        value = getattr(config, name)
+        if value is not None and value <= 0:
+            raise UsageError(f"--{name.replace('_', '-')} {value}: must be positive")
+    if config.warmup_steps is not None and config.warmup_steps < 0:
+        raise UsageError(f"--warmup-steps {config.warmup_steps}: must not be negative")
+
+
+def jobs_of(config: BenchmarkConfig, setups: list[Setup], hardware: Hardware
+            ) -> tuple[list[Job], list[dict[str, Any]]]:
+    """What will be run, and what cannot be here, with the reason.
+
+    Raises:
+        UsageError: if nothing can be run, or the baseline is not among it.
+    """
+    jobs, missing = [], []
+    for job in plan(setups, batch_size=config.batch_size, scaling=config.scaling,
+                    rank_batch_size=config.rank_batch_size or config.batch_size):
+        why = why_not(job.setup, hardware, job.batch_size)
+        if why is None:
+            jobs.append(job)
+        elif (job.setup.name, why) not in [(one["setup"], one["why"]) for one in missing]:
+            missing.append({"setup": job.setup.name, "batch_size": job.batch_size, "why": why})
+    if not jobs:
+        raise UsageError(f"--setups {' '.join(setup.name for setup in setups)}: none can be run here "
+                         f"({missing[0]['why']}); try cpu:1")
+    names = [job.setup.name for job in jobs]
+    if config.baseline is not None and config.baseline not in names:
+        raise UsageError(f"--baseline {config.baseline}: is not among what is run; choose from "
+                         f"{', '.join(dict.fromkeys(names))}")
+    return jobs, missing
+
+
+def measure_all(config: BenchmarkConfig, jobs: list[Job], report: dict[str, Any], cores: list[str]) -> int:
+    """All rounds, with benchmark.json rewritten after every run; then the table, the Markdown and the picture."""
+    flags = ["--model", config.model, "--recipe", config.recipe, "--dataset", config.dataset,
+             "--learning-rate", str(config.learning_rate), "--seed", str(config.seed)]
+    flags += shlex.split(config.trainer_flags)
+    common = {"trainer": config.trainer, "flags": flags, "threads": config.threads, "timeout_seconds": config.timeout}
+    runs: list[dict[str, Any]] = []
+
+    def update() -> None:
+        report.update(summarise(jobs, runs, baseline=config.baseline), runs=runs)
+        report["warnings"] = [*cores, *warnings_of(report["rows"], rounds=config.rounds)]
+        write_report(report, config.output_dir)
+
+    try:
+        warmup, steps = calibrate(jobs, steps=config.steps, warmup_steps=config.warmup_steps, seconds=config.seconds,
+                                  **common)
+        report["method"] = {
+            "steps": steps, "warmup_steps": warmup, "rounds": config.rounds, "threads": config.threads,
+            "seed": config.seed, "batch_size": config.batch_size,
+            "rank_batch_size": config.rank_batch_size or config.batch_size,
+        }
+        for result in run_rounds(jobs, rounds=config.rounds, steps=f"{warmup}:{steps}", **common):
+            runs.append(result)
+            update()
+        report["complete"] = True
+    except KeyboardInterrupt:
+        if not runs:
+            say("stopped before the first run was finished: nothing is written")
+            return 130
+        say(f"stopped: {len(runs)} finished runs are kept")
+    update()
+    write_pictures(report, config.output_dir)
+    say(f"\n{terminal_report(report)}\n\nwritten to {config.output_dir}/benchmark.json, .md, .png")
+    if not report["complete"]:
+        return 130
+    return int(any(row["error"] or row["verdict"] == "WRONG" for row in report["rows"]))
+
+
+def show_comparison(old: dict[str, Any] | None, new: dict[str, Any]) -> None:
+    """The ratios of `--compare`, if there is anything to compare."""
+    if old is None or "rows" not in new:
+        return
+    for difference in differences(old, new):
+        say(f"differs: {difference}")
+    cells = comparison_cells(old, new)
+    say(as_text(cells) if len(cells) > 1 else "the two have no set-up and batch in common")
+
+
+if __name__ == "__main__":
+    run(main, BenchmarkConfig)

@@ -1,0 +1,211 @@
+"""What one set-up is worth, measured inside a real run: `--measure WARMUP:STEPS`, which launch/benchmark.py passes.
+
+The window is timed on the loop that trains (votes, reports and all); only then is the step taken apart, since that
+needs a wait for the device at every phase. Communication is what gradient averaging adds to forward and backward:
+windows with and without it alternate, and waiting for the slowest rank is part of it.
+"""
+
+import resource
+import time
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.flop_counter import FlopCounterMode
+
+from launch.process_group import barrier, gather
+from launch.stop import StopAgreement
+from trainers.engine.config import measured_steps
+from trainers.engine.parallel import synchronize, unwrap
+from trainers.engine.precision import DTYPES
+from trainers.engine.progress import Progress
+from trainers.engine.result import peak_memory_bytes
+from trainers.engine.trainer import TrainBatches, Trainer
+
+MOST_PHASE_STEPS = 40  # steps taken apart: half of them with gradient averaging, half without
+MATRIX_SIZE = {"cpu": 1024, "cuda": 8192}
+MATRIX_SECONDS = 0.3
+
+
+def write_measurement(trainer: Trainer, train: TrainBatches, steps: str) -> bool:
+    """Measure, as `--measure` says, and write result.json; False if all ranks agreed to stop meanwhile."""
+    warmup, timed = measured_steps(steps)
+    figures = measure(trainer, train, warmup=warmup, steps=timed)
+    if figures is None:
+        return False
+    trainer.folder.write_json("result.json", {"benchmark": figures})
+    trainer.folder.write_status("DONE", step=trainer.step, epoch=trainer.epoch)
+    return True
+
+
+def measure(trainer: Trainer, train: TrainBatches, *, warmup: int, steps: int) -> dict[str, Any] | None:
+    """Time `steps` steps after `warmup` others, then take some more apart; None if asked to stop meanwhile.
+
+    Returns:
+        The same on every rank. Seconds and samples are of the timed window and over all ranks; lists are by rank.
+    """
+    world, start = trainer.world, weights(trainer)
+    if not advance(trainer, train, warmup):
+        return None
+    trainer.sums.reset()  # the loss of the window alone
+    before, began_seconds = Usage.now(), trainer.train_seconds
+    if not advance(trainer, train, steps):
+        return None
+    seconds, used = trainer.train_seconds - began_seconds, Usage.now() - before
+    loss, _ = trainer.sums.means(world)
+    moved = torch.linalg.vector_norm(weights(trainer) - start).item()
+    memory_bytes = peak_memory_bytes(world.device)
+    phases = take_apart(trainer, train, steps)
+    if phases is None:
+        return None
+    flops = flops_per_sample(trainer, train)
+    product_rate = matrix_flops_per_second(trainer)
+    mine = {"seconds": seconds, "cpu_seconds": used.cpu_seconds, "queued_seconds": used.queued_seconds,
+            "peak_memory_bytes": memory_bytes, "matrix_flops_per_second": product_rate, **phases}
+    ranks = gather(world, mine)
+    slowest = max(rank["seconds"] for rank in ranks)
+    return {
+        "warmup_steps": warmup, "steps": steps, "batch_size": train.global_batch_size, "seconds": slowest,
+        "samples_per_second": steps * train.global_batch_size / slowest, "loss": loss, "weights_moved": moved,
+        "flops_per_sample": flops,
+        "world_size": world.world_size, "threads_per_rank": world.threads, "device": world.device.type,
+        "backend": world.backend, "batch_norm": has_batch_norm(trainer.model),
+        **{name: [rank[name] for rank in ranks] for name in mine if name != "seconds"},
+    }
+
+
+def advance(trainer: Trainer, train: TrainBatches, steps: int) -> bool:
+    """So many steps more, over as many epochs as that takes; False if all ranks agreed to stop."""
+    last_step = trainer.step + steps
+    agreement = StopAgreement(trainer.world.world_size)
+    progress = Progress(shown=False, total_steps=last_step, step=trainer.step)
+    while trainer.step < last_step:
+        if not trainer.train_epoch(train, last_step, agreement, progress, checkpoint_every=None):
+            return False
+        if trainer.samples_consumed >= train.steps_per_epoch * train.global_batch_size:
+            trainer.epoch, trainer.samples_consumed = trainer.epoch + 1, 0
+            trainer.sums.reset()
+    return True
+
+
+class PhaseClock:
+    """Takes the watchdog's place at the phase marks of a step, and adds up the seconds between them."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.seconds: dict[str, float] = {}
+        self._phase, self._since = "start", time.perf_counter()
+
+    def mark(self, step: int, phase: str) -> None:
+        """A phase begins; on a GPU the work of the one before is waited for."""
+        synchronize(self.device)
+        now = time.perf_counter()
+        self.seconds[self._phase] = self.seconds.get(self._phase, 0.0) + now - self._since
+        self._phase, self._since = phase, now
+
+
+def take_apart(trainer: Trainer, train: TrainBatches, steps: int) -> dict[str, float | None] | None:
+    """Seconds per step of this rank in each phase; None if asked to stop.
+
+    DataParallel copies weights and gradients inside forward and backward, which cannot be told apart from outside: its
+    communication is None, and so is that of a single process.
+    """
+    synced, alone = PhaseClock(trainer.world.device), PhaseClock(trainer.world.device)
+    part = max(1, min(steps, MOST_PHASE_STEPS) // 4)
+    averages = isinstance(trainer.model, DistributedDataParallel) and trainer.world.world_size > 1
+    for clock in (synced, alone, synced, alone):
+        without = trainer.model.no_sync() if clock is alone and averages else nullcontext()  # pyright: ignore
+        with without:
+            if not timed_phases(trainer, train, part, clock):
+                return None
+    both = [synced] if averages else [synced, alone]
+    count = 2 * part * len(both)
+    phases = {name: sum(clock.seconds.get(name, 0.0) for clock in both) / count
+              for name in ("data", "forward", "backward", "optimizer")}
+    gradients = phases.pop("forward") + phases.pop("backward")
+    bare = sum(alone.seconds.get(name, 0.0) for name in ("forward", "backward")) / (2 * part)
+    return {
+        "data_seconds": phases["data"], "forward_backward_seconds": min(bare, gradients) if averages else gradients,
+        "communication_seconds": max(0.0, gradients - bare) if averages else None,
+        "optimizer_seconds": phases["optimizer"],
+    }
+
+
+def timed_phases(trainer: Trainer, train: TrainBatches, steps: int, clock: PhaseClock) -> bool:
+    """Some steps under a clock; False if all ranks agreed to stop."""
+    barrier(trainer.world)
+    clock.mark(0, "start")
+    watchdog = trainer.world.watchdog
+    watchdog.mark = clock.mark
+    try:
+        return advance(trainer, train, steps)
+    finally:
+        clock.mark(0, "end")
+        del watchdog.mark  # the class's own again
+
+
+@dataclass(frozen=True, kw_only=True)
+class Usage:
+    """What the kernel has charged to this process."""
+
+    cpu_seconds: float
+    queued_seconds: float | None
+    """Ready to run, but another process had the core (Linux; the sum over threads)."""
+
+    @classmethod
+    def now(cls) -> "Usage":
+        """Up to this moment."""
+        usage = resource.getrusage(resource.RUSAGE_SELF)
+        try:
+            queued = sum(int((task / "schedstat").read_text().split()[1]) for task in Path("/proc/self/task").iterdir())
+        except (OSError, IndexError, ValueError):
+            return cls(cpu_seconds=usage.ru_utime + usage.ru_stime, queued_seconds=None)
+        return cls(cpu_seconds=usage.ru_utime + usage.ru_stime, queued_seconds=queued / 1e9)
+
+    def __sub__(self, before: "Usage") -> "Usage":
+        known = self.queued_seconds is not None and before.queued_seconds is not None
+        queued = max(0.0, self.queued_seconds - before.queued_seconds) if known else None  # pyright: ignore
+        return Usage(cpu_seconds=self.cpu_seconds - before.cpu_seconds, queued_seconds=queued)
+
+
+def flops_per_sample(trainer: Trainer, train: TrainBatches) -> float:
+    """Floating-point operations of forward and backward, a multiply-add being two (torch's FlopCounterMode)."""
+    model = unwrap(trainer.model)
+    inputs, targets = next(train.batches(trainer.epoch, trainer.samples_consumed))
+    inputs, targets = inputs.to(trainer.world.device), targets.to(trainer.world.device)
+    with FlopCounterMode(display=False) as counter:
+        trainer.task.loss(model.forward(inputs), targets).backward()  # .forward: what torch.compile made is opaque
+    trainer.optimizer.zero_grad(set_to_none=True)
+    return counter.get_total_flops() / len(targets)
+
+
+def matrix_flops_per_second(trainer: Trainer) -> float:
+    """What this rank reaches in a product of large square matrices, while every other rank computes one too."""
+    device = trainer.world.device
+    size, dtype = MATRIX_SIZE[device.type], DTYPES.get(trainer.precision.name, torch.float32)
+    left, right = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+    product = left @ right  # warm-up
+    barrier(trainer.world)
+    fastest, until = float("inf"), time.perf_counter() + MATRIX_SECONDS
+    while time.perf_counter() < until:
+        synchronize(device)
+        began = time.perf_counter()
+        for _ in range(4):
+            torch.mm(left, right, out=product)
+        synchronize(device)
+        fastest = min(fastest, (time.perf_counter() - began) / 4)
+    return 2 * size**3 / fastest
+
+
+def weights(trainer: Trainer) -> torch.Tensor:
+    """All trained parameters as one vector on the CPU."""
+    return torch.cat([parameter.detach().flatten().cpu() for parameter in trainer.trained])
+
+
+def has_batch_norm(model: nn.Module) -> bool:
+    """Whether the loss depends on how a batch is split over ranks."""
+    return any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in model.modules())
