@@ -28,6 +28,8 @@ class Launch:
     address: str = "localhost"
     """Host of the store at which the ranks meet."""
     port: int = 29500  # torch's own default for MASTER_PORT
+    peer: str | None = None
+    """Another node of the job, where the launcher names one: the way there is the way to all of them."""
 
 
 def read_launch(environ: Mapping[str, str] = os.environ) -> Launch:
@@ -60,15 +62,18 @@ def read_launch(environ: Mapping[str, str] = os.environ) -> Launch:
 def read_slurm(environ: Mapping[str, str]) -> Launch:
     """Rank and world size of a task that srun started. The port lies below the ephemeral range, by job id."""
     tasks = per_node_counts(environ.get("SLURM_STEP_TASKS_PER_NODE", environ["SLURM_NTASKS"]))
+    node = int(environ.get("SLURM_NODEID", "0"))
+    hosts = host_names(environ.get("SLURM_STEP_NODELIST", "localhost"))
     job_id = int(environ.get("SLURM_JOB_ID", "0"))
     return Launch(
         launcher="slurm",
         rank=int(environ["SLURM_PROCID"]),
         local_rank=int(environ["SLURM_LOCALID"]),
         world_size=int(environ.get("SLURM_STEP_NUM_TASKS", environ["SLURM_NTASKS"])),
-        local_world_size=tasks[int(environ.get("SLURM_NODEID", "0"))],
-        address=environ.get("MASTER_ADDR") or first_host(environ.get("SLURM_STEP_NODELIST", "localhost")),
+        local_world_size=tasks[node],
+        address=environ.get("MASTER_ADDR") or hosts[0],
         port=int(environ.get("MASTER_PORT") or 10000 + job_id % 20000),
+        peer=hosts[0 if node else -1],
     )
 
 
@@ -83,12 +88,28 @@ def per_node_counts(text: str) -> list[int]:
     return counts
 
 
-def first_host(node_list: str) -> str:
-    """The first host of a Slurm node list: `gpu[03-05,9],login` gives `gpu03`."""
-    match = re.match(r"([^\[,]+)(?:\[(\d+)[^\]]*\]([^,\[]*))?", node_list)
-    if match is None:
-        raise ValueError(f"{node_list!r} is no Slurm node list")
-    return match[1] + (match[2] or "") + (match[3] or "")
+def host_names(node_list: str) -> list[str]:
+    """The hosts of a Slurm node list: `gpu[03-05,9],login` gives gpu03, gpu04, gpu05, gpu9 and login.
+
+    Raises:
+        ValueError: if it is no such list.
+    """
+    return [name for part in re.split(r",(?![^\[]*\])", node_list) for name in expanded(part)]
+
+
+def expanded(part: str) -> list[str]:
+    """One part of a node list, `gpu[03-05]`, as its hosts."""
+    brackets = re.search(r"\[([^\]]*)\]", part)
+    if brackets is None:
+        if re.fullmatch(r"[\w.-]+", part) is None:
+            raise ValueError(f"{part!r} is no host name of a Slurm node list")
+        return [part]
+    names = []
+    for piece in brackets[1].split(","):
+        first, _, last = piece.partition("-")
+        for number in range(int(first), int(last or first) + 1):
+            names += expanded(f"{part[:brackets.start()]}{number:0{len(first)}d}{part[brackets.end():]}")
+    return names
 
 
 def job_identity() -> dict[str, Any]:

@@ -1,8 +1,9 @@
-"""Which network interface of this machine leads to another host; standard library only."""
+"""Which network interface of this machine leads to another host, and whether one port can be reached."""
 
 import fcntl
 import socket
 import struct
+from collections.abc import Iterable
 
 SIOCGIFADDR = 0x8915  # linux/sockios.h: the address of an interface
 
@@ -20,13 +21,31 @@ def address_towards(host: str) -> str | None:
         return None
 
 
-def interface_towards(host: str) -> str | None:
-    """The name of the interface that holds that address, or None if none does (Linux only)."""
-    address = address_towards(host)
-    for _, name in socket.if_nameindex():
+def address_among(hosts: Iterable[str]) -> str | None:
+    """This machine's address on the way to the first of `hosts` that is another machine; None if there is no way.
+
+    A machine's own name often means 127.0.1.1 to itself, which no other machine can reach.
+    """
+    found = None
+    for host in hosts:
+        address = address_towards(host)
+        if address is not None and not is_loopback(address):
+            return address
+        found = found or address
+    return found
+
+
+def interface_of(address: str | None) -> str | None:
+    """The name of the interface that holds an address, or None if none does (Linux only)."""
+    for name in interfaces():
         if address is not None and interface_address(name) == address:
             return name
     return None
+
+
+def interfaces() -> list[str]:
+    """The names of this machine's network interfaces."""
+    return [name for _, name in socket.if_nameindex()]
 
 
 def interface_address(name: str) -> str | None:
@@ -37,3 +56,17 @@ def interface_address(name: str) -> str | None:
         except OSError:
             return None
     return socket.inet_ntoa(packed[20:24])
+
+
+def is_loopback(address: str) -> bool:
+    """Whether an IPv4 address means the machine itself."""
+    return address.startswith("127.")
+
+
+def connect_problem(address: str, port: int, *, timeout_seconds: float = 5.0) -> str:
+    """Why no connection to that address and port can be made; empty if it can."""
+    try:
+        socket.create_connection((address, port), timeout=timeout_seconds).close()
+    except OSError as error:
+        return error.strerror or str(error)
+    return ""

@@ -28,6 +28,7 @@ from launch.machine import (
     keep_freed_memory,
     use_deterministic_kernels,
 )
+from launch.paths import check_paths
 from launch.rendezvous import RENDEZVOUS_SECONDS, meet, store_is_hosted_by_torchrun
 from launch.watchdog import Watchdog
 
@@ -130,6 +131,7 @@ def join(world: World, launch: Launch, store: dist.Store, timeout_seconds: float
     """init_process_group, and one collective, so that ranks that cannot talk find out now."""
     assert world.backend is not None
     backend = f"cpu:gloo,cuda:{world.backend}" if world.device.type == "cuda" else world.backend
+    check_paths(store, launch)
     try:
         dist.init_process_group(
             backend, store=store, rank=launch.rank, world_size=launch.world_size,

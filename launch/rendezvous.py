@@ -2,7 +2,6 @@
 
 import os
 import socket
-import sys
 import time
 from datetime import timedelta
 
@@ -11,7 +10,7 @@ import torch.distributed as dist
 from launch.command_line import EXIT_PREEMPTED, DistributedError
 from launch.heartbeats import claim_this_node
 from launch.launcher import Launch
-from launch.network import interface_towards
+from launch.paths import choose_interface
 from launch.stop import stop_request
 
 RENDEZVOUS_SECONDS = 60  # for all ranks to have started; torchrun or srun starts them together
@@ -100,16 +99,3 @@ def leave_if_stopped(waited_seconds: float) -> None:
     """A stop while ranks are still awaited: there is nothing to save, and they may never come."""
     if stop_request() and waited_seconds > STOP_SECONDS:
         raise SystemExit(EXIT_PREEMPTED)
-
-
-def choose_interface(launch: Launch) -> None:
-    """Have gloo listen where its peers are: loopback on one node, else the interface that leads to the meeting place.
-
-    Left alone, gloo takes the address its host name resolves to, which on many systems is 127.0.1.1.
-    """
-    if "GLOO_SOCKET_IFNAME" in os.environ or sys.platform != "linux":
-        return
-    if launch.local_world_size == launch.world_size:
-        os.environ["GLOO_SOCKET_IFNAME"] = "lo"
-    elif name := interface_towards(launch.address):
-        os.environ["GLOO_SOCKET_IFNAME"] = name

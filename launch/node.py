@@ -1,0 +1,177 @@
+"""Start torchrun on one node of several, once all the nodes can reach each other; slurm/common.sh runs it.
+
+    srun --ntasks-per-node=1 python launch/node.py --nodes 2 --rendezvous node1:13455 --id 1734-0 -- \\
+        --nproc-per-node 4 trainers/cifar.py --epochs 20
+
+What torchrun lacks: a rendezvous that cannot come up ends in one line within a minute (torchrun waits for ten and
+shows a traceback), other nodes are told an address that they can reach (torchrun gives its host name, which may mean
+127.0.1.1), and a stop signal that comes again does not interrupt the ranks' saving (a third one makes torchrun leave
+them). `--nodes 1:2` is elastic: who comes later joins, so nobody is waited for.
+"""
+
+import argparse
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import FrameType
+
+if not __package__:
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
+
+from launch.command_line import EXIT_DONE, DistributedError, report
+from launch.launcher import host_names
+from launch.network import address_among, interface_of, is_loopback
+
+MEETING_SECONDS = 60  # srun starts the nodes together; the slowest has this long
+LINE_SECONDS = 5  # a node that has connected sends its line at once
+SIGNALS = ("SIGTERM", "SIGINT", "SIGUSR1")
+
+
+def main() -> int:
+    """Meet, start torchrun, pass on the first stop signal, and return torchrun's exit code."""
+    options = parse()
+    host, _, port = options.rendezvous.rpartition(":")
+    node = int(os.environ.get("SLURM_NODEID", "0"))
+    address = address_among([host, host_names(os.environ.get("SLURM_STEP_NODELIST") or host)[0 if node else -1]])
+    if options.nodes.isdigit() and int(options.nodes) > 1:
+        try:
+            meet(host, int(port), node=node, num_nodes=int(options.nodes), token=options.id)
+        except OSError as error:
+            report(explain(error, options.rendezvous, node, address))
+            return DistributedError.exit_code
+    is_host = node == 0 if options.nodes.isdigit() else host == options.me
+    shown = options.me if address is None or is_loopback(address) else address  # others know a name as something else
+    return supervise([sys.executable, "-m", "torch.distributed.run", *torchrun_flags(options, shown, is_host),
+                      *options.command])
+
+
+def parse() -> argparse.Namespace:
+    """The command line; what follows `--` is torchrun's."""
+    parser = argparse.ArgumentParser(description="Start torchrun on one node of several.")
+    parser.add_argument("--nodes", required=True, help="how many nodes, or the range 1:2 for an elastic run")
+    parser.add_argument("--rendezvous", required=True, help="HOST:PORT at which they meet")
+    parser.add_argument("--id", required=True, help="of this start of the job; a restart needs another")
+    parser.add_argument("--me", default=os.environ.get("SLURMD_NODENAME", socket.gethostname()),
+                        help="this node's name, if not Slurm's")
+    parser.add_argument("command", nargs=argparse.REMAINDER, help="torchrun's flags, the trainer and its flags")
+    options = parser.parse_args()
+    options.command = options.command[1:] if options.command[:1] == ["--"] else options.command
+    return options
+
+
+def torchrun_flags(options: argparse.Namespace, address: str, is_host: bool) -> list[str]:
+    """What makes torchrun meet the other nodes."""
+    if options.nodes == "1":
+        return ["--standalone", f"--signals-to-handle={','.join(SIGNALS)}"]
+    seconds = f"join_timeout={5 * MEETING_SECONDS},last_call_timeout=15"
+    return [
+        f"--nnodes={options.nodes}", "--rdzv-backend=c10d", f"--rdzv-endpoint={options.rendezvous}",
+        f"--rdzv-id={options.id}", f"--rdzv-conf=is_host={str(is_host).lower()},{seconds}",
+        f"--signals-to-handle={','.join(SIGNALS)}", f"--local-addr={address}",
+    ]
+
+
+def meet(host: str, port: int, *, node: int, num_nodes: int, token: str) -> None:
+    """Return when all nodes have shown that they can connect to the first. The port is free again afterwards.
+
+    Raises:
+        OSError: if they have not within a minute, or the port is taken.
+    """
+    deadline = time.monotonic() + MEETING_SECONDS
+    if node == 0:
+        host_meeting(port, num_nodes=num_nodes, token=token, deadline=deadline)
+    else:
+        attend_meeting(host, port, line=f"{token} {node}\n".encode(), deadline=deadline)
+
+
+def host_meeting(port: int, *, num_nodes: int, token: str, deadline: float) -> None:
+    """Wait for a connection from every other node, then tell them all to go on. Grows with the number of nodes."""
+    arrived: dict[str, socket.socket] = {}
+    with socket.create_server(("", port), backlog=num_nodes) as server:
+        while len(arrived) < num_nodes - 1:
+            server.settimeout(max(0.01, deadline - time.monotonic()))
+            try:
+                connection, _ = server.accept()
+            except TimeoutError:
+                missing = sorted({str(node) for node in range(1, num_nodes)} - arrived.keys(), key=int)
+                raise TimeoutError(f"{len(arrived) + 1} of {num_nodes} nodes came within {MEETING_SECONDS} s; not node "
+                                   f"number {', '.join(missing[:8])} of the job, counted from 0") from None
+            connection.settimeout(LINE_SECONDS)
+            words = read_line(connection).split()
+            if len(words) == 2 and words[0] == token:
+                arrived[words[1]] = connection
+            else:
+                connection.close()  # another job's, or a port scanner
+        for connection in arrived.values():
+            connection.sendall(b"go\n")
+        for connection in arrived.values():
+            read_line(connection)  # its end: who closes first leaves no connection in TIME_WAIT on this port
+            connection.close()
+
+
+def attend_meeting(host: str, port: int, *, line: bytes, deadline: float) -> None:
+    """Connect to the first node and wait for its word; tries again, as that node may start later."""
+    while True:
+        try:
+            with socket.create_connection((host, port), timeout=LINE_SECONDS) as connection:
+                connection.sendall(line)
+                connection.settimeout(max(0.01, deadline - time.monotonic()))
+                if read_line(connection) == "go\n":
+                    return
+                raise ConnectionError("what listens there is not this job")
+        except OSError:
+            if time.monotonic() > deadline:
+                raise
+        time.sleep(0.2)
+
+
+def read_line(connection: socket.socket) -> str:
+    """What a peer sends up to a newline or its end, at most 200 bytes; empty if it stays silent."""
+    data = b""
+    try:
+        while not data.endswith(b"\n") and len(data) < 200 and (more := connection.recv(200)):
+            data += more
+    except OSError:
+        return ""
+    return data.decode(errors="replace")
+
+
+def explain(error: OSError, rendezvous: str, node: int, address: str | None) -> str:
+    """The first node, which knows who is missing, speaks for the job; the others add why."""
+    where = f"{rendezvous} (interface {interface_of(address) or 'unknown'}, {address or 'no address'})"
+    reason = error.strerror or str(error)
+    if node == 0:
+        return (f"ERROR distributed: rendezvous {where}: {reason}; check that nothing blocks that port, or set "
+                f"MASTER_PORT to a free one, or MASTER_ADDR to the first node's name on another network")
+    return f"node number {node}, {socket.gethostname()}: cannot meet at {where}: {reason}"
+
+
+def supervise(command: list[str]) -> int:
+    """Run a command to its end; the first stop signal is passed on to it, later ones are dropped.
+
+    Slurm sends SIGTERM twice when it preempts a job, and again when its grace time ends.
+    """
+    passed_on: list[int] = []
+    process: subprocess.Popen[bytes] | None = None
+
+    def handle(number: int, frame: FrameType | None) -> None:
+        if not passed_on:
+            passed_on.append(number)
+            if process is not None:
+                process.send_signal(number)
+
+    for name in SIGNALS:
+        signal.signal(getattr(signal, name), handle)
+    process = subprocess.Popen(command)
+    if passed_on:
+        process.send_signal(passed_on[0])  # it came before there was anything to pass it on to
+    code = process.wait()
+    return code if code >= EXIT_DONE else 128 - code  # a signal's number, as a shell reports it
+
+
+if __name__ == "__main__":
+    sys.exit(main())
