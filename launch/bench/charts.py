@@ -4,6 +4,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from launch.bench.summary import ratio_of_rounds
+
 COLORS = {"cpu": "#4878a8", "gpu": "#6aa84f", "dp": "#e69138", "ddp": "#8e63a8"}
 PHASES = {"forward_backward": ("forward + backward", "#4878a8"), "communication": ("communication", "#cc5544"),
           "optimizer": ("optimizer", "#e6a23c"), "data": ("waiting for data", "#9aa5b1")}
@@ -16,7 +18,7 @@ def draw(report: dict[str, Any], path: Path) -> None:
 
     rows = [row for row in report["rows"] if row["samples_per_second"]]
     curves = curves_of(rows)
-    height = max(3.2, 1.6 + 0.42 * len(rows))
+    height = max(4.2, 2.2 + 0.45 * len(rows))
     figure = Figure(figsize=(15 if curves else 11, height), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots(1, 3 if curves else 2, width_ratios=[1.2, 1, 1][: 3 if curves else 2], squeeze=False)[0]
@@ -63,7 +65,7 @@ def draw_steps(axis: Any, rows: Sequence[dict[str, Any]]) -> None:
     axis.set_yticks(range(len(rows)), [] if len(rows) else None)
     axis.invert_yaxis()
     axis.set_title("where a step goes, ms", fontsize=10)
-    axis.legend(fontsize=8, frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.08), ncols=2)
+    axis.legend(fontsize=8, frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.07), ncols=2)
     plain(axis)
 
 
@@ -72,19 +74,20 @@ def curves_of(rows: Sequence[dict[str, Any]]) -> dict[str, list[tuple[int, float
 
     A curve holds set-ups that differ in the number of devices only; one GPU begins the curves of dp and ddp.
     """
-    points: dict[str, dict[int, float]] = {}
+    points: dict[str, dict[int, dict[str, Any]]] = {}
     for row in rows:
         options = row["setup"].partition("+")[2]
         kinds = ("dp", "ddp") if row["kind"] == "gpu" else (row["kind"],)
         for kind in kinds:
             for scaling in row["scalings"]:
                 curve = f"{kind}{'+' + options if options else ''}, {scaling}"
-                points.setdefault(curve, {})[row["devices"]] = row["samples_per_second"]
+                points.setdefault(curve, {})[row["devices"]] = row
     curves = {}
-    for name, rates in points.items():
-        if len(rates) > 1:
-            first = min(rates)
-            curves[name] = [(count, first * rates[count] / rates[first]) for count in sorted(rates)]
+    for name, by_devices in points.items():
+        if len(by_devices) > 1:
+            fewest = min(by_devices)
+            curves[name] = [(count, fewest * ratio_of_rounds(by_devices[count], by_devices[fewest]))
+                            for count in sorted(by_devices)]
     return curves
 
 
@@ -99,7 +102,7 @@ def draw_scaling(axis: Any, curves: dict[str, list[tuple[int, float]]]) -> None:
     axis.set_xticks(sorted({count for points in curves.values() for count, _ in points}))
     axis.set_xlabel("ranks or GPUs", fontsize=9)
     axis.set_ylim(bottom=0)
-    axis.set_title("speed-up (strong: same global batch; weak: same per rank)", fontsize=10)
+    axis.set_title("speed-up (strong: one global batch, weak: one per rank)", fontsize=10)
     axis.legend(fontsize=8, frameon=False)
     plain(axis)
 

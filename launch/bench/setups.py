@@ -141,6 +141,8 @@ def why_not(setup: Setup, hardware: Hardware, batch_size: int) -> str | None:
         return f"needs {needed} GPU{'s' * (needed > 1)}, this machine has {num_gpus or 'none'}"
     if setup.kind == "dp" and setup.devices < 2:
         return "DataParallel has nothing to split on one GPU"
+    if setup.kind == "dp" and setup.compile:
+        return "DataParallel's copies of a compiled model would all run the original"
     if setup.kind == "cpu" and setup.precision == "fp16":
         return "fp16 on a CPU is no faster than fp32: use bf16"
     if batch_size % setup.devices:

@@ -163,6 +163,9 @@ class TrainConfig:
             raise UsageError(f"--label-smoothing {self.label_smoothing}: must be below 1")
         if self.measure is not None:
             measured_steps(self.measure)
+        if self.compile and self.parallel == "dp":  # nn.Module.compile keeps the original's bound method in each copy
+            raise UsageError("--compile with --parallel dp: DataParallel's copies of a compiled model would all run "
+                             "the original; leave --compile out, or use torchrun and --parallel ddp")
         if self.timeout <= 0:
             raise UsageError(f"--timeout {self.timeout}: must be positive")
         self.rank_batch_size()

@@ -13,6 +13,7 @@ from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DataParallel
 from torch.optim.swa_utils import AveragedModel
 
 from launch.command_line import NumericError
@@ -86,7 +87,7 @@ class Trainer:
         self.max_bad_steps, self.log_gradients = max_bad_steps, log_gradients
         self.gradient_norms: dict[str, Tensor] = {}
         self.config, self.fingerprint = config or {}, fingerprint or {}
-        self.dropout_generator = default_generator(world.device)
+        self.dropout_generators = default_generators(model, world.device)
         self.trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         self.step = self.epoch = self.samples_consumed = 0
         self.best: dict[str, Any] | None = None
@@ -247,7 +248,9 @@ class Trainer:
         """Dropout of a step depends on (seed, step, rank) alone, so that a resumed run repeats it."""
         text = f"{self.seed} {self.step} {self.world.rank}"
         digest = hashlib.blake2b(text.encode(), digest_size=7).digest()
-        self.dropout_generator.manual_seed(int.from_bytes(digest, "big"))
+        seed = int.from_bytes(digest, "big")
+        for copy, generator in enumerate(self.dropout_generators):
+            generator.manual_seed(seed + copy)
 
     def _set_learning_rate(self) -> None:
         multiplier = self.schedule(self.step)
@@ -370,11 +373,15 @@ class Trainer:
         self.checkpointer.last_step = self.step
 
 
-def default_generator(device: torch.device) -> torch.Generator:
-    """The generator that dropout on this device draws from; seeding it alone costs 1 us, torch.manual_seed 100."""
+def default_generators(model: nn.Module, device: torch.device) -> list[torch.Generator]:
+    """Those that dropout draws from: the device's, or with DataParallel that of every GPU that runs a copy.
+
+    Seeding them alone costs 1 us, torch.manual_seed 100.
+    """
     if device.type == "cuda":
-        return torch.cuda.default_generators[device.index]
-    return torch.default_generator
+        copies = model.device_ids if isinstance(model, DataParallel) else [device.index]
+        return [torch.cuda.default_generators[index] for index in copies]
+    return [torch.default_generator]
 
 
 def epoch_text(line: dict[str, Any], *, samples_per_second: float) -> str:
