@@ -1,0 +1,148 @@
+"""`--init-from`: files as torchvision's references, timm, pytorch/examples and we write them, and what is refused."""
+
+import argparse
+import re
+from collections import OrderedDict
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.optim.swa_utils import AveragedModel
+
+from launch.command_line import CheckpointError
+from tests.checkpoint_support import state_of
+from tests.support import TINY, read_json, train
+from trainers import models
+from trainers.engine.pretrained import load_pretrained
+
+
+def network(seed: int = 0, num_classes: int = 3) -> nn.Sequential:
+    torch.manual_seed(seed)
+    return nn.Sequential(nn.Linear(4, 5), nn.BatchNorm1d(5), nn.Linear(5, num_classes))
+
+
+def torchvision_reference(model: nn.Module) -> dict[str, Any]:
+    """As references/classification/train.py saves."""
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    rates = torch.optim.lr_scheduler.MultiStepLR(optimizer, [3, 5])
+    return {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "lr_scheduler": rates.state_dict(),
+            "epoch": 3, "args": argparse.Namespace(data_path="imagenet", lr=0.1, opt="sgd", clip_grad_norm=None)}
+
+
+def torchvision_with_average(model: nn.Module) -> dict[str, Any]:
+    return {**torchvision_reference(network(seed=1)), "model_ema": AveragedModel(model).state_dict()}
+
+
+def timm(model: nn.Module) -> dict[str, Any]:
+    """As timm.utils.CheckpointSaver saves."""
+    return {"epoch": 3, "arch": "resnet18", "state_dict": model.state_dict(), "optimizer": {"state": {}}, "version": 2,
+            "args": argparse.Namespace(model="resnet18", img_size=None, mean=(0.5, 0.5)), "metric": 71.5}
+
+
+def pytorch_examples(model: nn.Module) -> dict[str, Any]:
+    """As examples/imagenet/main.py saves, whose model is wrapped."""
+    return {"epoch": 3, "arch": "resnet18", "state_dict": nn.DataParallel(model).state_dict(),
+            "best_acc1": torch.tensor(71.5), "optimizer": {"state": {}}, "scheduler": {"last_epoch": 3}}
+
+
+def ours(model: nn.Module) -> dict[str, Any]:
+    return {**state_of(1), "model": model.state_dict()}
+
+
+FILES: dict[str, Callable[[nn.Module], Any]] = {
+    "a plain state_dict": lambda model: model.state_dict(),
+    "torchvision's references": torchvision_reference,
+    "torchvision's references, with a moving average": torchvision_with_average,
+    "timm": timm,
+    "timm, with a moving average": lambda model: {**timm(network(seed=1)), "state_dict_ema": model.state_dict()},
+    "pytorch/examples": pytorch_examples,
+    "pytorch/examples, elastic": lambda model: {"MODEL_STATE": model.state_dict(), "EPOCHS_RUN": 3},
+    "compiled": lambda model: torch.compile(model).state_dict(),
+    "compiled, then wrapped": lambda model: nn.DataParallel(torch.compile(model)).state_dict(),
+    "wrapped, then compiled": lambda model: torch.compile(nn.DataParallel(model)).state_dict(),
+    "a compiled part": lambda model: nn.Sequential(torch.compile(model[0]), *model[1:]).state_dict(),
+    "ours": ours,
+    "ours, with a moving average": lambda model: {**ours(network(seed=1)), "ema": model.state_dict()},
+    "half precision": lambda model: model.half().state_dict(),
+    "before batches were counted": lambda model: OrderedDict(
+        (name, value) for name, value in model.state_dict().items() if "num_batches" not in name),
+}
+
+
+@pytest.mark.parametrize("kind", FILES)
+def test_weights_are_found_in_files_of(tmp_path: Path, kind: str):
+    source, target = network(seed=7), network(seed=8)
+    torch.save(FILES[kind](source), tmp_path / "weights.pt")
+    load_pretrained(target, tmp_path / "weights.pt")
+    for name, value in source.state_dict().items():
+        assert torch.equal(target.state_dict()[name], value.to(target.state_dict()[name].dtype)), name
+
+
+class Code:
+    def __reduce__(self) -> tuple[object, tuple[str]]:
+        return eval, ("1",)
+
+
+REFUSED: dict[str, tuple[Any, str]] = {
+    "an object that would run code": ({"model": network().state_dict(), "extra": Code()}, "more than tensors"),
+    "a whole model": (network(), "more than tensors and plain values"),
+    "no weights": ({"epoch": 3, "loss": 0.5}, "holds epoch, loss, not weights by name"),
+    "a list": ([torch.ones(3)], "holds list, not weights"),
+    "an empty dict": ({}, "holds nothing, not weights"),
+    "weights that are not finite": ({**network().state_dict(), "0.bias": torch.full((5,), float("nan"))},
+                                    "0.bias is not dense and finite"),
+    "another network": ({"a": torch.ones(1), "b": torch.ones(1)},
+                        "0.weight is not in the checkpoint; 0.bias is not in the checkpoint; 1.weight is not in the "
+                        "checkpoint and 7 more"),
+}
+
+
+@pytest.mark.parametrize("kind", REFUSED)
+def test_files_are_refused_with(tmp_path: Path, kind: str):
+    content, message = REFUSED[kind]
+    path, model = tmp_path / "weights.pt", network(seed=8)
+    torch.save(content, path)
+    with pytest.raises(CheckpointError, match=f"--init-from {path}: .*{re.escape(message)}"):
+        load_pretrained(model, path)
+    assert all(torch.equal(value, network(seed=8).state_dict()[name]) for name, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize("spoil", [lambda data: data[:200], lambda data: b"", lambda data: b"<html>" + data,
+                                   lambda data: data[:-30]], ids=["cut off", "empty", "a web page", "without its end"])
+def test_a_damaged_file_is_refused_in_one_line(tmp_path: Path, spoil: Callable[[bytes], bytes]):
+    path = tmp_path / "weights.pt"
+    torch.save(network().state_dict(), path)
+    path.write_bytes(spoil(path.read_bytes()))
+    with pytest.raises(CheckpointError, match=f"--init-from {path}: "):
+        load_pretrained(network(), path)
+
+
+def test_a_missing_file_is_refused(tmp_path: Path):
+    with pytest.raises(CheckpointError, match="no such file"):
+        load_pretrained(network(), tmp_path / "weights.pt")
+
+
+def test_a_head_of_another_size_is_an_error_before_training(tmp_path: Path):
+    torch.save(models.build("net", num_classes=7, width=None).state_dict(), tmp_path / "seven.pt")
+    finished = train("cifar", *TINY, "--output-dir", tmp_path, "--run-name", "run", "--init-from",
+                     tmp_path / "seven.pt")
+    assert finished.code == 4
+    assert len(finished.errors) == 1
+    assert "fc3.weight is (7, 84) in the checkpoint and (10, 84) in the model; fc3.bias is (7,)" in finished.errors[0]
+    assert "Traceback" not in finished.err
+
+
+def test_a_run_starts_from_the_weights_and_nothing_else_of_a_file(tmp_path: Path):
+    def run(name: str, *flags: object) -> dict[str, Any]:
+        finished = train("cifar", *TINY, "--no-pictures", "--output-dir", tmp_path, "--run-name", name, *flags)
+        assert finished.code == 0, finished.err
+        return read_json(tmp_path / name / "result.json")
+
+    first = run("first", "--max-steps", 3)
+    best = tmp_path / "first" / "checkpoints" / "best.pt"
+    started = run("started", "--max-steps", 1, "--lr", 0, "--init-from", best)
+    assert started["steps"] == 1
+    assert started["weights_sha256"] == first["weights_sha256"]
