@@ -35,6 +35,8 @@ def finish(config: TrainConfig, trainer: Trainer, evaluation: Evaluation, class_
         "num_parameters": num_parameters(unwrap(trainer.model)),
         "weights_sha256": weights_sha256(unwrap(trainer.model)), "peak_memory_bytes": peak_memory_bytes(world.device),
         "steps": trainer.step, "best": trainer.best,
+        "num_checkpoints": trainer.checkpointer.num_saves,  # of this process, and what training waited for them
+        "checkpoint_wait_seconds": trainer.checkpointer.wait_seconds,
     })
     if config.save_weights and world.is_main:
         save_weights(trainer.evaluated_model(), folder.path / "weights.pt")
