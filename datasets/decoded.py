@@ -131,11 +131,11 @@ class Decoder:
             with blocked_signals():
                 batches = iter(self.loader)
             yield from batches
-        except RuntimeError as error:
-            if "DataLoader worker" not in str(error):
+        except (RuntimeError, EOFError, OSError) as error:  # the last two when it dies while it hands a batch over
+            if self.workers == 0 or str(error).startswith("Caught "):  # raised by our code in a worker: a bug
                 raise
-            raise DataError(f"--workers {self.workers}: {str(error).splitlines()[0].rstrip('.')} (out of memory, or "
-                            f"of space in /dev/shm?); start the same command again, with fewer --workers") from None
+            raise DataError(f"--workers {self.workers}: a DataLoader worker was killed or lost (out of memory, or of "
+                            f"space in /dev/shm?); start the same command again, perhaps with fewer") from None
 
 
 class WorkerStart:

@@ -1,0 +1,48 @@
+"""Small folders of images for tests, and starting the image-folder trainer on them."""
+
+import struct
+import zlib
+from pathlib import Path
+
+from PIL import Image
+
+from datasets import synthetic
+
+# 20 steps in two epochs of a network without BatchNorm and dropout; every random choice is on
+FLAGS = ["--batch-size", "12", "--epochs", "2", "--threads", "1", "--random-crop", "0.5", "--seed", "3", "--no-pictures"]
+NUM_TRAIN, NUM_TEST = 120, 30
+
+
+def write_tree(folder: Path, *, num_train: int = NUM_TRAIN, num_test: int = NUM_TEST) -> Path:
+    """train/ and test/ of PNG files in ten classes of drawn shapes; returns the folder."""
+    for split, first, count in (("train", 0, num_train), ("test", 10**6, num_test)):
+        drawn = synthetic.draw(range(first, first + count), seed=0)
+        for sample, (image, label) in enumerate(zip(drawn.inputs, drawn.targets.tolist(), strict=True)):
+            path = folder / split / drawn.class_names[label] / f"{sample:03d}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(image.permute(1, 2, 0).numpy()).save(path)
+    return folder
+
+
+def write_bomb(path: Path, *, side: int) -> Path:
+    """A PNG file of a few hundred bytes whose header promises side x side pixels."""
+    def chunk(kind: bytes, content: bytes) -> bytes:
+        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+
+    header = struct.pack(">IIBBBBB", side, side, 8, 0, 0, 0, 0)
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(bytes(1000)))
+                     + chunk(b"IEND", b""))
+    return path
+
+
+def write_photos(folder: Path, *, count: int) -> Path:
+    """A tree whose training images take long to decode: one photograph-sized PNG under many names."""
+    for split, number in (("train", count), ("test", 2)):
+        for label in ("left", "right"):
+            place = folder / split / label
+            place.mkdir(parents=True)
+            first = place / "0000.png"
+            Image.effect_noise((1600, 1200), 60).convert("RGB").save(first, compress_level=1)
+            for index in range(1, number):
+                (place / f"{index:04d}.png").hardlink_to(first)
+    return folder
