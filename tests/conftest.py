@@ -5,10 +5,13 @@ What is not run is skipped with its reason, never silently left out.
 
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from tests.jobs import Server
+from tests.slurm_support import Cluster, start_cluster
 from tests.support import SHARED
 
 
@@ -57,3 +60,17 @@ def fashion_mnist(real_data: Path) -> Path:
 @pytest.fixture(scope="session")
 def cats_dogs(real_data: Path) -> Path:
     return unpack("cats-dogs", real_data) / "cats-dogs"
+
+
+@pytest.fixture(scope="session")
+def server() -> Iterator[Server]:
+    """The process that forks trainers for the tests of faults and of resuming."""
+    server = Server()
+    yield server
+    server.close()
+
+
+@pytest.fixture(scope="session")
+def cluster() -> Iterator[Cluster]:
+    """A Slurm cluster for the whole session, taken down at its end."""
+    yield from start_cluster()
