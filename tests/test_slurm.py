@@ -1,0 +1,126 @@
+"""Training on a real Slurm of several nodes: the same weights as on one machine, and jobs that keep to themselves."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from tests.slurm_support import Cluster, state_of, wait_until
+from tests.support import ROOT, TINY, read_json, train
+
+pytestmark = [pytest.mark.slurm, pytest.mark.timeout(240)]
+TWO_BY_TWO = ("--nodes=2", "--ntasks-per-node=2", "--cpus-per-task=1")
+ONE = ("--nodes=1", "--ntasks-per-node=1", "--cpus-per-task=1")
+SHOW_TASK = """import json, os, sys
+from pathlib import Path
+names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "SLURM_PROCID", "CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS")
+rank = os.environ.get("RANK", os.environ["SLURM_PROCID"])
+Path(sys.argv[1], rank).write_text(json.dumps({name: os.environ.get(name) for name in names}))
+"""
+
+
+def shown(folder: Path) -> list[dict[str, str]]:
+    return [json.loads((folder / str(rank)).read_text()) for rank in range(len(list(folder.iterdir())))]
+
+
+def test_torchrun_on_two_nodes_and_plain_srun_train_to_the_weights_of_four_ranks_on_one_machine(
+        cluster: Cluster, tmp_path: Path):
+    jobs = [cluster.submit(name, "trainers/cifar.py", *TINY, "--output-dir", tmp_path, "--run-name", name,
+                           log=tmp_path / f"{name}.log", options=TWO_BY_TWO) for name in ("multi_node", "per_rank")]
+    alone = train("cifar", *TINY, "--output-dir", tmp_path, "--run-name", "alone", ranks=4)
+    assert alone.code == 0, alone.err
+    expected = read_json(tmp_path / "alone" / "result.json")
+    for job, name in zip(jobs, ("multi_node", "per_rank"), strict=True):
+        assert job.wait() == "COMPLETED", job.text()
+        result = read_json(tmp_path / name / "result.json")
+        assert result["weights_sha256"] == expected["weights_sha256"], name
+        assert result["confusion_matrix"] == expected["confusion_matrix"]
+    assert "launched by torchrun" in jobs[0].text()
+    assert "launched by slurm" in jobs[1].text()
+
+
+def test_a_rank_is_started_for_each_gpu_and_a_plain_task_sees_one_gpu(cluster: Cluster, tmp_path: Path):
+    script = tmp_path / "show.py"
+    script.write_text(SHOW_TASK)
+    asked = {"multi_node": ("--nodes=2", "--gpus-per-node=2", "--cpus-per-gpu=3"),
+             "per_rank": ("--nodes=2", "--ntasks-per-node=2", "--gpus-per-task=1", "--cpus-per-task=3"),
+             "single_node": ("--ntasks-per-node=3", "--cpus-per-task=2")}
+    jobs = {}
+    for name, options in asked.items():
+        (tmp_path / name).mkdir()
+        jobs[name] = cluster.submit(name, script, tmp_path / name, log=tmp_path / f"{name}.log", options=options)
+    for job in jobs.values():
+        assert job.wait() == "COMPLETED", job.text()
+    under_torchrun, plain, single = (shown(tmp_path / name) for name in asked)
+    assert [task["LOCAL_RANK"] for task in under_torchrun] == ["0", "1", "0", "1"]
+    assert {task["WORLD_SIZE"] for task in under_torchrun} == {"4"}
+    assert all(len(task["CUDA_VISIBLE_DEVICES"].split(",")) == 2 for task in under_torchrun)
+    assert {task["OMP_NUM_THREADS"] for task in under_torchrun + plain} == {"3"}
+    first, second = ({task["CUDA_VISIBLE_DEVICES"] for task in node} for node in (plain[:2], plain[2:]))
+    assert all(gpu.isdigit() for gpu in first | second)
+    assert len(first) == len(second) == 2
+    assert [(task["WORLD_SIZE"], task["OMP_NUM_THREADS"]) for task in single] == [("3", "2")] * 3
+
+
+def test_two_tasks_of_a_sweep_on_one_node_have_their_own_values_ports_and_folders(cluster: Cluster, tmp_path: Path):
+    array = cluster.submit("sweep", "--lr", "0.01,0.03", "trainers/cifar.py", *TINY, "--output-dir", tmp_path,
+                           log=tmp_path / "sweep-%a.log", options=(*ONE, "--array=0-1", "--nodelist=node1"))
+    runs = [tmp_path / f"cifar-blitz-{array.key}_{task}" for task in (0, 1)]
+    texts = lambda: "".join(path.read_text() for path in tmp_path.glob("sweep-*.log"))  # noqa: E731
+    wait_until(lambda: [state_of(run) for run in runs] == ["DONE", "DONE"], 120, texts)
+    assert [read_json(run / "config.json")["learning_rate"] for run in runs] == [0.01, 0.03]
+    first, second = (read_json(run / "result.json")["weights_sha256"] for run in runs)
+    assert first != second
+    assert {path.name for path in tmp_path.iterdir() if path.is_dir()} == {run.name for run in runs}
+    ports = [line.rpartition(":")[2] for line in texts().splitlines() if "rendezvous at" in line]
+    assert len(set(ports)) == 2, ports
+
+
+def test_a_task_of_a_sweep_without_a_value_is_refused_before_anything_is_written(cluster: Cluster, tmp_path: Path):
+    job = cluster.submit("sweep", "--lr", "0.01", "trainers/cifar.py", *TINY, "--output-dir", tmp_path / "runs",
+                         log=tmp_path / "log", options=(*ONE, "--array=1"))
+    wait_until(lambda: "ERROR usage: --array: task 1 has no value" in job.text(), 30, job.text)
+    assert not (tmp_path / "runs").exists()
+
+
+def test_paths_with_spaces_work_and_shell_characters_in_names_are_not_executed(cluster: Cluster, tmp_path: Path):
+    checkout = tmp_path / "my check out"
+    for folder in ("launch", "datasets", "trainers", "slurm"):
+        shutil.copytree(ROOT / folder, checkout / folder, ignore=shutil.ignore_patterns("__pycache__"))
+    witness = tmp_path / "executed"
+    evil = f"x$(touch {str(witness).replace('/', '${PWD:0:1}')})`touch executed`;touch executed;'\"&|*"
+    output = checkout / "my runs"
+    job = cluster.submit("preemptible", "trainers/cifar.py", *TINY, "--output-dir", output, "--run-name", evil,
+                         log=tmp_path / "log", options=(*ONE, f"--job-name={evil}", f"--comment={evil}"), cwd=checkout)
+    assert job.wait() == "COMPLETED", job.text()
+    made = [path.parent for path in output.rglob("status.json")]
+    assert [state_of(path) for path in made] == ["DONE"]
+    assert str(made[0].relative_to(output)) == evil
+    assert not witness.exists()
+    assert not list(tmp_path.rglob("executed"))
+
+
+def test_a_user_who_may_not_write_gets_one_line_and_a_wrong_partition_slurms_own(cluster: Cluster, tmp_path: Path):
+    closed = tmp_path / "closed"
+    closed.mkdir(mode=0o755)
+    home = Path(cluster.run("-u", "rig", "sh", "-c", "echo $HOME").out.strip())
+    job = cluster.submit("single_node", "trainers/cifar.py", *TINY, "--output-dir", closed / "runs", user="rig",
+                         log=home / "log", options=ONE)
+    assert job.wait() == "FAILED"
+    assert len(job.errors()) == 1, job.text()
+    assert "closed/runs: cannot be written (Permission denied" in job.errors()[0]
+    assert "Traceback" not in job.text()
+    refused = cluster.run("sbatch", "--partition=nowhere", "slurm/single_node.sbatch", "trainers/cifar.py")
+    assert refused.code != 0
+    assert "invalid partition specified: nowhere" in refused.err
+    assert list(closed.iterdir()) == []
+
+
+def test_the_doctor_sees_one_code_version_and_a_shared_folder_on_every_node(cluster: Cluster, tmp_path: Path):
+    job = cluster.submit("per_rank", "launch/doctor.py", "--output-dir", tmp_path / "runs", log=tmp_path / "log",
+                         options=TWO_BY_TWO)
+    assert job.wait() == "COMPLETED", job.text()
+    text = job.text()
+    for words in ("srun: rank 0 of 4", "on every rank", "4 ranks on 2 hosts", "apart"):
+        assert words in text, text
