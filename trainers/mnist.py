@@ -60,8 +60,9 @@ class MnistConfig(TrainConfig):
 RECIPES: dict[str, dict[str, Any]] = {
     "tutorial": {"epochs": 5, "batch_size": 100, "learning_rate": 0.01, "momentum": 0.5},
     "fast": {
-        "epochs": 3, "batch_size": 128, "learning_rate": 0.1, "momentum": 0.9, "nesterov": True, "schedule": "onecycle",
-        "channels": (16, 32), "hidden": 64, "dropout": 0.0, "normalize": True, "weight_decay": 0.0005,
+        "epochs": 4, "batch_size": 256, "learning_rate": 0.15, "momentum": 0.9, "nesterov": True,
+        "weight_decay": 0.0005, "schedule": "onecycle", "channels": (16, 32), "hidden": 64, "dropout": 0.0,
+        "normalize": True, "precision": "bf16", "channels_last": True,
     },
 }
 

@@ -20,6 +20,7 @@ STYLES = {"train": {"color": "#1f77b4", "linestyle": "-"}, "test": {"color": "#d
 MOST_NUMBERS = 20  # classes up to which each cell of a confusion matrix shows its count
 MOST_NAMES = 60  # and up to which each row shows its name
 MOST_IMAGES, COLUMNS = 32, 8
+MOST_MARKERS = 50  # points of a curve up to which each is marked
 
 
 def new_figure(width: float, height: float) -> "Figure":
@@ -55,7 +56,7 @@ def curves(epochs: Sequence[dict[str, Any]], *, steps_per_epoch: int, title: str
         percents = {split: [percent(line[f"{split}_accuracy"]) for line in epochs] for split in STYLES}
         draw_lines(panels[1], places, percents, "accuracy in %")
         panels[1].set_ylim(top=min(100.5, panels[1].get_ylim()[1]))
-    figure.suptitle(title)
+    figure.suptitle(title, fontsize=10)
     return as_png(figure)
 
 
@@ -72,7 +73,8 @@ def draw_lines(axes: "Axes", places: list[float], series: dict[str, list[float |
         known = [(place, value) for place, value in zip(places, values, strict=True)
                  if value is not None and math.isfinite(value)]
         if known:
-            axes.plot(*zip(*known, strict=True), marker="o", markersize=3, label=f"{split} {label.split()[0]}",
+            marker = "o" if len(known) <= MOST_MARKERS else None
+            axes.plot(*zip(*known, strict=True), marker=marker, markersize=3, label=f"{split} {label.split()[0]}",
                       **STYLES[split])
     axes.set_xlabel("epoch")
     axes.set_ylabel(label)

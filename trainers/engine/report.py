@@ -113,7 +113,8 @@ def draw_first_batch(folder: RunFolder, batch: tuple[Tensor, Tensor], to_image: 
     inputs, targets = batch
     images = to_image(inputs[: pictures.MOST_IMAGES].float().cpu())
     captions = [name_of(label, class_names) for label in targets[: len(images)].tolist()]
-    write_picture(folder, "first_batch.png", pictures.image_grid(images, captions, title="the first training batch"))
+    title = f"first training batch: {len(images)} of this rank's {len(inputs)} images"
+    write_picture(folder, "first_batch.png", pictures.image_grid(images, captions, title=title))
 
 
 @torch.no_grad()

@@ -1,0 +1,71 @@
+"""trainers/fashion_mnist.py: the book's two networks, on one rank and two, and its figures."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from datasets import fashion_mnist
+from datasets.tensors import DataError
+from tests.support import largest_difference, metrics, newest_checkpoint, train
+from tests.workload import accuracies, finished, write_idx
+
+
+def training_figures(run: Path) -> tuple[float, float]:
+    """Mean loss and accuracy of the last epoch's training steps, as the book's train_ch3 counts them."""
+    return [(loss, accuracy) for split, loss, accuracy in metrics(run, "split", "loss", "accuracy")
+            if split == "train"][-1]
+
+
+@pytest.mark.timeout(240)
+@pytest.mark.parametrize("recipe", ["softmax", "lenet"])
+def test_two_ranks_reach_the_weights_of_one_after_twenty_steps(tmp_path: Path, recipe: str) -> None:
+    flags = ("--dataset", "synthetic", "--no-pictures", "--recipe", recipe, "--max-steps", "20")
+    runs = [finished("fashion_mnist", tmp_path / f"on-{ranks}", *flags, ranks=ranks) for ranks in (1, 2)]
+    one, two = map(newest_checkpoint, runs)
+    assert one["step"] == two["step"] == 20
+    assert largest_difference(one["model"], two["model"]) < 1e-5
+
+
+@pytest.mark.timeout(240)
+def test_softmax_regression_holds_the_books_figures_on_the_real_data(
+    fashion_mnist_data: Path, tmp_path: Path
+) -> None:
+    run = finished("fashion_mnist", tmp_path / "softmax", "--data-dir", fashion_mnist_data, "--no-pictures",
+                   timeout=220)
+    loss, accuracy = training_figures(run)
+    assert loss < 0.5
+    assert accuracy > 0.7
+    assert len(accuracies(run)) == 10
+    assert accuracies(run)[-1] > 70
+
+
+@pytest.fixture
+def fashion_mnist_data(fashion_mnist: Path) -> Path:
+    """The real FashionMNIST, where it is there; a name of its own, since the module's is `fashion_mnist`."""
+    return fashion_mnist
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(400)
+def test_lenet_reaches_the_books_accuracy(fashion_mnist_data: Path, tmp_path: Path) -> None:
+    run = finished("fashion_mnist", tmp_path / "lenet", "--data-dir", fashion_mnist_data, "--recipe", "lenet", ranks=2,
+                   timeout=380)
+    assert training_figures(run)[0] < 0.52
+    assert accuracies(run)[-1] >= 80
+
+
+@pytest.mark.timeout(120)
+def test_each_epoch_says_losses_accuracies_and_speed(tmp_path: Path) -> None:
+    done = train("fashion_mnist", "--dataset", "synthetic", "--no-pictures", "--epochs", "2", "--threads", "1",
+                 "--output-dir", tmp_path, timeout=100)
+    lines = [line for line in done.err.splitlines() if line.startswith("epoch ")]
+    assert len(lines) == 2
+    for words in ("train loss", "train accuracy", "test accuracy", "samples/s"):
+        assert words in lines[1]
+
+
+def test_files_of_mnist_beside_are_not_taken_for_fashion_mnist(tmp_path: Path) -> None:
+    write_idx(tmp_path / "train-images-idx3-ubyte", np.zeros((3, 28, 28)))
+    with pytest.raises(DataError, match="FashionMNIST is not there"):
+        fashion_mnist.load(tmp_path)
