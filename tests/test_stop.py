@@ -1,0 +1,105 @@
+"""The flag that a signal sets, and the agreement of ranks on the step at which they stop; ranks here are threads."""
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+
+import pytest
+
+from launch.stop import MOST_STEPS, POLL_SECONDS, StopAgreement, StopRequest
+from tests.support import ROOT, execute
+
+pytestmark = pytest.mark.timeout(60)
+
+
+def test_a_request_is_false_until_a_signal_and_keeps_the_first_reason() -> None:
+    request = StopRequest()
+    assert not request
+    request.handle(signal.SIGUSR1, None)
+    request.handle(signal.SIGTERM, None)
+    assert request
+    assert request.reason == "SIGUSR1"
+
+
+def test_two_interrupts_at_once_are_one_since_torchrun_repeats_the_terminals() -> None:
+    request = StopRequest()
+    request.handle(signal.SIGINT, None)
+    request.handle(signal.SIGINT, None)  # would end this process if it counted
+    assert request.reason == "SIGINT"
+
+
+def test_handlers_are_installed_before_torch_is_imported() -> None:
+    script = f"""
+import sys; sys.path[0] = {str(ROOT)!r}
+from launch.stop import catch_signals
+catch_signals()
+assert not any(name in sys.modules for name in ("torch", "numpy", "tyro")), "slow imports come first"
+import os, signal
+os.kill(os.getpid(), signal.SIGTERM)
+from launch.stop import stop_request
+print(stop_request().reason, stop_request().launcher == os.getppid())
+"""
+    assert execute([sys.executable, "-c", script]).out.split() == ["SIGTERM", "True"]
+
+
+def test_a_second_interrupt_a_second_later_ends_the_process_at_once() -> None:
+    script = f"""
+import sys; sys.path[0] = {str(ROOT)!r}
+import time
+from launch.stop import catch_signals
+catch_signals()
+print("up", flush=True)
+time.sleep(30); time.sleep(30)
+"""
+    process = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE)
+    assert process.stdout is not None
+    assert process.stdout.readline() == b"up\n"
+    os.kill(process.pid, signal.SIGINT)
+    time.sleep(1.2)
+    assert process.poll() is None
+    os.kill(process.pid, signal.SIGINT)
+    assert process.wait(timeout=5) == 130
+    process.stdout.close()
+
+
+def test_votes_are_never_more_than_a_bounded_number_of_steps_apart() -> None:
+    agreement = StopAgreement(1)
+    assert agreement.due()  # the first step votes: a stop may have come while the ranks started
+    assert agreement.vote(StopRequest(), 3) == (False, 3)
+    steps = next(step for step in range(1, 2 * MOST_STEPS) if agreement.due())
+    assert 1 < steps <= MOST_STEPS  # steps without any work in them
+
+
+def test_a_vote_after_a_request_is_to_stop() -> None:
+    agreement, request = StopAgreement(1), StopRequest()
+    assert agreement.vote(request) == (False, 0)
+    request.ask("test")
+    assert agreement.vote(request) == (True, 0)
+
+
+def test_steps_as_slow_as_the_poll_vote_every_time() -> None:
+    agreement = StopAgreement(1)
+    for _ in range(3):
+        time.sleep(POLL_SECONDS * 1.1)
+        assert agreement.due()
+        agreement.vote(StopRequest())
+
+
+def test_a_handler_runs_in_the_main_thread_only() -> None:
+    from launch.stop import catch_signals
+
+    failures: list[Exception] = []
+
+    def install() -> None:
+        try:
+            catch_signals()
+        except ValueError as error:
+            failures.append(error)
+
+    thread = threading.Thread(target=install)
+    thread.start()
+    thread.join()
+    assert failures

@@ -1,0 +1,96 @@
+"""The watchdog's judgement: who is silent, who speaks, which rank the others wait for. Two ranks in one process."""
+
+import json
+import time
+from datetime import timedelta
+
+import pytest
+import torch.distributed as dist
+
+from launch.heartbeats import Heartbeats, claim_this_node, parent_of
+from launch.watchdog import Watchdog
+from tests.jobs import free_port
+
+pytestmark = pytest.mark.timeout(60)
+
+
+@pytest.fixture
+def store() -> dist.Store:
+    port = free_port()
+    return dist.PrefixStore("test", dist.TCPStore("localhost", port, is_master=True, wait_for_workers=False,
+                                                  timeout=timedelta(seconds=5)))
+
+
+def test_only_the_first_rank_to_report_speaks_and_only_once(store: dist.Store) -> None:
+    first, second = (Watchdog(rank=rank, world_size=2) for rank in range(2))
+    first._heartbeats = Heartbeats(store, rank=0, world_size=2)
+    second._heartbeats = Heartbeats(store, rank=1, world_size=2)
+    assert second.claim_report()
+    assert not first.claim_report()
+    assert not second.claim_report()
+
+
+def test_without_a_store_a_process_reports_once() -> None:
+    watchdog = Watchdog()
+    assert [watchdog.claim_report() for _ in range(2)] == [True, False]
+
+
+def test_when_the_store_has_died_the_first_rank_that_lives_elsewhere_speaks() -> None:
+    class Dead:
+        def first_to_report(self) -> bool:
+            raise RuntimeError("Connection reset by peer")
+
+    watchdogs = [Watchdog(rank=rank, world_size=8, first_without_store=4) for rank in range(8)]
+    for watchdog in watchdogs:
+        watchdog._heartbeats = Dead()  # pyright: ignore[reportAttributeAccessIssue]
+    assert [watchdog.rank for watchdog in watchdogs if watchdog.claim_report()] == [4]
+
+
+def test_a_rank_that_sends_nothing_is_silent_and_one_that_has_left_is_not(store: dist.Store) -> None:
+    ranks = [Heartbeats(store, rank=rank, world_size=4) for rank in range(4)]
+    for rank in ranks[:3]:
+        rank.send(5, "backward")
+    before = ranks[0].counts()
+    ranks[0].send(6, "backward")
+    ranks[1].send(5, "left")
+    before_leaving = ranks[0].counts()
+    assert ranks[0].silent_since(before) == [2, 3]  # 2 says nothing more, 3 never did
+    assert ranks[0].silent_since(before_leaving) == [2, 3]  # 1 has left of its own will
+
+
+def test_a_stop_request_and_a_report_are_seen_by_the_others(store: dist.Store) -> None:
+    first, second = (Heartbeats(store, rank=rank, world_size=2) for rank in range(2))
+    assert not second.asked_to_stop()
+    assert not second.anyone_reported()
+    first.ask_all_to_stop()
+    first.first_to_report()
+    assert second.asked_to_stop()
+    assert second.anyone_reported()
+
+
+def test_the_thread_ends_when_it_is_told_to(store: dist.Store) -> None:
+    watchdog = Watchdog(rank=0, world_size=1)
+    ticks: list[float] = []
+    watchdog.on_tick.append(lambda: ticks.append(time.monotonic()))
+    watchdog.start(store)
+    time.sleep(1.2)
+    watchdog.stop()
+    number = len(ticks)
+    time.sleep(0.7)
+    assert len(ticks) == number >= 1
+    assert json.loads(store.get("beat/0"))[1:3] == [0, "start"]
+
+
+def test_a_node_has_one_speaker_where_the_store_cannot_be_reached() -> None:
+    port = free_port()
+    token = claim_this_node(port)
+    assert token is not None
+    assert claim_this_node(port) is None
+    token.close()
+    again = claim_this_node(port)
+    assert again is not None
+    again.close()
+
+
+def test_the_parent_of_a_process_that_does_not_exist_is_unknown() -> None:
+    assert parent_of(2**22 - 1) is None
