@@ -44,7 +44,8 @@ def test_every_owner_raises_the_fencing_token(tmp_path: Path) -> None:
 def test_a_folder_locked_by_another_process_is_refused_and_names_it(tmp_path: Path) -> None:
     script = (f"import sys; sys.path[0] = {str(ROOT)!r}\nfrom pathlib import Path\n"
               f"from launch.run_folder import RunFolder\n"
-              f"folder = RunFolder(Path({str(tmp_path / 'r')!r}), is_main=True)\nfolder.claim()\nprint('claimed', flush=True)\nsys.stdin.read()\n")
+              f"folder = RunFolder(Path({str(tmp_path / 'r')!r}), is_main=True)\nfolder.claim()\n"
+              f"print('claimed', flush=True)\nsys.stdin.read()\n")
     with subprocess.Popen([sys.executable, "-c", script], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
         assert other.stdout is not None
         assert other.stdout.readline() == b"claimed\n"

@@ -152,7 +152,7 @@ class Trainer:
             if report_due:
                 self._report(progress, last_step)
             progress.advance()
-            if (agreement.due() or ends) and self._agreed_to_stop(agreement, last_step):
+            if (agreement.due() or self.step == last_step) and self._agreed_to_stop(agreement, last_step):
                 self._pause_clock()
                 return False
             if checkpoint_every is not None and self.step % checkpoint_every == 0 and not ends:
