@@ -8,8 +8,9 @@ from PIL import Image
 
 from datasets import synthetic
 
-# 20 steps in two epochs of a network without BatchNorm and dropout; every random choice is on
-FLAGS = ["--batch-size", "12", "--epochs", "2", "--threads", "1", "--random-crop", "0.5", "--seed", "3", "--no-pictures"]
+# 20 steps in two epochs of a network without BatchNorm and dropout, every random choice on
+FLAGS = ["--batch-size", "12", "--epochs", "2", "--threads", "1", "--random-crop", "0.5", "--seed", "3",
+         "--no-pictures"]
 NUM_TRAIN, NUM_TEST = 120, 30
 
 

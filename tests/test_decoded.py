@@ -211,7 +211,7 @@ def test_an_unreadable_image_is_replaced_by_the_next_one_and_counts_stay_exact(t
     trees = image_folder.load(write_tree(tmp_path))
     good = epochs(loader(trees))
     spoil(trees[0].path(7))
-    with pytest.raises(DataError, match="007|no image format"):
+    with pytest.raises(DataError, match=r"007.*no image format"):
         epochs(loader(trees))
     lines: list[str] = []
     with_one = epochs(loader(trees, skip_bad=1, bad_images=BadImages(1, log=lines.append)))
@@ -237,7 +237,7 @@ def test_ranks_count_their_bad_images_together_at_the_end_of_an_epoch(tmp_path: 
     trees = image_folder.load(write_tree(tmp_path))
     theirs = BadImages(1, exchange=lambda mine: [mine, {"elsewhere.png": "no image"}])
     spoil(trees[0].path(7))
-    with pytest.raises(DataError, match="elsewhere.png and 1 more"):
+    with pytest.raises(DataError, match=r"elsewhere\.png and 1 more"):
         list(loader(trees, skip_bad=1, bad_images=theirs).batches(0, 0))
 
 
