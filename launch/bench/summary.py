@@ -130,17 +130,24 @@ def judge_losses(rows: Sequence[dict[str, Any]], baseline: str | None) -> None:
     Their weights must also have moved as far: a loss that hardly falls would hide gradients that were not averaged.
     "same" or "WRONG", or None for a batch that only one set-up ran. The reference is the baseline, else the first.
     """
-    measured = [row for row in rows if row["loss"] is not None]
+    measured = [row for row in rows if row["samples_per_second"]]
     for row in measured:
         peers = [other for other in measured if other["batch_size"] == row["batch_size"]]
         reference = next((other for other in peers if other["setup"] == baseline), peers[0])
-        if len(peers) > 1 or not math.isfinite(row["loss"]):
-            row["tolerance"] = tolerance(row, reference)
-            far = max(row["tolerance"], MOVED_TOLERANCE)
-            agrees = (all(math.isclose(loss, reference["loss"], rel_tol=row["tolerance"]) for loss in row["losses"])
-                      and math.isclose(row["weights_moved"], reference["weights_moved"], rel_tol=far)
-                      and math.isfinite(row["loss"]))
-            row["verdict"] = "same" if agrees else "WRONG"
+        row["tolerance"] = tolerance(row, reference)
+        if None in row["losses"]:
+            row["verdict"] = "WRONG"
+        elif len(peers) > 1:
+            row["verdict"] = "same" if agrees(row, reference) else "WRONG"
+
+
+def agrees(row: dict[str, Any], reference: dict[str, Any]) -> bool:
+    """Whether every round's loss, and the distance that the weights moved, are the reference's."""
+    if reference["loss"] is None:
+        return False
+    losses = all(math.isclose(loss, reference["loss"], rel_tol=row["tolerance"]) for loss in row["losses"])
+    return losses and math.isclose(row["weights_moved"], reference["weights_moved"],
+                                   rel_tol=max(row["tolerance"], MOVED_TOLERANCE))
 
 
 def tolerance(row: dict[str, Any], reference: dict[str, Any]) -> float:
@@ -163,9 +170,9 @@ def warnings_of(rows: Sequence[dict[str, Any]], *, rounds: int) -> list[str]:
         if row["error"]:
             found.append(f"{name} failed: {row['error']}")
         if row["verdict"] == "WRONG":
-            found.append(f"{name} is WRONG: loss {row['loss']:.6f} after moving the weights by "
-                         f"{row['weights_moved']:.4f}; the baseline at this batch has others (tolerance "
-                         f"{row['tolerance']:g}), so its speed is worth nothing")
+            found.append(f"{name} is WRONG: loss {row['loss']} after moving the weights by "
+                         f"{row['weights_moved']}; the others at this batch differ (tolerance {row['tolerance']:g}), "
+                         f"so its speed is worth nothing")
         if row["samples_per_second"] and row["rounds"] < rounds:
             found.append(f"{name}: only {row['rounds']} of {rounds} rounds")
     return found

@@ -21,7 +21,8 @@ def speed_cells(rows: Sequence[dict[str, Any]], baseline: str | None) -> Cells:
             f"{number(row['slowest_round'])} - {number(row['fastest_round'])}",
             f"{row['speedup']:.2f}" if row["speedup"] is not None else "",
             f"{100 * row['efficiency']:.0f} %" if row["efficiency"] is not None else "",
-            f"{row['cpu_share']:.2f}", f"{row['loss']:.5f}", row["verdict"] or "",
+            f"{row['cpu_share']:.2f}", "not finite" if row["loss"] is None else f"{row['loss']:.5f}",
+            row["verdict"] or "",
         ])
     return cells
 
