@@ -228,7 +228,7 @@ def time_all_reduce(world: World, *, num_bytes: int, device: torch.device, backe
     Raises:
         DistributedError: if the sum is wrong.
     """
-    group = dist.new_group(backend=backend, timeout=timedelta(seconds=RENDEZVOUS_SECONDS))
+    group: Any = dist.new_group(backend=backend, timeout=timedelta(seconds=RENDEZVOUS_SECONDS))
     seconds = 0.0
     for _ in range(2):
         values = torch.ones(num_bytes // 4, device=device)

@@ -186,10 +186,10 @@ class MnistNet(nn.Module):
 
 def softmax_regression(num_classes: int) -> nn.Sequential:
     """One linear layer on the pixels of 1x28x28 images, as Dive into Deep Learning starts it (chapter 3)."""
-    model = nn.Sequential(nn.Flatten(), nn.Linear(28 * 28, num_classes))
-    nn.init.normal_(model[1].weight, std=0.01)
-    nn.init.zeros_(model[1].bias)
-    return model
+    linear = nn.Linear(28 * 28, num_classes)
+    nn.init.normal_(linear.weight, std=0.01)
+    nn.init.zeros_(linear.bias)
+    return nn.Sequential(nn.Flatten(), linear)
 
 
 def lenet(num_classes: int) -> nn.Sequential:

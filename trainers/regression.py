@@ -11,7 +11,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 if not __package__:  # run by path: our packages, not others of the same names
     sys.path[0] = str(Path(__file__).resolve().parents[1])
@@ -117,7 +117,7 @@ def function_in(path: Path, name: str) -> Loss:
         known = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
         raise DataError(f"--loss {path}:{name}: the file has no function {name}; it has "
                         f"{', '.join(known) or 'none at all'}")
-    return function
+    return cast(Loss, function)
 
 
 def learned_text(model: nn.Module, relation: regression.LinearRelation) -> str:

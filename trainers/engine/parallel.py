@@ -4,7 +4,7 @@ import contextlib
 import inspect
 from collections.abc import Iterator
 from fnmatch import fnmatchcase
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -49,8 +49,8 @@ def parallelize(model: nn.Module, parallel: Literal["none", "dp", "ddp"], world:
         return DataParallel(model)
     if parallel == "ddp" and any(parameter.requires_grad for parameter in model.parameters()):
         devices = [world.device.index] if world.device.type == "cuda" else None
-        return DistributedDataParallel(model, device_ids=devices, gradient_as_bucket_view=True,
-                                       **{BUFFERS_ARGUMENT: False})
+        arguments: dict[str, Any] = {BUFFERS_ARGUMENT: False}
+        return DistributedDataParallel(model, device_ids=devices, gradient_as_bucket_view=True, **arguments)
     return model
 
 

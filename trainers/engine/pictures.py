@@ -74,7 +74,8 @@ def draw_lines(axes: "Axes", places: list[float], series: dict[str, list[float |
                  if value is not None and math.isfinite(value)]
         if known:
             marker = "o" if len(known) <= MOST_MARKERS else None
-            axes.plot(*zip(*known, strict=True), marker=marker, markersize=3, label=f"{split} {label.split()[0]}",
+            positions, heights = zip(*known, strict=True)
+            axes.plot(positions, heights, marker=marker, markersize=3, label=f"{split} {label.split()[0]}",
                       **STYLES[split])
     axes.set_xlabel("epoch")
     axes.set_ylabel(label)

@@ -115,6 +115,6 @@ def check_same_on_all_ranks(trainer: Trainer, source: Path) -> None:
     average = trainer.ema.module.state_dict() if trainer.ema is not None else None
     for name, tensor in tensors_in([unwrap(trainer.model).state_dict(), average, trainer.optimizer.state_dict()]):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+        digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
     if not equal_on_all_ranks(digest.hexdigest(), trainer.world):
         raise CheckpointError(f"{source}: the ranks loaded different weights; let every node see the same folder")

@@ -20,7 +20,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from launch.command_line import EXIT_DONE, EXIT_PREEMPTED, CheckpointError, UsageError, one_line
 from launch.launcher import default_run_name, job_identity
-from launch.process_group import World, barrier, from_main, process_group
+from launch.process_group import World, barrier, explained, from_main, process_group
 from launch.run_folder import RunFolder
 from launch.stop import catch_signals
 from trainers.engine.checkpoint import Checkpointer
@@ -101,7 +101,9 @@ def build_trainer(config: TrainConfig, model: nn.Module, task: Task, world: Worl
     """
     precision = Precision(config.precision, world.device)
     frozen_norms = freeze(model, config.freeze)
-    model.to(world.device, memory_format=torch.channels_last if config.channels_last else torch.preserve_format)
+    model.to(world.device)
+    if config.channels_last:
+        model.to(memory_format=torch.channels_last)
     parallel, remark = choose_parallel(config.parallel, world, num_gpus=torch.cuda.device_count())
     if remark and world.is_main:
         say(remark)
