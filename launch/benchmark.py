@@ -2,7 +2,7 @@
 
     python launch/benchmark.py                                            # everything this machine has
     python launch/benchmark.py --model resnet18 --batch-size 512 --setups cpu:1 cpu:2 gpu:1 dp:8 ddp:2 ddp:8+bf16
-    python launch/benchmark.py --trainer-flags "--width 64" --compare benchmark/old.json
+    python launch/benchmark.py --trainer-flags="--width 64" --compare benchmark/old.json
     python launch/benchmark.py --pipeline                                 # images/s of ways to load and augment
 
 A set-up is `cpu:N` (N gloo ranks), `gpu:1`, `dp:N` (DataParallel) or `ddp:N` (NCCL), with options such as
@@ -68,7 +68,7 @@ class BenchmarkConfig:
     learning_rate: float = 0.05
     """High enough for set-ups that learn something else to be found out."""
     trainer_flags: str = ""
-    """More flags for every command, as one string: "--width 64 --optimizer adam"."""
+    """More flags for every command, as one string after =, as in --trainer-flags="--width 64 --optimizer adam"."""
     batch_size: int = 128
     """GLOBAL batch of strong scaling."""
     rank_batch_size: int | None = None

@@ -130,7 +130,7 @@ def plain_text(boxed: str) -> str:
     lines = [re.sub(r"\x1b\[[0-9;]*m", "", line).strip("│╭╮╰╯ \n") for line in boxed.splitlines()]
     text, in_suggestion = [], False
     for line in lines[1:]:  # the first is the frame's title
-        if set(line) <= {"─"}:
+        if set(line) <= {"─", "-"}:
             continue
         if line.startswith(("Argument helptext", "For full helptext")):
             break

@@ -53,8 +53,8 @@ def test_one_and_two_ranks_reach_the_same_loss_and_every_file_is_written(tmp_pat
 
 @pytest.mark.timeout(200)
 def test_a_setup_that_crashes_says_how_and_the_others_go_on(tmp_path: Path):
-    done = benchmark("--setups", "cpu:2", "cpu:1", *QUICK, "--scaling", "strong", "--trainer-flags",
-                     "--accumulation-steps 64", "--output-dir", tmp_path)
+    done = benchmark("--setups", "cpu:2", "cpu:1", *QUICK, "--scaling", "strong",
+                     "--trainer-flags=--accumulation-steps 64", "--output-dir", tmp_path)
     rows = {row["setup"]: row for row in read_json(tmp_path / "benchmark.json")["rows"]}
     assert done.code == 1, done.err
     assert "ERROR usage: --batch-size 64" in rows["cpu:2"]["error"]
