@@ -97,7 +97,8 @@ class ImageCache:
             raise DataError(f"--cache-dir {self.path.parent}: cannot be written ({error.strerror}); choose a folder "
                             f"that can") from None
         finally:
-            temporary.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):  # no such file, or no such folder
+                temporary.unlink()
 
     def make_room(self) -> None:
         """Create the folder, remove what killed builders left in it, and see that the file will fit.

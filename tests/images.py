@@ -1,5 +1,7 @@
 """Small folders of images for tests, and starting the image-folder trainer on them."""
 
+import functools
+import io
 import struct
 import zlib
 from pathlib import Path
@@ -14,15 +16,26 @@ FLAGS = ["--batch-size", "12", "--epochs", "2", "--threads", "1", "--random-crop
 NUM_TRAIN, NUM_TEST = 120, 30
 
 
-def write_tree(folder: Path, *, num_train: int = NUM_TRAIN, num_test: int = NUM_TEST) -> Path:
+def write_tree(folder: Path) -> Path:
     """train/ and test/ of PNG files in ten classes of drawn shapes; returns the folder."""
-    for split, first, count in (("train", 0, num_train), ("test", 10**6, num_test)):
+    for name, content in drawn_files().items():
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content)
+    return folder
+
+
+@functools.cache
+def drawn_files() -> dict[str, bytes]:
+    """The files of a tree by name, drawn once a session."""
+    files = {}
+    for split, first, count in (("train", 0, NUM_TRAIN), ("test", 10**6, NUM_TEST)):
         drawn = synthetic.draw(range(first, first + count), seed=0)
         for sample, (image, label) in enumerate(zip(drawn.inputs, drawn.targets.tolist(), strict=True)):
-            path = folder / split / drawn.class_names[label] / f"{sample:03d}.png"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            Image.fromarray(image.permute(1, 2, 0).numpy()).save(path)
-    return folder
+            buffer = io.BytesIO()
+            Image.fromarray(image.permute(1, 2, 0).numpy()).save(buffer, format="png")
+            files[f"{split}/{drawn.class_names[label]}/{sample:03d}.png"] = buffer.getvalue()
+    return files
 
 
 def write_bomb(path: Path, *, side: int) -> Path:
