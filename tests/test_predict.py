@@ -1,0 +1,190 @@
+"""Predictions of finished runs: as accurate as the run says, readable for people and programs, and exportable."""
+
+import json
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+
+from datasets.tensors import DataError
+from launch.command_line import CheckpointError, UsageError
+from tests.images import NUM_TEST, write_tree
+from tests.support import TINY, execute, read_json, train
+from trainers import models
+from trainers.engine import export
+from trainers.engine.card import ModelCard
+from trainers.engine.restore import load_verified
+from trainers.predict import PredictConfig, load_model, main
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(scope="module")
+def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_tree(tmp_path_factory.mktemp("images"))
+
+
+@pytest.fixture(scope="module")
+def finished_run(tree: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two epochs with averaged weights, cropped and not squashed: what predict must find out by itself."""
+    folder = tmp_path_factory.mktemp("runs")
+    finished = train("image_folder", "--data-dir", tree, "--output-dir", folder, "--run-name", "run", "--batch-size",
+                     "12", "--epochs", "2", "--fit", "crop", "--normalize", "half", "--ema-decay", "0.8",
+                     "--image-size", "40", "--threads", "1", "--no-pictures")
+    assert finished.code == 0, finished.err
+    return folder / "run"
+
+
+@pytest.fixture
+def run(finished_run: Path, tmp_path: Path) -> Path:
+    """A copy that a test may damage."""
+    return Path(shutil.copytree(finished_run, tmp_path / "run"))
+
+
+def as_json(capsys: pytest.CaptureFixture[str], run: Path, *images: Path, **more: Any) -> Any:
+    capsys.readouterr()
+    assert main(PredictConfig(run=run, images=images, json=True, device="cpu", **more)) == 0
+    return json.loads(capsys.readouterr().out)
+
+
+def test_the_whole_test_set_gets_the_accuracy_of_the_runs_best_epoch(run: Path, capsys: pytest.CaptureFixture[str]):
+    said = as_json(capsys, run, test_images=10_000)
+    assert len(said["predictions"]) == NUM_TEST
+    assert said["accuracy"] == pytest.approx(read_json(run / "result.json")["best"]["accuracy"])
+    assert said["checkpoint"].endswith("best.pt")
+    for prediction in said["predictions"]:
+        assert sum(prediction["probabilities"].values()) == pytest.approx(1, abs=1e-5)
+        assert prediction["probability"] == max(prediction["probabilities"].values())
+
+
+def test_a_folder_a_file_and_the_test_set_give_an_image_the_same_probabilities(run: Path, tree: Path,
+                                                                               capsys: pytest.CaptureFixture[str]):
+    path = sorted((tree / "test" / "ring").iterdir())[1]
+    folder, file = as_json(capsys, run, tree / "test" / "ring"), as_json(capsys, run, path, batch_size=1)
+    of_folder = next(entry for entry in folder["predictions"] if entry["image"] == str(path))
+    of_test = next(entry for entry in as_json(capsys, run, test_images=NUM_TEST)["predictions"]
+                   if entry["image"] == str(path))
+    for entry in (of_folder, of_test):
+        assert entry["probabilities"] == pytest.approx(file["predictions"][0]["probabilities"], abs=1e-5)
+        assert entry["true_class"] == "ring"
+
+
+def test_lines_rank_the_classes_and_name_the_truth_only_where_it_is_known(run: Path, tree: Path, tmp_path: Path,
+                                                                         capsys: pytest.CaptureFixture[str]):
+    unknown = Path(shutil.copy(next((tree / "test" / "disc").iterdir()), tmp_path / "some.png"))
+    assert main(PredictConfig(run=run, images=(unknown,), device="cpu", top=2)) == 0
+    line, = capsys.readouterr().out.splitlines()
+    assert line.startswith(str(unknown))
+    shares = [float(word) for word in line.split() if word.replace(".", "").isdigit()]
+    assert shares == sorted(shares, reverse=True)
+    assert len(shares) == 2
+    assert "(is" not in line
+    assert main(PredictConfig(run=run, images=(tree / "test" / "disc",), device="cpu")) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert all(line.endswith("(is disc)") for line in lines[:-1])
+    assert lines[-1].startswith("accuracy")
+
+
+def test_the_picture_is_written_where_it_is_asked_for(run: Path, tree: Path, tmp_path: Path):
+    assert main(PredictConfig(run=run, test_images=9, device="cpu")) == 0
+    assert main(PredictConfig(run=run, images=(tree / "test",), device="cpu", picture=tmp_path / "new" / "x.png")) == 0
+    for path in (run / "predict.png", tmp_path / "new" / "x.png"):
+        with Image.open(path) as image:
+            image.load()
+            assert min(image.size) > 200
+
+
+def test_the_averaged_weights_of_the_best_checkpoint_are_used(run: Path):
+    state = load_verified(run / "checkpoints" / "best.pt")
+    card = ModelCard(**{name: tuple(value) if isinstance(value, list) else value
+                        for name, value in read_json(run / "model.json").items()})
+    model, source = load_model(run, card, None, torch.device("cpu"))
+    assert source == run / "checkpoints" / "best.pt"
+    assert not model.training
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, state["ema"][name])
+    assert not torch.equal(state["ema"]["classifier.4.bias"], state["model"]["classifier.4.bias"])
+
+
+def test_a_damaged_best_checkpoint_costs_a_warning_and_a_run_without_any_is_an_error(
+        run: Path, tree: Path, capsys: pytest.CaptureFixture[str]):
+    best = run / "checkpoints" / "best.pt"
+    content = bytearray(best.read_bytes())
+    content[len(content) // 2] ^= 1
+    best.unlink()  # it is a second name of a step's file, which stays whole
+    best.write_bytes(content)
+    assert main(PredictConfig(run=run, images=(tree / "test" / "disc",), device="cpu")) == 0
+    assert capsys.readouterr().err.count("WARNING checkpoint") == 1
+    shutil.rmtree(run / "checkpoints")
+    with pytest.raises(CheckpointError, match="no whole checkpoint"):
+        main(PredictConfig(run=run, images=(tree / "test" / "disc",), device="cpu"))
+
+
+def test_what_cannot_be_predicted_is_one_error_that_names_it(run: Path, tmp_path: Path):
+    spoiled = tmp_path / "spoiled.png"
+    spoiled.write_bytes(b"no image")
+    for path, said in ((spoiled, "spoiled.png: not readable"), (tmp_path / "absent", "absent: no such"),
+                       (run / "checkpoints", "checkpoints: holds no image")):
+        with pytest.raises(DataError, match=said):
+            main(PredictConfig(run=run, images=(path,), device="cpu"))
+    with pytest.raises(CheckpointError, match=r"absent: no such folder"):
+        main(PredictConfig(run=tmp_path / "absent", images=(spoiled,)))
+    with pytest.raises(CheckpointError, match=r"model\.json"):
+        main(PredictConfig(run=tmp_path, images=(spoiled,)))
+    for config in (PredictConfig(), PredictConfig(run=run), PredictConfig(run=run, test_images=0)):
+        with pytest.raises(UsageError):
+            main(config)
+
+
+def test_an_exported_program_gives_what_the_model_gives_at_any_batch_size(run: Path, tmp_path: Path,
+                                                                         capsys: pytest.CaptureFixture[str]):
+    assert main(PredictConfig(run=run, export=tmp_path / "out" / "net.pt2", device="cpu")) == 0
+    assert "within" in capsys.readouterr().out
+    program = torch.export.load(tmp_path / "out" / "net.pt2").module()
+    card = ModelCard(**{name: tuple(value) if isinstance(value, list) else value
+                        for name, value in read_json(run / "model.json").items()})
+    model, _ = load_model(run, card, None, torch.device("cpu"))
+    for batch_size in (1, 5):
+        images = torch.randn(batch_size, 3, 40, 40)
+        torch.testing.assert_close(program(images), model(images))
+
+
+def test_an_export_that_gives_something_else_is_refused(tmp_path: Path):
+    path = tmp_path / "net.pt2"
+    path.write_bytes(b"")
+    with pytest.raises(CheckpointError, match="differ"):
+        export.compared(path, torch.tensor([[1.0, 2.0]]), torch.tensor([[1.0, 2.1]]))
+    with pytest.raises(UsageError, match="--export"):
+        export.export(models.build("lenet", num_classes=3).eval(), path / "below" / "net", image_shape=(1, 28, 28))
+
+
+@pytest.mark.timeout(100)
+def test_a_checkpoint_of_another_model_ends_with_one_line_and_code_4(run: Path, tree: Path):
+    card = read_json(run / "model.json")
+    (run / "model.json").write_text(json.dumps({**card, "model": "net"}))
+    words = [sys.executable, str(ROOT / "trainers" / "predict.py"), "--run", str(run), str(tree / "test"),
+             "--device", "cpu"]
+    finished = execute(words)
+    assert finished.code == 4
+    assert len(finished.errors) == 1
+    assert "Traceback" not in finished.err
+    assert "does not fit" in finished.errors[0]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(150)
+@pytest.mark.parametrize("trainer", ["cifar", "mnist", "fashion_mnist"])
+def test_runs_of_the_other_image_trainers_can_predict_too(trainer: str, tree: Path, tmp_path: Path,
+                                                          capsys: pytest.CaptureFixture[str]):
+    flags = TINY if trainer == "cifar" else ["--dataset", "synthetic", "--max-steps", "40", "--threads", "1"]
+    finished = train(trainer, *flags, "--output-dir", tmp_path, "--run-name", "run")
+    assert finished.code == 0, finished.err
+    said = as_json(capsys, tmp_path / "run", test_images=10_000)
+    assert said["accuracy"] == pytest.approx(read_json(tmp_path / "run" / "result.json")["accuracy"], abs=1e-3)
+    image = next((tree / "test" / "disc").iterdir())  # in colour, 32 x 32, whatever the network takes
+    assert len(as_json(capsys, tmp_path / "run", image)["predictions"]) == 1
+    assert main(PredictConfig(run=tmp_path / "run", export=tmp_path / "net", device="cpu")) == 0
