@@ -43,5 +43,5 @@ def test_whole_batches_are_faster_than_single_samples(tmp_path: Path):
                     "1", "--output-dir", str(tmp_path)], timeout=480)
     assert done.code == 0, done.err
     rates = {one["variant"]: one["images_per_second"] for one in read_json(tmp_path / "pipeline.json")["rows"]}
-    assert rates["batch"] > 3 * max(rates["pil:0"], rates["v2:0"])  # 9 and more on an idle machine
+    assert rates["batch"] > 3 * max(rates["pil:0"], rates["v2:0"])  # 9.5 times v2:0 was measured
     assert "whole batch at once" in done.out
