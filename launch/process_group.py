@@ -29,7 +29,7 @@ from launch.machine import (
     use_deterministic_kernels,
 )
 from launch.paths import check_paths
-from launch.rendezvous import RENDEZVOUS_SECONDS, meet, store_is_hosted_by_torchrun
+from launch.rendezvous import RENDEZVOUS_SECONDS, hosts_store, meet, store_is_hosted_by_torchrun
 from launch.watchdog import Watchdog
 
 T = TypeVar("T")
@@ -89,9 +89,11 @@ def process_group(backend: str = "auto", *, device: str = "auto", timeout_second
             leave_together(watchdog, error)
             raise
     finally:
-        watchdog.stop()
         if dist.is_initialized():
             take_down()
+        if watchdog.phase == "left" and hosts_store(launch):
+            watchdog.linger()
+        watchdog.stop()
 
 
 def take_down() -> None:

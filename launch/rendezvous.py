@@ -22,6 +22,11 @@ def store_is_hosted_by_torchrun() -> bool:
     return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
 
 
+def hosts_store(launch: Launch) -> bool:
+    """Whether this process hosts the store, so that the others lose it when this one ends."""
+    return launch.rank == 0 and not store_is_hosted_by_torchrun()
+
+
 def meet(launch: Launch, timeout_seconds: float) -> dist.Store:
     """The key-value store that every rank can reach, once all ranks have reached it.
 
@@ -52,7 +57,7 @@ def connect(launch: Launch, wait_seconds: float) -> dist.Store:
     Raises:
         RuntimeError, OSError: if it cannot be reached, or the port is taken.
     """
-    hosts_it = launch.rank == 0 and not store_is_hosted_by_torchrun()
+    hosts_it = hosts_store(launch)
     if not hosts_it:
         wait_for_port(launch, wait_seconds)
     return dist.TCPStore(launch.address, launch.port, is_master=hosts_it, wait_for_workers=False,

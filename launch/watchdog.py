@@ -23,7 +23,8 @@ if TYPE_CHECKING:
     import torch.distributed as dist
 
 TICK_SECONDS = 0.5
-LEAVE_SECONDS = 4.0  # for a rank to notice by itself that another has reported an error
+LEAVE_SECONDS = 10.0  # for a rank to notice by itself that another has reported an error, and to end a save
+LINGER_SECONDS = 5.0  # for which the host of the store waits for the others, when all leave
 WAITING = ("backward", "reduce", "left")  # phases in which a rank may be waiting for another
 
 
@@ -41,7 +42,7 @@ class Watchdog:
         self._changed_at = time.monotonic()
         self._launcher = (stop_request().launcher or os.getppid()) if has_launcher else None
         self._heartbeats: Heartbeats | None = None
-        self._before: dict[int, int] | None = None  # heartbeats counted a while before the timeout
+        self._before: dict[int, int] | None = None  # heartbeats counted at half of the timeout
         self._reported_at: float | None = None
         self._claimed = threading.Lock()  # taken once: this process reports at most one error
         self._stopping = threading.Event()
@@ -87,6 +88,18 @@ class Watchdog:
         if self._heartbeats is not None:
             with contextlib.suppress(RuntimeError):
                 self._heartbeats.send(self.step, "left")
+
+    def linger(self) -> None:
+        """After an error, on the host of the store: keep it until the others have found out who reports the error."""
+        if self._heartbeats is None:
+            return
+        before, began = self._heartbeats.counts(), time.monotonic()
+        while time.monotonic() - began < LINGER_SECONDS:
+            last = self._heartbeats.last_known()
+            silent = self._heartbeats.silent_since(before) if time.monotonic() - began > STALE_SECONDS else []
+            if all(phase == "left" or rank in silent for rank, (_, phase) in last.items()):
+                return
+            time.sleep(0.1)
 
     def lost_peer_line(self) -> str:
         """The line for a collective that failed because some rank is gone: names those without a heartbeat."""
@@ -134,10 +147,10 @@ class Watchdog:
                 os._exit(DistributedError.exit_code)
 
     def _check_progress(self) -> None:
-        """Compare heartbeats from shortly before the timeout with those at the timeout."""
+        """Compare the heartbeats at half of the timeout with those at the timeout."""
         assert self._heartbeats is not None
         idle = time.monotonic() - self._changed_at
-        if idle < max(self.timeout_seconds - STALE_SECONDS, self.timeout_seconds / 2):
+        if idle < self.timeout_seconds / 2:
             self._before = None
         elif self._before is None:
             self._before = self._heartbeats.counts()

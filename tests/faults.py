@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tests.jobs import NORMED, Ended, Job, Server
+from tests.jobs import NORMED, Ended, Job, Server, slack
 from tests.support import newest_checkpoint, read_json
 
 
@@ -78,7 +78,15 @@ def check_lines(ended: Any, error: str) -> None:
 
 def check_nothing_left(job: Job) -> None:
     """No process of the job, loader workers too, lives longer than five seconds after its ranks."""
-    deadline = time.monotonic() + 5
+    deadline = time.monotonic() + 5 * slack()
     while job.alive():
-        assert time.monotonic() < deadline, f"left behind: {job.alive()}"
+        assert time.monotonic() < deadline, f"left behind: {[(pid, command_of(pid)) for pid in job.alive()]}"
         time.sleep(0.05)
+
+
+def command_of(pid: int) -> str:
+    """The command line of a process."""
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode()
+    except OSError:
+        return "gone"

@@ -4,10 +4,12 @@ The same script also is the server that forks such trainers (see jobs.py): `pyth
 of a process that has imported torch starts in milliseconds instead of seconds; it is a real process all the same.
 """
 
+import faulthandler
 import importlib
 import json
 import os
 import select
+import signal
 import sys
 from pathlib import Path
 from typing import Any
@@ -91,6 +93,7 @@ def become(request: dict[str, Any]) -> None:
             file = os.open(name, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
             os.dup2(file, number)
             os.close(file)
+    faulthandler.register(signal.SIGUSR2, all_threads=True)  # a test that runs out of time asks where this process is
     sys.argv = [request["trainer"], *request["flags"]]
 
 

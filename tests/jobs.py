@@ -127,7 +127,11 @@ class Job:
         while any(pid not in self.server.codes for pid in self.pids):
             self.server.read(0.05)
             if time.monotonic() > deadline:
-                raise TimeoutError(f"still alive after {timeout} s: {self.alive()}; {self.text('err')[-2000:]}")
+                for pid in self.pids:
+                    if pid not in self.server.codes:
+                        os.kill(pid, signal.SIGUSR2)  # it shows its stack
+                time.sleep(1)
+                raise TimeoutError(f"still alive after {timeout} s: {self.alive()}; {self.text('err')[-4000:]}")
         return Ended([self.server.codes[pid] for pid in self.pids], self.text("out"), self.text("err"),
                      time.monotonic() - self.began)
 
@@ -166,6 +170,11 @@ class Job:
             self.server.read(0.01)
             assert time.monotonic() < deadline, self.text("err")[-2000:]
             assert all(pid not in self.server.codes for pid in self.pids), self.text("err")[-2000:]
+
+
+def slack() -> float:
+    """By how much longer than on an idle machine things may take here and now: the load of each core, at least 1."""
+    return max(1.0, os.getloadavg()[0] / (os.cpu_count() or 1))
 
 
 def variables_of(rank: int, ranks: int, port: str) -> dict[str, str]:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.jobs import NORMED, Job, Server
+from tests.jobs import NORMED, Job, Server, slack
 from tests.resuming import outcome, run
 from tests.support import largest_difference, newest_checkpoint, read_json
 
@@ -75,7 +75,7 @@ def check_stops(server: Server, folder: Path, *, number: int, seed: int) -> None
             asked_at = time.monotonic()
             ended = job.wait(30)
         assert ended.codes == [75, 75], ended.err
-        assert time.monotonic() - asked_at < 20  # two seconds, on a machine that has nothing else to do
+        assert time.monotonic() - asked_at < 3 * slack()  # two seconds, and a step
         status = read_json(folder / "r" / "status.json")
         computed = {int((folder / f"step-{rank}.txt").read_text()) for rank in range(2)}
         assert status["state"] == "PREEMPTED"

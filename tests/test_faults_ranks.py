@@ -1,0 +1,139 @@
+"""Ranks that die, hang, compute nonsense or never come: one is named, once, and all of them end."""
+
+import re
+import signal
+import socket
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.faults import Fault, check, check_lines, check_nothing_left, inject
+from tests.jobs import NORMED, Job, Server, free_port, slack, variables_of
+from tests.support import read_json
+
+pytestmark = pytest.mark.timeout(150)
+
+LOST = {"ranks": 2, "resumes": True}
+FAULTS = [
+    Fault(name="rank-1-killed", hook='at(13, "backward", kill, ranks=[1])', codes=(6, -9), state="FAILED",
+          error="ERROR distributed: rank 1 of 2: ended without a word at about step 13", **LOST),
+    Fault(name="rank-0-killed", hook='at(13, "data", kill, ranks=[0])', codes=(-9, 6), state="RUNNING",
+          error="ERROR distributed: rank 0 of 2: ended without a word at about step 13", **LOST),
+    Fault(name="rank-1-killed-in-the-evaluation", hook='at(10, "evaluate", kill, ranks=[1])', codes=(6, -9),
+          state="FAILED", error="ERROR distributed: rank 1 of 2", **LOST),
+    Fault(name="all-ranks-killed", hook='at(13, "optimizer", kill)', codes=(-9,), state="RUNNING", **LOST),
+    Fault(name="loss-not-finite-on-one-rank", ranks=2, hook="bad_loss_from(4, ranks=[1])", codes=(7,), state="FAILED",
+          flags=("--max-bad-steps", "3"), error="ERROR numeric: step .*: the loss is not finite", resumes=True),
+    Fault(name="loss-not-finite-on-all-ranks", ranks=2, hook="bad_loss_from(4)", codes=(7,), state="FAILED",
+          error="ERROR numeric: step", resumes=True),
+    Fault(name="loss-not-finite-in-the-last-step", hook="bad_loss_from(19)", codes=(7,), state="FAILED",
+          error="ERROR numeric: step 20", resumes=True),
+    Fault(name="memory-used-up-on-one-rank", ranks=2, codes=(6, 5), state="FAILED", resumes=True,
+          hook='at(7, "forward", raise_error(MemoryError("full")), ranks=[1])', error="ERROR device: memory: full"),
+    Fault(name="taken-over-by-a-later-incarnation", ranks=2, hook='at(11, "data", taken_over, ranks=[0])', codes=(4, 6),
+          state="RUNNING", error="ERROR checkpoint: .*a later incarnation, pid 1 on elsewhere, owns this run"),
+]
+
+
+@pytest.mark.parametrize("fault", FAULTS, ids=str)
+def test_a_rank_that_fails_is_named_once_and_every_rank_ends(server: Server, tmp_path: Path, fault: Fault) -> None:
+    inject(server, fault, tmp_path)
+
+
+def test_a_process_that_was_taken_over_writes_nothing_more(server: Server, tmp_path: Path) -> None:
+    snapshot = ('each(taken_over, lambda: open("before.txt", "w").write(str(sorted((str(path), path.stat().st_mtime_ns)'
+                ' for path in __import__("pathlib").Path("runs").rglob("*") if path.is_file()))))')
+    fault = Fault(name="fence", hook=f'at(12, "data", {snapshot})', codes=(4,), state="RUNNING",
+                  error="a later incarnation")
+    inject(server, fault, tmp_path)
+    after = sorted((str(path.relative_to(tmp_path)), path.stat().st_mtime_ns)
+                   for path in (tmp_path / "runs").rglob("*") if path.is_file())
+    before = (tmp_path / "before.txt").read_text()
+    late = [entry for entry in after if str(entry) not in before]
+    assert [name for name, _ in late if "heartbeat" not in name and "checkpoints/" not in name] == []
+    newest = max(name for name, _ in after if name.endswith(".json") and "step-" in name)
+    assert int(re.findall(r"step-(\d+)", newest)[0]) <= 12
+
+
+@pytest.mark.parametrize(("action", "stack"), [("stop", ""), ("sleep_for(60)", "fault_hooks.py")],
+                         ids=["stopped", "sleeping"])
+def test_a_rank_that_hangs_is_named_with_its_step_and_phase(server: Server, tmp_path: Path, action: str,
+                                                            stack: str) -> None:
+    flags = [*NORMED, "--timeout", "5", "--output-dir", tmp_path]
+    with Job(server, "cifar", flags, folder=tmp_path, ranks=2,
+             hook=f'at(7, "data", each(lambda: print("hangs", flush=True), {action}), ranks=[1])') as job:
+        job.wait_for_line("hangs")
+        before = time.monotonic()
+        ended = job.wait(30)
+        assert time.monotonic() - before < 5 + 2 * slack()
+        check_nothing_left(job)
+    assert ended.codes == [6, -9 if action == "stop" else 6]
+    check_lines(ended, "ERROR distributed: rank 1 of 2: no progress for 5 s at step 7, phase data")
+    assert stack in ended.err
+    assert bool(stack) == ("most recent call first" in ended.err)
+
+
+def test_a_rank_that_never_comes_is_named(server: Server, tmp_path: Path) -> None:
+    variables = variables_of(0, 2, str(free_port()))
+    flags = [*NORMED, "--timeout", "3", "--output-dir", tmp_path]
+    with Job(server, "cifar", flags, folder=tmp_path, **variables) as job:
+        ended = job.wait(30)
+    assert ended.codes == [6]
+    check_lines(ended, "ERROR distributed: rank 0 of 2 .*not all ranks met within 3 s .missing: rank 1")
+    assert not (tmp_path / "r").exists()
+
+
+def test_a_rank_whose_rank_0_never_comes_says_so(server: Server, tmp_path: Path) -> None:
+    variables = variables_of(1, 2, str(free_port()))
+    flags = [*NORMED, "--timeout", "3", "--output-dir", tmp_path]
+    with Job(server, "cifar", flags, folder=tmp_path, **variables) as job:
+        ended = job.wait(30)
+    assert ended.codes == [6]
+    check_lines(ended, "ERROR distributed: rank 1 of 2 .*Connection refused")
+
+
+def test_a_stop_signal_is_heard_while_a_rank_is_awaited(server: Server, tmp_path: Path) -> None:
+    variables = variables_of(0, 2, str(free_port()))
+    with Job(server, "cifar", [*NORMED, "--output-dir", tmp_path], folder=tmp_path, hook="print('up', flush=True)",
+             **variables) as job:
+        job.wait_for_line("up")
+        job.signal(signal.SIGTERM)
+        check(job.wait(20), Fault(name="stopped", codes=(75,)))
+
+
+def test_a_port_that_is_taken_is_named(server: Server, tmp_path: Path) -> None:
+    with socket.socket() as holder:
+        holder.bind(("localhost", 0))
+        holder.listen()
+        fault = Fault(name="port", codes=(6,), state=None, error=f"ERROR distributed: .*:{holder.getsockname()[1]} .*"
+                      "EADDRINUSE.*MASTER_PORT", variables=(
+                          ("RANK", "0"), ("WORLD_SIZE", "1"), ("MASTER_PORT", str(holder.getsockname()[1]))))
+        inject(server, fault, tmp_path)
+
+
+@pytest.mark.parametrize(("name", "value"), [("RANK", "first"), ("WORLD_SIZE", "")])
+def test_launcher_variables_that_are_no_numbers_are_a_usage_error(server: Server, tmp_path: Path, name: str,
+                                                                 value: str) -> None:
+    variables = {"RANK": "0", "WORLD_SIZE": "1", **{name: value}}
+    inject(server, Fault(name="variables", codes=(2,), state=None, error="ERROR usage: launcher variables: invalid",
+                         variables=tuple(variables.items())), tmp_path)
+
+
+def test_a_rank_without_a_device_is_named_and_the_other_ends(server: Server, tmp_path: Path) -> None:
+    hook = ("import torch\ntorch.cuda.is_available = lambda: True\ntorch.cuda.device_count = lambda: 2\n"
+            "import launch.process_group as group\nchosen = group.choose_device\n"
+            "group.choose_device = lambda device, launch: chosen('auto', launch) if launch.rank == 2 "
+            "else chosen('cpu', launch)\n")
+    ended = inject(server, Fault(name="device", ranks=3, hook=hook, codes=(6, 6, 5), state=None,
+                                 error="ERROR device: --device auto: local rank 2 of 3 has no GPU, 2 are visible"),
+                   tmp_path)
+    assert ended.seconds < 30
+
+
+def test_the_status_of_a_run_that_lost_a_rank_says_so(server: Server, tmp_path: Path) -> None:
+    inject(server, FAULTS[0], tmp_path / "again")
+    fault = Fault(name="killed", ranks=2, hook='at(13, "backward", kill, ranks=[1])', codes=(6, -9), state="FAILED",
+                  error="rank 1 of 2")
+    inject(server, fault, tmp_path)
+    assert read_json(tmp_path / "runs" / "r" / "status.json")["reason"] == "ERROR distributed: another rank was lost"
