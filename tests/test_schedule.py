@@ -1,0 +1,62 @@
+"""trainers/engine/schedule.py against torch's own schedulers and the formulas it names."""
+
+import math
+
+import pytest
+import torch
+from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, LRScheduler, MultiStepLR
+
+from trainers.engine.schedule import SCHEDULES, schedule
+
+STEPS = 200
+
+
+def rates(make: type[LRScheduler], **arguments: object) -> list[float]:
+    """The multipliers of one of torch's schedulers."""
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
+    scheduler, found = make(optimizer, **arguments), []
+    for _ in range(STEPS):
+        found.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        scheduler.step()
+    return found
+
+
+def ours(name: str, **arguments: int) -> list[float]:
+    """The multipliers of one of our curves."""
+    multiplier = schedule(name, total_steps=STEPS, **arguments)  # pyright: ignore[reportArgumentType]
+    return [multiplier(step) for step in range(STEPS)]
+
+
+def test_cosine_is_torchs_cosine_annealing() -> None:
+    assert ours("cosine") == pytest.approx(rates(CosineAnnealingLR, T_max=STEPS), abs=1e-9)
+
+
+def test_step_falls_tenfold_at_a_half_and_at_three_quarters() -> None:
+    assert ours("step") == pytest.approx(rates(MultiStepLR, milestones=[100, 150], gamma=0.1))
+
+
+def test_constant_stays() -> None:
+    assert ours("constant") == [1.0] * STEPS
+
+
+def test_onecycle_is_the_triangle_through_its_three_corners() -> None:
+    peak = 0.23 * STEPS
+    expected = [0.2 + 0.8 * step / peak if step < peak else 1 - 0.93 * (step - peak) / (STEPS - peak)
+                for step in range(STEPS)]
+    assert ours("onecycle") == pytest.approx(expected)
+    assert max(ours("onecycle")) == pytest.approx(1.0)
+
+
+def test_the_warm_up_rises_linearly_and_then_lays_the_curve_over_the_rest() -> None:
+    found = ours("cosine", warmup_steps=20)
+    torchs = rates(LinearLR, start_factor=1 / 20, end_factor=1.0, total_iters=19)
+    assert found[:20] == pytest.approx(torchs[:20])
+    assert found[20:] == pytest.approx([0.5 * (1 + math.cos(math.pi * step / 180)) for step in range(180)])
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+@pytest.mark.parametrize("total_steps", [1, 2, 3, 7])
+def test_every_curve_stays_within_zero_and_one_in_short_runs_and_past_the_end(name: str, total_steps: int) -> None:
+    multiplier = schedule(name, total_steps=total_steps, warmup_steps=2)  # pyright: ignore[reportArgumentType]
+    assert all(0 <= multiplier(step) <= 1 for step in range(total_steps + 3))
