@@ -1,0 +1,174 @@
+"""Run folders, checkpoints, disks and streams in every bad state: a run goes on or says in one line why it cannot."""
+
+import os
+import shutil
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.faults import Fault, check, inject
+from tests.jobs import NORMED, Job, Server
+from tests.resuming import outcome, run
+from tests.support import newest_checkpoint, read_json
+
+pytestmark = pytest.mark.timeout(120)
+
+CUT = 'at(13, "data", kill)'
+LIMIT = "import resource\nresource.setrlimit(resource.RLIMIT_FSIZE, ({0}, {0}))\n"  # a write past it fails: EFBIG
+STREAMS = [
+    Fault(name="stdout-closed", streams=(("out", None),)),
+    Fault(name="stderr-closed", streams=(("err", None),)),
+    Fault(name="both-closed", streams=(("out", None), ("err", None))),
+    Fault(name="clock-jumps-forward", hook="clock_jumps(3, 86400)"),
+    Fault(name="clock-jumps-back", ranks=2, hook="clock_jumps(3, -86400)"),
+    Fault(name="disk-full-for-a-checkpoint", hook=LIMIT.format(20000), codes=(4,), state="FAILED", resumes=True,
+          error="ERROR checkpoint: .*checkpoints: cannot be written"),
+    Fault(name="disk-full-for-everything", hook=LIMIT.format(10), codes=(4,), state=None,
+          error="ERROR checkpoint: --output-dir .*: cannot be written"),
+]
+
+
+@pytest.fixture(scope="module")
+def cut_run(server: Server, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that was killed at step 13, to be copied and spoilt."""
+    folder = tmp_path_factory.mktemp("cut")
+    assert run(server, folder, hook=CUT, ranks=1).codes == [-9]
+    assert newest_checkpoint(folder / "r")["step"] >= 9
+    return folder
+
+
+@pytest.fixture
+def spoilt(cut_run: Path, tmp_path: Path) -> Path:
+    """A copy of it, in a folder of its own."""
+    shutil.copytree(cut_run / "r", tmp_path / "r")
+    return tmp_path
+
+
+@pytest.fixture(scope="module")
+def whole(server: Server, tmp_path_factory: pytest.TempPathFactory) -> dict[str, object]:
+    """What the run computes when nothing happens to it."""
+    folder = tmp_path_factory.mktemp("whole")
+    assert run(server, folder).codes == [0]
+    return outcome(folder)
+
+
+@pytest.mark.parametrize("fault", STREAMS, ids=str)
+def test_a_run_whose_surroundings_fail_goes_on_or_says_why_not(server: Server, tmp_path: Path, fault: Fault) -> None:
+    inject(server, fault, tmp_path)
+
+
+def test_a_reader_of_stdout_that_goes_away_does_not_end_the_run(server: Server, tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    reader = os.open(tmp_path / "pipe", os.O_RDONLY | os.O_NONBLOCK)
+    with Job(server, "cifar", [*NORMED, "--output-dir", tmp_path], folder=tmp_path,
+             hook='at(2, "data", lambda: open("ready", "w").close())\nsleep_for(0.5)()',
+             streams={"out": str(tmp_path / "pipe")}) as job:
+        job.wait_until(lambda: (tmp_path / "ready").exists())
+        os.close(reader)
+        check(job.wait(), Fault(name="reader"))
+    assert read_json(tmp_path / "r" / "status.json")["state"] == "DONE"
+
+
+def spoil(folder: Path, what: str) -> None:
+    """Damage a run folder."""
+    checkpoints = sorted((folder / "checkpoints").glob("step-*.pt"))
+    if what == "metrics":
+        with open(folder / "metrics.jsonl", "a") as file:
+            file.write('{"split": "train", "step": 13, "lo')
+    elif what in ("status.json", "config.json", "owner.json"):
+        (folder / what).write_text('[{"state": "DO')
+    elif what == "environment":
+        (folder / "environment.json").unlink()
+    elif what == "newest":
+        data = bytearray(checkpoints[-1].read_bytes())
+        data[len(data) // 2] ^= 1
+        checkpoints[-1].write_bytes(data)
+    elif what == "temporary":
+        (folder / "checkpoints" / ".step-00000099.pt.1.tmp").write_bytes(b"half")
+        (folder / "checkpoints" / "step-00000099.pt").write_bytes(b"never committed")
+    elif what == "stale lock":
+        owner = {"incarnation": 7, "pid": 2**22 - 1, "host": os.uname().nodename, "released": False, "job": None}
+        (folder / "owner.json").write_text(str(owner).replace("'", '"').replace("None", "null").replace("F", "f"))
+
+
+@pytest.mark.parametrize("what", ["metrics", "status.json", "config.json", "owner.json", "environment", "newest",
+                                  "temporary", "stale lock"])
+def test_a_damaged_run_folder_is_gone_on_with_exactly(server: Server, spoilt: Path, whole: dict[str, object],
+                                                      what: str) -> None:
+    spoil(spoilt / "r", what)
+    ended = run(server, spoilt)
+    check(ended, Fault(name=what))
+    assert ("WARNING checkpoint" in ended.err) == (what == "newest")
+    assert outcome(spoilt) == whole
+
+
+def test_a_run_without_a_whole_checkpoint_is_not_silently_started_over(server: Server, spoilt: Path) -> None:
+    for path in (spoilt / "r" / "checkpoints").glob("step-*.pt"):
+        path.write_bytes(path.read_bytes()[:-7])
+    check(run(server, spoilt), Fault(name="all damaged", codes=(4,), error="ERROR checkpoint: .*none is whole"))
+    assert list((spoilt / "r" / "checkpoints").glob("step-*.pt"))
+
+
+def test_resuming_with_other_flags_is_refused_and_the_run_left_as_it_was(server: Server, spoilt: Path) -> None:
+    before = (spoilt / "r" / "status.json").read_bytes()
+    check(run(server, spoilt, "--lr", "0.5", "--momentum", "0.1"), Fault(
+        name="flags", codes=(2,), error=r"ERROR usage: --learning-rate 0.5 \(was 0.05\), --momentum 0.1 \(was 0.9\)"))
+    assert (spoilt / "r" / "status.json").read_bytes() == before
+
+
+def test_data_that_changed_since_the_checkpoint_is_refused(server: Server, spoilt: Path) -> None:
+    other = "trainers.cifar.synthetic.load = lambda seed: load(seed=seed + 1, num_train=600, num_test=200)"
+    check(run(server, spoilt, hook=other), Fault(name="data", codes=(4,), error="ERROR checkpoint: .*dataset was"))
+
+
+def test_a_checkpoint_of_another_model_is_refused_with_the_differences(server: Server, spoilt: Path) -> None:
+    path = sorted((spoilt / "r" / "checkpoints").glob("step-*.pt"))[-1]
+    ended = run(server, spoilt, "--run-name", "other", "--model", "net", "--resume", str(path))
+    check(ended, Fault(name="model", codes=(4,), error="ERROR checkpoint: .*step-.*and .* more"))
+
+
+def test_a_second_process_on_a_run_is_told_who_has_it(server: Server, tmp_path: Path) -> None:
+    flags = [*NORMED, "--output-dir", tmp_path]
+    with Job(server, "cifar", flags, folder=tmp_path / "1", hook="slow_steps(0.3)") as first:
+        first.wait_for_line("parameters")
+        with Job(server, "cifar", flags, folder=tmp_path / "2", ranks=2) as second:
+            check(second.wait(), Fault(name="second", ranks=2, codes=(4,),
+                                       error=f"ERROR checkpoint: .*in use by pid {first.pids[0]} on "))
+        check(first.wait(), Fault(name="first"))
+    assert read_json(tmp_path / "r" / "status.json")["state"] == "DONE"
+
+
+@pytest.mark.parametrize("where", ["file", "/proc/none"])
+def test_an_output_folder_that_cannot_be_made_is_named(server: Server, tmp_path: Path, where: str) -> None:
+    (tmp_path / "file").write_text("no folder")
+    fault = Fault(name=where, ranks=2, codes=(4,), error="ERROR checkpoint: --output-dir .*: cannot be written")
+    check(run(server, tmp_path, "--output-dir", str(tmp_path / where), ranks=2), fault)
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A disk of 1 MiB."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", folder], capture_output=True).returncode:
+        pytest.skip("needs the right to mount a small disk")
+    yield folder
+    subprocess.run(["umount", folder], check=True)
+
+
+def test_a_full_disk_is_named_and_the_last_checkpoint_kept(server: Server, small_disk: Path) -> None:
+    fault = Fault(name="full", codes=(4,), error="ERROR checkpoint: .*free")
+    check(run(server, small_disk.parent / "logs", "--output-dir", small_disk,
+              hook=f'at(9, "data", lambda: fill("{small_disk}/filler"))'), fault)
+    assert newest_checkpoint(small_disk / "r")["step"] in (3, 6)
+    (small_disk / "filler").unlink()
+    assert run(server, small_disk.parent / "logs", "--output-dir", small_disk).codes == [0]
+
+
+def test_a_run_folder_on_a_disk_that_became_read_only_is_named(server: Server, small_disk: Path) -> None:
+    assert run(server, small_disk.parent / "logs", "--output-dir", small_disk, hook=CUT).codes == [-9]
+    subprocess.run(["mount", "-o", "remount,ro", small_disk], check=True)
+    check(run(server, small_disk.parent / "logs", "--output-dir", small_disk),
+          Fault(name="read-only", codes=(4,), error="ERROR checkpoint: --output-dir .*Read-only"))

@@ -1,0 +1,57 @@
+"""Images that cannot be read, and loader workers that are killed: the file or the worker is named."""
+
+import os
+import signal
+from pathlib import Path
+
+import pytest
+
+from tests.faults import Fault, check, check_nothing_left
+from tests.jobs import Job, Server
+from tests.resuming import IMAGES, image_tree, run
+from tests.support import read_json
+
+pytestmark = pytest.mark.timeout(120)
+
+
+def spoil_an_image(folder: Path) -> Path:
+    path = sorted((folder / "train").rglob("*.png"))[3]
+    path.write_bytes(path.read_bytes()[:100])
+    return path
+
+
+def test_an_unreadable_image_is_named(server: Server, tmp_path: Path) -> None:
+    path = spoil_an_image(image_tree(tmp_path / "images"))
+    ended = run(server, tmp_path, "--data-dir", tmp_path / "images", trainer="image_folder", ranks=2)
+    assert set(ended.codes) <= {3, 6}
+    assert 3 in ended.codes
+    check(ended, Fault(name="image", codes=tuple(ended.codes), ranks=2, error=f"ERROR data: .*{path.name}"))
+    assert read_json(tmp_path / "r" / "status.json")["state"] == "FAILED"
+
+
+def test_an_unreadable_image_is_left_out_and_logged_where_that_is_allowed(server: Server, tmp_path: Path) -> None:
+    path = spoil_an_image(image_tree(tmp_path / "images"))
+    flags = ("--data-dir", tmp_path / "images", "--skip-bad", "1")
+    ended = run(server, tmp_path, *flags, trainer="image_folder", ranks=2)
+    check(ended, Fault(name="image", ranks=2))
+    assert path.name in ended.err
+    assert read_json(tmp_path / "r" / "status.json")["state"] == "DONE"
+
+
+def test_a_killed_loader_worker_ends_the_run_and_is_named(server: Server, tmp_path: Path) -> None:
+    flags = [*IMAGES, "--data-dir", image_tree(tmp_path / "images"), "--workers", "1", "--epochs", "500",
+             "--output-dir", tmp_path]
+    with Job(server, "image_folder", flags, folder=tmp_path) as job:
+        job.wait_for_line("epoch 0:")
+        for pid in job.alive():
+            if pid not in job.pids and is_worker(pid):
+                os.kill(pid, signal.SIGKILL)
+        check(job.wait(30), Fault(name="worker", codes=(3,), error="ERROR data: .*worker"))
+        check_nothing_left(job)
+    assert read_json(tmp_path / "r" / "status.json")["state"] == "FAILED"
+
+
+def is_worker(pid: int) -> bool:
+    """Whether a process has torch's loader loop in it: the children of the fork server, not the server itself."""
+    parent = int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+    return b"forkserver" in Path(f"/proc/{parent}/cmdline").read_bytes()
