@@ -8,6 +8,7 @@ A worker is sent what to decode together with the key of its random choices (epo
 any number of workers gives the same bits, from any position in any epoch, and one pool serves both loaders.
 """
 
+import multiprocessing
 from collections.abc import Callable, Iterator, Mapping
 from typing import NamedTuple
 
@@ -21,7 +22,7 @@ from datasets.decode import BadImage, FitName, random_window, read_image
 from datasets.image_folder import ImageTree
 from datasets.order import ResumableSampler, evaluation_indices
 from datasets.tensors import DataError
-from datasets.workers import blocked_signals, worker_context
+from datasets.workers import WorkerStart, blocked_signals, worker_context
 
 Batch = tuple[Tensor, Tensor]
 
@@ -52,7 +53,8 @@ class Decoding(Dataset[DecodedBatch]):
 
     def __init__(self, splits: Mapping[str, ImageTree], *, size: int, fit: FitName, seed: int, smallest_area: float,
                  skip_bad: int) -> None:
-        self.splits, self.size, self.fit, self.seed = dict(splits), size, fit, seed
+        self.splits, self.size, self.seed = dict(splits), size, seed
+        self.fit: FitName = fit
         self.smallest_area, self.skip_bad = smallest_area, skip_bad
 
     def __getitem__(self, key: Key) -> DecodedBatch:
@@ -112,11 +114,13 @@ class Decoder:
                  prepare_worker: Callable[[], None] | None = None) -> None:
         self.size, self.workers = size, workers
         self.keys = Keys()
+        workers_end, self.lifeline = multiprocessing.Pipe(duplex=False)
         self.loader = DataLoader(
             Decoding(splits, size=size, fit=fit, seed=seed, smallest_area=smallest_area, skip_bad=skip_bad),
-            batch_size=None, sampler=self.keys, num_workers=workers, collate_fn=as_it_is, pin_memory=pin_memory,
+            batch_size=None, sampler=self.keys, num_workers=workers, pin_memory=pin_memory,
+            collate_fn=as_it_is,  # pyright: ignore[reportArgumentType]
             multiprocessing_context=worker_context() if workers else None, persistent_workers=workers > 0,
-            worker_init_fn=WorkerStart(prepare_worker) if workers and prepare_worker else None,
+            worker_init_fn=WorkerStart(prepare_worker, workers_end) if workers else None,
             generator=torch.Generator(),  # its own: drawing from torch's would alter the dropout of this step
         )
 
@@ -136,17 +140,6 @@ class Decoder:
                 raise
             raise DataError(f"--workers {self.workers}: a DataLoader worker was killed or lost (out of memory, or of "
                             f"space in /dev/shm?); start the same command again, perhaps with fewer") from None
-
-
-class WorkerStart:
-    """What a worker does first, in the form that DataLoader calls and can send to it."""
-
-    def __init__(self, prepare: Callable[[], None]) -> None:
-        self.prepare = prepare
-
-    def __call__(self, worker: int) -> None:
-        """Prepare this worker."""
-        self.prepare()
 
 
 def as_it_is(batch: DecodedBatch) -> DecodedBatch:

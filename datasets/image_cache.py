@@ -33,7 +33,7 @@ from datasets.image_folder import ImageTree
 from datasets.tensors import DataError, TensorDataset
 
 FORMAT = 1
-BATCH_SIZE = 32
+BATCH_SIZE = 8  # few, so that a builder of large images still shows often that it is alive
 
 
 class ImageCache:

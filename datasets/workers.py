@@ -8,9 +8,12 @@ locks in whatever state they are. It also makes a dead worker an error in the lo
 import contextlib
 import multiprocessing
 import multiprocessing.context
+import os
 import signal
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
 from multiprocessing import forkserver, resource_tracker
+from multiprocessing.connection import Connection
 
 # Imported once by the server, for all workers. Libraries only: it would look for our own packages in the wrong place.
 PRELOADED = ["torch", "torch.utils.data", "torchvision.transforms.v2", "PIL.Image"]
@@ -30,6 +33,29 @@ def worker_context() -> multiprocessing.context.BaseContext:
     with blocked_signals():  # anew: starting the tracker has unblocked two of them
         forkserver.ensure_running()
     return context
+
+
+class WorkerStart:
+    """What a worker does first, in the form that DataLoader calls and can send to it.
+
+    The server keeps workers company, so they would outlive a killed training process. Each therefore waits on a pipe
+    whose other end that process alone holds, and ends when it closes, however it died.
+    """
+
+    def __init__(self, prepare: Callable[[], None] | None, lifeline: Connection) -> None:
+        self.prepare, self.lifeline = prepare, lifeline
+
+    def __call__(self, worker: int) -> None:
+        """Prepare this worker."""
+        if self.prepare is not None:
+            self.prepare()
+        threading.Thread(target=self.end_with_parent, name="lifeline", daemon=True).start()
+
+    def end_with_parent(self) -> None:
+        """Wait for the end of the pipe, and of this process."""
+        with contextlib.suppress(EOFError, OSError):
+            self.lifeline.recv_bytes()
+        os._exit(1)
 
 
 @contextlib.contextmanager

@@ -213,7 +213,7 @@ def test_two_ranks_learn_from_a_cache_what_they_learn_without_it(tmp_path: Path)
 @pytest.mark.timeout(200)
 def test_a_build_outlasts_the_collective_timeout_and_a_stop_leaves_nothing_of_it(tmp_path: Path):
     tree = write_photos(tmp_path / "photos", count=150)
-    flags = ["--data-dir", tree, "--output-dir", tmp_path, "--cache", "--timeout", "4", *FLAGS, "--max-steps", "2"]
+    flags = ["--data-dir", tree, "--output-dir", tmp_path, "--cache", "--timeout", "8", *FLAGS, "--max-steps", "2"]
     began = time.monotonic()
     finished = train("image_folder", *flags, "--run-name", "slow", ranks=2)
     assert finished.code == 0, finished.err

@@ -95,6 +95,21 @@ def test_two_ranks_with_a_worker_each_reach_the_weights_of_one_without(reference
 
 @pytest.mark.slow
 @pytest.mark.timeout(150)
+def test_a_rank_killed_outright_leaves_no_workers_behind(tree: Path, tmp_path: Path):
+    process = start(command("image_folder", [str(word) for word in flags(tree, tmp_path, "run")]
+                            + ["--workers", "2", "--epochs", "100000"]))
+    try:
+        wait_for(lambda: bool(read_lines(tmp_path / "run" / "metrics.jsonl")), seconds=90)
+        assert [name_of(pid) for pid in session_pids(process.pid)].count("pt_data_worker") == 2
+        process.kill()
+        wait_for(lambda: "pt_data_worker" not in map(name_of, session_pids(process.pid)), seconds=5)
+        wait_for(lambda: not session_pids(process.pid), seconds=20)  # their server takes its interpreter down first
+    finally:
+        kill_session(process)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(150)
 def test_a_killed_worker_ends_the_run_with_one_data_error(tree: Path, tmp_path: Path):
     process = start(command("image_folder", [str(word) for word in flags(tree, tmp_path, "run")]
                             + ["--workers", "1", "--epochs", "100000"]))

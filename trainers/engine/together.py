@@ -25,7 +25,7 @@ def finish_together(world: World, work: Generator[Any] | None, stop: StopRequest
         error: Exception | None = None
         if work is not None and not done:
             try:
-                done = advance(work, seconds=SLICE_SECONDS)
+                done = advance(work, world, seconds=SLICE_SECONDS)
             except Exception as problem:
                 if one_line(problem) is None:
                     raise
@@ -43,7 +43,11 @@ def finish_together(world: World, work: Generator[Any] | None, stop: StopRequest
             return True
 
 
-def advance(work: Generator[Any], *, seconds: float) -> bool:
-    """Take items for a while; whether that was the last of them."""
+def advance(work: Generator[Any], world: World, *, seconds: float) -> bool:
+    """Take items for a while, each a sign of life; whether that was the last of them."""
     until = time.monotonic() + seconds
-    return all(time.monotonic() < until for _ in work)
+    for _ in work:
+        world.watchdog.mark(world.watchdog.step, "data")
+        if time.monotonic() > until:
+            return False
+    return True
