@@ -36,5 +36,5 @@ class TensorDataset:
         digest = hashlib.sha256()
         for tensor in (self.inputs, self.targets):
             digest.update(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
-            digest.update(memoryview(tensor.cpu().contiguous().numpy()).cast("B"))
+            digest.update(tensor.cpu().contiguous().numpy().data.cast("B"))
         return digest.hexdigest()[:16]

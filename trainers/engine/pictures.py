@@ -16,7 +16,9 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 RIGHT, WRONG = "#1a7f37", "#c62828"
-STYLES = {"train": {"color": "#1f77b4", "linestyle": "-"}, "test": {"color": "#d62728", "linestyle": "--"}}
+STYLES: dict[str, dict[str, Any]] = {
+    "train": {"color": "#1f77b4", "linestyle": "-"}, "test": {"color": "#d62728", "linestyle": "--"},
+}
 MOST_NUMBERS = 20  # classes up to which each cell of a confusion matrix shows its count
 MOST_NAMES = 60  # and up to which each row shows its name
 MOST_IMAGES, COLUMNS = 32, 8
