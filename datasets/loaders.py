@@ -15,6 +15,7 @@ from datasets.tensors import DataError, TensorDataset
 
 Batch = tuple[Tensor, Tensor]
 CHUNK_SAMPLES = 1024  # augmented at once: small batches would pay the same two dozen kernels each
+CHUNK_BYTES = 2**24  # of stored inputs, and no more samples than that: large images would fill the memory
 
 
 class Transform(Protocol):
@@ -68,7 +69,8 @@ class TrainLoader:
         """The rest of the epoch, in micro-batches of `rank_batch_size`."""
         self.sampler.set_position(epoch, samples_consumed)
         samples = self.sampler.indices().to(self.inputs.device)
-        chunk_size = self.rank_batch_size * max(1, CHUNK_SAMPLES // self.rank_batch_size)
+        largest = min(CHUNK_SAMPLES, CHUNK_BYTES // max(1, self.inputs[0].nbytes))
+        chunk_size = self.rank_batch_size * max(1, largest // self.rank_batch_size)
         for chunk in samples.split(chunk_size):
             inputs = self.transform(self.inputs, chunk, epoch=epoch)
             yield from zip(inputs.split(self.rank_batch_size), self.targets[chunk].split(self.rank_batch_size),

@@ -191,6 +191,13 @@ def test_a_loader_goes_on_from_any_position_even_after_one_was_left_in_the_middl
     assert_same(whole[4:], list(train.batches(1, 48)))
 
 
+@pytest.mark.parametrize("workers", [0, 1])
+def test_loading_draws_no_random_number_that_dropout_would_miss(workers: int, trees: tuple[ImageTree, ImageTree]):
+    before = torch.get_rng_state()
+    next(loader(trees, workers=workers).batches(0, 0))
+    assert torch.equal(torch.get_rng_state(), before)
+
+
 def test_every_test_image_is_decoded_once_on_three_ranks(trees: tuple[ImageTree, ImageTree]):
     test = trees[1]
     decoder = Decoder({"test": test}, size=24)

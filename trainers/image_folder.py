@@ -213,7 +213,8 @@ def build_loaders(config: ImageFolderConfig, train: ImageTree, test: ImageTree, 
     device = cache_device(world.device, sum(cache.num_bytes for cache in caches))
     return (train_loader(training, GatherThenAugment(augment), batch_size=config.batch_size, seed=config.seed,
                          rank_batch_size=config.rank_batch_size(), device=device, **shard),
-            evaluation_loader(testing, augment.normalize, device=device, **shard))
+            evaluation_loader(testing, augment.normalize, device=device, **shard,
+                              batch_size=max(8, min(500, 2**24 // caches[1].row_bytes))))  # 16 MiB
 
 
 def fill(cache: ImageCache, decoder: Decoder, bad_images: BadImages, world: World) -> bool:
