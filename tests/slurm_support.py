@@ -8,6 +8,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -20,7 +21,7 @@ from typing import Any
 
 import pytest
 
-from tests.support import ROOT, SHARED, Finished, environment, read_json
+from tests.support import ROOT, SHARED, TINY, Finished, environment, read_json
 
 NODES = 5  # two for a job that waits for its time limit; two for another, and one for its restart when one is lost
 CONF = """KillWait=10
@@ -28,6 +29,7 @@ SlurmdTimeout=10
 AuthInfo=cred_expire=5
 SchedulerParameters=batch_sched_delay=1,sched_interval=2,bf_interval=2
 """
+QUICK = [*TINY, "--no-pictures"]
 ENDED = {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "PREEMPTED", "OUT_OF_MEMORY", "BOOT_FAIL"}
 SLOW_TRAINER = """import os, sys, time
 sys.path.insert(0, {root!r})
@@ -38,9 +40,9 @@ from trainers.engine.trainer import Trainer
 from trainers import cifar
 from launch.command_line import run
 step = Trainer.train_step
-def slow_step(self, batches):
+def slow_step(self, *args, **kwargs):
     time.sleep(float(os.environ["STEP_SECONDS"]))
-    step(self, batches)
+    step(self, *args, **kwargs)
 Trainer.train_step = slow_step
 if __name__ == "__main__":
     run(cifar.main, cifar.CifarConfig, recipes=cifar.RECIPES)
@@ -91,6 +93,7 @@ class Cluster:
 
     def __init__(self, script: Path, folder: str) -> None:
         self.script, self.folder = script, folder
+        self.jobs: list[Job] = []
 
     def environment(self, **variables: str) -> dict[str, str]:
         """What the cluster script needs to find this cluster."""
@@ -113,7 +116,8 @@ class Cluster:
         words = ("sbatch", "--parsable", f"--output={log}", *options, f"slurm/{file}.sbatch", *args)
         done = self.call("run", *who, *words, cwd=cwd, **{"TRAINERS_ENV": str(Path(sys.prefix)), **variables})
         assert done.code == 0, done.err
-        return Job(self, done.out.strip(), log)
+        self.jobs.append(Job(self, done.out.strip(), log))
+        return self.jobs[-1]
 
     def pids(self, marker: str, *, node: str | None = None) -> list[int]:
         """Python processes on all nodes, or on one, whose command line contains `marker`: seen from outside them."""
@@ -135,6 +139,16 @@ def wait_until(condition: Callable[[], bool], seconds: float, explain: Callable[
     while not condition():
         assert time.monotonic() < deadline, f"not within {seconds} s. {explain()}"
         time.sleep(0.25)
+
+
+@pytest.fixture
+def own_jobs(cluster: Cluster) -> Iterator[None]:
+    """What a test submits ends with it, passed or failed."""
+    before = len(cluster.jobs)
+    yield
+    for job in cluster.jobs[before:]:
+        if job.state not in ENDED:
+            cluster.run("scancel", job.key)
 
 
 def step_of(run: Path) -> int:
@@ -163,6 +177,7 @@ def start_cluster() -> Iterator[Cluster]:
     folder = tempfile.mkdtemp(prefix="rig-", dir="/tmp")  # short: unix sockets lie in it
     os.chmod(folder, 0o755)  # the home of the ordinary user is in it
     cluster = Cluster(script, folder)
+    before = signal.signal(signal.SIGTERM, lambda number, frame: pytest.exit("SIGTERM"))  # so that `finally` is reached
     try:
         conf = Path(folder).with_suffix(".conf")
         conf.write_text(CONF)
@@ -175,5 +190,6 @@ def start_cluster() -> Iterator[Cluster]:
             pytest.skip(reason)
         yield cluster
     finally:
+        signal.signal(signal.SIGTERM, before)
         cluster.call("down", timeout=120)
         shutil.rmtree(folder, ignore_errors=True)

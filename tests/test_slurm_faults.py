@@ -1,0 +1,124 @@
+"""Nodes that lose power, cable or slurmd, and rendezvous that cannot come up, on a real Slurm."""
+
+import subprocess
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.slurm_support import QUICK, Cluster, Job, own_jobs, slow_trainer, state_of, step_of, wait_until
+from tests.support import largest_difference, newest_checkpoint, read_json, train
+
+__all__ = ["own_jobs"]  # a fixture
+pytestmark = [pytest.mark.slurm, pytest.mark.usefixtures("own_jobs"), pytest.mark.timeout(300)]
+TWO_BY_TWO = ("--nodes=2", "--ntasks-per-node=2", "--cpus-per-task=1")
+STEPS = ["--max-steps", "80", "--checkpoint-every", "10", "--timeout", "25"]
+LISTEN = "import socket, sys, time; s = socket.create_server(('', int(sys.argv[1]))); print('up', flush=True); " \
+         "time.sleep(300)"
+
+
+@pytest.fixture(scope="module")
+def never_stopped(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run folder of 80 steps on 4 ranks of one machine that nothing happens to."""
+    folder = tmp_path_factory.mktemp("never-stopped")
+    done = train("cifar", *QUICK, *STEPS, "--output-dir", folder, "--run-name", "run", ranks=4)
+    assert done.code == 0, done.err
+    return folder / "run"
+
+
+@pytest.fixture
+def mended(cluster: Cluster) -> Iterator[None]:
+    """Whatever a test breaks is repaired for the next."""
+    yield
+    for node in ("node1", "node2", "node3"):
+        cluster.call("power", node, "on")
+        cluster.call("link", node, "on")
+    states = lambda: cluster.run("sinfo", "-h", "-N", "-p", "main", "-o", "%N %t").out  # noqa: E731
+    wait_until(lambda: "down" not in states() and "comp" not in states(), 60, states)
+
+
+@pytest.mark.usefixtures("mended")
+@pytest.mark.parametrize(("part", "broken"), [("power", 0), ("link", 1), ("daemon", 1)])
+def test_a_job_that_loses_a_node_goes_on_elsewhere_from_its_last_checkpoint_and_leaves_nothing_running(
+        cluster: Cluster, tmp_path: Path, never_stopped: Path, part: str, broken: int):
+    job = cluster.submit("multi_node", slow_trainer(tmp_path), *QUICK, *STEPS, "--output-dir", tmp_path, "--run-name",
+                         "run", log=tmp_path / "log", options=("--exclude=node[4-5]", *TWO_BY_TWO), STEP_SECONDS="0.15")
+    run = tmp_path / "run"
+    wait_until(lambda: step_of(run) >= 20, 120, job.text)
+    node, saved_at = job.nodes()[broken], step_of(run)
+    cluster.call(part, node, "off")
+    wait_until(lambda: job.restarts == 1, 60, job.text)
+    wait_until(lambda: cluster.pids(str(tmp_path), node=node) == [] if part != "power" else True, 60, job.text)
+    assert job.wait(150) == "COMPLETED", job.text()
+    if part == "daemon":
+        cluster.call("daemon", node, "on")
+    assert node not in job.nodes()
+    resumed_at = int(job.text().rpartition("(from step-")[2].partition(".pt")[0])
+    assert resumed_at >= saved_at
+    expected = read_json(never_stopped / "result.json")
+    assert read_json(run / "result.json")["weights_sha256"] == expected["weights_sha256"]
+    assert cluster.pids(str(tmp_path)) == []
+
+
+@pytest.mark.usefixtures("mended")
+def test_an_elastic_run_goes_on_with_one_node_and_takes_the_other_in_again(
+        cluster: Cluster, tmp_path: Path, never_stopped: Path):
+    array = cluster.submit("elastic", slow_trainer(tmp_path), *QUICK, *STEPS, "--output-dir", tmp_path, "--run-name",
+                           "run", log=tmp_path / "log-%a", STEP_SECONDS="0.6",
+                           options=("--array=0-1", "--exclude=node[3-5]", "--exclusive", "--ntasks-per-node=1"))
+    first, second = (Job(cluster, f"{array.key}_{task}", tmp_path / f"log-{task}") for task in (0, 1))
+    text = lambda: first.text() + second.text()  # noqa: E731
+    run = tmp_path / "run"
+    wait_until(lambda: "world      2 x cpu" in text() and step_of(run) >= 10, 120, text)
+    node = second.nodes()[0]
+    cluster.call("power", node, "off")
+    wait_until(lambda: "world      1 x cpu" in text(), 90, text)
+    reached = step_of(run)
+    cluster.call("power", node, "on")
+    wait_until(lambda: text().count("world      2 x cpu") == 2, 90, text)
+    assert step_of(run) >= reached
+    assert first.wait(120) == "COMPLETED", text()
+    assert second.wait(60) == "COMPLETED", text()
+    assert second.restarts == 1
+    # the same samples in every step whatever the number of ranks: sums differ in their rounding only
+    ours, alone = (newest_checkpoint(folder) for folder in (run, never_stopped))
+    assert (ours["step"], ours["samples_consumed"]) == (alone["step"], alone["samples_consumed"])
+    assert largest_difference(ours["model"], alone["model"]) < 1e-5
+
+
+@pytest.fixture
+def taken_port(cluster: Cluster) -> Iterator[int]:
+    """A port on which something else listens on node1."""
+    port = 9731
+    listener = subprocess.Popen([str(cluster.script), "on", "node1", "python3", "-c", LISTEN, str(port)], text=True,
+                                stdout=subprocess.PIPE, env=cluster.environment())
+    assert listener.stdout is not None
+    assert listener.stdout.readline() == "up\n"
+    yield port
+    for pid in cluster.pids(f"{LISTEN}\0{port}"):
+        subprocess.run(["kill", str(pid)], check=False)
+    listener.wait(10)
+
+
+def test_a_rendezvous_that_cannot_come_up_ends_in_one_line_that_says_host_port_and_interface(
+        cluster: Cluster, tmp_path: Path, taken_port: int):
+    broken = {
+        "lo": ("multi_node", {"GLOO_SOCKET_IFNAME": "lo"}, ":", "interface lo: node", "cannot be reached by other"),
+        "absent": ("per_rank", {"GLOO_SOCKET_IFNAME": "eth7"}, "node1:", "interface eth7", "has no interface eth7"),
+        "taken": ("multi_node", {"MASTER_PORT": str(taken_port)}, f"node1:{taken_port}", "interface eth0",
+                  "Address already in use"),
+        "away": ("multi_node", {"MASTER_ADDR": "10.77.0.99", "MASTER_PORT": "9732"}, "10.77.0.99:9732",
+                 "interface eth0", "1 of 2 nodes came within 60 s"),
+    }
+    jobs = {name: cluster.submit(file, "trainers/cifar.py", *QUICK, "--output-dir", tmp_path / name, "--run-name",
+                                 "run", log=tmp_path / f"{name}.log", **variables,
+                                 options=("--nodes=2", "--nodelist=node[1-2]", "--ntasks-per-node=1"))
+            for name, (file, variables, *_) in broken.items()}
+    began = time.monotonic()
+    for name, job in jobs.items():
+        assert job.wait(90 - (time.monotonic() - began)) == "FAILED", job.text()
+        assert len(job.errors()) == 1, job.text()
+        for words in broken[name][2:]:
+            assert words in job.errors()[0]
+        assert state_of(tmp_path / name / "run") == ""
