@@ -10,10 +10,12 @@ import torch
 from torch import nn
 
 from launch.run_folder import RunFolder
+from tests.support import read_json, train
 from trainers.engine.checkpoint import Checkpointer
 from trainers.engine.snapshot import tree_bytes
 
 MOST_SECONDS = 0.010  # for 96 MiB
+MOST_SHARE = 0.035  # of run time, with a checkpoint an epoch
 LAYERS, WIDTH, BATCH = 12, 1024, 192  # 48 MiB of weights, as much momentum; a step of some 0.1 s on two cores
 
 
@@ -86,3 +88,15 @@ def test_training_waits_at_most_10_ms_for_96_mebibytes(tmp_path: Path):
     show(waited, plain, mebibytes)
     assert mebibytes == 96
     assert statistics.median(waited) <= MOST_SECONDS
+
+
+@pytest.mark.slow
+def test_training_waits_at_most_3_and_a_half_percent_of_a_run_at_the_default_interval(tmp_path: Path):
+    finished = train("cifar", "--dataset", "synthetic", "--epochs", 3, "--threads", 1, "--no-pictures", "--output-dir",
+                     tmp_path, "--run-name", "run", timeout=280)
+    assert finished.code == 0, finished.err
+    result = read_json(tmp_path / "run" / "result.json")
+    share = result["checkpoint_wait_seconds"] / result["total_seconds"]
+    print(f"training waited for its checkpoints {100 * share:.2f} % of {result['total_seconds']:.0f} s")
+    assert result["num_checkpoints"] == 3
+    assert share <= MOST_SHARE

@@ -20,7 +20,8 @@ from typing import Any, BinaryIO
 import torch
 
 from launch.command_line import CheckpointError, NumericError
-from launch.run_folder import RunFolder, replace_file, sync_folder
+from launch.files import replace_file, sync_folder
+from launch.run_folder import RunFolder
 from trainers.engine.snapshot import Snapshot, not_finite, tree_bytes
 
 FORMAT = 1

@@ -10,6 +10,7 @@ from torch.optim.swa_utils import AveragedModel
 
 from launch.command_line import CheckpointError, report
 from launch.launcher import job_identity
+from launch.ownership import is_restart_of
 from launch.run_folder import RunFolder
 from trainers.engine.checkpoint import committed, link_best, set_aside, step_of, sweep
 from trainers.engine.metrics import equal_on_all_ranks
@@ -51,8 +52,7 @@ def goes_on(resume: str, state: Mapping[str, Any] | None) -> bool:
     if resume == "auto" or state is None:
         return resume == "auto"
     if resume == "never":
-        mine, was = job_identity(), state["fingerprint"]
-        return mine["job"] is not None and was.get("job") == mine["job"] and mine["restart"] > was["restart"]
+        return is_restart_of(state["fingerprint"], job_identity())
     return state["config"].get("resume") == resume
 
 
