@@ -4,6 +4,7 @@ import io
 import multiprocessing
 import os
 import random
+import re
 from pathlib import Path
 from typing import Any
 
@@ -218,7 +219,7 @@ def test_an_unreadable_image_is_replaced_by_the_next_one_and_counts_stay_exact(t
     trees = image_folder.load(write_tree(tmp_path))
     good = epochs(loader(trees))
     spoil(trees[0].path(7))
-    with pytest.raises(DataError, match=r"007.*no image format"):
+    with pytest.raises(DataError, match=re.escape(str(trees[0].path(7)))):
         epochs(loader(trees))
     lines: list[str] = []
     with_one = epochs(loader(trees, skip_bad=1, bad_images=BadImages(1, log=lines.append)))
