@@ -13,7 +13,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 from launch.command_line import DistributedError, report
 from launch.heartbeats import STALE_SECONDS, Heartbeats
@@ -38,6 +38,8 @@ class Watchdog:
         self.first_without_store = first_without_store
         """The rank that speaks when the store has died with its host: the first of those that live elsewhere."""
         self.on_tick: list[Callable[[], None]] = []
+        self.on_end: list[Callable[[str], None]] = []
+        """Called with the reason when this thread ends the process; each has two seconds."""
         self.step, self.phase = 0, "start"
         self._changed_at = time.monotonic()
         self._launcher = (stop_request().launcher or os.getppid()) if has_launcher else None
@@ -97,7 +99,8 @@ class Watchdog:
         while time.monotonic() - began < LINGER_SECONDS:
             last = self._heartbeats.last_known()
             silent = self._heartbeats.silent_since(before) if time.monotonic() - began > STALE_SECONDS else []
-            if all(phase == "left" or rank in silent for rank, (_, phase) in last.items()):
+            others = [rank for rank in range(self.world_size) if rank != self.rank and rank not in silent]
+            if all(last.get(rank, (0, ""))[1] == "left" for rank in others):
                 return
             time.sleep(0.1)
 
@@ -129,7 +132,7 @@ class Watchdog:
     def _leave_with_the_launcher(self) -> None:
         if self.rank == 0 and self._claimed.acquire(blocking=False):
             report(self._launcher_line())
-        os._exit(DistributedError.exit_code)
+        self._end(self._launcher_line())
 
     def _beat(self) -> None:
         """Send a heartbeat; take over a stop request, and leave some time after another rank's error."""
@@ -144,7 +147,7 @@ class Watchdog:
         if self._heartbeats.anyone_reported() and not self._claimed.locked():
             self._reported_at = self._reported_at or time.monotonic()
             if time.monotonic() - self._reported_at > LEAVE_SECONDS:
-                os._exit(DistributedError.exit_code)
+                self._end("ERROR distributed: another rank has failed")
 
     def _check_progress(self) -> None:
         """Compare the heartbeats at half of the timeout with those at the timeout."""
@@ -178,10 +181,19 @@ class Watchdog:
                 faulthandler.dump_traceback(file=sys.stderr)
         elif not silent:
             time.sleep(TICK_SECONDS)  # the culprit shows its stack and speaks for itself
+        line = (f"ERROR distributed: rank {culprit} of {self.world_size}: no progress for {self.timeout_seconds:.0f} s "
+                f"at step {step}, phase {phase}; the others wait for it: look at that process, or raise --timeout if "
+                f"it was only slow")
         if self.claim_report():
-            report(f"ERROR distributed: rank {culprit} of {self.world_size}: no progress for "
-                   f"{self.timeout_seconds:.0f} s at step {step}, phase {phase}; the others wait for it: look at that "
-                   f"process, or raise --timeout if it was only slow")
+            report(line)
         if silent:
             self._heartbeats.kill_siblings(silent)  # stopped processes cannot leave by themselves
+        self._end(line)
+
+    def _end(self, reason: str) -> NoReturn:
+        """End the process from this thread: the main one waits for something that may never come."""
+        for action in self.on_end:
+            last_words = threading.Thread(target=action, args=[reason], daemon=True)
+            last_words.start()
+            last_words.join(2)  # a file system that hangs must not keep the process
         os._exit(DistributedError.exit_code)

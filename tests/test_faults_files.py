@@ -25,8 +25,8 @@ STREAMS = [
     Fault(name="clock-jumps-back", ranks=2, hook="clock_jumps(3, -86400)"),
     Fault(name="disk-full-for-a-checkpoint", hook=LIMIT.format(20000), codes=(4,), state="FAILED", resumes=True,
           error="ERROR checkpoint: .*checkpoints: cannot be written"),
-    Fault(name="disk-full-for-everything", hook=LIMIT.format(10), codes=(4,), state=None,
-          error="ERROR checkpoint: --output-dir .*: cannot be written"),
+    Fault(name="disk-full-for-everything", hook=LIMIT.format(600), codes=(4,), state=None,
+          error="ERROR checkpoint: .*config.json: cannot be written"),
 ]
 
 
@@ -149,10 +149,10 @@ def test_an_output_folder_that_cannot_be_made_is_named(server: Server, tmp_path:
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A disk of 1 MiB."""
+    """A disk of 8 MiB."""
     folder = tmp_path / "disk"
     folder.mkdir()
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", folder], capture_output=True).returncode:
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", folder], capture_output=True).returncode:
         pytest.skip("needs the right to mount a small disk")
     yield folder
     subprocess.run(["umount", folder], check=True)

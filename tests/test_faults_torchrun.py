@@ -89,7 +89,7 @@ def test_ranks_whose_torchrun_was_killed_end_within_five_seconds(tmp_path: Path)
         process.kill()
         finished = finish(process)
     check_lines(finished, "ERROR distributed: rank 0 of 2: its launcher died at step")
-    assert read_json(tmp_path / "r" / "status.json")["state"] == "RUNNING"
+    assert read_json(tmp_path / "r" / "status.json")["state"] == "FAILED"
 
 
 @pytest.mark.slow

@@ -65,6 +65,8 @@ def open_run(config: TrainConfig, trainer: str, world: World) -> Iterator[RunFol
     folder = RunFolder(config.output_dir / name, is_main=world.is_main)
     from_main(world, folder.claim)
     world.watchdog.on_tick.append(folder.beat)
+    world.watchdog.on_end.append(
+        lambda reason: say_failed(folder, reason, step=world.watchdog.step) if folder.begun else None)
     facts = {"world_size": world.world_size, "device": str(world.device), "threads_per_rank": world.threads,
              "launcher": world.launcher, "backend": world.backend}
     try:
@@ -77,16 +79,20 @@ def open_run(config: TrainConfig, trainer: str, world: World) -> Iterator[RunFol
             yield folder
     except Exception as error:
         if folder.begun:
-            say_failed(folder, explained(error), step=world.watchdog.step)
+            say_failed(folder, describe(explained(error)), step=world.watchdog.step)
         raise
     finally:
         folder.release()
 
 
-def say_failed(folder: RunFolder, error: Exception, *, step: int) -> None:
+def describe(error: Exception) -> str:
+    """An error in one line, our own bugs too."""
+    return one_line(error) or f"{type(error).__name__}: {error}"[:500]
+
+
+def say_failed(folder: RunFolder, reason: str, *, step: int) -> None:
     """FAILED and why; not if a later incarnation owns the folder, or the disk is full."""
     before = folder.read_json("status.json") or {}
-    reason = one_line(error) or f"{type(error).__name__}: {error}"[:500]
     with contextlib.suppress(CheckpointError):
         folder.write_status("FAILED", step=max(step, before.get("step", 0)), epoch=before.get("epoch", 0),
                             reason=reason)
