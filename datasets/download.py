@@ -9,7 +9,7 @@ from pathlib import Path
 from datasets.tensors import DataError
 
 
-def fetch(download: Callable[[str], object], data_dir: Path, folder: str) -> None:
+def fetch(download: Callable[[str], object], data_dir: Path, folder: str, *, name: str) -> None:
     """Have `download` fill a temporary folder, then move what it made, called `folder`, in place whole.
 
     For one process a node; others wait. Does nothing if the folder is there.
@@ -26,7 +26,7 @@ def fetch(download: Callable[[str], object], data_dir: Path, folder: str) -> Non
             move_in_place(Path(temporary) / folder, data_dir / folder)
     except (OSError, RuntimeError) as error:
         raise DataError(
-            f"--download: {folder} could not be fetched ({first_line(error)}); put it into --data-dir {data_dir} by "
+            f"--download: {name} could not be fetched ({first_line(error)}); put it into --data-dir {data_dir} by "
             f"hand, or train on --dataset synthetic"
         ) from None
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from torchvision.datasets.folder import IMG_EXTENSIONS, make_dataset
 
 from datasets import synthetic
-from datasets.cifar import move_in_place
+from datasets.download import move_in_place
 from datasets.keyed_random import random_bits
 from datasets.order import epoch_order
 from datasets.tensors import DataError

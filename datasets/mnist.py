@@ -46,7 +46,7 @@ def load(data_dir: Path) -> tuple[TensorDataset, TensorDataset]:
 
 def download(data_dir: Path) -> None:
     """Fetch the four files. For one process a node; others wait. Raises DataError as `fetch` does."""
-    fetch(lambda folder: MNIST(folder, download=True), data_dir, "MNIST")
+    fetch(lambda folder: MNIST(folder, download=True), data_dir, "MNIST", name="MNIST")
 
 
 def load_npz(path: Path) -> tuple[TensorDataset, TensorDataset]:

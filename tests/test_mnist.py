@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from datasets import digits, idx, mnist
+from datasets.download import fetch
 from datasets.tensors import DataError
 from tests.support import largest_difference, metrics, newest_checkpoint, read_json, train
 from tests.workload import accuracies, finished, write_idx
@@ -249,3 +250,16 @@ def test_the_widened_network_learns_as_fast_as_in_the_tutorial(mnist_data: Path,
 def test_the_fast_recipe_is_over_99_percent_on_two_ranks(mnist_data: Path, tmp_path: Path) -> None:
     run = finished("mnist", tmp_path / "fast", "--data-dir", mnist_data, "--recipe", "fast", ranks=2, timeout=380)
     assert accuracies(run)[-1] >= 99.0
+
+
+def test_a_download_that_fails_leaves_nothing_and_one_that_works_is_whole(tmp_path: Path) -> None:
+    def broken(folder: str) -> None:
+        (Path(folder) / "MNIST").mkdir()
+        raise RuntimeError("no network\nand more")
+
+    with pytest.raises(DataError, match=r"MNIST could not be fetched \(no network\)"):
+        fetch(broken, tmp_path / "data", "MNIST", name="MNIST")
+    assert list((tmp_path / "data").iterdir()) == []
+    fetch(lambda folder: (Path(folder) / "MNIST" / "raw").mkdir(parents=True), tmp_path / "data", "MNIST", name="MNIST")
+    assert [path.name for path in (tmp_path / "data").iterdir()] == ["MNIST"]
+    fetch(broken, tmp_path / "data", "MNIST", name="MNIST")  # it is there: nothing is fetched

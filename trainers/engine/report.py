@@ -60,7 +60,7 @@ class Report:
         if not self.draws or not epochs or not (always or waited * SHARE >= self._cost_seconds):
             return
         began = time.monotonic()
-        write_picture(self.folder, "curves.png", pictures.curves(epochs, steps_per_epoch=steps_per_epoch,
+        write_whole(self.folder, "curves.png", pictures.curves(epochs, steps_per_epoch=steps_per_epoch,
                                                               title=self.folder.path.name))
         self._drawn_at = time.monotonic()
         self._cost_seconds = self._drawn_at - began
@@ -69,7 +69,7 @@ class Report:
         """Draw confusion_matrix.png, where there are classes."""
         if self.draws and evaluation.confusion_matrix is not None and evaluation.accuracy is not None:
             title = f"{100 * evaluation.accuracy:.2f} % of {evaluation.num_samples} test samples"
-            write_picture(self.folder, "confusion_matrix.png",
+            write_whole(self.folder, "confusion_matrix.png",
                                     pictures.confusion_matrix(evaluation.confusion_matrix, class_names, title=title))
 
     def close(self) -> None:
@@ -79,18 +79,18 @@ class Report:
             self._writer = None
 
 
-def write_picture(folder: RunFolder, name: str, png: bytes) -> None:
-    """Replace a picture of the run. Rank 0 only.
+def write_whole(folder: RunFolder, name: str, content: bytes) -> None:
+    """Replace a picture, or another file, of the run. Rank 0 only.
 
     Raises:
         CheckpointError: if a later incarnation owns the run, or the disk refuses.
     """
     folder.check_fence()
     try:
-        replace_file(folder.path / name, png)
+        replace_file(folder.path / name, content)
     except OSError as error:
-        raise CheckpointError(f"{folder.path / name}: cannot be written ({error.strerror}); free some space, or use "
-                              f"--no-pictures") from None
+        raise CheckpointError(f"{folder.path / name}: cannot be written ({error.strerror}); free some space, "
+                              f"then start the same command again") from None
 
 
 def gradient_norms(model: nn.Module) -> dict[str, Tensor]:
@@ -114,7 +114,7 @@ def draw_first_batch(folder: RunFolder, batch: tuple[Tensor, Tensor], to_image: 
     images = to_image(inputs[: pictures.MOST_IMAGES].float().cpu())
     captions = [name_of(label, class_names) for label in targets[: len(images)].tolist()]
     title = f"first training batch: {len(images)} of this rank's {len(inputs)} images"
-    write_picture(folder, "first_batch.png", pictures.image_grid(images, captions, title=title))
+    write_whole(folder, "first_batch.png", pictures.image_grid(images, captions, title=title))
 
 
 @torch.no_grad()
@@ -128,4 +128,4 @@ def draw_predictions(trainer: "Trainer", inputs: Tensor, targets: Tensor, to_ima
         labels = model(inputs.to(trainer.world.device)).argmax(1).tolist()
     true, predicted = ([name_of(label, class_names) for label in some] for some in (targets.tolist(), labels))
     png = pictures.predictions(to_image(inputs.float().cpu()), true, predicted, title="test images, as predicted")
-    write_picture(trainer.folder, "predictions.png", png)
+    write_whole(trainer.folder, "predictions.png", png)

@@ -1,6 +1,7 @@
 """What a finished run says and leaves: result.json, the last words, pictures, and its weights alone if asked for."""
 
 import hashlib
+import io
 import resource
 import sys
 from collections.abc import Callable
@@ -13,7 +14,7 @@ from trainers.engine.config import TrainConfig
 from trainers.engine.metrics import Evaluation
 from trainers.engine.parallel import choose_parallel, num_parameters, unwrap
 from trainers.engine.progress import say
-from trainers.engine.report import draw_predictions
+from trainers.engine.report import draw_predictions, write_whole
 from trainers.engine.trainer import EvaluationBatches, Trainer
 
 ToImage = Callable[[Tensor], Tensor]
@@ -39,7 +40,7 @@ def finish(config: TrainConfig, trainer: Trainer, evaluation: Evaluation, class_
         "checkpoint_wait_seconds": trainer.checkpointer.wait_seconds,
     })
     if config.save_weights and world.is_main:
-        save_weights(trainer.evaluated_model(), folder.path / "weights.pt")
+        write_whole(folder, "weights.pt", weights_file(trainer.evaluated_model()))
     if world.is_main:
         say(result_text(evaluation, class_names, folder.path))
 
@@ -54,15 +55,16 @@ def draw(trainer: Trainer, evaluation: Evaluation, class_names: tuple[str, ...],
         report.curves(trainer.epochs, steps_per_epoch=steps_per_epoch, always=True)
     report.confusion_matrix(evaluation, class_names)
     if to_image is not None:
-        inputs, targets = next(iter(test))  # of rank 0's share: its first images
-        draw_predictions(trainer, inputs, targets, to_image, class_names)
+        first = next(iter(test), None)  # of rank 0's share; none if no image of it can be read
+        if first is not None:
+            draw_predictions(trainer, *first, to_image, class_names)
 
 
-def save_weights(model: nn.Module, path: Path) -> None:
-    """A plain state_dict on the CPU, which torch.load(weights_only=True) reads anywhere."""
-    temporary = path.with_suffix(".tmp")
-    torch.save({name: tensor.detach().cpu() for name, tensor in model.state_dict().items()}, temporary)
-    temporary.replace(path)
+def weights_file(model: nn.Module) -> bytes:
+    """A file of the plain state_dict, its tensors on the CPU, which torch.load(weights_only=True) reads anywhere."""
+    buffer = io.BytesIO()
+    torch.save({name: tensor.detach().cpu() for name, tensor in model.state_dict().items()}, buffer)
+    return buffer.getvalue()
 
 
 def result_text(evaluation: Evaluation, class_names: tuple[str, ...], path: Path) -> str:
