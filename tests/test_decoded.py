@@ -18,7 +18,7 @@ from datasets import image_folder
 from datasets.augment import Augmentation
 from datasets.bad_images import BadImages
 from datasets.decode import BadImage, open_rgb, part, random_window, read_image
-from datasets.decoded import DecodedEvaluationLoader, DecodedTrainLoader, Decoder
+from datasets.decoded import DecodedEvaluationLoader, DecodedTrainLoader, Decoder, Decoding, Key
 from datasets.image_folder import ImageTree
 from datasets.order import ResumableSampler
 from datasets.tensors import DataError
@@ -262,3 +262,12 @@ def test_a_killed_worker_is_one_data_error_in_the_loader(trees: tuple[ImageTree,
         os.kill(pid, 9)
     with pytest.raises(DataError, match="DataLoader worker"):
         list(batches)
+
+
+def test_a_training_image_is_cropped_anew_each_epoch_and_a_test_image_never(trees: tuple[ImageTree, ImageTree]):
+    decoding = Decoding({"train": trees[0], "test": trees[1]}, size=24, fit="squash", seed=5, smallest_area=0.4,
+                        skip_bad=0)
+    first, again, later = (decoding[Key("train", [3, 4], epoch)].images for epoch in (0, 0, 1))
+    assert torch.equal(first, again)
+    assert not torch.equal(first, later)
+    assert torch.equal(decoding[Key("test", [3], 0)].images, decoding[Key("test", [3], 1)].images)
