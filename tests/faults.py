@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from tests.jobs import NORMED, Ended, Job, Server, slack
 from tests.support import newest_checkpoint, read_json
 
@@ -33,6 +35,13 @@ class Fault:
 
     def __str__(self) -> str:
         return self.name
+
+
+def cases(faults: list[Fault], *, default: set[str]) -> list[Any]:
+    """The faults as parameters: those named in `default` belong to the default suite, the others are slow."""
+    assert default <= {fault.name for fault in faults}
+    return [pytest.param(fault, id=fault.name, marks=[] if fault.name in default else pytest.mark.slow)
+            for fault in faults]
 
 
 def inject(server: Server, fault: Fault, folder: Path) -> Ended:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.faults import Fault, check, check_lines, check_nothing_left, inject
+from tests.faults import Fault, cases, check, check_lines, check_nothing_left, inject
 from tests.jobs import NORMED, Job, Server, free_port, slack, variables_of
 from tests.support import read_json
 
@@ -36,7 +36,8 @@ FAULTS = [
 ]
 
 
-@pytest.mark.parametrize("fault", FAULTS, ids=str)
+@pytest.mark.parametrize("fault", cases(FAULTS, default={
+    "rank-0-killed", "loss-not-finite-on-one-rank", "loss-not-finite-in-the-last-step"}))
 def test_a_rank_that_fails_is_named_once_and_every_rank_ends(server: Server, tmp_path: Path, fault: Fault) -> None:
     inject(server, fault, tmp_path)
 
@@ -56,8 +57,9 @@ def test_a_process_that_was_taken_over_writes_nothing_more(server: Server, tmp_p
     assert int(re.findall(r"step-(\d+)", newest)[0]) <= 12
 
 
-@pytest.mark.parametrize(("action", "stack"), [("stop", ""), ("sleep_for(60)", "fault_hooks.py")],
-                         ids=["stopped", "sleeping"])
+@pytest.mark.parametrize(("action", "stack"), [
+    pytest.param("stop", "", id="stopped", marks=pytest.mark.slow),
+    pytest.param("sleep_for(60)", "fault_hooks.py", id="sleeping")])
 def test_a_rank_that_hangs_is_named_with_its_step_and_phase(server: Server, tmp_path: Path, action: str,
                                                             stack: str) -> None:
     flags = [*NORMED, "--timeout", "5", "--output-dir", tmp_path]
@@ -85,6 +87,7 @@ def test_a_rank_that_never_comes_is_named(server: Server, tmp_path: Path) -> Non
     assert not (tmp_path / "r").exists()
 
 
+@pytest.mark.slow
 def test_a_rank_whose_rank_0_never_comes_says_so(server: Server, tmp_path: Path) -> None:
     variables = variables_of(1, 2, str(free_port()))
     flags = [*NORMED, "--timeout", "3", "--output-dir", tmp_path]
@@ -94,6 +97,7 @@ def test_a_rank_whose_rank_0_never_comes_says_so(server: Server, tmp_path: Path)
     check_lines(ended, "ERROR distributed: rank 1 of 2 .*Connection refused")
 
 
+@pytest.mark.slow
 def test_a_stop_signal_is_heard_while_a_rank_is_awaited(server: Server, tmp_path: Path) -> None:
     variables = variables_of(0, 2, str(free_port()))
     with Job(server, "cifar", [*NORMED, "--output-dir", tmp_path], folder=tmp_path, hook="print('up', flush=True)",
@@ -133,7 +137,6 @@ def test_a_rank_without_a_device_is_named_and_the_other_ends(server: Server, tmp
 
 
 def test_the_status_of_a_run_that_lost_a_rank_says_so(server: Server, tmp_path: Path) -> None:
-    inject(server, FAULTS[0], tmp_path / "again")
     fault = Fault(name="killed", ranks=2, hook='at(13, "backward", kill, ranks=[1])', codes=(6, -9), state="FAILED",
                   error="rank 1 of 2")
     inject(server, fault, tmp_path)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.faults import Fault, check, check_nothing_left, inject
+from tests.faults import Fault, cases, check, check_nothing_left, inject
 from tests.jobs import NORMED, Job, Server, slack
 from tests.resuming import IMAGES, image_tree
 from tests.support import newest_checkpoint, read_json
@@ -31,12 +31,16 @@ STOPS = [
 ]
 
 
-@pytest.mark.parametrize("fault", STOPS, ids=str)
+@pytest.mark.parametrize("fault", cases(STOPS, default={
+    "SIGTERM-to-rank-1-in-training", "SIGTERM-in-the-last-evaluation", "SIGTERM-to-one-rank-at-start-up",
+    "a-second-SIGINT-a-second-later"}))
 def test_a_stop_signal_ends_the_run_at_a_step_it_can_go_on_from(server: Server, tmp_path: Path, fault: Fault) -> None:
     inject(server, fault, tmp_path)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1], ids=lambda number: number.name)
+@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow),
+                                    pytest.param(signal.SIGUSR1, marks=pytest.mark.slow)],
+                         ids=lambda number: number.name)
 def test_a_signal_to_the_whole_process_group_stops_all_ranks_within_seconds(server: Server, tmp_path: Path,
                                                                            number: signal.Signals) -> None:
     flags = [*NORMED, "--epochs", "500", "--output-dir", tmp_path]

@@ -59,7 +59,7 @@ def ours(finished: Finished) -> Finished:
     return Finished(finished.code, finished.out, "\n".join(lines))
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGUSR1, marks=pytest.mark.slow),
+@pytest.mark.parametrize("number", [pytest.param(signal.SIGTERM, marks=pytest.mark.slow), signal.SIGUSR1,
                                     pytest.param(signal.SIGINT, marks=pytest.mark.slow)],
                          ids=lambda number: number.name)
 def test_a_signal_to_torchrun_stops_the_run_with_nothing_lost(tmp_path: Path, number: signal.Signals) -> None:
@@ -107,6 +107,7 @@ def test_ranks_whose_torchrun_was_killed_while_they_start_end_too(tmp_path: Path
     assert not (tmp_path / "r" / "metrics.jsonl").exists()
 
 
+@pytest.mark.slow
 def test_a_killed_rank_ends_the_run_under_torchrun(tmp_path: Path) -> None:
     with torchrun(tmp_path, hook='at(13, "backward", kill, ranks=[1])') as process:
         finished = finish(process)

@@ -45,7 +45,7 @@ def images_seen(folder: Path) -> dict[tuple[int, int], str]:
     return seen
 
 
-@pytest.mark.timeout(200)
+@pytest.mark.timeout(300)
 def test_a_run_stopped_on_two_ranks_goes_on_with_the_same_samples_on_one_three_or_four(server: Server,
                                                                                       tmp_path: Path) -> None:
     assert run(server, tmp_path / "2", *PLAIN, ranks=2, hook=LOG_IMAGES).codes == [0, 0]
@@ -83,13 +83,13 @@ def check_stops(server: Server, folder: Path, *, number: int, seed: int) -> None
     assert run(server, folder, "--epochs", "60", ranks=2).codes == [0, 0]
 
 
-@pytest.mark.timeout(120)
+@pytest.mark.timeout(240)
 def test_a_stop_at_a_random_moment_loses_no_step(server: Server, tmp_path: Path) -> None:
     check_stops(server, tmp_path, number=2, seed=1)
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(1200)
 def test_twenty_stops_at_random_moments_lose_no_step_and_change_nothing(server: Server, tmp_path: Path) -> None:
     check_stops(server, tmp_path / "stopped", number=20, seed=2)
     assert run(server, tmp_path / "whole", "--epochs", "60", ranks=2).codes == [0, 0]
