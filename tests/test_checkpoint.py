@@ -19,9 +19,10 @@ from launch.run_folder import RunFolder
 from tests.checkpoint_support import BEST_EVERY, is_whole, kill_while_saving, save_by_protocol, save_plainly, state_of
 from tests.recorded_files import Disk, record
 from trainers.engine import checkpoint
-from trainers.engine.checkpoint import Checkpointer, link_best, manifest_path, prune, sweep, write_checkpoint
+from trainers.engine.checkpoint import Checkpointer, write_checkpoint
 from trainers.engine.restore import load_verified, newest_good
 from trainers.engine.resume import choose_checkpoint
+from trainers.engine.retention import link_best, manifest_path, prune, sweep
 from trainers.engine.snapshot import Snapshot
 
 

@@ -14,9 +14,10 @@ from launch.run_folder import RunFolder
 from tests.checkpoint_support import state_of
 from tests.support import ROOT, TINY, Finished, execute, metrics, read_json, train
 from trainers.engine import checkpoint
-from trainers.engine.checkpoint import Checkpointer, manifest_path, write_checkpoint
+from trainers.engine.checkpoint import Checkpointer, write_checkpoint
 from trainers.engine.restore import Damaged, check_fits, load_or_fail, load_verified, newest_good
 from trainers.engine.resume import choose_checkpoint
+from trainers.engine.retention import manifest_path
 
 STEPS = ["--checkpoint-every", "4", "--keep-checkpoints", "3", "--no-pictures"]
 LONGER = [*TINY, *STEPS, "--max-steps", "16"]

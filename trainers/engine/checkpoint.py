@@ -11,7 +11,7 @@ import os
 import shutil
 import threading
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from concurrent import futures
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -22,6 +22,7 @@ import torch
 from launch.command_line import CheckpointError, NumericError
 from launch.files import replace_file, sync_folder
 from launch.run_folder import RunFolder
+from trainers.engine.retention import checkpoint_path, keep_earlier, link_best, manifest_path, prune
 from trainers.engine.snapshot import Snapshot, not_finite, tree_bytes
 
 FORMAT = 1
@@ -191,26 +192,6 @@ def forget_cached(file: BinaryIO) -> None:
         os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
-def checkpoint_path(folder: Path, step: int) -> Path:
-    """`step-00000400.pt`: sorts by step."""
-    return folder / f"step-{step:08d}.pt"
-
-
-def step_of(path: Path) -> int:
-    """The step in a checkpoint's name."""
-    return int(path.stem.split("-")[1])
-
-
-def manifest_path(path: Path) -> Path:
-    """The manifest beside a checkpoint."""
-    return path.with_suffix(".json")
-
-
-def committed(folder: Path) -> list[Path]:
-    """The checkpoints that have a manifest, oldest first; `step-N-earlier.pt` sorts before `step-N.pt`."""
-    return [path.with_suffix(".pt") for path in sorted(folder.glob("step-*.json"))]
-
-
 def file_sha256(path: Path) -> str:
     """The hash of a file's content."""
     digest = hashlib.sha256()
@@ -218,61 +199,6 @@ def file_sha256(path: Path) -> str:
         while block := file.read(READ_BYTES):
             digest.update(block)
     return digest.hexdigest()
-
-
-def give_name(path: Path, name: str) -> None:
-    """A second name in the same folder for a file, replacing what had it: a hard link, or a copy where links fail."""
-    temporary = path.with_name(f".{name}.{os.getpid()}.tmp")
-    temporary.unlink(missing_ok=True)
-    try:
-        os.link(path, temporary)
-    except OSError:
-        shutil.copyfile(path, temporary)
-    os.replace(temporary, path.with_name(name))
-
-
-def link_best(path: Path) -> None:
-    """Make best.pt and best.json this checkpoint."""
-    give_name(path, "best.pt")
-    give_name(manifest_path(path), "best.json")
-    sync_folder(path.parent)
-
-
-def keep_earlier(path: Path) -> None:
-    """Before a step is saved again: its earlier file stays, as `step-N-earlier`, until the new one is committed."""
-    if path.exists() and manifest_path(path).exists():
-        give_name(path, f"{path.stem}-earlier.pt")
-        give_name(manifest_path(path), f"{path.stem}-earlier.json")
-        sync_folder(path.parent)
-    manifest_path(path).unlink(missing_ok=True)
-
-
-def prune(folder: Path, *, keep: int) -> None:
-    """Delete all but the newest `keep` committed checkpoints; best.pt is a name of its own and stays."""
-    paths = committed(folder)
-    earlier = [path for path in paths if path.stem.endswith("-earlier")]
-    remaining = [path for path in paths if path not in earlier]
-    for path in earlier + remaining[:-keep]:
-        manifest_path(path).unlink(missing_ok=True)  # first: a checkpoint without a manifest does not count
-        path.unlink(missing_ok=True)
-
-
-def sweep(folder: Path) -> None:
-    """Remove what killed saves left behind: temporaries, and files never committed beside others that were."""
-    for path in folder.glob(".*.tmp"):
-        path.unlink(missing_ok=True)
-    paths = committed(folder)
-    for path in folder.glob("step-*.pt") if paths else ():  # without any manifest somebody may have lost them
-        if path not in paths:
-            path.unlink(missing_ok=True)
-
-
-def set_aside(paths: Iterable[Path], reason: str) -> None:
-    """Rename checkpoints to `step-N.pt.<reason>`: they no longer count, and are nobody's to delete but the user's."""
-    for path in paths:
-        for file in (manifest_path(path), path):  # the manifest first: from then on the other does not count
-            if file.exists():
-                os.replace(file, file.with_name(f"{file.name}.{reason}"))
 
 
 def check_free_space(folder: Path, state: Any) -> None:

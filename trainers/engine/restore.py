@@ -17,7 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from launch.command_line import CheckpointError
-from trainers.engine.checkpoint import FORMAT, committed, file_sha256, first_line, manifest, manifest_path
+from trainers.engine.checkpoint import FORMAT, file_sha256, first_line, manifest
+from trainers.engine.retention import committed, manifest_path
 from trainers.engine.snapshot import not_finite
 
 KEYS = ("format", "model", "optimizer", "scaler", "ema", "step", "epoch", "samples_consumed", "best", "history",

@@ -12,10 +12,10 @@ from launch.command_line import CheckpointError, report
 from launch.launcher import job_identity
 from launch.ownership import is_restart_of
 from launch.run_folder import RunFolder
-from trainers.engine.checkpoint import committed, link_best, set_aside, step_of, sweep
 from trainers.engine.metrics import equal_on_all_ranks
 from trainers.engine.parallel import unwrap
 from trainers.engine.restore import Newest, check_fits, load_or_fail, newest_good
+from trainers.engine.retention import committed, link_best, set_aside, step_of, sweep
 from trainers.engine.snapshot import tensors_in
 from trainers.engine.trainer import Trainer
 
