@@ -1,6 +1,7 @@
 """trainers/engine/optimizer.py: every rule trains, is torch's own, and goes on from its saved state."""
 
 import copy
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -10,6 +11,15 @@ from trainers.engine.config import TrainConfig
 from trainers.engine.optimizer import MuonWithAdamW, build_optimizer, parameter_groups
 
 RATES = {"sgd": 0.05, "adam": 0.01, "adamw": 0.01, "rmsprop": 0.005, "muon": 0.02}
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Threads cost these tiny networks more than they give, ten times more on a busy machine."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 def network() -> nn.Module:
