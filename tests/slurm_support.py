@@ -119,6 +119,10 @@ class Cluster:
         self.jobs.append(Job(self, done.out.strip(), log))
         return self.jobs[-1]
 
+    def processes(self, node: str) -> str:
+        """What runs on a node."""
+        return self.call("on", node, "ps", "-eo", "pid,ppid,etimes,args").out
+
     def pids(self, marker: str, *, node: str | None = None) -> list[int]:
         """Python processes on all nodes, or on one, whose command line contains `marker`: seen from outside them."""
         network = self.call("on", node, "readlink", "/proc/self/ns/net").out.strip() if node else None

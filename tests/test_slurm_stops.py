@@ -12,7 +12,7 @@ from tests.slurm_support import QUICK, Cluster, Job, own_jobs, slow_trainer, sta
 from tests.support import read_json, train
 
 __all__ = ["own_jobs"]  # a fixture
-pytestmark = [pytest.mark.slurm, pytest.mark.usefixtures("own_jobs"), pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.slurm, pytest.mark.usefixtures("own_jobs"), pytest.mark.timeout(600)]
 TWO_BY_TWO = ("--nodes=2", "--ntasks-per-node=2", "--cpus-per-task=1")
 STEPS = ["--max-steps", "80", "--checkpoint-every", "10"]
 
@@ -66,10 +66,10 @@ def test_a_stopped_job_is_saved_requeued_and_ends_with_the_weights_of_one_never_
     run = tmp_path / "run"
     wait_until(lambda: step_of(run) >= 10, 120, job.text)
     stop(cluster, job)
-    wait_until(lambda: state_of(run) == "PREEMPTED", 30, job.text)
+    wait_until(lambda: state_of(run) == "PREEMPTED", 60, job.text)
     saved_at = step_of(run)
     assert read_json(run / "status.json")["step"] == saved_at
-    assert job.wait(150) == "COMPLETED", job.text()
+    assert job.wait(200) == "COMPLETED", job.text()
     assert job.restarts == 1
     assert f"step {saved_at}, epoch 0" in job.text()  # resumed from there, not from an earlier checkpoint
     assert f"job {job.key}, restart 1:" in job.text()
