@@ -75,6 +75,7 @@ def process_group(backend: str = "auto", *, device: str = "auto", timeout_second
     grouped = launch.launcher == "torchrun" or launch.world_size > 1
     watchdog = Watchdog(
         rank=launch.rank, world_size=launch.world_size, timeout_seconds=timeout_seconds, has_launcher=grouped,
+        hosts_store=hosts_store(launch),
         first_without_store=launch.local_world_size if store_is_hosted_by_torchrun() else 1)
     watchdog.start()  # before the ranks meet: their launcher may die meanwhile
     try:
@@ -91,7 +92,7 @@ def process_group(backend: str = "auto", *, device: str = "auto", timeout_second
     finally:
         if dist.is_initialized():
             take_down()
-        if watchdog.phase == "left" and hosts_store(launch):
+        if watchdog.phase == "left":
             watchdog.linger()
         watchdog.stop()
 

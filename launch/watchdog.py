@@ -32,9 +32,10 @@ class Watchdog:
     """Heartbeats, hang detection and the one-report-a-job rule; without a store (one process) only the first."""
 
     def __init__(self, *, rank: int = 0, world_size: int = 1, timeout_seconds: float = 300,
-                 has_launcher: bool = False, first_without_store: int = 1) -> None:
+                 has_launcher: bool = False, hosts_store: bool = False, first_without_store: int = 1) -> None:
         self.rank, self.world_size = rank, world_size
         self.timeout_seconds = timeout_seconds
+        self.hosts_store = hosts_store
         self.first_without_store = first_without_store
         """The rank that speaks when the store has died with its host: the first of those that live elsewhere."""
         self.on_tick: list[Callable[[], None]] = []
@@ -82,7 +83,8 @@ class Watchdog:
         try:
             return self._heartbeats.first_to_report()
         except RuntimeError:  # the store died with its host: with torchrun, or with rank 0
-            return self.rank == (0 if self.launcher_died() else self.first_without_store)
+            speaker = 0 if self.launcher_died() else self.first_without_store
+            return self.rank == speaker and self._reported_at is None
 
     def leave(self) -> None:
         """Tell the others that this rank ends of its own will, so that they do not take it for one that was lost."""
@@ -92,13 +94,13 @@ class Watchdog:
                 self._heartbeats.send(self.step, "left")
 
     def linger(self) -> None:
-        """After an error, on the host of the store: keep it until the others have found out who reports the error."""
-        if self._heartbeats is None:
+        """After an error, where this process hosts the store: keep it until the others know who reports the error."""
+        if self._heartbeats is None or not self.hosts_store:
             return
         before, began = self._heartbeats.counts(), time.monotonic()
         while time.monotonic() - began < LINGER_SECONDS:
             last = self._heartbeats.last_known()
-            silent = self._heartbeats.silent_since(before) if time.monotonic() - began > STALE_SECONDS else []
+            silent = self._heartbeats.silent_since(before) if time.monotonic() - began > LINGER_SECONDS / 2 else []
             others = [rank for rank in range(self.world_size) if rank != self.rank and rank not in silent]
             if all(last.get(rank, (0, ""))[1] == "left" for rank in others):
                 return
@@ -146,7 +148,7 @@ class Watchdog:
             request.ask("another rank was asked to stop")
         if self._heartbeats.anyone_reported() and not self._claimed.locked():
             self._reported_at = self._reported_at or time.monotonic()
-            if time.monotonic() - self._reported_at > LEAVE_SECONDS:
+            if time.monotonic() - self._reported_at > LEAVE_SECONDS + (LINGER_SECONDS if self.hosts_store else 0):
                 self._end("ERROR distributed: another rank has failed")
 
     def _check_progress(self) -> None:
@@ -181,9 +183,11 @@ class Watchdog:
                 faulthandler.dump_traceback(file=sys.stderr)
         elif not silent:
             time.sleep(TICK_SECONDS)  # the culprit shows its stack and speaks for itself
+        where = f"step {step}, phase {phase}"
+        if silent and step < self.step:  # its last heartbeat is older than its hang: it is where this rank waits
+            where = f"step {self.step}, last seen at {where}"
         line = (f"ERROR distributed: rank {culprit} of {self.world_size}: no progress for {self.timeout_seconds:.0f} s "
-                f"at step {step}, phase {phase}; the others wait for it: look at that process, or raise --timeout if "
-                f"it was only slow")
+                f"at {where}; the others wait for it: look at that process, or raise --timeout if it was only slow")
         if self.claim_report():
             report(line)
         if silent:
