@@ -11,8 +11,8 @@ from launch.command_line import UsageError
 from launch.process_group import World
 from tests.support import TINY, read_json, train
 from trainers.engine.config import TrainConfig
+from trainers.engine.dropout import default_generators
 from trainers.engine.parallel import choose_parallel, gradient_sync, parallelize, unwrap
-from trainers.engine.trainer import default_generators
 
 GPU = World(device=torch.device("cuda", 0))
 

@@ -43,8 +43,8 @@ from trainers.engine.card import ModelCard, write_card
 from trainers.engine.config import TrainConfig
 from trainers.engine.progress import say
 from trainers.engine.session import join_world, open_run, train_classifier
+from trainers.engine.task import EvaluationBatches, TrainBatches
 from trainers.engine.together import finish_together
-from trainers.engine.trainer import EvaluationBatches, TrainBatches
 
 OUR_MODELS = ("cheatsheet", "net", "resnet9")  # other names are torchvision's, resnet18 too
 STATISTICS: dict[str, tuple[tuple[float, ...], tuple[float, ...]]] = {

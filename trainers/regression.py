@@ -33,7 +33,7 @@ from trainers.engine.config import TrainConfig
 from trainers.engine.parallel import unwrap
 from trainers.engine.progress import say
 from trainers.engine.session import build_trainer, complete, join_world, open_run
-from trainers.engine.trainer import Task
+from trainers.engine.task import Task
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 

@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from launch.command_line import UsageError
 from trainers.engine.config import TrainConfig
-from trainers.engine.trainer import Task
+from trainers.engine.task import Task
 
 
 def classification_task(config: TrainConfig, class_names: tuple[str, ...], device: torch.device) -> Task:

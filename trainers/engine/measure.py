@@ -24,7 +24,8 @@ from trainers.engine.parallel import synchronize, unwrap
 from trainers.engine.precision import DTYPES
 from trainers.engine.progress import Progress
 from trainers.engine.result import peak_memory_bytes
-from trainers.engine.trainer import TrainBatches, Trainer
+from trainers.engine.task import TrainBatches
+from trainers.engine.trainer import Trainer
 
 MOST_PHASE_STEPS = 40  # steps taken apart: half of them with gradient averaging, half without
 MATRIX_SIZE = {"cpu": 1024, "cuda": 8192}

@@ -4,6 +4,7 @@ import contextlib
 import os
 import sys
 import time
+from typing import Any
 
 from tqdm import tqdm
 
@@ -65,3 +66,14 @@ class Progress:
         """Leave the bar as it is."""
         if self._bar is not None:
             self._bar.close()
+
+
+def epoch_text(line: dict[str, Any], *, samples_per_second: float) -> str:
+    """An epoch's figures for a person."""
+    parts = [f"epoch {line['epoch']}: train loss {line['train_loss']:.4f}"]
+    for name, value in (("train accuracy", line["train_accuracy"]), ("test accuracy", line["test_accuracy"])):
+        if value is not None:
+            parts.append(f"{name} {100 * value:.2f} %")
+    if line["test_loss"] is not None and line["test_accuracy"] is None:
+        parts.append(f"test loss {line['test_loss']:.6f}")
+    return ", ".join(parts) + f", {line['seconds']:.1f} s of training, {samples_per_second:,.0f} samples/s"

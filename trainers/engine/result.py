@@ -15,7 +15,8 @@ from trainers.engine.metrics import Evaluation
 from trainers.engine.parallel import choose_parallel, num_parameters, unwrap
 from trainers.engine.progress import say
 from trainers.engine.report import draw_predictions, write_whole
-from trainers.engine.trainer import EvaluationBatches, Trainer
+from trainers.engine.task import EvaluationBatches
+from trainers.engine.trainer import Trainer
 
 ToImage = Callable[[Tensor], Tensor]
 """Inputs as the network sees them, float (B, C, H, W), to pictures in [0, 1]."""

@@ -38,7 +38,8 @@ from trainers.engine.restore import check_fits, load_or_fail
 from trainers.engine.result import ToImage, draw, finish
 from trainers.engine.resume import check_same_on_all_ranks, choose_checkpoint, load_for_evaluation
 from trainers.engine.schedule import schedule
-from trainers.engine.trainer import EvaluationBatches, Task, TrainBatches, Trainer
+from trainers.engine.task import EvaluationBatches, Task, TrainBatches
+from trainers.engine.trainer import Trainer
 
 
 def plain(config: TrainConfig) -> dict[str, Any]:

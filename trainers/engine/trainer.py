@@ -4,16 +4,13 @@ A position is (step, epoch, samples consumed in the epoch). Everything else that
 `state()`; random choices are keyed by position, so none of their state is saved.
 """
 
-import hashlib
 import itertools
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parallel import DataParallel
 from torch.optim.swa_utils import AveragedModel
 
 from launch.command_line import NumericError
@@ -21,51 +18,15 @@ from launch.process_group import World, from_main
 from launch.run_folder import RunFolder
 from launch.stop import StopAgreement, StopRequest
 from trainers.engine.checkpoint import Checkpointer
+from trainers.engine.dropout import default_generators, seed_dropout
 from trainers.engine.metrics import Evaluation, EvaluationSums, TrainingSums, sync_buffers
 from trainers.engine.parallel import gradient_sync, rebuilds_buckets, synchronize, unchanged_buffers, unwrap
 from trainers.engine.precision import Precision
-from trainers.engine.progress import Progress
+from trainers.engine.progress import Progress, epoch_text
 from trainers.engine.report import Report, gradient_norms
+from trainers.engine.task import Batch, EvaluationBatches, Task, TrainBatches
 
-Batch = tuple[Tensor, Tensor]
 REPORTS_PER_EPOCH = 10  # at fixed steps, so that a resumed run writes the same lines
-
-
-class TrainBatches(Protocol):
-    """What `fit` trains on: datasets.loaders.TrainLoader and its like."""
-
-    @property
-    def steps_per_epoch(self) -> int:
-        """Optimizer steps in one epoch."""
-        ...
-
-    @property
-    def global_batch_size(self) -> int:
-        """Samples that all ranks together consume in one optimizer step."""
-        ...
-
-    def batches(self, epoch: int, samples_consumed: int) -> Iterator[Batch]:
-        """This rank's micro-batches from that position to the end of the epoch."""
-        ...
-
-
-class EvaluationBatches(Protocol):
-    """What `evaluate` counts: this rank's share of a test set."""
-
-    def __iter__(self) -> Iterator[Batch]:
-        """The batches."""
-        ...
-
-
-@dataclass(kw_only=True)
-class Task:
-    """What is learned: the loss to minimise, the loss to report on the test set, and the number of classes."""
-
-    loss: Callable[[Tensor, Tensor], Tensor]
-    """(outputs, targets) -> mean over the batch."""
-    test_loss: Callable[[Tensor, Tensor], Tensor]
-    num_classes: int | None
-    """None where there are none: then only the loss is reported."""
 
 
 class Trainer:
@@ -165,7 +126,7 @@ class Trainer:
     def train_step(self, batches: Iterator[Batch], *, watch_gradients: bool = False) -> None:
         """One optimizer update from the next `accumulation_steps` micro-batches. Nothing in it waits for the device."""
         mark, step = self.world.watchdog.mark, self.step
-        self._seed_dropout()
+        seed_dropout(self.dropout_generators, seed=self.seed, step=step, rank=self.world.rank)
         self._set_learning_rate()
         for micro_step in range(self.accumulation_steps):
             mark(step, "data")
@@ -243,14 +204,6 @@ class Trainer:
         self.model.train()
         for module in self.frozen_norms:
             module.eval()  # frozen BatchNorm neither normalises by the batch nor follows it
-
-    def _seed_dropout(self) -> None:
-        """Dropout of a step depends on (seed, step, rank) alone, so that a resumed run repeats it."""
-        text = f"{self.seed} {self.step} {self.world.rank}"
-        digest = hashlib.blake2b(text.encode(), digest_size=7).digest()
-        seed = int.from_bytes(digest, "big")
-        for copy, generator in enumerate(self.dropout_generators):
-            generator.manual_seed(seed + copy)
 
     def _set_learning_rate(self) -> None:
         multiplier = self.schedule(self.step)
@@ -371,25 +324,3 @@ class Trainer:
         self.train_seconds = state["history"]["train_seconds"]
         self._reported = (0, self.train_seconds)
         self.checkpointer.last_step = self.step
-
-
-def default_generators(model: nn.Module, device: torch.device) -> list[torch.Generator]:
-    """Those that dropout draws from: the device's, or with DataParallel that of every GPU that runs a copy.
-
-    Seeding them alone costs 1 us, torch.manual_seed 100.
-    """
-    if device.type == "cuda":
-        copies = model.device_ids if isinstance(model, DataParallel) else [device.index]
-        return [torch.cuda.default_generators[index] for index in copies]
-    return [torch.default_generator]
-
-
-def epoch_text(line: dict[str, Any], *, samples_per_second: float) -> str:
-    """An epoch's figures for a person."""
-    parts = [f"epoch {line['epoch']}: train loss {line['train_loss']:.4f}"]
-    for name, value in (("train accuracy", line["train_accuracy"]), ("test accuracy", line["test_accuracy"])):
-        if value is not None:
-            parts.append(f"{name} {100 * value:.2f} %")
-    if line["test_loss"] is not None and line["test_accuracy"] is None:
-        parts.append(f"test loss {line['test_loss']:.6f}")
-    return ", ".join(parts) + f", {line['seconds']:.1f} s of training, {samples_per_second:,.0f} samples/s"
