@@ -70,6 +70,7 @@ def wait_for_port(launch: Launch, wait_seconds: float) -> None:
     while True:
         try:
             with socket.create_connection((launch.address, launch.port), timeout=STOP_SECONDS):
+                time.sleep(0.2)  # without, torch's own connection of some of 16 ranks stalled for 5 s (5 of 5 starts)
                 return
         except OSError:
             if time.monotonic() - began > wait_seconds:
@@ -84,7 +85,8 @@ def wait_for_all(store: dist.Store, launch: Launch, wait_seconds: float) -> dist
     Raises:
         RuntimeError: if not all ranks arrive, naming some that did not.
     """
-    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    # only torchrun's store outlives its ranks; each node counts its own restarts, so that one that joins late differs
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") if store_is_hosted_by_torchrun() else "0"
     shared = dist.PrefixStore(f"trainers/{attempt}", store)
     shared.set(f"arrived/{launch.rank}", "")
     awaited = [f"arrived/{rank}" for rank in range(launch.world_size)] if launch.rank == 0 else ["all"]
