@@ -104,6 +104,11 @@ def test_collectives_are_called_by_their_owners_only(path: Path) -> None:
                 if call.rpartition(".")[2] in COLLECTIVES and call.split(".")[0] in ("dist", "torch")]
 
 
+def test_the_map_in_contributing_names_every_file() -> None:
+    words = set((ROOT / "CONTRIBUTING.md").read_text().split())
+    assert not [relative(path) for path in FILES if path.name != "__init__.py" and path.name not in words]
+
+
 def test_no_file_shadows_the_standard_library() -> None:
     assert not [relative(path) for path in FILES if path.stem in sys.stdlib_module_names]
 
