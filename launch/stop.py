@@ -98,7 +98,8 @@ class StopAgreement:
             votes = torch.tensor([stop, slowest, worst], dtype=torch.float64)
             dist.all_reduce(votes, op=dist.ReduceOp.MAX)
             stop, slowest, worst = votes.tolist()
-        self._steps_until_next = max(1, min(MOST_STEPS, int(POLL_SECONDS / max(slowest, 1e-6))))
+        scale = max(1.0, self.world_size / 64)  # gloo's all_reduce is a ring: its time grows with W, its share must not
+        self._steps_until_next = max(1, int(scale * min(MOST_STEPS, POLL_SECONDS / max(slowest, 1e-6))))
         self._steps_since, self._since = 0, time.monotonic()
         if stop:
             request.ask("another rank was asked to stop")
