@@ -36,8 +36,8 @@ def submit_slow(cluster: Cluster, folder: Path, *options: str, step_seconds: flo
 def job_with_a_time_limit(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> tuple[Job, Path]:
     """Submitted first and looked at last: Slurm looks at time limits every half minute only."""
     folder = tmp_path_factory.mktemp("time-limit")
-    options = ("--exclude=node[1-3]", "--time=2", "--signal=USR1@70")
-    return submit_slow(cluster, folder, *options, step_seconds=0.8), folder
+    options = ("--exclude=node[1-3]", "--time=3", "--signal=USR1@100")  # after 50 to 80 s
+    return submit_slow(cluster, folder, *options, step_seconds=0.9), folder
 
 
 def preempt(cluster: Cluster, job: Job) -> None:
