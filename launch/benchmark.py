@@ -111,7 +111,8 @@ def main(config: BenchmarkConfig) -> int:
         return 0
     check(config)
     check_output_dir(config.output_dir)
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a batch system's stop keeps what was finished, too
+    for number in (signal.SIGINT, signal.SIGTERM):  # a batch system's stop keeps what was finished, too
+        signal.signal(number, signal.default_int_handler)  # a shell has its background jobs ignore SIGINT
     if config.pipeline:
         return benchmark_pipeline(config.output_dir, rounds=config.rounds, seconds=config.seconds,
                                   batch_size=config.batch_size)

@@ -51,6 +51,7 @@ def test_on_the_cpu_dropout_has_one_generator_even_when_wrapped():
     assert default_generators(DataParallel(network), torch.device("cpu")) == [torch.default_generator]
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(120)
 def test_without_gpus_dp_says_so_and_trains_as_none(tmp_path: Path):
     results = {}

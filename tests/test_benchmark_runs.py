@@ -51,6 +51,7 @@ def test_one_and_two_ranks_reach_the_same_loss_and_every_file_is_written(tmp_pat
     assert "1.000" in again.out
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(200)
 def test_a_setup_that_crashes_says_how_and_the_others_go_on(tmp_path: Path):
     done = benchmark("--setups", "cpu:2", "cpu:1", *QUICK, "--scaling", "strong",
@@ -105,7 +106,8 @@ def pids_with(mark: str) -> list[int]:
 
 
 @pytest.mark.timeout(200)
-@pytest.mark.parametrize("number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_ctrl_c_keeps_what_was_finished_and_leaves_no_process(tmp_path: Path, number: signal.Signals):
     mark = str(uuid.uuid4())
     process = start([*BENCHMARK, "--setups", "cpu:1", "cpu:2", "--steps", "10", "--rounds", "20", "--output-dir",
@@ -149,6 +151,7 @@ def test_a_measured_run_accounts_for_its_steps(tmp_path: Path):
     assert found["communication_seconds"] == [None]
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(100)
 def test_measuring_leaves_the_training_as_it_is(tmp_path: Path):
     """The timed steps of a measured run are the steps of a run that only trains."""

@@ -102,6 +102,7 @@ def test_flags_train_on_two_ranks(tmp_path: Path, flags: list[object]) -> None:
     assert read_json(run / "result.json")["steps"] == 3
 
 
+@pytest.mark.slow
 def test_frozen_layers_stay_and_the_others_move(tmp_path: Path) -> None:
     states = [newest_checkpoint(checked(tmp_path / f"{steps}", *TINY, "--max-steps", steps, "--model", "resnet9",
                                         "--width", 8, "--freeze", "stem"))["model"] for steps in (1, 3)]
@@ -164,6 +165,7 @@ def test_the_means_and_deviations_are_those_of_the_training_images(cifar10: Path
     assert list(train_set.class_names) == CLASSES
 
 
+@pytest.mark.slow
 def test_real_test_images_are_all_counted_at_one_two_and_three_ranks(cifar10: Path, tmp_path: Path) -> None:
     real = ["--data-dir", cifar10, "--recipe", "blitz", "--max-steps", 300, "--threads", 1]
     run = checked(tmp_path / "trained", *real)

@@ -18,7 +18,7 @@ def training_figures(run: Path) -> tuple[float, float]:
 
 
 @pytest.mark.timeout(240)
-@pytest.mark.parametrize("recipe", ["softmax", "lenet"])
+@pytest.mark.parametrize("recipe", [pytest.param("softmax", marks=pytest.mark.slow), "lenet"])
 def test_two_ranks_reach_the_weights_of_one_after_twenty_steps(tmp_path: Path, recipe: str) -> None:
     flags = ("--dataset", "synthetic", "--no-pictures", "--recipe", recipe, "--max-steps", "20")
     runs = [finished("fashion_mnist", tmp_path / f"on-{ranks}", *flags, ranks=ranks) for ranks in (1, 2)]

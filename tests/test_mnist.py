@@ -212,6 +212,7 @@ def test_two_ranks_reach_the_weights_of_one_after_twenty_steps(tmp_path: Path) -
     assert largest_difference(one["model"], two["model"]) < 1e-5
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(240)
 def test_a_run_started_again_with_more_epochs_goes_on_from_its_last(tmp_path: Path) -> None:
     finished("mnist", tmp_path / "twice", *SYNTHETIC, "--epochs", "1")
