@@ -1,4 +1,4 @@
-"""The options --slow and --slurm, and the real data, unpacked once a session where ../shared is there.
+"""The options --slow, --long and --slurm, and the real data, unpacked once a session where ../shared is there.
 
 What is not run is skipped with its reason, never silently left out.
 """
@@ -17,12 +17,13 @@ from tests.support import SHARED
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--slow", action="store_true", help="run the long sweeps too")
+    parser.addoption("--long", action="store_true", help="run what takes minutes or times an idle machine, too")
     parser.addoption("--slurm", action="store_true", help="run the tests on a real Slurm cluster that they start")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     for item in items:
-        for mark in ("slow", "slurm"):
+        for mark in ("slow", "long", "slurm"):
             if item.get_closest_marker(mark) and not config.getoption(f"--{mark}"):
                 item.add_marker(pytest.mark.skip(reason=f"{mark}: run with --{mark}"))
 

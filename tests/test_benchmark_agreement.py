@@ -72,7 +72,7 @@ def benchmarked() -> dict[str, Any]:
     return result["benchmark"]
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.timeout(900)
 def test_one_cpu_process_is_as_fast_as_a_loop_written_by_hand(tmp_path: Path, record_property: Any) -> None:
     """Both by turns. CPU time is compared always, and wall time where nothing else had the machine."""

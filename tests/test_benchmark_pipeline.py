@@ -36,7 +36,7 @@ assert len(labels) == 500
     assert done.code == 0, done.err
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.timeout(500)
 def test_whole_batches_are_faster_than_single_samples(tmp_path: Path):
     done = execute([sys.executable, str(ROOT / "launch" / "benchmark.py"), "--pipeline", "--rounds", "1", "--seconds",

@@ -201,7 +201,7 @@ print((time.perf_counter() - start) / 4000)
 """
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.timeout(900)
 def test_blitz_reaches_the_tutorials_accuracy_in_two_fifths_of_its_time(cifar10: Path, tmp_path: Path) -> None:
     ratios = []

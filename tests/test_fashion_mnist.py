@@ -50,7 +50,7 @@ def fashion_mnist_data(fashion_mnist: Path) -> Path:
     return fashion_mnist
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.timeout(400)
 def test_lenet_reaches_the_books_accuracy(fashion_mnist_data: Path, tmp_path: Path) -> None:
     run = finished("fashion_mnist", tmp_path / "lenet", "--data-dir", fashion_mnist_data, "--recipe", "lenet", ranks=2,

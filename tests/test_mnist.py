@@ -238,7 +238,7 @@ def test_the_tutorials_network_learns_as_fast_as_in_the_tutorial(mnist_data: Pat
     assert accuracies(run) == pytest.approx(MEASURED["10/20"][:3], abs=1.0)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.timeout(400)
 def test_the_widened_network_learns_as_fast_as_in_the_tutorial(mnist_data: Path, tmp_path: Path) -> None:
     run = finished("mnist", tmp_path / "wide", "--data-dir", mnist_data, "--epochs", "1", "--channels", "32", "64",

@@ -115,7 +115,7 @@ def test_a_job_near_its_time_limit_is_warned_saves_and_goes_on_until_it_is_done(
     assert read_json(folder / "run" / "result.json")["weights_sha256"] == never_stopped
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.timeout(1200)
 def test_twenty_requeues_in_a_row_lose_nothing(cluster: Cluster, tmp_path: Path, never_stopped: str):
     job = submit_slow(cluster, tmp_path, "--partition=low", step_seconds=1.0)
