@@ -58,7 +58,10 @@ class Watchdog:
     def start(self, store: "dist.Store | None" = None) -> None:
         """Begin to watch; again with a store when there is one. It is used through a connection of its own."""
         if store is not None:
-            self._heartbeats = Heartbeats(store, rank=self.rank, world_size=self.world_size)
+            heartbeats = Heartbeats(store, rank=self.rank, world_size=self.world_size)
+            with contextlib.suppress(RuntimeError):
+                heartbeats.send(self.step, self.phase)  # at once: a rank that hangs within the first tick is known too
+            self._heartbeats = heartbeats
         self.mark(self.step, self.phase)
         if self._thread is None:
             self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
