@@ -80,11 +80,12 @@ class Heartbeats:
 
 
 def parent_of(pid: int) -> int | None:
-    """The parent of a process, or None where /proc does not tell."""
+    """The parent of a live process; None if it has ended, or where /proc does not tell."""
     try:
-        return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
-    except (OSError, ValueError, IndexError):
+        state, parent = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[:2]
+    except (OSError, ValueError):
         return None
+    return int(parent) if state not in "ZX" else None
 
 
 def claim_this_node(port: int) -> socket.socket | None:

@@ -5,8 +5,9 @@
 
 What torchrun lacks: a rendezvous that cannot come up ends in one line within a minute (torchrun waits for ten and
 shows a traceback), other nodes are told an address that they can reach (torchrun gives its host name, which may mean
-127.0.1.1), and a stop signal that comes again does not interrupt the ranks' saving (a third one makes torchrun leave
-them). `--nodes 1:2` is elastic: who comes later joins, so nobody is waited for.
+127.0.1.1), a stop signal that comes again does not interrupt the ranks' saving (a third one makes torchrun leave
+them), and on a node that was cut off it ends when its ranks have (torchrun waits on for the store, a quarter of an
+hour). `--nodes 1:2` is elastic: who comes later joins, so nobody is waited for.
 """
 
 import argparse
@@ -23,11 +24,14 @@ if not __package__:
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 from launch.command_line import EXIT_DONE, DistributedError, report
+from launch.heartbeats import parent_of
 from launch.launcher import host_names
 from launch.network import address_among, interface_of, is_loopback
 
 MEETING_SECONDS = 60  # srun starts the nodes together; the slowest has this long
 LINE_SECONDS = 5  # a node that has connected sends its line at once
+LOOK_SECONDS = 5  # between two looks at whether this node is cut off
+CUT_OFF_SECONDS = 30  # without ranks and without a way to the rendezvous: a switch that restarts takes less
 SIGNALS = ("SIGTERM", "SIGINT", "SIGUSR1")
 
 
@@ -46,7 +50,7 @@ def main() -> int:
     is_host = node == 0 if options.nodes.isdigit() else host == options.me
     shown = options.me if address is None or is_loopback(address) else address  # others know a name as something else
     return supervise([sys.executable, "-m", "torch.distributed.run", *torchrun_flags(options, shown, is_host),
-                      *options.command])
+                      *options.command], host, int(port))
 
 
 def parse() -> argparse.Namespace:
@@ -150,10 +154,11 @@ def explain(error: OSError, rendezvous: str, node: int, address: str | None) -> 
     return f"node number {node}, {socket.gethostname()}: cannot meet at {where}: {reason}"
 
 
-def supervise(command: list[str]) -> int:
-    """Run a command to its end; the first stop signal is passed on to it, later ones are dropped.
+def supervise(command: list[str], host: str, port: int) -> int:
+    """Run torchrun to its end, or until this node has been cut off from the rendezvous and has no ranks any more.
 
-    Slurm sends SIGTERM twice when it preempts a job, and again when its grace time ends.
+    The first stop signal is passed on to it, later ones are dropped: Slurm sends SIGTERM twice when it preempts a job,
+    and again when its grace time ends.
     """
     passed_on: list[int] = []
     process: subprocess.Popen[bytes] | None = None
@@ -169,8 +174,38 @@ def supervise(command: list[str]) -> int:
     process = subprocess.Popen(command)
     if passed_on:
         process.send_signal(passed_on[0])  # it came before there was anything to pass it on to
-    code = process.wait()
+    useful_at = time.monotonic()
+    while (code := wait(process, LOOK_SECONDS)) is None:
+        if has_children(process.pid) or not is_silent(host, port):
+            useful_at = time.monotonic()
+        elif time.monotonic() - useful_at > CUT_OFF_SECONDS:
+            report(f"{socket.gethostname()}: cut off from {host}:{port}, and its ranks have ended; torchrun ended too")
+            process.kill()
     return code if code >= EXIT_DONE else 128 - code  # a signal's number, as a shell reports it
+
+
+def wait(process: subprocess.Popen[bytes], seconds: float) -> int | None:
+    """The exit code of a process, or None if it has not ended within that time."""
+    try:
+        return process.wait(seconds)
+    except subprocess.TimeoutExpired:
+        return None
+
+
+def has_children(pid: int) -> bool:
+    """Whether a process has started others that live; torchrun, while it waits, does not collect those that ended."""
+    return any(parent_of(int(entry.name)) == pid for entry in Path("/proc").glob("[0-9]*"))
+
+
+def is_silent(host: str, port: int) -> bool:
+    """Whether nothing at all comes back from there; a port that is closed is an answer."""
+    try:
+        socket.create_connection((host, port), timeout=LINE_SECONDS).close()
+    except ConnectionRefusedError:
+        return False
+    except OSError:
+        return True
+    return False
 
 
 if __name__ == "__main__":

@@ -34,6 +34,7 @@ from launch.watchdog import Watchdog
 
 T = TypeVar("T")
 GRACE_SECONDS = 10  # a collective gives up this long after the watchdog has named the rank that hangs
+LEAVE_SECONDS = 15  # for the ranks to agree on who reports an error, and to show it; the store answers in milliseconds
 TEARDOWN_SECONDS = 30  # gloo needs milliseconds
 
 
@@ -97,13 +98,22 @@ def process_group(backend: str = "auto", *, device: str = "auto", timeout_second
         watchdog.stop()
 
 
-def take_down() -> None:
-    """Destroy the group, or else the process: NCCL may wait for ever for a rank that is gone."""
-    last_resort = threading.Timer(TEARDOWN_SECONDS, os._exit, [DistributedError.exit_code])
+@contextlib.contextmanager
+def exit_after(seconds: float, code: int) -> Iterator[None]:
+    """Exit if the block takes longer: NCCL, or the store of a node that is cut off, may be waited for without end."""
+    last_resort = threading.Timer(seconds, os._exit, [code])
     last_resort.daemon = True
     last_resort.start()
-    dist.destroy_process_group()
-    last_resort.cancel()
+    try:
+        yield
+    finally:
+        last_resort.cancel()
+
+
+def take_down() -> None:
+    """Destroy the group, or else the process."""
+    with exit_after(TEARDOWN_SECONDS, DistributedError.exit_code):
+        dist.destroy_process_group()
 
 
 def prepare(launch: Launch, watchdog: Watchdog, backend: str, *, device: str, threads: int | None,
@@ -156,14 +166,16 @@ def leave_together(watchdog: Watchdog, error: Exception) -> None:
     Returns only for an error that is our bug, on the rank that is to show its traceback.
     """
     known = explained(error)
-    first = watchdog.claim_report()
-    if first and isinstance(known, LostPeer):
-        report(watchdog.lost_peer_line())
-    elif first and (line := one_line(known)) is not None:
-        report(line)
-    watchdog.leave()
+    code = getattr(known, "exit_code", 1)
+    with exit_after(LEAVE_SECONDS, code):
+        first = watchdog.claim_report()
+        if first and isinstance(known, LostPeer):
+            report(watchdog.lost_peer_line())
+        elif first and (line := one_line(known)) is not None:
+            report(line)
+        watchdog.leave()
     if not first or one_line(known) is not None:
-        raise SystemExit(getattr(known, "exit_code", 1)) from None
+        raise SystemExit(code) from None
 
 
 class LostPeer(DistributedError):

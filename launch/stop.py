@@ -11,6 +11,7 @@ SIGTERM and SIGUSR1 are what Slurm, torchrun and Kubernetes send; SIGINT is Ctrl
 more after the first, ends the process at once (the delay because torchrun passes the terminal's SIGINT on again).
 """
 
+import atexit
 import os
 import signal
 import time
@@ -51,7 +52,9 @@ _request = StopRequest()  # one a process, as signal handlers are
 
 def catch_signals() -> StopRequest:
     """Install the handlers (main thread only; again is harmless) and return this process's request."""
-    _request.launcher = _request.launcher or os.getppid()
+    if _request.launcher is None:
+        _request.launcher = os.getppid()
+        atexit.register(ignore_signals)  # first in, so last out: Python then gives back handlers that kill
     for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
         signal.signal(number, _request.handle)
     return _request
@@ -63,7 +66,7 @@ def stop_request() -> StopRequest:
 
 
 def ignore_signals() -> None:
-    """For DataLoader workers: a stop reaches the whole process group, and they must live until their rank has saved."""
+    """For DataLoader workers, which must live until their rank has saved; and for a rank at its very end."""
     for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)
 

@@ -1,9 +1,10 @@
-"""A thread beside the training loop that sees what the loop cannot while it waits for its peers.
+"""Two threads beside the training loop that see what the loop cannot while it waits for its peers.
 
-Twice a second it tells the other ranks how far this one is, passes a stop request on, and looks for trouble: a
-launcher that has died (then this rank leaves too, so that no orphan keeps a GPU), a rank that has reported an error
-while this one does not notice, or a loop that has made no progress for the timeout (then the rank that hangs is
-named, with its Python stack, and the job ends).
+Twice a second one of them tells the other ranks how far this one is, passes a stop request on, and looks for trouble:
+a rank that has reported an error while this one does not notice, or a loop that has made no progress for the timeout
+(then the rank that hangs is named, with its Python stack, and the job ends). The second never asks another machine, so
+that nothing can hold it up: it sees that the launcher has died (then this rank leaves too, so that no orphan keeps a
+GPU), or that the first still waits for an answer, as on a node whose cable was pulled.
 """
 
 import contextlib
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 
 TICK_SECONDS = 0.5
 LEAVE_SECONDS = 10.0  # for a rank to notice by itself that another has reported an error, and to end a save
+SILENT_SECONDS = 15.0  # beyond the timeout, for the store to answer: its connection itself gives up after 15 minutes
 LINGER_SECONDS = 5.0  # for which the host of the store waits for the others, when all leave
 WAITING = ("backward", "reduce", "left")  # phases in which a rank may be waiting for another
 
@@ -49,7 +51,8 @@ class Watchdog:
         self._reported_at: float | None = None
         self._claimed = threading.Lock()  # taken once: this process reports at most one error
         self._stopping = threading.Event()
-        self._thread: threading.Thread | None = None
+        self._threads: list[threading.Thread] = []
+        self._answered_at: float | None = None  # when the store last did
 
     def mark(self, step: int, phase: str) -> None:
         """Say that the training loop is alive and where: cheap enough for every phase of every step."""
@@ -61,17 +64,22 @@ class Watchdog:
             heartbeats = Heartbeats(store, rank=self.rank, world_size=self.world_size)
             with contextlib.suppress(RuntimeError):
                 heartbeats.send(self.step, self.phase)  # at once: a rank that hangs within the first tick is known too
-            self._heartbeats = heartbeats
+            self._heartbeats, self._answered_at = heartbeats, time.monotonic()
         self.mark(self.step, self.phase)
-        if self._thread is None:
-            self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
-            self._thread.start()
+        if not self._threads:
+            self._start_thread(self._watch, "watchdog")
+        if store is not None:
+            self._start_thread(self._talk, "heartbeats")
+
+    def _start_thread(self, target: Callable[[], None], name: str) -> None:
+        self._threads.append(threading.Thread(target=target, name=name, daemon=True))
+        self._threads[-1].start()
 
     def stop(self) -> None:
-        """End the thread; the group is about to be taken down."""
+        """End the threads; the group is about to be taken down."""
         self._stopping.set()
-        if self._thread is not None:
-            self._thread.join(timeout=5)
+        for thread in self._threads:
+            thread.join(timeout=5)
 
     def launcher_died(self) -> bool:
         """Whether the process that started this one is gone: it has then been given another parent."""
@@ -123,21 +131,37 @@ class Watchdog:
                 f"start the same command again")
 
     def _watch(self) -> None:
-        interval = TICK_SECONDS * max(1.0, self.world_size / 64)  # what the store must serve does not grow with W
-        while not self._stopping.wait(interval):
+        while not self._stopping.wait(TICK_SECONDS):
             if self.launcher_died():
                 self._leave_with_the_launcher()
             for action in self.on_tick:
                 action()
+            if self._answered_at is not None:
+                silent_seconds = time.monotonic() - self._answered_at
+                if silent_seconds > self.timeout_seconds + SILENT_SECONDS:
+                    self._leave_without_the_store(silent_seconds)
+
+    def _talk(self) -> None:
+        interval = TICK_SECONDS * max(1.0, self.world_size / 64)  # what the store must serve does not grow with W
+        while not self._stopping.wait(interval):
             with contextlib.suppress(RuntimeError):  # a store that died with its host; the collectives will say so
                 self._beat()
-            if self._heartbeats is not None and self.world_size > 1:
+            if self.world_size > 1:
                 self._check_progress()
+            self._answered_at = time.monotonic()
 
     def _leave_with_the_launcher(self) -> None:
         if self.rank == 0 and self._claimed.acquire(blocking=False):
             report(self._launcher_line())
         self._end(self._launcher_line())
+
+    def _leave_without_the_store(self, seconds: float) -> None:
+        line = (f"ERROR distributed: rank {self.rank} of {self.world_size}: the host of the rendezvous has not "
+                f"answered for {seconds:.0f} s at step {self.step}; look at the network, then start the same command "
+                f"again")
+        if self._claimed.acquire(blocking=False):
+            report(line)
+        self._end(line)
 
     def _beat(self) -> None:
         """Send a heartbeat; take over a stop request, and leave some time after another rank's error."""

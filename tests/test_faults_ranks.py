@@ -78,6 +78,23 @@ def test_a_rank_that_hangs_is_named_with_its_step_and_phase(server: Server, tmp_
     assert bool(stack) == ("most recent call first" in ended.err)
 
 
+def test_a_rank_whose_store_falls_silent_with_its_host_ends_too(server: Server, tmp_path: Path) -> None:
+    flags = [*NORMED, "--timeout", "3", "--output-dir", tmp_path]  # rank 0 hosts the store: as if its cable was pulled
+    with Job(server, "cifar", flags, folder=tmp_path, ranks=2, hook="import launch.watchdog\n"
+             'launch.watchdog.SILENT_SECONDS = 2\nat(7, "data", stop, ranks=[0])') as job:
+        job.wait_until(lambda: len(job.alive()) == 2)
+        deadline = time.monotonic() + 30
+        while job.pids[1] not in server.codes:
+            server.read(0.05)
+            assert time.monotonic() < deadline, job.text("err")
+        job.signal(signal.SIGKILL, 0)
+        ended = job.wait(5)
+        check_nothing_left(job)
+    assert ended.codes == [-9, 6]
+    check_lines(ended, "ERROR distributed: rank 1 of 2: the host of the rendezvous has not answered for [5-9] s at "
+                       "step 7")
+
+
 def test_a_rank_that_never_comes_is_named(server: Server, tmp_path: Path) -> None:
     variables = variables_of(0, 2, str(free_port()))
     flags = [*NORMED, "--timeout", "3", "--output-dir", tmp_path]

@@ -1,6 +1,7 @@
 """The image-folder trainer: what it accepts, and that ranks, workers and interruptions change nothing."""
 
 import os
+import re
 import signal
 import time
 from dataclasses import replace
@@ -151,7 +152,7 @@ def test_an_unreadable_image_ends_the_run_with_one_line_that_names_it(ranks: int
     assert len(refused.errors) == 1
     assert refused.errors[0].startswith(f"ERROR data: {bad}: ")
     assert "bomb" in refused.errors[0]
-    assert f'File "{ROOT}' not in refused.err  # no traceback of ours
+    assert not re.search(rf'File "{re.escape(str(ROOT))}/(launch|datasets|trainers)/', refused.err)  # only torchrun's
     assert read_json(tmp_path / "refused" / "status.json")["state"] == "FAILED"
 
 

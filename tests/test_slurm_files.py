@@ -3,10 +3,8 @@
 import os
 import re
 import shutil
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -16,22 +14,13 @@ from hypothesis import strategies as st
 from launch.command_line import UsageError
 from launch.launcher import host_names, read_launch
 from launch.network import address_among, connect_problem, interface_of
-from tests.support import ROOT, environment, start
+from tests.support import ROOT, environment
 
 SLURM = ROOT / "slurm"
 FILES = sorted(SLURM.glob("*.sbatch"))
 STEP = {"SLURM_STEP_ID": "0", "SLURM_JOB_ID": "1734567", "SLURM_PROCID": "5", "SLURM_LOCALID": "1", "SLURM_NODEID": "2",
         "SLURM_NTASKS": "6", "SLURM_STEP_NUM_TASKS": "6", "SLURM_STEP_TASKS_PER_NODE": "2(x3)",
         "SLURM_STEP_NODELIST": "gpu[08-10]"}
-SAVES_SLOWLY = """import pathlib, signal, sys, time
-stop = []
-signal.signal(signal.SIGTERM, lambda *_: stop.append(1))
-pathlib.Path(sys.argv[1], "started").touch()
-while not stop:
-    time.sleep(0.05)
-time.sleep(2)
-pathlib.Path(sys.argv[1], "saved").touch()
-"""
 
 
 def directives(path: Path) -> list[str]:
@@ -136,20 +125,3 @@ def test_the_interface_is_that_of_the_way_to_the_other_host():
     assert interface_of(address_among(["localhost"])) == "lo"
     assert address_among(["no-such-host.invalid", "127.0.0.1"]) == "127.0.0.1"
     assert "refused" in connect_problem("127.0.0.1", 1)
-
-
-@pytest.mark.timeout(90)
-def test_a_stop_signal_that_comes_again_and_again_does_not_interrupt_the_saving(tmp_path: Path):
-    script = tmp_path / "saves.py"
-    script.write_text(SAVES_SLOWLY)
-    process = start([sys.executable, "launch/node.py", "--nodes", "1", "--rendezvous", "localhost:1", "--id", "1", "--",
-                     "--nproc-per-node=1", str(script), str(tmp_path)], cwd=ROOT)
-    deadline = time.monotonic() + 60
-    while not (tmp_path / "started").exists():
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
-    for _ in range(4):
-        process.send_signal(signal.SIGTERM)
-        time.sleep(0.3)
-    process.communicate(timeout=30)
-    assert (tmp_path / "saved").exists()

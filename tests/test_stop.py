@@ -65,6 +65,23 @@ time.sleep(30); time.sleep(30)
     process.stdout.close()
 
 
+def test_a_signal_that_comes_while_a_finished_process_is_taken_down_does_not_change_its_exit_code() -> None:
+    script = f"""
+import sys; sys.path[0] = {str(ROOT)!r}
+import os, signal
+from launch.stop import catch_signals
+catch_signals()
+class Late:
+    def __del__(self, kill=os.kill, pid=os.getpid(), numbers=(signal.SIGUSR1, signal.SIGTERM, signal.SIGINT)):
+        for number in numbers:
+            kill(pid, number)
+        os.write(1, b"late")
+late = Late()  # deleted after Python has given back the default handlers
+"""
+    ended = execute([sys.executable, "-c", script])
+    assert (ended.code, ended.out) == (0, "late")
+
+
 def test_votes_are_never_more_than_a_bounded_number_of_steps_apart() -> None:
     agreement = StopAgreement(1)
     assert agreement.due()  # the first step votes: a stop may have come while the ranks started

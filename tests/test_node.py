@@ -1,0 +1,76 @@
+"""What launch/node.py adds to torchrun on one node; how nodes meet and part is tested on a real Slurm."""
+
+import signal
+import socket
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from launch.node import is_silent
+from tests.jobs import free_port
+from tests.support import ROOT, execute, start
+
+SAVES_SLOWLY = """import pathlib, signal, sys, time
+stop = []
+signal.signal(signal.SIGTERM, lambda *_: stop.append(1))
+pathlib.Path(sys.argv[1], "started").touch()
+while not stop:
+    time.sleep(0.05)
+time.sleep(2)
+pathlib.Path(sys.argv[1], "saved").touch()
+"""
+
+
+@pytest.mark.timeout(90)
+def test_a_stop_signal_that_comes_again_and_again_does_not_interrupt_the_saving(tmp_path: Path):
+    script = tmp_path / "saves.py"
+    script.write_text(SAVES_SLOWLY)
+    process = start([sys.executable, "launch/node.py", "--nodes", "1", "--rendezvous", "localhost:1", "--id", "1", "--",
+                     "--nproc-per-node=1", str(script), str(tmp_path)], cwd=ROOT)
+    deadline = time.monotonic() + 60
+    while not (tmp_path / "started").exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    for _ in range(4):
+        process.send_signal(signal.SIGTERM)
+        time.sleep(0.3)
+    process.communicate(timeout=30)
+    assert (tmp_path / "saved").exists()
+
+
+def test_a_child_that_has_ended_but_was_not_collected_does_not_count():
+    script = f"""
+import sys; sys.path[0] = {str(ROOT)!r}
+import os
+from launch.node import has_children
+print(has_children(os.getpid()))
+reader, writer = os.pipe()
+if (child := os.fork()) == 0:
+    os.close(writer)
+    os.read(reader, 1)
+    os._exit(0)
+print(has_children(os.getpid()))
+os.close(writer)
+os.waitid(os.P_PID, child, os.WEXITED | os.WNOWAIT)  # ended, and still in the table
+print(has_children(os.getpid()))
+"""
+    assert execute([sys.executable, "-c", script]).out.split() == ["False", "True", "False"]
+
+
+@pytest.mark.timeout(60)
+def test_a_host_that_refuses_answers_and_one_that_lets_a_connection_wait_does_not():
+    assert not is_silent("127.0.0.1", free_port())
+    with socket.create_server(("127.0.0.1", 0), backlog=0) as server:
+        port = server.getsockname()[1]
+        assert not is_silent("127.0.0.1", port)
+        waiting = [socket.socket() for _ in range(8)]
+        try:
+            for client in waiting:  # the kernel drops what the queue does not hold, as a cut cable does
+                client.setblocking(False)
+                client.connect_ex(("127.0.0.1", port))
+            assert is_silent("127.0.0.1", port)
+        finally:
+            for client in waiting:
+                client.close()
