@@ -3,6 +3,7 @@
 What is not run is skipped with its reason, never silently left out.
 """
 
+import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -10,9 +11,12 @@ from pathlib import Path
 
 import pytest
 
-from tests.jobs import Server
+from tests.jobs import Server, common_server
 from tests.slurm_support import Cluster, start_cluster
 from tests.support import SHARED
+
+LONGEST = ["test_slurm_faults", "test_slurm_stops", "test_slurm", "test_cifar", "test_resume_exact",
+           "test_resume_elastic", "test_faults_ranks"]
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -21,11 +25,23 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--slurm", action="store_true", help="run the tests on a real Slurm cluster that they start")
 
 
+def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
+    """With `-n auto`: most tests wait for something half of their time. Timings are taken one at a time."""
+    return 0 if config.getoption("--long") else min(8, (os.cpu_count() or 1) + 1 + config.getoption("--slurm"))
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Skip what was not asked for. The longest files come first: each is run by one process, for its fixtures."""
+    items.sort(key=lambda item: LONGEST.index(item.path.stem) if item.path.stem in LONGEST else len(LONGEST))
     for item in items:
         for mark in ("slow", "long", "slurm"):
             if item.get_closest_marker(mark) and not config.getoption(f"--{mark}"):
                 item.add_marker(pytest.mark.skip(reason=f"{mark}: run with --{mark}"))
+
+
+def pytest_sessionfinish() -> None:
+    if common_server.cache_info().currsize:
+        common_server().close()
 
 
 def unpack(name: str, folder: Path) -> Path:
@@ -64,11 +80,9 @@ def cats_dogs(real_data: Path) -> Path:
 
 
 @pytest.fixture(scope="session")
-def server() -> Iterator[Server]:
-    """The process that forks trainers for the tests of faults and of resuming."""
-    server = Server()
-    yield server
-    server.close()
+def server() -> Server:
+    """The process that forks trainers."""
+    return common_server()
 
 
 @pytest.fixture(scope="session")

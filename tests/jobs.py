@@ -1,9 +1,12 @@
 """Jobs of real trainer processes that start in milliseconds: forked from one server that has imported torch.
 
-    with jobs.start("cifar", [*NORMED, "--output-dir", folder], ranks=2, hook='at(7, "backward", kill)') as job:
+    with Job(server, "cifar", [*NORMED, "--output-dir", folder], folder=folder, ranks=2,
+             hook='at(7, "backward", kill)') as job:
         ended = job.wait()                   # codes by rank, out, err
+    done = forked("mnist", *flags, ranks=2)  # for tests of what is trained and not of how it is launched
 """
 
+import functools
 import json
 import os
 import select
@@ -11,12 +14,13 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tests.support import ROOT, environment
+from tests.support import ROOT, Finished, environment
 
 # Two epochs of ten steps on 600 drawn images: BatchNorm, dropout and augmentation, checkpoints in mid-epoch.
 NORMED = ["--dataset", "synthetic", "--recipe", "blitz", "--model", "normed", "--batch-size", "60", "--lr", "0.05",
@@ -94,7 +98,7 @@ class Job:
     """The ranks of one job, in a process group of their own. As a context manager it leaves nothing behind."""
 
     def __init__(self, server: Server, trainer: str, flags: list[Any], *, folder: Path, ranks: int = 1, hook: str = "",
-                 streams: dict[str, str | None] | None = None, **variables: str) -> None:
+                 prepare: str = PREPARE, streams: dict[str, str | None] | None = None, **variables: str) -> None:
         self.server, self.folder, self.began = server, folder, time.monotonic()
         folder.mkdir(parents=True, exist_ok=True)
         self.names = {"out": str(folder / "out.txt"), "err": str(folder / "err.txt"), **(streams or {})}
@@ -107,7 +111,7 @@ class Job:
             launched = variables_of(rank, ranks, port) if ranks > 1 else {}
             self.pids.append(server.fork({
                 "group": self.pids[0] if self.pids else None, "environment": environment(**{**launched, **variables}),
-                "trainer": trainer, "flags": list(map(str, flags)), "hook": PREPARE + hook, "folder": str(folder),
+                "trainer": trainer, "flags": list(map(str, flags)), "hook": prepare + hook, "folder": str(folder),
                 **self.names}))
 
     def __enter__(self) -> "Job":
@@ -170,6 +174,30 @@ class Job:
             self.server.read(0.01)
             assert time.monotonic() < deadline, self.text("err")[-2000:]
             assert all(pid not in self.server.codes for pid in self.pids), self.text("err")[-2000:]
+
+
+@functools.cache
+def common_server() -> Server:
+    """The server of this test session; conftest.py ends it."""
+    return Server()
+
+
+def forked(trainer: str, *flags: Any, ranks: int | None = None, timeout: float = 120, **variables: str) -> Finished:
+    """Like support.train, in processes that need not import torch first; without a torchrun around the ranks.
+
+    Returns:
+        With the exit code of the first rank that did not return 0.
+
+    Raises:
+        TimeoutError: past the limit; nothing is left running.
+    """
+    if ranks == 1:  # a process group of one
+        variables = {**variables_of(0, 1, str(free_port())), **variables}
+    with (tempfile.TemporaryDirectory() as folder,
+          Job(common_server(), trainer, list(flags), folder=Path(folder), ranks=ranks or 1, prepare="",
+              **variables) as job):
+        ended = job.wait(timeout)
+    return Finished(next(filter(None, ended.codes), 0), ended.out, ended.err)
 
 
 def slack() -> float:

@@ -21,7 +21,7 @@ from typing import Any
 
 import pytest
 
-from tests.support import ROOT, SHARED, TINY, Finished, environment, read_json
+from tests.support import ROOT, SHARED, Finished, environment, read_json
 
 NODES = 5  # two for a job that waits for its time limit; two for another, and one for its restart when one is lost
 CONF = """KillWait=10
@@ -29,7 +29,6 @@ SlurmdTimeout=10
 AuthInfo=cred_expire=5
 SchedulerParameters=batch_sched_delay=1,sched_interval=2,bf_interval=2
 """
-QUICK = [*TINY, "--no-pictures"]
 ENDED = {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "PREEMPTED", "OUT_OF_MEMORY", "BOOT_FAIL"}
 SLOW_TRAINER = """import os, sys, time
 sys.path.insert(0, {root!r})

@@ -15,7 +15,7 @@ SHARED = Path(os.environ.get("TRAINERS_SHARED", ROOT.parent / "shared"))
 
 # A run of a few seconds: the smallest network on the drawn data set.
 TINY = ["--dataset", "synthetic", "--recipe", "blitz", "--batch-size", "60", "--lr", "0.02", "--epochs", "1",
-        "--max-steps", "20", "--threads", "1"]
+        "--max-steps", "20", "--threads", "1", "--no-pictures"]
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,8 @@ from datasets.tensors import DataError
 from launch.process_group import World
 from launch.stop import StopRequest
 from tests.images import write_photos, write_tree
-from tests.support import command, kill_session, read_json, session_pids, start, train
+from tests.jobs import forked
+from tests.support import command, kill_session, read_json, session_pids, start
 from trainers.engine.together import finish_together
 
 CPU = torch.device("cpu")
@@ -184,8 +185,8 @@ FLAGS = ["--batch-size", "12", "--epochs", "1", "--threads", "1", "--no-pictures
 
 def run_on_two_ranks(tree: Path, folder: Path, name: str, *more: str) -> tuple[Any, str]:
     """result.json and what was written to stderr."""
-    finished = train("image_folder", "--data-dir", tree, "--output-dir", folder, "--run-name", name, *FLAGS, *more,
-                     ranks=2)
+    finished = forked("image_folder", "--data-dir", tree, "--output-dir", folder, "--run-name", name, *FLAGS, *more,
+                      ranks=2)
     assert finished.code == 0, finished.err
     return read_json(folder / name / "result.json"), finished.err
 
@@ -215,7 +216,7 @@ def test_a_build_outlasts_the_collective_timeout_and_a_stop_leaves_nothing_of_it
     tree = write_photos(tmp_path / "photos", count=150)
     flags = ["--data-dir", tree, "--output-dir", tmp_path, "--cache", "--timeout", "8", *FLAGS, "--max-steps", "2"]
     began = time.monotonic()
-    finished = train("image_folder", *flags, "--run-name", "slow", ranks=2)
+    finished = forked("image_folder", *flags, "--run-name", "slow", ranks=2)
     assert finished.code == 0, finished.err
     assert time.monotonic() - began > 8
     shutil.rmtree(tree / ".cache")

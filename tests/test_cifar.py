@@ -4,20 +4,33 @@ import ast
 import re
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 
 from datasets import cifar, synthetic
-from tests.support import ROOT, TINY, execute, largest_difference, metrics, newest_checkpoint, read_json, train
+from tests.jobs import forked
+from tests.support import (
+    ROOT,
+    TINY,
+    Finished,
+    execute,
+    largest_difference,
+    metrics,
+    newest_checkpoint,
+    read_json,
+    train,
+)
 
 CLASSES = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
 
 
-def checked(run: Path, *flags: object, ranks: int | None = None, timeout: float = 120) -> Path:
-    """Train into `run` and return it, having made sure that it ended well."""
-    done = train("cifar", *flags, "--output-dir", run.parent, "--run-name", run.name, ranks=ranks, timeout=timeout)
+def checked(run: Path, *flags: object, ranks: int | None = None, timeout: float = 120,
+            start: Callable[..., Finished] = forked) -> Path:
+    """Train into `run` and return it, having made sure that it ended well. `start=train` is by torchrun, or python."""
+    done = start("cifar", *flags, "--output-dir", run.parent, "--run-name", run.name, ranks=ranks, timeout=timeout)
     assert done.code == 0, done.err
     assert read_json(run / "status.json")["state"] == "DONE"
     return run
@@ -27,7 +40,8 @@ def checked(run: Path, *flags: object, ranks: int | None = None, timeout: float 
 def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
     """The same 20 steps on one, two and three ranks."""
     folder = tmp_path_factory.mktemp("runs")
-    return {ranks: checked(folder / f"on-{ranks}", *TINY, ranks=ranks) for ranks in (1, 2, 3)}
+    return {ranks: checked(folder / f"on-{ranks}", *TINY, ranks=ranks, start=forked if ranks == 3 else train)
+            for ranks in (1, 2, 3)}
 
 
 @pytest.mark.parametrize("ranks", [2, 3])
@@ -40,7 +54,7 @@ def test_ranks_reach_the_weights_of_one_rank_with_the_same_global_batch(runs: di
 def test_a_plain_process_ends_with_the_weights_of_one_rank_under_torchrun(
     runs: dict[int, Path], tmp_path: Path
 ) -> None:
-    plain = checked(tmp_path / "plain", *TINY)
+    plain = checked(tmp_path / "plain", *TINY, start=train)
     assert read_json(plain / "result.json")["weights_sha256"] == read_json(runs[1] / "result.json")["weights_sha256"]
 
 
@@ -81,7 +95,7 @@ def test_the_run_folder_holds_what_the_design_says(runs: dict[int, Path]) -> Non
 def test_accumulation_reaches_the_weights_of_one_batch_and_the_summary_says_its_arithmetic(
     runs: dict[int, Path], tmp_path: Path
 ) -> None:
-    done = train("cifar", *TINY, "--output-dir", tmp_path, "--run-name", "run", "--accumulation-steps", 3, ranks=2)
+    done = forked("cifar", *TINY, "--output-dir", tmp_path, "--run-name", "run", "--accumulation-steps", 3, ranks=2)
     assert largest_difference(newest_checkpoint(tmp_path / "run")["model"], newest_checkpoint(runs[1])["model"]) < 1e-5
     assert "60 = 10 per rank x 2 ranks x 3 accumulation" in done.out
     assert "62,006 parameters" in done.out
@@ -113,7 +127,7 @@ def test_frozen_layers_stay_and_the_others_move(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_a_model_compiled_by_torch_saves_the_same_names(tmp_path: Path, runs: dict[int, Path]) -> None:
-    run = checked(tmp_path / "compiled", *TINY, "--max-steps", 2, "--compile", timeout=200)
+    run = checked(tmp_path / "compiled", *TINY, "--max-steps", 2, "--compile", timeout=200, start=train)
     assert newest_checkpoint(run)["model"].keys() == newest_checkpoint(runs[1])["model"].keys()
 
 
@@ -207,7 +221,8 @@ def test_blitz_reaches_the_tutorials_accuracy_in_two_fifths_of_its_time(cifar10:
     ratios = []
     for attempt in range(3):  # interleaved: the machine's speed drifts
         tutorial = execute([sys.executable, "-c", TUTORIAL, str(ROOT), str(cifar10)], timeout=120)
-        run = checked(tmp_path / f"short-{attempt}", "--recipe", "blitz", "--data-dir", cifar10, "--max-steps", 4000)
+        run = checked(tmp_path / f"short-{attempt}", "--recipe", "blitz", "--data-dir", cifar10, "--max-steps", 4000,
+                      start=train)
         ratios.append(float(tutorial.out) / (read_json(run / "result.json")["train_seconds"] / 4000))
     print(f"the tutorial's loop takes {sorted(ratios)} times as long a step")
     run = checked(tmp_path / "whole", "--recipe", "blitz", "--data-dir", cifar10, timeout=600)
@@ -219,7 +234,7 @@ def test_blitz_reaches_the_tutorials_accuracy_in_two_fifths_of_its_time(cifar10:
 @pytest.mark.timeout(900)
 def test_fast_reaches_ninety_per_cent_on_two_ranks_of_one_thread(cifar10: Path, tmp_path: Path) -> None:
     began = time.monotonic()
-    run = checked(tmp_path / "fast", "--data-dir", cifar10, "--threads", 1, ranks=2, timeout=850)
+    run = checked(tmp_path / "fast", "--data-dir", cifar10, "--threads", 1, ranks=2, timeout=850, start=train)
     result = read_json(run / "result.json")
     print(f"{result['accuracy']:.4f} in {result['train_seconds']:.0f} s of {time.monotonic() - began:.0f} s")
     assert result["accuracy"] >= 0.90

@@ -7,7 +7,8 @@ import pytest
 
 from datasets import fashion_mnist
 from datasets.tensors import DataError
-from tests.support import largest_difference, metrics, newest_checkpoint, train
+from tests.jobs import forked
+from tests.support import largest_difference, metrics, newest_checkpoint
 from tests.workload import accuracies, finished, write_idx
 
 
@@ -31,7 +32,7 @@ def test_two_ranks_reach_the_weights_of_one_after_twenty_steps(tmp_path: Path, r
 def test_softmax_regression_says_and_holds_the_books_figures(
     fashion_mnist_data: Path, tmp_path: Path
 ) -> None:
-    done = train("fashion_mnist", "--data-dir", fashion_mnist_data, "--no-pictures", "--threads", "1", "--output-dir",
+    done = forked("fashion_mnist", "--data-dir", fashion_mnist_data, "--no-pictures", "--threads", "1", "--output-dir",
                  tmp_path, "--run-name", "softmax", timeout=220)
     assert done.code == 0, done.err
     run, lines = tmp_path / "softmax", [line for line in done.err.splitlines() if line.startswith("epoch ")]

@@ -16,6 +16,7 @@ from datasets import image_folder
 from datasets.tensors import DataError
 from launch.command_line import CheckpointError, UsageError, parse
 from tests.images import FLAGS, NUM_TEST, write_bomb, write_tree
+from tests.jobs import forked
 from tests.support import (
     ROOT,
     command,
@@ -50,7 +51,7 @@ def flags(tree: Path, folder: Path, name: str) -> list[Any]:
 
 
 def trained(tree: Path, folder: Path, name: str, *more: Any, ranks: int | None = None) -> Path:
-    finished = train("image_folder", *flags(tree, folder, name), *more, ranks=ranks)
+    finished = forked("image_folder", *flags(tree, folder, name), *more, ranks=ranks)
     assert finished.code == 0, finished.err
     return folder / name
 
@@ -180,7 +181,7 @@ def test_an_empty_class_folder_is_named_with_exit_code_3(tmp_path: Path):
     tree = write_tree(tmp_path / "images")
     (tree / "train" / "zebra").mkdir()
     (tree / "train" / "zebra" / "notes.txt").write_text("no image")
-    finished = train("image_folder", *flags(tree, tmp_path, "run"))
+    finished = forked("image_folder", *flags(tree, tmp_path, "run"))
     assert finished.code == 3
     assert len(finished.errors) == 1
     assert str(tree / "train" / "zebra") in finished.errors[0]
@@ -298,8 +299,8 @@ def test_an_image_size_that_a_network_cannot_take_is_a_usage_error():
 @pytest.mark.slow
 @pytest.mark.timeout(280)
 def test_the_cheat_sheet_network_tells_cats_from_dogs(cats_dogs: Path, tmp_path: Path):
-    finished = train("image_folder", "--data-dir", cats_dogs, "--cache", "--cache-dir", tmp_path / "cache",
-                     "--output-dir", tmp_path, "--run-name", "run", "--threads", "1", timeout=270)
+    finished = forked("image_folder", "--data-dir", cats_dogs, "--cache", "--cache-dir", tmp_path / "cache",
+                      "--output-dir", tmp_path, "--run-name", "run", "--threads", "1", timeout=270)
     assert finished.code == 0, finished.err
     result = read_json(tmp_path / "run" / "result.json")
     assert result["num_samples"] == 2000

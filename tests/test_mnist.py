@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from datasets import digits, idx, mnist
 from datasets.download import fetch
 from datasets.tensors import DataError
-from tests.support import largest_difference, metrics, newest_checkpoint, read_json, train
+from tests.jobs import forked
+from tests.support import largest_difference, metrics, newest_checkpoint, read_json
 from tests.workload import accuracies, finished, write_idx
 from trainers import models
 
@@ -143,7 +144,7 @@ def test_damaged_data_ends_the_trainer_with_code_3_and_one_line(
 ) -> None:
     write_files(tmp_path, arrays)
     damage(tmp_path, "truncated")
-    done = train("mnist", "--data-dir", tmp_path, "--output-dir", tmp_path / "runs", timeout=100)
+    done = forked("mnist", "--data-dir", tmp_path, "--output-dir", tmp_path / "runs", timeout=100)
     assert done.code == 3
     assert len(done.errors) == 1
     assert done.errors[0].startswith("ERROR data: ")

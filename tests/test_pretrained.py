@@ -14,7 +14,8 @@ from torch.optim.swa_utils import AveragedModel
 
 from launch.command_line import CheckpointError
 from tests.checkpoint_support import state_of
-from tests.support import TINY, read_json, train
+from tests.jobs import forked
+from tests.support import TINY, read_json
 from trainers import models
 from trainers.engine.pretrained import load_pretrained
 
@@ -127,7 +128,7 @@ def test_a_missing_file_is_refused(tmp_path: Path):
 
 def test_a_head_of_another_size_is_an_error_before_training(tmp_path: Path):
     torch.save(models.build("net", num_classes=7, width=None).state_dict(), tmp_path / "seven.pt")
-    finished = train("cifar", *TINY, "--output-dir", tmp_path, "--run-name", "run", "--init-from",
+    finished = forked("cifar", *TINY, "--output-dir", tmp_path, "--run-name", "run", "--init-from",
                      tmp_path / "seven.pt")
     assert finished.code == 4
     assert len(finished.errors) == 1
@@ -137,7 +138,7 @@ def test_a_head_of_another_size_is_an_error_before_training(tmp_path: Path):
 
 def test_a_run_starts_from_the_weights_and_nothing_else_of_a_file(tmp_path: Path):
     def run(name: str, *flags: object) -> dict[str, Any]:
-        finished = train("cifar", *TINY, "--no-pictures", "--output-dir", tmp_path, "--run-name", name, *flags)
+        finished = forked("cifar", *TINY, "--output-dir", tmp_path, "--run-name", name, *flags)
         assert finished.code == 0, finished.err
         return read_json(tmp_path / name / "result.json")
 

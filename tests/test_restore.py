@@ -12,20 +12,21 @@ from torch import nn
 from launch.command_line import CheckpointError
 from launch.run_folder import RunFolder
 from tests.checkpoint_support import state_of
-from tests.support import ROOT, TINY, Finished, execute, metrics, read_json, train
+from tests.jobs import forked
+from tests.support import ROOT, TINY, Finished, execute, metrics, read_json
 from trainers.engine import checkpoint
 from trainers.engine.checkpoint import Checkpointer, write_checkpoint
 from trainers.engine.restore import Damaged, check_fits, load_or_fail, load_verified, newest_good
 from trainers.engine.resume import choose_checkpoint
 from trainers.engine.retention import manifest_path
 
-STEPS = ["--checkpoint-every", "4", "--keep-checkpoints", "3", "--no-pictures"]
+STEPS = ["--checkpoint-every", "4", "--keep-checkpoints", "3"]
 LONGER = [*TINY, *STEPS, "--max-steps", "16"]
 
 
 def run_tiny(output_dir: Path, name: str, *flags: object, ranks: int | None = None) -> Finished:
-    return train("cifar", *TINY, *STEPS, "--max-steps", 12, "--output-dir", output_dir, "--run-name", name, *flags,
-                 ranks=ranks)
+    return forked("cifar", *TINY, *STEPS, "--max-steps", 12, "--output-dir", output_dir, "--run-name", name, *flags,
+                  ranks=ranks)
 
 
 @pytest.fixture(scope="module")

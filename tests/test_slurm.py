@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.slurm_support import QUICK, Cluster, state_of, wait_until
-from tests.support import ROOT, read_json, train
+from tests.slurm_support import Cluster, state_of, wait_until
+from tests.support import ROOT, TINY, read_json, train
 
 pytestmark = [pytest.mark.slurm, pytest.mark.timeout(240)]
 TWO_BY_TWO = ("--nodes=2", "--ntasks-per-node=2", "--cpus-per-task=1")
@@ -29,9 +29,9 @@ def shown(folder: Path) -> list[dict[str, str]]:
 
 def test_torchrun_on_two_nodes_and_plain_srun_train_to_the_weights_of_four_ranks_on_one_machine(
         cluster: Cluster, tmp_path: Path):
-    jobs = [cluster.submit(name, "trainers/cifar.py", *QUICK, "--output-dir", tmp_path, "--run-name", name,
+    jobs = [cluster.submit(name, "trainers/cifar.py", *TINY, "--output-dir", tmp_path, "--run-name", name,
                            log=tmp_path / f"{name}.log", options=TWO_BY_TWO) for name in ("multi_node", "per_rank")]
-    alone = train("cifar", *QUICK, "--output-dir", tmp_path, "--run-name", "alone", ranks=4)
+    alone = train("cifar", *TINY, "--output-dir", tmp_path, "--run-name", "alone", ranks=4)
     assert alone.code == 0, alone.err
     expected = read_json(tmp_path / "alone" / "result.json")
     for job, name in zip(jobs, ("multi_node", "per_rank"), strict=True):
@@ -67,7 +67,7 @@ def test_a_rank_is_started_for_each_gpu_and_a_plain_task_sees_one_gpu(cluster: C
 
 
 def test_two_tasks_of_a_sweep_on_one_node_have_their_own_values_ports_and_folders(cluster: Cluster, tmp_path: Path):
-    array = cluster.submit("sweep", "--lr", "0.01,0.03", "trainers/cifar.py", *QUICK, "--output-dir", tmp_path,
+    array = cluster.submit("sweep", "--lr", "0.01,0.03", "trainers/cifar.py", *TINY, "--output-dir", tmp_path,
                            log=tmp_path / "sweep-%a.log", options=(*ONE, "--array=0-1", "--nodelist=node1"))
     runs = [tmp_path / f"cifar-blitz-{array.key}_{task}" for task in (0, 1)]
     texts = lambda: "".join(path.read_text() for path in tmp_path.glob("sweep-*.log"))  # noqa: E731
@@ -81,7 +81,7 @@ def test_two_tasks_of_a_sweep_on_one_node_have_their_own_values_ports_and_folder
 
 
 def test_a_task_of_a_sweep_without_a_value_is_refused_before_anything_is_written(cluster: Cluster, tmp_path: Path):
-    job = cluster.submit("sweep", "--lr", "0.01", "trainers/cifar.py", *QUICK, "--output-dir", tmp_path / "runs",
+    job = cluster.submit("sweep", "--lr", "0.01", "trainers/cifar.py", *TINY, "--output-dir", tmp_path / "runs",
                          log=tmp_path / "log", options=(*ONE, "--array=1"))
     wait_until(lambda: "ERROR usage: --array: task 1 has no value" in job.text(), 30, job.text)
     assert not (tmp_path / "runs").exists()
@@ -94,7 +94,7 @@ def test_paths_with_spaces_work_and_shell_characters_in_names_are_not_executed(c
     witness = tmp_path / "executed"
     evil = f"x$(touch {str(witness).replace('/', '${PWD:0:1}')})`touch executed`;touch executed;'\"&|*"
     output = checkout / "my runs"
-    job = cluster.submit("preemptible", "trainers/cifar.py", *QUICK, "--output-dir", output, "--run-name", evil,
+    job = cluster.submit("preemptible", "trainers/cifar.py", *TINY, "--output-dir", output, "--run-name", evil,
                          log=tmp_path / "log", options=(*ONE, f"--job-name={evil}", f"--comment={evil}"), cwd=checkout)
     assert job.wait() == "COMPLETED", job.text()
     made = [path.parent for path in output.rglob("status.json")]
@@ -122,7 +122,7 @@ def environment_for_anyone(folder: Path) -> Path:
 def test_a_user_who_may_not_write_gets_one_line_and_a_wrong_partition_slurms_own(cluster: Cluster, tmp_path: Path):
     home, closed = Path(cluster.folder) / "home", Path(cluster.folder) / "closed"
     closed.mkdir(mode=0o755)
-    job = cluster.submit("single_node", "trainers/cifar.py", *QUICK, "--output-dir", closed / "runs", user="rig",
+    job = cluster.submit("single_node", "trainers/cifar.py", *TINY, "--output-dir", closed / "runs", user="rig",
                          log=home / "log", options=ONE, TRAINERS_ENV=str(environment_for_anyone(closed)))
     assert job.wait() == "FAILED"
     assert len(job.errors()) == 1, job.text()

@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.slurm_support import QUICK, Cluster, Job, own_jobs, slow_trainer, state_of, step_of, wait_until
-from tests.support import largest_difference, newest_checkpoint, read_json, train
+from tests.jobs import forked
+from tests.slurm_support import Cluster, Job, own_jobs, slow_trainer, state_of, step_of, wait_until
+from tests.support import TINY, largest_difference, newest_checkpoint, read_json
 
 __all__ = ["own_jobs"]  # a fixture
 pytestmark = [pytest.mark.slurm, pytest.mark.usefixtures("own_jobs"), pytest.mark.timeout(600)]
@@ -22,7 +23,7 @@ LISTEN = "import socket, sys, time; s = socket.create_server(('', int(sys.argv[1
 def never_stopped(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The run folder of 80 steps on 4 ranks of one machine that nothing happens to."""
     folder = tmp_path_factory.mktemp("never-stopped")
-    done = train("cifar", *QUICK, *STEPS, "--output-dir", folder, "--run-name", "run", ranks=4)
+    done = forked("cifar", *TINY, *STEPS, "--output-dir", folder, "--run-name", "run", ranks=4)
     assert done.code == 0, done.err
     return folder / "run"
 
@@ -46,7 +47,7 @@ def mended(cluster: Cluster) -> Iterator[None]:
 def test_a_job_that_loses_a_node_goes_on_elsewhere_from_its_last_checkpoint_and_leaves_nothing_running(
         cluster: Cluster, tmp_path: Path, never_stopped: Path, part: str, broken: int,
         step_seconds: float):
-    job = cluster.submit("multi_node", slow_trainer(tmp_path), *QUICK, *STEPS, "--output-dir", tmp_path, "--run-name",
+    job = cluster.submit("multi_node", slow_trainer(tmp_path), *TINY, *STEPS, "--output-dir", tmp_path, "--run-name",
                          "run", log=tmp_path / "log", options=("--exclude=node[4-5]", *TWO_BY_TWO),
                          STEP_SECONDS=str(step_seconds))
     run = tmp_path / "run"
@@ -68,7 +69,7 @@ def test_a_job_that_loses_a_node_goes_on_elsewhere_from_its_last_checkpoint_and_
 @pytest.mark.usefixtures("mended")
 def test_an_elastic_run_goes_on_with_one_node_and_takes_the_other_in_again(
         cluster: Cluster, tmp_path: Path, never_stopped: Path):
-    array = cluster.submit("elastic", slow_trainer(tmp_path), *QUICK, *STEPS, "--output-dir", tmp_path, "--run-name",
+    array = cluster.submit("elastic", slow_trainer(tmp_path), *TINY, *STEPS, "--output-dir", tmp_path, "--run-name",
                            "run", log=tmp_path / "log-%a", STEP_SECONDS="0.6",
                            options=("--array=0-1", "--exclude=node[3-5]", "--exclusive", "--ntasks-per-node=1"))
     first, second = (Job(cluster, f"{array.key}_{task}", tmp_path / f"log-{task}") for task in (0, 1))
@@ -115,7 +116,7 @@ def test_a_rendezvous_that_cannot_come_up_ends_in_one_line_that_says_host_port_a
         "away": ("multi_node", {"MASTER_ADDR": "10.77.0.99", "MASTER_PORT": "9732"}, "10.77.0.99:9732",
                  "interface eth0", "1 of 2 nodes came within 60 s"),
     }
-    jobs = {name: cluster.submit(file, "trainers/cifar.py", *QUICK, "--output-dir", tmp_path / name, "--run-name",
+    jobs = {name: cluster.submit(file, "trainers/cifar.py", *TINY, "--output-dir", tmp_path / name, "--run-name",
                                  "run", log=tmp_path / f"{name}.log", **variables,
                                  options=("--nodes=2", "--nodelist=node[1-2]", "--ntasks-per-node=1"))
             for name, (file, variables, *_) in broken.items()}

@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.slurm_support import QUICK, Cluster, Job, own_jobs, slow_trainer, state_of, step_of, wait_until
-from tests.support import read_json, train
+from tests.jobs import forked
+from tests.slurm_support import Cluster, Job, own_jobs, slow_trainer, state_of, step_of, wait_until
+from tests.support import TINY, read_json
 
 __all__ = ["own_jobs"]  # a fixture
 pytestmark = [pytest.mark.slurm, pytest.mark.usefixtures("own_jobs"), pytest.mark.timeout(600)]
@@ -21,13 +22,13 @@ STEPS = ["--max-steps", "80", "--checkpoint-every", "10"]
 def never_stopped(tmp_path_factory: pytest.TempPathFactory) -> str:
     """weights_sha256 of 80 steps on 4 ranks that nobody stops."""
     folder = tmp_path_factory.mktemp("never-stopped")
-    done = train("cifar", *QUICK, *STEPS, "--output-dir", folder, "--run-name", "run", ranks=4)
+    done = forked("cifar", *TINY, *STEPS, "--output-dir", folder, "--run-name", "run", ranks=4)
     assert done.code == 0, done.err
     return read_json(folder / "run" / "result.json")["weights_sha256"]
 
 
 def submit_slow(cluster: Cluster, folder: Path, *options: str, step_seconds: float = 0.15, **variables: str) -> Job:
-    return cluster.submit("preemptible", slow_trainer(folder), *QUICK, *STEPS, "--output-dir", folder, "--run-name",
+    return cluster.submit("preemptible", slow_trainer(folder), *TINY, *STEPS, "--output-dir", folder, "--run-name",
                           "run", log=folder / "log", options=("--exclude=node[4-5]", *TWO_BY_TWO, *options),
                           STEP_SECONDS=str(step_seconds), **variables)
 

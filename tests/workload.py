@@ -7,15 +7,16 @@ from typing import Any
 
 import numpy as np
 
-from tests.support import metrics, read_json, train
+from tests.jobs import forked
+from tests.support import metrics, read_json
 
 THREE_SEEDS = (0, 1, 2)
 
 
 def finished(trainer: str, run: Path, *flags: Any, ranks: int | None = None, timeout: float = 120) -> Path:
     """Train into the folder `run` and return it, having made sure that it ended well; one thread a rank."""
-    done = train(trainer, *flags, "--threads", "1", "--output-dir", run.parent, "--run-name", run.name, ranks=ranks,
-                 timeout=timeout)
+    done = forked(trainer, *flags, "--threads", "1", "--output-dir", run.parent, "--run-name", run.name, ranks=ranks,
+                  timeout=timeout)
     assert done.code == 0, done.err
     assert read_json(run / "status.json")["state"] == "DONE"
     return run
