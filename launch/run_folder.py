@@ -140,9 +140,13 @@ class RunFolder:
             False if there is nothing left to do.
 
         Raises:
-            UsageError: if a flag that alters the run differs from what the run was started with.
+            UsageError: if a flag that alters the run differs from what the run was started with, or if only an
+                evaluation is asked for, whose result would replace that of the run.
         """
         before, status = self.read_json("config.json"), self.read_json("status.json") or {}
+        if config.get("evaluate") is not None and self._has_progress():
+            raise UsageError(f"--evaluate {config['evaluate']}: {self.path} holds a training run, whose result this "
+                             f"would replace; give the evaluation another --run-name")
         if before is not None and self._has_progress() and config.get("resume") != "never":
             self._check_unchanged(config, before, may_change)
             if status.get("state") == "DONE" and not any(grew(config, before, name) for name in GROWING):

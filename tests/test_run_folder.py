@@ -109,6 +109,17 @@ def test_a_run_that_is_done_goes_on_only_for_more(folder: RunFolder) -> None:
     assert (folder.read_json("status.json") or {})["step"] == 10
 
 
+def test_an_evaluation_does_not_replace_the_result_of_a_training_run(folder: RunFolder) -> None:
+    assert begin(folder, evaluate="best.pt")
+    assert begin(folder, evaluate="best.pt")  # again into its own folder
+    assert begin(folder)
+    commit_a_checkpoint(folder)
+    before = folder.read_json("config.json")
+    with pytest.raises(UsageError, match=r"--evaluate best\.pt: .*/r holds a training run, .* another --run-name"):
+        begin(folder, evaluate="best.pt")
+    assert folder.read_json("config.json") == before
+
+
 def test_metrics_are_cut_to_the_lines_that_will_not_be_written_again(folder: RunFolder) -> None:
     lines = [("train", 5), ("train", 10), ("test", 10), ("train", 15)]
     for split, step in lines:

@@ -25,6 +25,12 @@ class Precision:
         self.name = name
         self.device_type = device.type
         self.scaler = torch.amp.GradScaler(device.type) if name == "fp16" else None
+        self._num_skipped = torch.zeros((), device=device)  # counted on the device, which a step does not wait for
+
+    @property
+    def num_skipped_steps(self) -> int:
+        """Optimizer steps of the run that were skipped since a gradient overflowed in fp16. Waits for the device."""
+        return int(self._num_skipped.item())
 
     def autocast(self) -> contextlib.AbstractContextManager[object]:
         """The context of the forward pass and the loss."""
@@ -47,13 +53,18 @@ class Precision:
             optimizer.step()
         else:
             self.scaler.step(optimizer)
+            overflows = self.scaler._found_inf_per_device(optimizer).values()  # of one device; the next call clears it
+            self._num_skipped += sum(overflows)
             self.scaler.update()
 
     def state_dict(self) -> dict[str, Any]:
-        """The scaler's state; empty without one."""
-        return self.scaler.state_dict() if self.scaler is not None else {}
+        """The scaler's state and the number of skipped steps; empty without a scaler."""
+        if self.scaler is None:
+            return {}
+        return {**self.scaler.state_dict(), "num_skipped_steps": self.num_skipped_steps}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """The inverse."""
         if self.scaler is not None:
             self.scaler.load_state_dict(state)
+            self._num_skipped.fill_(state["num_skipped_steps"])

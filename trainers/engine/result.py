@@ -36,7 +36,7 @@ def finish(config: TrainConfig, trainer: Trainer, evaluation: Evaluation, class_
         "parallel": choose_parallel(config.parallel, world, num_gpus=torch.cuda.device_count())[0],
         "num_parameters": num_parameters(unwrap(trainer.model)),
         "weights_sha256": weights_sha256(unwrap(trainer.model)), "peak_memory_bytes": peak_memory_bytes(world.device),
-        "steps": trainer.step, "best": trainer.best,
+        "steps": trainer.step, "num_skipped_steps": trainer.precision.num_skipped_steps, "best": trainer.best,
         "num_checkpoints": trainer.checkpointer.num_saves,  # of this process, and what training waited for them
         "checkpoint_wait_seconds": trainer.checkpointer.wait_seconds,
     })
