@@ -17,6 +17,7 @@ SIZE = 28
 NUM_TRAIN, NUM_TEST = 10_000, 2_000
 DIGITS = 7  # this module's purpose among the keyed random numbers; 8 is its grain
 TRAITS = 32  # random numbers an image: 8 for the whole, the others for its points
+DRAWN_AT_ONCE = 500  # of 10,000 at once, the intermediate results take half a gigabyte
 GRAIN = 0.15  # of the full range
 
 STROKES = (  # (x, y) in a unit square, y downwards
@@ -42,6 +43,12 @@ def load(*, seed: int = 0, num_train: int = NUM_TRAIN, num_test: int = NUM_TEST)
 def draw(samples: range, *, seed: int) -> TensorDataset:
     """The images of these sample numbers, white on black; image i shows the digit i mod 10."""
     index = torch.arange(samples.start, samples.stop)
+    inputs = torch.cat([draw_some(part, seed) for part in index.split(DRAWN_AT_ONCE)])
+    return TensorDataset(inputs=inputs, targets=index % len(CLASS_NAMES), class_names=CLASS_NAMES)
+
+
+def draw_some(index: Tensor, seed: int) -> Tensor:
+    """The images of these sample numbers, uint8 (N, 1, 28, 28)."""
     labels = index % len(CLASS_NAMES)
     traits = random_uniform(index[:, None] * TRAITS + torch.arange(TRAITS), seed, DIGITS) - 0.5  # (N, TRAITS)
     images = torch.empty(len(index), SIZE, SIZE)
@@ -50,8 +57,7 @@ def draw(samples: range, *, seed: int) -> TensorDataset:
         images[mine] = ink(torch.tensor(stroke), traits[mine])
     grain = random_uniform(index[:, None, None] * SIZE**2 + torch.arange(SIZE**2).view(SIZE, SIZE), seed, DIGITS + 1)
     images = (images + GRAIN * (grain - 0.5)).clamp_(0, 1)
-    return TensorDataset(inputs=images.mul_(255).round_().to(torch.uint8).unsqueeze(1), targets=labels,
-                         class_names=CLASS_NAMES)
+    return images.mul_(255).round_().to(torch.uint8).unsqueeze(1)
 
 
 def ink(stroke: Tensor, traits: Tensor) -> Tensor:

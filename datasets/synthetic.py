@@ -18,6 +18,7 @@ STD = (0.25, 0.25, 0.25)
 SIZE = 32
 NUM_TRAIN, NUM_TEST = 10_000, 2_000
 SYNTHETIC = 5  # this module's purpose among the keyed random numbers
+DRAWN_AT_ONCE = 500  # of 10,000 at once, the intermediate results took a gigabyte in every rank
 NOISE = 0.1  # standard deviation, of the full range
 
 
@@ -29,6 +30,12 @@ def load(*, seed: int = 0, num_train: int = NUM_TRAIN, num_test: int = NUM_TEST)
 def draw(samples: range, *, seed: int) -> TensorDataset:
     """The images of these sample numbers; image i shows class i mod 10."""
     index = torch.arange(samples.start, samples.stop)
+    inputs = torch.cat([draw_some(part, seed) for part in index.split(DRAWN_AT_ONCE)])
+    return TensorDataset(inputs=inputs, targets=index % len(CLASS_NAMES), class_names=CLASS_NAMES)
+
+
+def draw_some(index: Tensor, seed: int) -> Tensor:
+    """The images of these sample numbers, uint8 (N, 3, 32, 32)."""
     labels = index % len(CLASS_NAMES)
     traits = random_uniform(index[:, None] * 16 + torch.arange(16), seed, SYNTHETIC)  # (N, 16) in [0, 1)
     images = background_of(traits)
@@ -39,7 +46,7 @@ def draw(samples: range, *, seed: int) -> TensorDataset:
     pixels = torch.arange(SIZE * SIZE).view(1, SIZE, SIZE)
     noise = random_uniform(index[:, None, None, None] * SIZE * SIZE + pixels, seed, SYNTHETIC + 1) - 0.5
     images = (images + NOISE * math.sqrt(12) * noise).clamp_(0, 1)  # the same noise in every channel: grain
-    return TensorDataset(inputs=images.mul_(255).round_().to(torch.uint8), targets=labels, class_names=CLASS_NAMES)
+    return images.mul_(255).round_().to(torch.uint8)
 
 
 def background_of(traits: Tensor) -> Tensor:

@@ -6,6 +6,7 @@
     done = forked("mnist", *flags, ranks=2)  # for tests of what is trained and not of how it is launched
 """
 
+import contextlib
 import functools
 import json
 import os
@@ -119,7 +120,8 @@ class Job:
 
     def __exit__(self, *error: object) -> None:
         for pid in self.alive():
-            os.kill(pid, signal.SIGKILL)
+            with contextlib.suppress(ProcessLookupError):  # it has ended since
+                os.kill(pid, signal.SIGKILL)
 
     def wait(self, timeout: float = 60) -> Ended:
         """Until every rank has ended.

@@ -231,10 +231,10 @@ def test_blitz_reaches_the_tutorials_accuracy_in_two_fifths_of_its_time(cifar10:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(1500)
 def test_fast_reaches_ninety_per_cent_on_two_ranks_of_one_thread(cifar10: Path, tmp_path: Path) -> None:
     began = time.monotonic()
-    run = checked(tmp_path / "fast", "--data-dir", cifar10, "--threads", 1, ranks=2, timeout=850, start=train)
+    run = checked(tmp_path / "fast", "--data-dir", cifar10, "--threads", 1, ranks=2, timeout=1400, start=train)
     result = read_json(run / "result.json")
     print(f"{result['accuracy']:.4f} in {result['train_seconds']:.0f} s of {time.monotonic() - began:.0f} s")
     assert result["accuracy"] >= 0.90
