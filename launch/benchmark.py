@@ -65,8 +65,8 @@ class BenchmarkConfig:
     """The trainer's --recipe."""
     dataset: str = "synthetic"
     """The trainer's --dataset."""
-    learning_rate: float = 0.05
-    """High enough for set-ups that learn something else to be found out."""
+    learning_rate: float = 0.01
+    """High enough for set-ups that learn something else to be found out, and too low for rounding to grow."""
     trainer_flags: str = ""
     """More flags for every command, as one string after =, as in --trainer-flags="--width 64 --optimizer adam"."""
     batch_size: int = 128

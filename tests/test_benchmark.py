@@ -28,6 +28,7 @@ def figures(rate: float, *, ranks: int = 1, **changed: Any) -> dict[str, Any]:
     return {
         "samples_per_second": rate, "seconds": 10.0, "loss": 2.0, "weights_moved": 1.0, "batch_norm": False,
         "world_size": ranks, "threads_per_rank": 1, "cpu_seconds": [9.9] * ranks, "queued_seconds": [0.01] * ranks,
+        "machine_seconds": [10.0 * ranks] * ranks,
         "peak_memory_bytes": [100 + rank for rank in range(ranks)], "flops_per_sample": 10.0,
         "matrix_flops_per_second": [1000.0] * ranks, "data_seconds": [0.1] * ranks,
         "forward_backward_seconds": [0.5] * ranks, "optimizer_seconds": [0.1] * ranks,
@@ -166,7 +167,8 @@ def test_rounding_and_batchnorm_are_no_reason_to_call_a_loss_wrong():
     assert [row["verdict"] for row in summarise([one, two], runs, baseline=None)["rows"]] == ["same"] * 2
 
 
-@pytest.mark.parametrize("changed", [{"queued_seconds": [2.0]}, {"cpu_seconds": [7.0], "queued_seconds": [None]}])
+@pytest.mark.parametrize("changed", [{"queued_seconds": [2.0], "machine_seconds": [15.0]},
+                                     {"cpu_seconds": [7.0], "queued_seconds": [None], "machine_seconds": [None]}])
 def test_a_busy_machine_is_noticed_and_its_rows_are_named(changed: dict[str, Any]):
     one, two = jobs("cpu:1", "cpu:2")
     rows = summarise([one, two], runs_of(one, figures(100, **changed)) + runs_of(two, figures(180, ranks=2)),
@@ -176,6 +178,12 @@ def test_a_busy_machine_is_noticed_and_its_rows_are_named(changed: dict[str, Any
     assert len(warning) == 1
     assert "cpu:1 (batch 64)" in warning[0]
     assert "cpu:2" not in warning[0]
+
+
+def test_ranks_that_wait_for_each_others_cores_alone_do_not_make_a_machine_busy():
+    planned = plan([parse_setup("cpu:2")], batch_size=64, rank_batch_size=64, scaling="strong")
+    runs = runs_of(planned[0], figures(100, ranks=2, queued_seconds=[2.0, 2.0]))
+    assert [row["busy"] for row in summarise(planned, runs, baseline=None)["rows"]] == [False]
 
 
 def test_a_failed_setup_keeps_its_row_and_says_how():

@@ -8,7 +8,8 @@ from typing import Any
 from launch.bench.runs import Job
 from launch.bench.setups import Setup
 
-BUSY_SHARE = 0.05  # of the time a thread was ready to run, another process had its core
+QUEUED_SHARE = 0.05  # of the time a thread was ready to run, another had its core: another rank's, or
+OTHERS_SHARE = 0.1  # of the CPU time of all ranks, other processes used as well (on an idle machine 0.04 at most)
 IDLE_SHARE = 0.15  # of its time, a lone CPU process did not compute: another machine, or a virtual core, had it
 LOSS_TOLERANCE = 1e-3  # relative: the same sums in another order, grown over a few hundred fp32 steps
 MOVED_TOLERANCE = 0.02  # relative, for the distance that the weights moved, which is what is left of many gradients
@@ -81,10 +82,12 @@ def cpu_share(figures: dict[str, Any]) -> float:
 
 
 def is_busy(figures: dict[str, Any], setup: Setup) -> bool:
-    """Whether something else had the cores: threads queued for one, or a lone CPU process was kept from computing."""
-    queued = [seconds for seconds in figures["queued_seconds"] if seconds is not None]
-    if queued and max(queued) > BUSY_SHARE * figures["seconds"] * figures["threads_per_rank"]:
-        return True
+    """Whether something else had the cores that threads queued for, or a lone CPU process was kept from computing."""
+    if None not in figures["queued_seconds"]:
+        own = sum(figures["cpu_seconds"])
+        queued = max(figures["queued_seconds"]) > QUEUED_SHARE * figures["seconds"] * figures["threads_per_rank"]
+        if queued and max(figures["machine_seconds"]) - own > OTHERS_SHARE * own:
+            return True
     alone = setup.kind == "cpu" and figures["world_size"] == 1 and figures["threads_per_rank"] == 1
     return alone and cpu_share(figures) < 1 - IDLE_SHARE
 

@@ -5,9 +5,10 @@ needs a wait for the device at every phase. Communication is what gradient avera
 windows with and without it alternate, and waiting for the slowest rank is part of it.
 """
 
+import os
 import resource
 import time
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -66,7 +67,8 @@ def measure(trainer: Trainer, train: TrainBatches, *, warmup: int, steps: int) -
     flops = flops_per_sample(trainer, train)
     product_rate = matrix_flops_per_second(trainer)
     mine = {"seconds": seconds, "cpu_seconds": used.cpu_seconds, "queued_seconds": used.queued_seconds,
-            "peak_memory_bytes": memory_bytes, "matrix_flops_per_second": product_rate, **phases}
+            "machine_seconds": used.machine_seconds, "peak_memory_bytes": memory_bytes,
+            "matrix_flops_per_second": product_rate, **phases}
     ranks = gather(world, mine)
     slowest = max(rank["seconds"] for rank in ranks)
     return {
@@ -151,26 +153,35 @@ def timed_phases(trainer: Trainer, train: TrainBatches, steps: int, clock: Phase
 
 @dataclass(frozen=True, kw_only=True)
 class Usage:
-    """What the kernel has charged to this process."""
+    """What the kernel has charged to this process, and to all of them together."""
 
     cpu_seconds: float
     queued_seconds: float | None
-    """Ready to run, but another process had the core (Linux; the sum over threads)."""
+    """Ready to run, but another thread had the core (Linux; the sum over threads)."""
+    machine_seconds: float | None
+    """CPU time of all processes of the machine, and what its host took from it (Linux)."""
 
     @classmethod
     def now(cls) -> "Usage":
         """Up to this moment."""
         usage = resource.getrusage(resource.RUSAGE_SELF)
-        try:
-            queued = sum(int((task / "schedstat").read_text().split()[1]) for task in Path("/proc/self/task").iterdir())
-        except (OSError, IndexError, ValueError):
-            return cls(cpu_seconds=usage.ru_utime + usage.ru_stime, queued_seconds=None)
-        return cls(cpu_seconds=usage.ru_utime + usage.ru_stime, queued_seconds=queued / 1e9)
+        queued = machine = None
+        with suppress(OSError, IndexError, ValueError):
+            tasks = Path("/proc/self/task").iterdir()
+            queued = sum(int((task / "schedstat").read_text().split()[1]) for task in tasks) / 1e9
+            ticks = [int(word) for word in Path("/proc/stat").read_text().splitlines()[0].split()[1:]]
+            machine = sum(ticks[:3] + ticks[7:8]) / os.sysconf("SC_CLK_TCK")  # user, nice, system; steal
+        return cls(cpu_seconds=usage.ru_utime + usage.ru_stime, queued_seconds=queued, machine_seconds=machine)
 
     def __sub__(self, before: "Usage") -> "Usage":
-        known = self.queued_seconds is not None and before.queued_seconds is not None
-        queued = max(0.0, self.queued_seconds - before.queued_seconds) if known else None  # pyright: ignore
-        return Usage(cpu_seconds=self.cpu_seconds - before.cpu_seconds, queued_seconds=queued)
+        return Usage(cpu_seconds=self.cpu_seconds - before.cpu_seconds,
+                     queued_seconds=difference(self.queued_seconds, before.queued_seconds),
+                     machine_seconds=difference(self.machine_seconds, before.machine_seconds))
+
+
+def difference(now: float | None, before: float | None) -> float | None:
+    """Between two readings, at least 0 (a thread's goes with it); None where one is not known."""
+    return None if now is None or before is None else max(0.0, now - before)
 
 
 def flops_per_sample(trainer: Trainer, train: TrainBatches) -> float:
