@@ -79,7 +79,7 @@ class BenchmarkConfig:
     """What speed-ups refer to, one of --setups. Default: the slowest that uses one device."""
     threads: int = 1
     """Threads per rank, unless a set-up has +threads=T."""
-    rounds: int = 3
+    rounds: int = 5
     """Times that each set-up is run."""
     seconds: float = 4
     """About how long each timed window takes on the first set-up: from this follow the steps, the same for all."""
