@@ -4,6 +4,7 @@ The cluster comes from ../shared/slurm-cluster. Where that is missing, or cannot
 why; with REQUIRE_SLURM=1, which .ci/run sets, a cluster that is there and cannot be started is a failure.
 """
 
+import fcntl
 import json
 import os
 import re
@@ -184,7 +185,9 @@ def start_cluster() -> Iterator[Cluster]:
     try:
         conf = Path(folder).with_suffix(".conf")
         conf.write_text(CONF)
-        up = cluster.call("up", NODES, timeout=180, SLURM_RIG_CONF=str(conf), SLURM_RIG_NICE="0")
+        with open(Path(tempfile.gettempdir()) / "slurm-up.lock", "w") as alone:  # what it downloads, all use
+            fcntl.flock(alone, fcntl.LOCK_EX)
+            up = cluster.call("up", NODES, timeout=180, SLURM_RIG_CONF=str(conf), SLURM_RIG_NICE="0")
         conf.unlink()
         if up.code != 0:
             reason = f"the Slurm cluster could not be started: {up.err.strip()[-500:]}"

@@ -14,7 +14,8 @@ from tests.support import TINY, largest_difference, newest_checkpoint, read_json
 __all__ = ["own_jobs"]  # a fixture
 pytestmark = [pytest.mark.slurm, pytest.mark.usefixtures("own_jobs"), pytest.mark.timeout(600)]
 TWO_BY_TWO = ("--nodes=2", "--ntasks-per-node=2", "--cpus-per-task=1")
-STEPS = ["--max-steps", "80", "--checkpoint-every", "10", "--timeout", "25"]
+STEPS = ["--max-steps", "80", "--checkpoint-every", "10"]
+SHORT = ["--timeout", "25"]
 LISTEN = "import socket, sys, time; s = socket.create_server(('', int(sys.argv[1]))); print('up', flush=True); " \
          "time.sleep(300)"
 
@@ -47,8 +48,8 @@ def mended(cluster: Cluster) -> Iterator[None]:
 def test_a_job_that_loses_a_node_goes_on_elsewhere_from_its_last_checkpoint_and_leaves_nothing_running(
         cluster: Cluster, tmp_path: Path, never_stopped: Path, part: str, broken: int,
         step_seconds: float):
-    job = cluster.submit("multi_node", slow_trainer(tmp_path), *TINY, *STEPS, "--output-dir", tmp_path, "--run-name",
-                         "run", log=tmp_path / "log", options=("--exclude=node[4-5]", *TWO_BY_TWO),
+    job = cluster.submit("multi_node", slow_trainer(tmp_path), *TINY, *STEPS, *SHORT, "--output-dir", tmp_path,
+                         "--run-name", "run", log=tmp_path / "log", options=("--exclude=node[4-5]", *TWO_BY_TWO),
                          STEP_SECONDS=str(step_seconds))
     run = tmp_path / "run"
     wait_until(lambda: step_of(run) >= 20, 120, job.text)
@@ -69,8 +70,8 @@ def test_a_job_that_loses_a_node_goes_on_elsewhere_from_its_last_checkpoint_and_
 @pytest.mark.usefixtures("mended")
 def test_an_elastic_run_goes_on_with_one_node_and_takes_the_other_in_again(
         cluster: Cluster, tmp_path: Path, never_stopped: Path):
-    array = cluster.submit("elastic", slow_trainer(tmp_path), *TINY, *STEPS, "--output-dir", tmp_path, "--run-name",
-                           "run", log=tmp_path / "log-%a", STEP_SECONDS="0.6",
+    array = cluster.submit("elastic", slow_trainer(tmp_path), *TINY, *STEPS, *SHORT, "--output-dir", tmp_path,
+                           "--run-name", "run", log=tmp_path / "log-%a", STEP_SECONDS="0.6",
                            options=("--array=0-1", "--exclude=node[3-5]", "--exclusive", "--ntasks-per-node=1"))
     first, second = (Job(cluster, f"{array.key}_{task}", tmp_path / f"log-{task}") for task in (0, 1))
     text = lambda: first.text() + second.text()  # noqa: E731
