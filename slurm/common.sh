@@ -126,7 +126,10 @@ conclude_or_requeue() {  # STAMP-BEFORE TRAINER FLAGS...: like conclude, but wha
     state=$(state_of "$file")
     [[ $STEP_CODE -gt 128 || $(stamp_of "$file") != "$before" ]] || conclude "$@"  # it failed before it began
     case $state in
-        DONE*) conclude "$@" ;;
+        DONE*)
+            # a signal that came while torchrun was leaving spoils its exit code, not the run
+            [[ $(stamp_of "$file") == "$before" ]] || STEP_CODE=0
+            conclude "$@" ;;
         FAILED*"ERROR distributed"*) ;;  # a rank or node was lost; what else fails would fail again
         FAILED*) conclude "$@" ;;
     esac
