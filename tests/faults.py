@@ -44,7 +44,7 @@ def cases(faults: list[Fault], *, default: set[str]) -> list[Any]:
             for fault in faults]
 
 
-def inject(server: Server, fault: Fault, folder: Path) -> Ended:
+def assert_ends_as_specified(server: Server, fault: Fault, folder: Path) -> Ended:
     """Run a trainer with the fault and check how it ends."""
     flags: list[Any] = [*NORMED, "--output-dir", folder / "runs", *fault.flags]
     with Job(server, "cifar", flags, folder=folder, ranks=fault.ranks, hook=fault.hook, streams=dict(fault.streams),

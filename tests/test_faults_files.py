@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.faults import Fault, cases, check, inject
+from tests.faults import Fault, assert_ends_as_specified, cases, check
 from tests.jobs import NORMED, Job, Server
 from tests.resuming import outcome, run
 from tests.support import newest_checkpoint, read_json
@@ -57,7 +57,7 @@ def whole(server: Server, tmp_path_factory: pytest.TempPathFactory) -> dict[str,
 @pytest.mark.parametrize("fault", cases(STREAMS, default={
     "both-closed", "clock-jumps-back", "disk-full-for-a-checkpoint"}))
 def test_a_run_whose_surroundings_fail_goes_on_or_says_why_not(server: Server, tmp_path: Path, fault: Fault) -> None:
-    inject(server, fault, tmp_path)
+    assert_ends_as_specified(server, fault, tmp_path)
 
 
 def test_a_reader_of_stdout_that_goes_away_does_not_end_the_run(server: Server, tmp_path: Path) -> None:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.faults import Fault, cases, check, inject
+from tests.faults import Fault, assert_ends_as_specified, cases, check
 from tests.jobs import Server
 from tests.resuming import run
 
@@ -44,7 +44,7 @@ FLAGS = [
 @pytest.mark.parametrize("fault", cases(FLAGS, default={
     "batch-not-divisible", "data-set-smaller-than-a-batch", "unknown-flag", "no-CUDA-device", "data-missing"}))
 def test_a_mistake_is_told_in_one_line_before_anything_is_trained(server: Server, tmp_path: Path, fault: Fault) -> None:
-    inject(server, fault, tmp_path)
+    assert_ends_as_specified(server, fault, tmp_path)
     assert not (tmp_path / "runs" / "r" / "metrics.jsonl").exists()
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.faults import Fault, cases, check, check_lines, check_nothing_left, inject
+from tests.faults import Fault, assert_ends_as_specified, cases, check, check_lines, check_nothing_left
 from tests.jobs import NORMED, Job, Server, free_port, slack, variables_of
 from tests.support import read_json
 
@@ -39,7 +39,7 @@ FAULTS = [
 @pytest.mark.parametrize("fault", cases(FAULTS, default={
     "rank-0-killed", "loss-not-finite-on-one-rank", "loss-not-finite-in-the-last-step"}))
 def test_a_rank_that_fails_is_named_once_and_every_rank_ends(server: Server, tmp_path: Path, fault: Fault) -> None:
-    inject(server, fault, tmp_path)
+    assert_ends_as_specified(server, fault, tmp_path)
 
 
 def test_a_process_that_was_taken_over_writes_nothing_more(server: Server, tmp_path: Path) -> None:
@@ -47,7 +47,7 @@ def test_a_process_that_was_taken_over_writes_nothing_more(server: Server, tmp_p
                 ' for path in __import__("pathlib").Path("runs").rglob("*") if path.is_file()))))')
     fault = Fault(name="fence", hook=f'at(12, "data", {snapshot})', codes=(4,), state="RUNNING",
                   error="a later incarnation")
-    inject(server, fault, tmp_path)
+    assert_ends_as_specified(server, fault, tmp_path)
     after = sorted((str(path.relative_to(tmp_path)), path.stat().st_mtime_ns)
                    for path in (tmp_path / "runs").rglob("*") if path.is_file())
     before = (tmp_path / "before.txt").read_text()
@@ -132,15 +132,16 @@ def test_a_port_that_is_taken_is_named(server: Server, tmp_path: Path) -> None:
         fault = Fault(name="port", codes=(6,), state=None, error=f"ERROR distributed: .*:{holder.getsockname()[1]} .*"
                       "EADDRINUSE.*MASTER_PORT", variables=(
                           ("RANK", "0"), ("WORLD_SIZE", "1"), ("MASTER_PORT", str(holder.getsockname()[1]))))
-        inject(server, fault, tmp_path)
+        assert_ends_as_specified(server, fault, tmp_path)
 
 
 @pytest.mark.parametrize(("name", "value"), [("RANK", "first"), ("WORLD_SIZE", "")])
 def test_launcher_variables_that_are_no_numbers_are_a_usage_error(server: Server, tmp_path: Path, name: str,
                                                                  value: str) -> None:
     variables = {"RANK": "0", "WORLD_SIZE": "1", **{name: value}}
-    inject(server, Fault(name="variables", codes=(2,), state=None, error="ERROR usage: launcher variables: invalid",
-                         variables=tuple(variables.items())), tmp_path)
+    fault = Fault(name="variables", codes=(2,), state=None, error="ERROR usage: launcher variables: invalid",
+                  variables=tuple(variables.items()))
+    assert_ends_as_specified(server, fault, tmp_path)
 
 
 def test_a_rank_without_a_device_is_named_and_the_other_ends(server: Server, tmp_path: Path) -> None:
@@ -148,7 +149,7 @@ def test_a_rank_without_a_device_is_named_and_the_other_ends(server: Server, tmp
             "import launch.process_group as group\nchosen = group.choose_device\n"
             "group.choose_device = lambda device, launch: chosen('auto', launch) if launch.rank == 2 "
             "else chosen('cpu', launch)\n")
-    ended = inject(server, Fault(name="device", ranks=3, hook=hook, codes=(6, 6, 5), state=None,
+    ended = assert_ends_as_specified(server, Fault(name="device", ranks=3, hook=hook, codes=(6, 6, 5), state=None,
                                  error="ERROR device: --device auto: local rank 2 of 3 has no GPU, 2 are visible"),
                    tmp_path)
     assert ended.seconds < 30
@@ -157,5 +158,5 @@ def test_a_rank_without_a_device_is_named_and_the_other_ends(server: Server, tmp
 def test_the_status_of_a_run_that_lost_a_rank_says_so(server: Server, tmp_path: Path) -> None:
     fault = Fault(name="killed", ranks=2, hook='at(13, "backward", kill, ranks=[1])', codes=(6, -9), state="FAILED",
                   error="rank 1 of 2")
-    inject(server, fault, tmp_path)
+    assert_ends_as_specified(server, fault, tmp_path)
     assert read_json(tmp_path / "runs" / "r" / "status.json")["reason"] == "ERROR distributed: another rank was lost"

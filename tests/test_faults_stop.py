@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.faults import Fault, cases, check, check_nothing_left, inject
+from tests.faults import Fault, assert_ends_as_specified, cases, check, check_nothing_left
 from tests.jobs import NORMED, Job, Server, slack
 from tests.resuming import IMAGES, image_tree
 from tests.support import newest_checkpoint, read_json
@@ -35,7 +35,7 @@ STOPS = [
     "SIGTERM-to-rank-1-in-training", "SIGTERM-in-the-last-evaluation", "SIGTERM-to-one-rank-at-start-up",
     "a-second-SIGINT-a-second-later"}))
 def test_a_stop_signal_ends_the_run_at_a_step_it_can_go_on_from(server: Server, tmp_path: Path, fault: Fault) -> None:
-    inject(server, fault, tmp_path)
+    assert_ends_as_specified(server, fault, tmp_path)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow),

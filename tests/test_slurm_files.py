@@ -100,6 +100,17 @@ def test_the_status_of_a_run_without_a_name_is_found_by_its_job(tmp_path: Path):
     assert found == f"{tmp_path}/cifar-fast-16_1/status.json"
 
 
+@pytest.mark.parametrize(("before", "code"), [("the stamp of an earlier file", "0"), ("$(stamp_of \"$file\")", "1")])
+def test_a_run_that_is_done_is_not_failed_by_a_late_signal_but_by_a_start_that_did_nothing(
+        tmp_path: Path, before: str, code: str):
+    (tmp_path / "r").mkdir()
+    (tmp_path / "r" / "status.json").write_text('{"state": "DONE", "reason": ""}')
+    script = (f'file=$(status_file "$@"); STEP_CODE=1; code=0; '
+              f'(conclude_or_requeue "{before}" "$@") >/dev/null 2>&1 || code=$?; echo $code')
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    assert ask_common(script, "trainers/cifar.py", "--output-dir", str(tmp_path), "--run-name", "r", PATH=path) == code
+
+
 def test_ranks_come_from_srun_and_torchruns_variables_win():
     launch = read_launch(STEP)
     assert (launch.launcher, launch.rank, launch.local_rank, launch.world_size) == ("slurm", 5, 1, 6)

@@ -52,7 +52,7 @@ import time
 from launch.stop import catch_signals
 catch_signals()
 print("up", flush=True)
-time.sleep(30); time.sleep(30)
+time.sleep(60)
 """
     process = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE)
     assert process.stdout is not None

@@ -67,4 +67,4 @@ class Precision:
         """The inverse."""
         if self.scaler is not None:
             self.scaler.load_state_dict(state)
-            self._num_skipped.fill_(state["num_skipped_steps"])
+            self._num_skipped.fill_(state.get("num_skipped_steps", 0))
