@@ -79,9 +79,9 @@ class BenchmarkConfig:
     """What speed-ups refer to, one of --setups. Default: the slowest that uses one device."""
     threads: int = 1
     """Threads per rank, unless a set-up has +threads=T."""
-    rounds: int = 5
+    rounds: int = 7
     """Times that each set-up is run."""
-    seconds: float = 4
+    seconds: float = 2.5
     """About how long each timed window takes on the first set-up: from this follow the steps, the same for all."""
     steps: int | None = None
     """Steps to time, instead of --seconds."""

@@ -57,6 +57,7 @@ def serve() -> dict[str, Any]:
                 pid = os.fork()
                 if pid == 0:
                     return request
+                os.setpgid(pid, request["group"] or pid)  # here: by the next fork the group must be there
                 say({"id": request["id"], "pid": pid})
         collect()
 
@@ -79,8 +80,7 @@ def say(line: dict[str, Any]) -> None:
 
 
 def become(request: dict[str, Any]) -> None:
-    """Take on the request's process group, environment, output files and arguments."""
-    os.setpgid(0, request["group"] or 0)
+    """Take on the request's environment, output files and arguments."""
     os.environ.clear()
     os.environ.update(request["environment"])
     os.chdir(request["folder"])

@@ -10,6 +10,7 @@ import contextlib
 import functools
 import json
 import os
+import random
 import select
 import signal
 import socket
@@ -214,7 +215,10 @@ def variables_of(rank: int, ranks: int, port: str) -> dict[str, str]:
 
 
 def free_port() -> int:
-    """A port that nobody listens on."""
-    with socket.socket() as probe:
-        probe.bind(("localhost", 0))
-        return probe.getsockname()[1]
+    """A port that nobody listens on, of those that the system gives nobody (Linux) nor this to another test process."""
+    first = 20_000 + 1000 * int(os.environ.get("PYTEST_XDIST_WORKER", "gw0")[2:])
+    for port in random.sample(range(first, first + 1000), 100):
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("localhost", port))
+            return port
+    raise RuntimeError("no port is free")

@@ -54,10 +54,10 @@ def measure(trainer: Trainer, train: TrainBatches, *, warmup: int, steps: int) -
     if not advance(trainer, train, warmup):
         return None
     trainer.sums.reset()  # the loss of the window alone
-    before, began_seconds = Usage.now(), trainer.train_seconds
+    before, began_seconds = Usage.now(), trainer.history.train_seconds
     if not advance(trainer, train, steps):
         return None
-    seconds, used = trainer.train_seconds - began_seconds, Usage.now() - before
+    seconds, used = trainer.history.train_seconds - began_seconds, Usage.now() - before
     loss, _ = trainer.sums.means(world)
     moved = torch.linalg.vector_norm(weights(trainer) - start).item()
     memory_bytes = peak_memory_bytes(world.device)

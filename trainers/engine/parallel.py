@@ -2,16 +2,18 @@
 
 import contextlib
 import inspect
-from collections.abc import Iterator
+import itertools
+from collections.abc import Callable, Iterator
 from fnmatch import fnmatchcase
 from typing import Any, Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from launch.command_line import UsageError
 from launch.process_group import World
+from trainers.engine.task import Batch
 
 ParallelName = Literal["auto", "none", "dp", "ddp"]
 # torch 2.15 renamed broadcast_buffers and deprecates the old name
@@ -66,22 +68,27 @@ def gradient_sync(model: nn.Module, *, last: bool) -> contextlib.AbstractContext
     return contextlib.nullcontext()
 
 
-def rebuilds_buckets(model: nn.Module, world: World) -> bool:
-    """Whether DDP will lay its gradients out anew after the first backward pass, and that can change a sum's bits.
+def settle_buckets(model: nn.Module, world: World, batches: Iterator[Batch], *, loss: Callable[..., Tensor]
+                   ) -> Iterator[Batch]:
+    """Have DDP choose the layout of its gradients before the first step rather than after it.
 
-    It orders them by when they arrived. The sum of two numbers has no order; of three or more, it has.
+    It lays them out anew in the order in which they first arrived, and over three or more ranks that decides in which
+    order they are added up: the first step of a resumed run would differ in the last bits from the same step of one
+    never stopped. The model and its gradients are left as they were.
+
+    Returns:
+        The same batches, the first one included.
     """
-    return isinstance(model, DistributedDataParallel) and world.world_size > 2
-
-
-@contextlib.contextmanager
-def unchanged_buffers(model: nn.Module) -> Iterator[None]:
-    """Put the buffers (BatchNorm's running statistics) back as they were before the block."""
-    before = [buffer.clone() for buffer in model.buffers()]
-    yield
+    first = next(batches, None) if isinstance(model, DistributedDataParallel) and world.world_size > 2 else None
+    if first is None:
+        return batches
+    before = [buffer.clone() for buffer in model.buffers()]  # BatchNorm's running statistics
+    loss(*first).backward()
+    model.zero_grad(set_to_none=True)
     with torch.no_grad():
         for buffer, value in zip(model.buffers(), before, strict=True):
             buffer.copy_(value)
+    return itertools.chain([first], batches)
 
 
 def freeze(model: nn.Module, patterns: tuple[str, ...]) -> list[nn.Module]:

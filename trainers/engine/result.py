@@ -26,7 +26,7 @@ def finish(config: TrainConfig, trainer: Trainer, evaluation: Evaluation, class_
            total_seconds: float) -> None:
     """Write result.json and say the accuracy, class by class."""
     world, folder = trainer.world, trainer.folder
-    seconds = trainer.train_seconds
+    seconds = trainer.history.train_seconds
     folder.write_json("result.json", {
         "accuracy": evaluation.accuracy, "per_class_accuracy": evaluation.per_class_accuracy,
         "confusion_matrix": evaluation.confusion_matrix, "loss": evaluation.loss, "num_samples": evaluation.num_samples,
@@ -36,7 +36,7 @@ def finish(config: TrainConfig, trainer: Trainer, evaluation: Evaluation, class_
         "parallel": choose_parallel(config.parallel, world, num_gpus=torch.cuda.device_count())[0],
         "num_parameters": num_parameters(unwrap(trainer.model)),
         "weights_sha256": weights_sha256(unwrap(trainer.model)), "peak_memory_bytes": peak_memory_bytes(world.device),
-        "steps": trainer.step, "num_skipped_steps": trainer.precision.num_skipped_steps, "best": trainer.best,
+        "steps": trainer.step, "num_skipped_steps": trainer.precision.num_skipped_steps, "best": trainer.history.best,
         "num_checkpoints": trainer.checkpointer.num_saves,  # of this process, and what training waited for them
         "checkpoint_wait_seconds": trainer.checkpointer.wait_seconds,
     })
@@ -53,7 +53,7 @@ def draw(trainer: Trainer, evaluation: Evaluation, class_names: tuple[str, ...],
     if not report.draws:
         return
     if steps_per_epoch is not None:
-        report.curves(trainer.epochs, steps_per_epoch=steps_per_epoch, always=True)
+        report.curves(trainer.history.epochs, steps_per_epoch=steps_per_epoch, always=True)
     report.confusion_matrix(evaluation, class_names)
     if to_image is not None:
         first = next(iter(test), None)  # of rank 0's share; none if no image of it can be read

@@ -101,7 +101,7 @@ def load_for_evaluation(path: Path, trainer: Trainer) -> None:
     if state["ema"] is not None:
         trainer.ema = AveragedModel(model)
         trainer.ema.module.load_state_dict(state["ema"])
-    trainer.step, trainer.epoch, trainer.best = state["step"], state["epoch"], state["best"]
+    trainer.step, trainer.epoch, trainer.history.best = state["step"], state["epoch"], state["best"]
     check_same_on_all_ranks(trainer, path)
 
 

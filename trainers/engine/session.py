@@ -155,7 +155,7 @@ def resume(config: TrainConfig, trainer: Trainer) -> str:
     check_fits(state, unwrap(trainer.model), source, config=trainer.config, fingerprint=trainer.fingerprint)
     trainer.load_state(state)
     check_same_on_all_ranks(trainer, source)
-    evaluated = bool(trainer.epochs) and trainer.epochs[-1]["step"] == trainer.step
+    evaluated = trainer.history.has_recorded(trainer.step)
     from_main(world, lambda: folder.truncate_metrics(trainer.step, evaluated=evaluated))
     return f"from {source.name}, step {trainer.step}, epoch {trainer.epoch}"
 

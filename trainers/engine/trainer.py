@@ -4,8 +4,6 @@ A position is (step, epoch, samples consumed in the epoch). Everything else that
 `state()`; random choices are keyed by position, so none of their state is saved.
 """
 
-import itertools
-import time
 from collections.abc import Callable, Iterator
 from typing import Any, Literal
 
@@ -19,8 +17,9 @@ from launch.run_folder import RunFolder
 from launch.stop import StopAgreement, StopRequest
 from trainers.engine.checkpoint import Checkpointer
 from trainers.engine.dropout import default_generators, seed_dropout
+from trainers.engine.history import History
 from trainers.engine.metrics import Evaluation, EvaluationSums, TrainingSums, sync_buffers
-from trainers.engine.parallel import gradient_sync, rebuilds_buckets, synchronize, unchanged_buffers, unwrap
+from trainers.engine.parallel import gradient_sync, settle_buckets, unwrap
 from trainers.engine.precision import Precision
 from trainers.engine.progress import Progress, epoch_text
 from trainers.engine.report import Report, gradient_norms
@@ -51,14 +50,9 @@ class Trainer:
         self.dropout_generators = default_generators(model, world.device)
         self.trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         self.step = self.epoch = self.samples_consumed = 0
-        self.best: dict[str, Any] | None = None
-        self.epochs: list[dict[str, Any]] = []
+        self.history = History()
         self.last_evaluation: Evaluation | None = None
         self.sums = TrainingSums(classification=task.num_classes is not None)
-        self.train_seconds = 0.0
-        self._steps_began = 0.0
-        self._reported = (0, 0.0)  # samples and seconds at the last report, for the speed between two
-        self._trained_here = 0
 
     def fit(self, train: TrainBatches, test: EvaluationBatches | None, *, epochs: int, max_steps: int | None = None,
             eval_every: int = 1, checkpoint_every: int | None = None) -> Literal["done", "stopped"]:
@@ -72,7 +66,7 @@ class Trainer:
         agreement = StopAgreement(self.world.world_size)
         progress = Progress(shown=self.world.is_main, total_steps=last_step, step=self.step)
         try:
-            while self.step < last_step or not self._step_is_recorded():
+            while self.step < last_step or not self.history.has_recorded(self.step):
                 self.last_evaluation = None
                 if not self.train_epoch(train, last_step, agreement, progress, checkpoint_every):
                     return self._stop_here()
@@ -98,29 +92,29 @@ class Trainer:
         self._train_mode()
         interval = max(1, train.steps_per_epoch // REPORTS_PER_EPOCH)
         batches = train.batches(self.epoch, self.samples_consumed)
-        if self._trained_here == 0:
-            batches = self._settle_buckets(batches)
-        self._steps_began = time.perf_counter()
+        if self.history.samples_here == 0:
+            batches = settle_buckets(self.model, self.world, batches, loss=self._loss)
+        self.history.start_clock()
         while self.samples_consumed < train.steps_per_epoch * train.global_batch_size and self.step < last_step:
             step_in_epoch = self.samples_consumed // train.global_batch_size + 1
             ends = step_in_epoch == train.steps_per_epoch or self.step + 1 == last_step
             report_due = ends or step_in_epoch % interval == 0
             self.train_step(batches, watch_gradients=self.log_gradients and report_due)
-            if self._trained_here == 0 and self.world.is_main:
+            if self.history.samples_here == 0 and self.world.is_main:
                 self.checkpointer.prepare(self.state([]))  # the optimizer has its state now
             self.samples_consumed += train.global_batch_size
-            self._trained_here += train.global_batch_size
+            self.history.samples_here += train.global_batch_size
             if report_due:
                 self._report(progress, last_step)
             progress.advance()
             if (agreement.due() or self.step == last_step) and self._agreed_to_stop(agreement, last_step):
-                self._pause_clock()
+                self.history.pause_clock(self.world.device)
                 return False
             if checkpoint_every is not None and self.step % checkpoint_every == 0 and not ends:
-                self._pause_clock()
+                self.history.pause_clock(self.world.device)
                 self._save()
-                self._steps_began = time.perf_counter()
-        self._pause_clock()
+                self.history.start_clock()
+        self.history.pause_clock(self.world.device)
         return True
 
     def train_step(self, batches: Iterator[Batch], *, watch_gradients: bool = False) -> None:
@@ -161,19 +155,8 @@ class Trainer:
             outputs = self.model(inputs)
             return outputs, self.task.loss(outputs, targets)
 
-    def _settle_buckets(self, batches: Iterator[Batch]) -> Iterator[Batch]:
-        """Have DDP choose the layout of its gradients before the first step rather than after it.
-
-        Over three or more ranks the layout decides in which order gradients are added up: the first step of a resumed
-        run would differ in the last bits from the same step of one never stopped.
-        """
-        first = next(batches, None) if rebuilds_buckets(self.model, self.world) else None
-        if first is None:
-            return batches
-        with unchanged_buffers(self.model):
-            self._forward(*self._to_device(*first))[1].backward()
-        self.optimizer.zero_grad(set_to_none=True)
-        return itertools.chain([first], batches)
+    def _loss(self, inputs: Tensor, targets: Tensor) -> Tensor:
+        return self._forward(*self._to_device(inputs, targets))[1]
 
     @torch.no_grad()
     def evaluate(self, test: EvaluationBatches) -> Evaluation | None:
@@ -210,11 +193,6 @@ class Trainer:
         for group in self.optimizer.param_groups:
             group["lr"] = group["initial_lr"] * multiplier
 
-    def _pause_clock(self) -> None:
-        synchronize(self.world.device)
-        self.train_seconds += time.perf_counter() - self._steps_began
-        self._steps_began = time.perf_counter()
-
     def _agreed_to_stop(self, agreement: StopAgreement, last_step: int) -> bool:
         """Vote with the other ranks.
 
@@ -231,20 +209,18 @@ class Trainer:
 
     def _report(self, progress: Progress, last_step: int) -> None:
         """One line of metrics.jsonl, of the epoch so far: a collective, and the one place that waits for the device."""
-        self._pause_clock()
+        self.history.pause_clock(self.world.device)
         loss, accuracy = self.sums.means(self.world)
-        samples, seconds = self._reported
-        speed = (self._trained_here - samples) / max(self.train_seconds - seconds, 1e-9)
-        self._reported = (self._trained_here, self.train_seconds)
+        speed = self.history.lap_samples_per_second()
         self._write_line("train", loss, accuracy, speed)
         progress.report(loss=loss, accuracy=accuracy, samples_per_second=speed,
-                        seconds_left=(last_step - self.step) * self.train_seconds / max(self.step, 1))
+                        seconds_left=(last_step - self.step) * self.history.train_seconds / max(self.step, 1))
 
     def _write_line(self, split: str, loss: float, accuracy: float | None, speed: float | None) -> None:
         line: dict[str, Any] = {
             "split": split, "step": self.step, "epoch": self.epoch, "loss": loss, "accuracy": accuracy,
             "learning_rate": self.optimizer.param_groups[0]["lr"], "samples_per_second": speed,
-            "seconds": self.train_seconds,
+            "seconds": self.history.train_seconds,
         }
         if split == "train" and self.gradient_norms:
             line["gradient_norms"] = {name: norm.item() for name, norm in self.gradient_norms.items()}
@@ -256,28 +232,20 @@ class Trainer:
         Returns:
             Whether the evaluation is the best so far.
         """
-        evaluation, is_best = self.last_evaluation, False
-        train_loss, train_accuracy = self.sums.means(self.world)
-        line = {"epoch": self.epoch, "step": self.step, "train_loss": train_loss, "train_accuracy": train_accuracy,
-                "test_loss": None, "test_accuracy": None, "seconds": self.train_seconds}
-        if evaluation is not None and (not self.epochs or self.epochs[-1]["step"] != self.step):
-            line |= {"test_loss": evaluation.loss, "test_accuracy": evaluation.accuracy}
+        evaluation = None if self.history.has_recorded(self.step) else self.last_evaluation
+        loss, accuracy = self.sums.means(self.world)
+        if evaluation is not None:
             self._write_line("test", evaluation.loss, evaluation.accuracy, None)
-            is_best = evaluation.is_better_than(self.best)
-            if is_best:
-                self.best = {"accuracy": evaluation.accuracy, "loss": evaluation.loss, "step": self.step}
-        self.epochs.append(line)
-        progress.note(epoch_text(line, samples_per_second=self.step * train.global_batch_size / self.train_seconds))
-        self.report.curves(self.epochs, steps_per_epoch=train.steps_per_epoch)
+        is_best = self.history.record(epoch=self.epoch, step=self.step, train_loss=loss, train_accuracy=accuracy,
+                                      evaluation=evaluation)
+        speed = self.step * train.global_batch_size / self.history.train_seconds
+        progress.note(epoch_text(self.history.epochs[-1], samples_per_second=speed))
+        self.report.curves(self.history.epochs, steps_per_epoch=train.steps_per_epoch)
         if self.samples_consumed >= train.steps_per_epoch * train.global_batch_size:
             self.epoch, self.samples_consumed = self.epoch + 1, 0
             self.sums.reset()
         self.folder.write_status("RUNNING", step=self.step, epoch=self.epoch)
         return is_best
-
-    def _step_is_recorded(self) -> bool:
-        """Whether the epoch that ends at this step, complete or cut short, was evaluated and recorded."""
-        return bool(self.epochs) and self.epochs[-1]["step"] == self.step
 
     def _stop_here(self) -> Literal["stopped"]:
         self._save()
@@ -305,8 +273,8 @@ class Trainer:
             "model": unwrap(self.model).state_dict(keep_vars=True), "optimizer": self.optimizer.state_dict(),
             "scaler": self.precision.state_dict(),
             "ema": self.ema.module.state_dict() if self.ema is not None else None,
-            "step": self.step, "epoch": self.epoch, "samples_consumed": self.samples_consumed, "best": self.best,
-            "history": {"epochs": self.epochs, "running": running, "train_seconds": self.train_seconds},
+            "step": self.step, "epoch": self.epoch, "samples_consumed": self.samples_consumed,
+            "best": self.history.best, "history": {**self.history.state(), "running": running},
             "config": self.config, "fingerprint": self.fingerprint, "format": 1,
         }
 
@@ -319,8 +287,6 @@ class Trainer:
             self.ema.module.load_state_dict(state["ema"])
             self.ema.n_averaged.fill_(min(1, state["step"]))  # 0 would start the average anew
         self.step, self.epoch, self.samples_consumed = state["step"], state["epoch"], state["samples_consumed"]
-        self.best, self.epochs = state["best"], state["history"]["epochs"]
+        self.history.load_state(state["history"], best=state["best"])
         self.sums.restore(state["history"]["running"], self.world)
-        self.train_seconds = state["history"]["train_seconds"]
-        self._reported = (0, self.train_seconds)
         self.checkpointer.last_step = self.step

@@ -1,0 +1,68 @@
+"""What a run has behind it: its epochs and their figures, the best evaluation, and the seconds that its steps took."""
+
+import time
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from trainers.engine.metrics import Evaluation
+from trainers.engine.parallel import synchronize
+
+
+class History:
+    """Begins empty, or goes on where a checkpoint left it. The same on every rank, but for the seconds."""
+
+    def __init__(self) -> None:
+        self.epochs: list[dict[str, Any]] = []
+        """A line an epoch, also of one cut short: epoch, step, train and test loss and accuracy, seconds."""
+        self.best: dict[str, Any] | None = None
+        """accuracy, loss and step of the best evaluation."""
+        self.train_seconds = 0.0
+        """Of all steps: no evaluation, checkpoint or report is in it."""
+        self.samples_here = 0
+        """Samples over all ranks that this process has taken part in training on."""
+        self._running_since = 0.0
+        self._lap = (0, 0.0)  # samples and seconds at the last report
+
+    def start_clock(self) -> None:
+        """Steps begin."""
+        self._running_since = time.perf_counter()
+
+    def pause_clock(self, device: torch.device) -> None:
+        """Wait for the device and add what has passed; the clock runs on from now."""
+        synchronize(device)
+        self.train_seconds += time.perf_counter() - self._running_since
+        self.start_clock()
+
+    def lap_samples_per_second(self) -> float:
+        """The speed since this was last asked for."""
+        samples, seconds = self._lap
+        self._lap = (self.samples_here, self.train_seconds)
+        return (self.samples_here - samples) / max(self.train_seconds - seconds, 1e-9)
+
+    def has_recorded(self, step: int) -> bool:
+        """Whether the epoch that ends at this step, complete or cut short, is recorded."""
+        return bool(self.epochs) and self.epochs[-1]["step"] == step
+
+    def record(self, *, epoch: int, step: int, train_loss: float, train_accuracy: float | None,
+               evaluation: Evaluation | None) -> bool:
+        """Add the line of an epoch; returns whether its evaluation is the best so far."""
+        self.epochs.append({
+            "epoch": epoch, "step": step, "train_loss": train_loss, "train_accuracy": train_accuracy,
+            "test_loss": evaluation.loss if evaluation is not None else None,
+            "test_accuracy": evaluation.accuracy if evaluation is not None else None, "seconds": self.train_seconds,
+        })
+        if evaluation is None or not evaluation.is_better_than(self.best):
+            return False
+        self.best = {"accuracy": evaluation.accuracy, "loss": evaluation.loss, "step": step}
+        return True
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint keeps, beside the best."""
+        return {"epochs": self.epochs, "train_seconds": self.train_seconds}
+
+    def load_state(self, state: Mapping[str, Any], *, best: dict[str, Any] | None) -> None:
+        """Go on where a checkpoint was."""
+        self.epochs, self.best, self.train_seconds = state["epochs"], best, state["train_seconds"]
+        self._lap = (0, self.train_seconds)
