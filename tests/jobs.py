@@ -90,6 +90,7 @@ class Server:
                 self.codes[line["ended"]] = line["code"]
             else:
                 self.pids[line["id"]] = line["pid"]
+                self.codes.pop(line["pid"], None)  # an earlier process may have had the same id
 
     def close(self) -> None:
         """End the server; whatever it forked is ended by its job."""
