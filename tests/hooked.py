@@ -5,6 +5,7 @@ of a process that has imported torch starts in milliseconds instead of seconds; 
 """
 
 import faulthandler
+import gc
 import importlib
 import json
 import os
@@ -43,6 +44,7 @@ def serve() -> dict[str, Any]:
     import trainers.cifar
     import trainers.image_folder  # noqa: F401  imported once, before any fork
 
+    gc.freeze()  # else each process, as it ends, looks through all that and so copies it
     pending = b""
     while True:
         ready, _, _ = select.select([0], [], [], 0.01)
