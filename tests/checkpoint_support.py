@@ -45,6 +45,14 @@ def is_whole(state: dict[str, Any]) -> bool:
     return same and torch.equal(momentum, expected["optimizer"]["state"][0]["momentum_buffer"])
 
 
+def save(run: RunFolder, *steps: int, keep: int = 2) -> None:
+    """Save these steps one after the other; all are on disk when it returns."""
+    checkpointer = Checkpointer(run, keep=keep)
+    for step in steps:
+        checkpointer.save(state_of(step), is_best=step % BEST_EVERY == 0)
+    checkpointer.join()
+
+
 def save_by_protocol(run: str, first_step: int, progress: Connection) -> None:
     """Save step after step, as training does, and tell each step that is committed. Never returns."""
     checkpointer = Checkpointer(RunFolder(Path(run), is_main=True), keep=1)

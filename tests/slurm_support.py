@@ -13,8 +13,7 @@ import signal
 import subprocess
 import sys
 import tempfile
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +21,7 @@ from typing import Any
 
 import pytest
 
-from tests.support import ROOT, SHARED, Finished, environment, read_json
+from tests.support import ROOT, SHARED, Finished, environment, read_json, wait_until
 
 NODES = 5  # two for a job that waits for its time limit; two for another, and one for its restart when one is lost
 CONF = """KillWait=10
@@ -135,14 +134,6 @@ class Cluster:
                             network is None or os.readlink(entry / "ns" / "net") == network):
                         found.append(int(entry.name))
         return found
-
-
-def wait_until(condition: Callable[[], bool], seconds: float, explain: Callable[[], str] = lambda: "") -> None:
-    """Poll until something holds; fail the test with an explanation if it does not in time."""
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, f"not within {seconds} s. {explain()}"
-        time.sleep(0.25)
 
 
 @pytest.fixture

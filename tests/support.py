@@ -4,6 +4,8 @@ import json
 import os
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -97,6 +99,15 @@ def kill_session(process: subprocess.Popen[str]) -> None:
         except ProcessLookupError:
             continue
     process.communicate(timeout=10)
+
+
+def wait_until(condition: Callable[[], bool], seconds: float, explain: Callable[[], str] = lambda: "", *,
+               every: float = 0.25) -> None:
+    """Poll until something holds; fail the test with an explanation if it does not within so many seconds."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, f"not within {seconds} s. {explain()}"
+        time.sleep(every)
 
 
 def read_json(path: Path) -> Any:

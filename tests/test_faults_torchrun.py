@@ -14,7 +14,17 @@ import pytest
 
 from tests.faults import check_lines
 from tests.jobs import NORMED, PREPARE, slack
-from tests.support import ROOT, Finished, kill_session, metrics, newest_checkpoint, read_json, session_pids, start
+from tests.support import (
+    ROOT,
+    Finished,
+    kill_session,
+    metrics,
+    newest_checkpoint,
+    read_json,
+    session_pids,
+    start,
+    wait_until,
+)
 
 pytestmark = pytest.mark.timeout(150)
 
@@ -46,11 +56,9 @@ def finish(process: subprocess.Popen[str], timeout: float = 60) -> Finished:
     return Finished(process.returncode, out, err)
 
 
-def wait_for_steps(run: Path, step: int, timeout: float = 60) -> None:
-    deadline = time.monotonic() + timeout
-    while not (run / "metrics.jsonl").exists() or max([line[0] for line in metrics(run, "step")], default=0) < step:
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
+def wait_for_steps(run: Path, step: int) -> None:
+    wait_until(lambda: (run / "metrics.jsonl").exists()
+               and max((line[0] for line in metrics(run, "step")), default=0) >= step, 60, every=0.05)
 
 
 def ours(finished: Finished) -> Finished:

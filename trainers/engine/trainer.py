@@ -232,7 +232,7 @@ class Trainer:
         Returns:
             Whether the evaluation is the best so far.
         """
-        evaluation = None if self.history.has_recorded(self.step) else self.last_evaluation
+        evaluation = self.last_evaluation
         loss, accuracy = self.sums.means(self.world)
         if evaluation is not None:
             self._write_line("test", evaluation.loss, evaluation.accuracy, None)
