@@ -5,8 +5,9 @@ from pathlib import Path
 import torch
 from torchvision.datasets import CIFAR10
 
-from datasets.download import fetch, first_line
-from datasets.tensors import DataError, TensorDataset
+from datasets.download import fetch
+from datasets.errors import DataError, first_line
+from datasets.tensors import TensorDataset
 
 MEAN = (0.4914, 0.4822, 0.4465)  # per channel, over the 50,000 training images; tests/test_cifar.py recomputes it
 STD = (0.2470, 0.2435, 0.2616)  # likewise

@@ -6,7 +6,7 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
-from datasets.tensors import DataError
+from datasets.errors import DataError, first_line
 
 
 def fetch(download: Callable[[str], object], data_dir: Path, folder: str, *, name: str) -> None:
@@ -41,6 +41,3 @@ def move_in_place(source: Path, target: Path) -> None:
         shutil.rmtree(source, ignore_errors=True)
 
 
-def first_line(error: Exception) -> str:
-    """The first line of an error's message, or the name of its type."""
-    return str(error).strip().split("\n")[0] or type(error).__name__

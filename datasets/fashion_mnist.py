@@ -6,7 +6,8 @@ from torchvision.datasets import FashionMNIST
 
 from datasets import idx
 from datasets.download import fetch
-from datasets.tensors import DataError, TensorDataset
+from datasets.errors import DataError
+from datasets.tensors import TensorDataset
 
 CLASS_NAMES = ("t-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "ankle boot")
 

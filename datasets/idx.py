@@ -8,7 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from datasets.tensors import DataError, TensorDataset
+from datasets.errors import DataError
+from datasets.tensors import TensorDataset
 
 SIZE = 28  # pixels on each side
 NUM_CLASSES = 10

@@ -18,9 +18,9 @@ from torchvision.datasets.folder import IMG_EXTENSIONS, make_dataset
 
 from datasets import synthetic
 from datasets.download import move_in_place
+from datasets.errors import DataError
 from datasets.keyed_random import random_bits
 from datasets.order import epoch_order
-from datasets.tensors import DataError
 
 SPLIT = 24  # this module's purpose among the keyed random numbers
 TEST_NAMES = ("test", "val", "valid", "validation")

@@ -10,8 +10,9 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from datasets.errors import DataError
 from datasets.order import ResumableSampler, evaluation_indices
-from datasets.tensors import DataError, TensorDataset
+from datasets.tensors import TensorDataset
 
 Batch = tuple[Tensor, Tensor]
 CHUNK_SAMPLES = 1024  # augmented at once: small batches would pay the same two dozen kernels each

@@ -13,7 +13,8 @@ from torchvision.datasets import MNIST
 
 from datasets import idx
 from datasets.download import fetch
-from datasets.tensors import DataError, TensorDataset
+from datasets.errors import DataError
+from datasets.tensors import TensorDataset
 
 MEAN = (0.1307,)  # over the 60,000 training images; tests/test_mnist.py recomputes it
 STD = (0.3081,)  # likewise

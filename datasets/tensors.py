@@ -7,12 +7,6 @@ import torch
 from torch import Tensor
 
 
-class DataError(Exception):
-    """Data that is missing, damaged or does not fit. One line for the user; `exit_code` is what the process returns."""
-
-    kind, exit_code = "data", 3
-
-
 @dataclass(frozen=True, kw_only=True)
 class TensorDataset:
     """Inputs and targets of one split, both of length N."""

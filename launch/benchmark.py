@@ -41,12 +41,12 @@ if not __package__:
 from launch.bench.compare import comparison_cells, differences, read_report
 from launch.bench.output import check_output_dir, say, write_pictures, write_report
 from launch.bench.pipeline import benchmark_pipeline
-from launch.bench.rounds import calibrate, note, run_rounds
-from launch.bench.runs import Job, plan
+from launch.bench.runs import Job, calibrate, note, plan, run_rounds
 from launch.bench.setups import Hardware, Setup, check_cores, everything, parse_setup, why_not
 from launch.bench.summary import summarise, warnings_of
 from launch.bench.table import as_text, terminal_report
-from launch.command_line import UsageError, nearest, run
+from launch.command_line import nearest, run
+from launch.errors import UsageError
 
 ROOT = Path(__file__).resolve().parent.parent
 

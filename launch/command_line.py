@@ -12,7 +12,6 @@ whatever goes wrong into `ERROR <kind>: <flag or file> <value>: <rule>; <remedy>
 import contextlib
 import difflib
 import io
-import os
 import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -21,64 +20,7 @@ from typing import Any, NoReturn
 
 import tyro
 
-EXIT_DONE = 0
-EXIT_PREEMPTED = 75  # EX_TEMPFAIL of sysexits.h: the same command, run again, goes on
-
-
-class RunError(Exception):
-    """What a user can cause: shown as one line, without a traceback. `exit_code` is what the process returns."""
-
-    kind = "run"
-    exit_code = 1
-    reporter: bool | None = None
-    """Whether this rank is the one to report it; None where all ranks find the same, and rank 0 speaks."""
-
-
-class UsageError(RunError):
-    """A flag, or a combination of flags, that cannot work."""
-
-    kind, exit_code = "usage", 2
-
-
-class CheckpointError(RunError):
-    """A checkpoint or run folder that cannot be written, read or used."""
-
-    kind, exit_code = "checkpoint", 4
-
-
-class DeviceError(RunError):
-    """A device, backend or environment that is not there."""
-
-    kind, exit_code = "device", 5
-
-
-class DistributedError(RunError):
-    """Ranks that cannot find, or have lost, each other."""
-
-    kind, exit_code = "distributed", 6
-
-
-class NumericError(RunError):
-    """A loss that is no longer a number."""
-
-    kind, exit_code = "numeric", 7
-
-
-def one_line(error: Exception) -> str | None:
-    """`ERROR <kind>: <message>` for an error that carries a kind and an exit code, else None: it is our bug.
-
-    Any exception with those two attributes counts, so that datasets/ need not import launch/.
-    """
-    kind = getattr(error, "kind", None)
-    if kind is None or not hasattr(error, "exit_code"):
-        return None
-    return f"ERROR {kind}: {' '.join(str(error).split())}"
-
-
-def launched_rank() -> int:
-    """The rank that torchrun or srun gave this process; 0 when neither did, or what they gave is no number."""
-    text = os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0"))
-    return int(text) if text.isdecimal() else 0
+from launch.errors import EXIT_DONE, UsageError, launched_rank, one_line, report
 
 
 def parse(config_class: type, *, recipes: Mapping[str, Mapping[str, Any]] | None = None,
@@ -143,13 +85,6 @@ def plain_text(boxed: str) -> str:
             text.append(line)
     message = " ".join(text).replace(" ;", ";")
     return f"{message[:1].lower()}{message[1:]}; see --help"
-
-
-def report(line: str) -> None:
-    """Write one whole line to stderr, in one write so that ranks sharing a terminal do not mix theirs."""
-    with contextlib.suppress(OSError, ValueError, AttributeError):  # a closed terminal must not hide the exit code
-        sys.stderr.write(f"{line}\n")
-        sys.stderr.flush()
 
 
 def run(main: Callable[[Any], int | None], config_class: type, *,

@@ -23,10 +23,12 @@ if not __package__:
     if missing:  # nothing below could be imported
         sys.exit(f"FAIL  versions: {sys.executable} has no {', '.join(missing)}; fix: pip install -e {sys.path[0]}")
 
-from launch.command_line import DeviceError, UsageError, run
-from launch.doctor_job import job_findings
-from launch.doctor_machine import Finding, fail, machine_findings
-from launch.doctor_ranks import ranks_findings
+from launch.checks.finding import Finding, fail
+from launch.checks.job import job_findings
+from launch.checks.machine import machine_findings
+from launch.checks.ranks import ranks_findings
+from launch.command_line import run
+from launch.errors import DeviceError, UsageError
 from launch.launcher import Launch, read_launch
 
 COLORS = {"OK": "\x1b[32m", "WARN": "\x1b[33m", "FAIL": "\x1b[1;31m"}

@@ -9,8 +9,9 @@ import os
 import signal
 import socket
 from contextlib import suppress
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from launch.launcher import parent_of
 
 if TYPE_CHECKING:
     import torch.distributed as dist
@@ -79,24 +80,3 @@ class Heartbeats:
                     os.kill(pid, signal.SIGKILL)
 
 
-def parent_of(pid: int) -> int | None:
-    """The parent of a live process; None if it has ended, or where /proc does not tell."""
-    try:
-        state, parent = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[:2]
-    except (OSError, ValueError):
-        return None
-    return int(parent) if state not in "ZX" else None
-
-
-def claim_this_node(port: int) -> socket.socket | None:
-    """A token that one rank of the job gets on each node: for ranks that cannot reach the store. None for the others.
-
-    An abstract Unix socket (Linux) can be bound once, until it is closed or its process ends.
-    """
-    token = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
-    try:
-        token.bind(f"\0torchrun-trainers-{os.getuid()}-{port}")
-    except OSError:
-        token.close()
-        return None
-    return token

@@ -13,7 +13,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any, Literal
 
-from launch.command_line import UsageError
+from launch.errors import UsageError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -156,3 +156,12 @@ def default_run_name(trainer: str, recipe: str) -> str:
     else:
         run_id = f"{datetime.now():%Y%m%d-%H%M%S}-{os.getpid()}"
     return "-".join(re.sub(r"[^A-Za-z0-9._-]", "_", part) for part in (trainer, recipe, run_id))
+
+
+def parent_of(pid: int) -> int | None:
+    """The parent of a live process; None if it has ended, or where /proc does not tell."""
+    try:
+        state, parent = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[:2]
+    except (OSError, ValueError):
+        return None
+    return int(parent) if state not in "ZX" else None

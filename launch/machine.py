@@ -4,6 +4,7 @@ import contextlib
 import ctypes
 import os
 import platform
+import re
 import socket
 import subprocess
 import sys
@@ -15,7 +16,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from launch.command_line import DeviceError
+from launch.errors import DeviceError
 from launch.launcher import Launch
 
 
@@ -121,3 +122,17 @@ def git_commit() -> str | None:
     except (OSError, subprocess.SubprocessError):
         return None
     return found.stdout.strip()
+
+
+def gpu_uuid(index: int) -> str:
+    """The name of the piece of hardware, the same in every process, as nvidia-smi -L prints it."""
+    return f"GPU-{torch.cuda.get_device_properties(index).uuid}"
+
+
+def processor() -> str:
+    """The processor's own name, or just `CPU` where /proc does not tell."""
+    try:
+        found = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+    except OSError:
+        found = None
+    return " ".join(found[1].split()) if found else "CPU"

@@ -1,9 +1,19 @@
 """Which network interface of this machine leads to another host, and whether one port can be reached."""
 
 import fcntl
+import os
 import socket
 import struct
+import time
 from collections.abc import Iterable
+from contextlib import suppress
+
+import torch.distributed as dist
+
+from launch.errors import DistributedError
+from launch.launcher import Launch
+
+PATHS_SECONDS = 20  # for all ranks to have tried; they have all met a moment before
 
 SIOCGIFADDR = 0x8915  # linux/sockios.h: the address of an interface
 
@@ -70,3 +80,79 @@ def connect_problem(address: str, port: int, *, timeout_seconds: float = 5.0) ->
     except OSError as error:
         return error.strerror or str(error)
     return ""
+
+
+def choose_interface(launch: Launch) -> None:
+    """Have gloo listen where its peers are: loopback on one node, else the interface that leads to the other nodes.
+
+    Left alone, gloo takes the address its host name resolves to, which on many systems is 127.0.1.1.
+    """
+    if "GLOO_SOCKET_IFNAME" in os.environ or os.uname().sysname != "Linux":
+        return
+    if launch.local_world_size == launch.world_size:
+        os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+    elif name := interface_of(address_among([launch.address, launch.peer or launch.address])):
+        os.environ["GLOO_SOCKET_IFNAME"] = name
+
+
+def check_paths(store: "dist.Store", launch: Launch) -> None:
+    """Let every rank open a port on its interface and connect to that of the next; all learn what rank 0 collects.
+
+    Costs a connection and a few store entries a rank; rank 0 reads one entry of each. One node needs no check.
+
+    Raises:
+        DistributedError: on every rank, saying which host cannot reach which address, port and interface.
+    """
+    name = os.environ.get("GLOO_SOCKET_IFNAME", "").partition(",")[0]
+    if launch.local_world_size == launch.world_size or not name:
+        return
+    address = interface_address(name)
+    with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as listener:
+        if address is not None:
+            listener.bind((address, 0))
+            listener.listen(8)  # nothing accepts: that the kernel completes the connection is what is asked
+        port = listener.getsockname()[1] if address is not None else 0
+        store.set(f"path/{launch.rank}", f"{socket.gethostname()} {address or '-'} {port} {name}")
+        store.set(f"reached/{launch.rank}", own_problem(name, address) or problem_with_next(store, launch))
+        verdict = collect(store, launch) if launch.rank == 0 else wait_for(store, "paths", PATHS_SECONDS + 5)
+    if verdict:
+        raise DistributedError(f"{launch.address}:{launch.port}, interface {name}: {verdict}; set GLOO_SOCKET_IFNAME "
+                               f"to the interface that joins the nodes")
+
+
+def own_problem(name: str, address: str | None) -> str:
+    """What is wrong with this rank's own interface; empty if nothing is."""
+    host = socket.gethostname()
+    if address is None:
+        return f"{host} has no interface {name} with an IPv4 address (it has {', '.join(interfaces())})"
+    return f"{host} cannot be reached by other nodes at {address}" if is_loopback(address) else ""
+
+
+def problem_with_next(store: "dist.Store", launch: Launch) -> str:
+    """Why this rank cannot connect to the next; empty if it can."""
+    told = wait_for(store, f"path/{(launch.rank + 1) % launch.world_size}", PATHS_SECONDS)
+    with suppress(ValueError):
+        host, address, port, name = told.split()
+        if address == "-":
+            return ""  # it says so itself
+        reason = connect_problem(address, int(port))
+        return reason and f"{socket.gethostname()} cannot connect to {host} at {address}:{port} ({name}): {reason}"
+    return told
+
+
+def collect(store: "dist.Store", launch: Launch) -> str:
+    """On rank 0: the first problem that any rank has, told to all."""
+    problems = [wait_for(store, f"reached/{rank}", PATHS_SECONDS) for rank in range(launch.world_size)]
+    verdict = next((problem for problem in problems if problem), "")
+    store.set("paths", verdict)
+    return verdict
+
+
+def wait_for(store: "dist.Store", key: str, seconds: float) -> str:
+    """The value of a key once it is there; after too long, a sentence that it is not."""
+    deadline = time.monotonic() + seconds
+    while not store.check([key]):
+        if time.monotonic() > deadline:
+            return f"no answer ({key}) within {seconds:.0f} s"
+        time.sleep(0.02)
+    return store.get(key).decode()

@@ -23,9 +23,8 @@ from types import FrameType
 if not __package__:
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-from launch.command_line import EXIT_DONE, DistributedError, report
-from launch.heartbeats import parent_of
-from launch.launcher import host_names
+from launch.errors import EXIT_DONE, DistributedError, report
+from launch.launcher import host_names, parent_of
 from launch.network import address_among, interface_of, is_loopback
 
 MEETING_SECONDS = 60  # srun starts the nodes together; the slowest has this long

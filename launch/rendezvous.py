@@ -7,10 +7,9 @@ from datetime import timedelta
 
 import torch.distributed as dist
 
-from launch.command_line import EXIT_PREEMPTED, DistributedError
-from launch.heartbeats import claim_this_node
+from launch.errors import EXIT_PREEMPTED, DistributedError
 from launch.launcher import Launch
-from launch.paths import choose_interface
+from launch.network import choose_interface
 from launch.stop import stop_request
 
 RENDEZVOUS_SECONDS = 60  # for all ranks to have started; torchrun or srun starts them together
@@ -106,3 +105,17 @@ def leave_if_stopped(waited_seconds: float) -> None:
     """A stop while ranks are still awaited: there is nothing to save, and they may never come."""
     if stop_request() and waited_seconds > STOP_SECONDS:
         raise SystemExit(EXIT_PREEMPTED)
+
+
+def claim_this_node(port: int) -> socket.socket | None:
+    """A token that one rank of the job gets on each node: for ranks that cannot reach the store. None for the others.
+
+    An abstract Unix socket (Linux) can be bound once, until it is closed or its process ends.
+    """
+    token = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+    try:
+        token.bind(f"\0torchrun-trainers-{os.getuid()}-{port}")
+    except OSError:
+        token.close()
+        return None
+    return token

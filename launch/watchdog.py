@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, NoReturn
 
-from launch.command_line import DistributedError, report
+from launch.errors import DistributedError, report
 from launch.heartbeats import STALE_SECONDS, Heartbeats
 from launch.stop import stop_request
 

@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.jobs import Server, common_server
-from tests.slurm_support import Cluster, start_cluster
-from tests.support import SHARED
+from tests.helpers.processes import SHARED
+from tests.helpers.server import Server, common_server
+from tests.helpers.slurm import Cluster, start_cluster
 
 LONGEST = ["test_slurm_faults", "test_slurm_stops", "test_slurm", "test_cifar", "test_resume_exact",
            "test_resume_elastic", "test_faults_ranks"]

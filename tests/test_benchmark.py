@@ -12,7 +12,7 @@ from launch.bench.runs import Job, last_words, plan, rotated
 from launch.bench.setups import Hardware, command, everything, parse_setup, powers_up_to, why_not
 from launch.bench.summary import summarise, warnings_of
 from launch.bench.table import as_text, markdown_report, speed_cells, terminal_report
-from launch.command_line import UsageError
+from launch.errors import UsageError
 
 LAPTOP = Hardware(cores=4, gpu_names=())
 SERVER = Hardware(cores=8, gpu_names=("A",) * 4)

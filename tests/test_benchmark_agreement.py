@@ -11,7 +11,7 @@ import pytest
 from launch.bench.runs import plan, run_job
 from launch.bench.setups import parse_setup
 from launch.bench.summary import is_busy
-from tests.support import ROOT, execute
+from tests.helpers.processes import ROOT, execute
 
 ROUNDS = 5
 BATCH_SIZE, WARMUP, STEPS = 128, 30, 300

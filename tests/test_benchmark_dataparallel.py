@@ -7,9 +7,9 @@ import torch
 from torch import nn
 from torch.nn.parallel import DataParallel
 
-from launch.command_line import UsageError
+from launch.errors import UsageError
 from launch.process_group import World
-from tests.support import TINY, read_json, train
+from tests.helpers.processes import TINY, read_json, train
 from trainers.engine.config import TrainConfig
 from trainers.engine.dropout import default_generators
 from trainers.engine.parallel import choose_parallel, gradient_sync, parallelize, unwrap

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from launch.bench.pipeline import pipeline_cells, row, variants
-from tests.support import ROOT, execute, read_json
+from tests.helpers.processes import ROOT, execute, read_json
 
 
 def test_pipelines_are_compared_without_workers_and_with_up_to_one_a_core():

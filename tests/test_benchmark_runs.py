@@ -13,8 +13,8 @@ import pytest
 from launch.bench.runs import plan
 from launch.bench.setups import parse_setup
 from launch.bench.summary import summarise
-from launch.command_line import UsageError
-from tests.support import ROOT, TINY, Finished, execute, kill_session, read_json, start, train
+from launch.errors import UsageError
+from tests.helpers.processes import ROOT, TINY, Finished, execute, kill_session, read_json, start, train
 from trainers.engine.config import TrainConfig, measured_steps
 
 BENCHMARK = [sys.executable, str(ROOT / "launch" / "benchmark.py")]

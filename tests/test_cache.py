@@ -12,20 +12,20 @@ import torch
 
 from datasets import image_folder
 from datasets.augment import Augmentation
-from datasets.bad_images import BadImages
-from datasets.decode import read_image
-from datasets.decoded import DecodedTrainLoader, Decoder
-from datasets.image_cache import GatherThenAugment, ImageCache
+from datasets.errors import DataError
 from datasets.image_folder import ImageTree
+from datasets.images.cache import GatherThenAugment, ImageCache
+from datasets.images.loaders import DecodedTrainLoader, Decoder
+from datasets.images.read import read_image
+from datasets.images.unreadable import BadImages
 from datasets.loaders import train_loader
 from datasets.order import ResumableSampler
-from datasets.tensors import DataError
 from launch.process_group import World
 from launch.stop import StopRequest
-from tests.images import write_photos, write_tree
-from tests.jobs import forked
-from tests.support import command, kill_session, read_json, session_pids, start
-from trainers.engine.together import finish_together
+from tests.helpers.images import write_photos, write_tree
+from tests.helpers.processes import command, kill_session, read_json, session_pids, start
+from tests.helpers.server import forked
+from trainers.engine.once_per_node import finish_together
 
 CPU = torch.device("cpu")
 

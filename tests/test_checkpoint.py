@@ -11,15 +11,15 @@ from unittest.mock import patch
 import pytest
 import torch
 
-from launch.command_line import CheckpointError, NumericError
-from launch.run_folder import RunFolder
-from tests.checkpoint_support import save, state_of
-from trainers.engine import checkpoint
-from trainers.engine.checkpoint import Checkpointer, write_checkpoint
-from trainers.engine.restore import load_verified, newest_good
+from launch.errors import CheckpointError, NumericError
+from tests.helpers.checkpoints import save, state_of
+from trainers.engine.checkpoints import save as checkpoint
+from trainers.engine.checkpoints.files import sweep
+from trainers.engine.checkpoints.load import load_verified, newest_good
+from trainers.engine.checkpoints.save import Checkpointer, write_checkpoint
+from trainers.engine.checkpoints.snapshot import Snapshot
 from trainers.engine.resume import choose_checkpoint
-from trainers.engine.retention import sweep
-from trainers.engine.snapshot import Snapshot
+from trainers.engine.run.folder import RunFolder
 
 
 @pytest.fixture

@@ -9,10 +9,10 @@ import pytest
 import torch
 from torch import nn
 
-from launch.run_folder import RunFolder
-from tests.support import read_json, train
-from trainers.engine.checkpoint import Checkpointer
-from trainers.engine.snapshot import tree_bytes
+from tests.helpers.processes import read_json, train
+from trainers.engine.checkpoints.save import Checkpointer
+from trainers.engine.checkpoints.snapshot import tree_bytes
+from trainers.engine.run.folder import RunFolder
 
 MOST_SECONDS = 0.010  # for 96 MiB
 MOST_SHARE = 0.035  # of run time, with a checkpoint an epoch

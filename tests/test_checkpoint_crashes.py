@@ -9,20 +9,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from launch.run_folder import RunFolder
-from tests.checkpoint_support import (
-    is_whole,
-    kill_while_saving,
-    save,
-    save_by_protocol,
-    save_plainly,
-    state_of,
-)
-from tests.recorded_files import Disk, record
-from trainers.engine.checkpoint import write_checkpoint
-from trainers.engine.restore import load_verified, newest_good
+from tests.helpers.checkpoints import is_whole, kill_while_saving, save, save_by_protocol, save_plainly, state_of
+from tests.helpers.disk import Disk, record
+from trainers.engine.checkpoints.files import link_best, manifest_path, prune
+from trainers.engine.checkpoints.load import load_verified, newest_good
+from trainers.engine.checkpoints.save import write_checkpoint
 from trainers.engine.resume import choose_checkpoint
-from trainers.engine.retention import link_best, manifest_path, prune
+from trainers.engine.run.folder import RunFolder
 
 
 @pytest.fixture

@@ -11,8 +11,7 @@ import pytest
 import torch
 
 from datasets import cifar, synthetic
-from tests.jobs import forked
-from tests.support import (
+from tests.helpers.processes import (
     ROOT,
     TINY,
     Finished,
@@ -23,6 +22,7 @@ from tests.support import (
     read_json,
     train,
 )
+from tests.helpers.server import forked
 
 CLASSES = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
 

@@ -16,13 +16,13 @@ from torchvision.transforms import v2
 
 from datasets import image_folder
 from datasets.augment import Augmentation
-from datasets.bad_images import BadImages
-from datasets.decode import BadImage, open_rgb, part, random_window, read_image
-from datasets.decoded import DecodedEvaluationLoader, DecodedTrainLoader, Decoder, Decoding, Key
+from datasets.errors import DataError
 from datasets.image_folder import ImageTree
+from datasets.images.loaders import DecodedEvaluationLoader, DecodedTrainLoader, Decoder, Decoding, Key
+from datasets.images.read import BadImage, open_rgb, part, random_window, read_image
+from datasets.images.unreadable import BadImages
 from datasets.order import ResumableSampler
-from datasets.tensors import DataError
-from tests.images import write_bomb, write_tree
+from tests.helpers.images import write_bomb, write_tree
 
 CPU = torch.device("cpu")
 

@@ -8,12 +8,12 @@ from pathlib import Path
 
 import pytest
 
-from launch.doctor_job import check_port, job_findings
-from launch.doctor_machine import as_numbers, check_cores, required_versions
-from launch.doctor_ranks import check_devices_of, gathered
+from launch.checks.job import check_port, job_findings
+from launch.checks.machine import as_numbers, check_cores, required_versions
+from launch.checks.ranks import check_devices_of, gathered
 from launch.launcher import Launch
 from launch.machine import usable_cores
-from tests.support import ROOT, Finished, execute
+from tests.helpers.processes import ROOT, Finished, execute
 
 DOCTOR = str(ROOT / "launch" / "doctor.py")
 
@@ -78,7 +78,7 @@ def test_a_rank_that_runs_other_code_is_named(tmp_path: Path):
     script.write_text(f"""
 import os, sys
 sys.path.insert(0, {str(ROOT)!r})
-import launch.doctor_ranks as ranks
+import launch.checks.ranks as ranks
 from launch.doctor import DoctorConfig, main
 true_hash = ranks.code_hash
 ranks.code_hash = lambda: "edited" if os.environ["RANK"] == "1" else true_hash()

@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 
 from datasets import fashion_mnist
-from datasets.tensors import DataError
-from tests.jobs import forked
-from tests.support import largest_difference, metrics, newest_checkpoint
-from tests.workload import accuracies, finished, write_idx
+from datasets.errors import DataError
+from tests.helpers.processes import largest_difference, metrics, newest_checkpoint
+from tests.helpers.server import forked
+from tests.helpers.workload import accuracies, finished, write_idx
 
 
 def training_figures(run: Path) -> tuple[float, float]:

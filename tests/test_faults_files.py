@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from tests.faults import Fault, assert_ends_as_specified, cases, check
-from tests.jobs import NORMED, Job, Server
-from tests.resuming import outcome, run
-from tests.support import newest_checkpoint, read_json
+from tests.helpers.comparing import outcome, run
+from tests.helpers.faults import Fault, assert_ends_as_specified, cases, check
+from tests.helpers.processes import newest_checkpoint, read_json
+from tests.helpers.server import NORMED, Job, Server
 
 pytestmark = pytest.mark.timeout(120)
 

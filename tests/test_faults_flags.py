@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.faults import Fault, assert_ends_as_specified, cases, check
-from tests.jobs import Server
-from tests.resuming import run
+from tests.helpers.comparing import run
+from tests.helpers.faults import Fault, assert_ends_as_specified, cases, check
+from tests.helpers.server import Server
 
 pytestmark = pytest.mark.timeout(60)
 

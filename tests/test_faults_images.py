@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from tests.faults import Fault, check, check_nothing_left
-from tests.jobs import Job, Server
-from tests.resuming import IMAGES, image_tree, run
-from tests.support import read_json
+from tests.helpers.comparing import IMAGES, image_tree, run
+from tests.helpers.faults import Fault, check, check_nothing_left
+from tests.helpers.processes import read_json
+from tests.helpers.server import Job, Server
 
 pytestmark = pytest.mark.timeout(120)
 

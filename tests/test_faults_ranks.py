@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.faults import Fault, assert_ends_as_specified, cases, check, check_lines, check_nothing_left
-from tests.jobs import NORMED, Job, Server, free_port, slack, variables_of
-from tests.support import read_json
+from tests.helpers.faults import Fault, assert_ends_as_specified, cases, check, check_lines, check_nothing_left
+from tests.helpers.processes import read_json
+from tests.helpers.server import NORMED, Job, Server, free_port, slack, variables_of
 
 pytestmark = pytest.mark.timeout(150)
 
@@ -59,7 +59,7 @@ def test_a_process_that_was_taken_over_writes_nothing_more(server: Server, tmp_p
 
 @pytest.mark.parametrize(("action", "stack"), [
     pytest.param("stop", "", id="stopped", marks=pytest.mark.slow),
-    pytest.param("sleep_for(60)", "fault_hooks.py", id="sleeping")])
+    pytest.param("sleep_for(60)", "hooks.py", id="sleeping")])
 def test_a_rank_that_hangs_is_named_with_its_step_and_phase(server: Server, tmp_path: Path, action: str,
                                                             stack: str) -> None:
     flags = [*NORMED, "--timeout", "5", "--output-dir", tmp_path]

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from tests.faults import Fault, assert_ends_as_specified, cases, check, check_nothing_left
-from tests.jobs import NORMED, Job, Server, slack
-from tests.resuming import IMAGES, image_tree
-from tests.support import newest_checkpoint, read_json
+from tests.helpers.comparing import IMAGES, image_tree
+from tests.helpers.faults import Fault, assert_ends_as_specified, cases, check, check_nothing_left
+from tests.helpers.processes import newest_checkpoint, read_json
+from tests.helpers.server import NORMED, Job, Server, slack
 
 pytestmark = pytest.mark.timeout(120)
 

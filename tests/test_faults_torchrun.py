@@ -12,9 +12,8 @@ from typing import Any
 
 import pytest
 
-from tests.faults import check_lines
-from tests.jobs import NORMED, PREPARE, slack
-from tests.support import (
+from tests.helpers.faults import check_lines
+from tests.helpers.processes import (
     ROOT,
     Finished,
     kill_session,
@@ -25,6 +24,7 @@ from tests.support import (
     start,
     wait_until,
 )
+from tests.helpers.server import NORMED, PREPARE, slack
 
 pytestmark = pytest.mark.timeout(150)
 
@@ -37,7 +37,7 @@ def torchrun(folder: Path, *flags: Any, options: list[str] | None = None, hook: 
              ranks: int = 2) -> Iterator[subprocess.Popen[str]]:
     """A trainer with a fault in it, under torchrun; whatever is left of it at the end is killed."""
     words = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}",
-             *(options or []), str(ROOT / "tests" / "hooked.py"), *NORMED, "--output-dir", str(folder),
+             *(options or []), str(ROOT / "tests" / "helpers" / "hooked.py"), *NORMED, "--output-dir", str(folder),
              *map(str, flags)]
     process = start(words, cwd=folder, HOOK=PREPARE + hook)
     try:

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.jobs import NORMED, Job, Server
-from tests.support import metrics, newest_checkpoint, read_json
+from tests.helpers.processes import metrics, newest_checkpoint, read_json
+from tests.helpers.server import NORMED, Job, Server
 from trainers.engine.history import History
 from trainers.engine.metrics import Evaluation
 

@@ -12,10 +12,10 @@ import pytest
 import torch
 from torchvision.models import get_model
 
-from launch.command_line import CheckpointError, UsageError, parse
-from tests.images import FLAGS, NUM_TEST, write_bomb, write_tree
-from tests.jobs import forked
-from tests.support import (
+from launch.command_line import parse
+from launch.errors import CheckpointError, UsageError
+from tests.helpers.images import FLAGS, NUM_TEST, write_bomb, write_tree
+from tests.helpers.processes import (
     ROOT,
     command,
     execute,
@@ -29,8 +29,9 @@ from tests.support import (
     train,
     wait_until,
 )
+from tests.helpers.server import forked
 from trainers import models
-from trainers.engine.backbone import load_backbone
+from trainers.engine.checkpoints.weights import load_backbone
 from trainers.image_folder import RECIPES, ImageFolderConfig, check
 
 

@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 
 from datasets import image_folder
-from datasets.tensors import DataError
-from tests.images import NUM_TEST, write_tree
+from datasets.errors import DataError
+from tests.helpers.images import NUM_TEST, write_tree
 
 
 def test_labels_follow_the_training_folders_and_hidden_ones_are_no_classes(tmp_path: Path):

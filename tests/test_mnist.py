@@ -7,12 +7,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from datasets import digits, idx, mnist
+from datasets import idx, mnist
+from datasets import synthetic_digits as digits
 from datasets.download import fetch
-from datasets.tensors import DataError
-from tests.jobs import forked
-from tests.support import largest_difference, metrics, newest_checkpoint, read_json
-from tests.workload import accuracies, finished, write_idx
+from datasets.errors import DataError
+from tests.helpers.processes import largest_difference, metrics, newest_checkpoint, read_json
+from tests.helpers.server import forked
+from tests.helpers.workload import accuracies, finished, write_idx
 from trainers import models
 
 MEASURED = {  # percent after each epoch: the tutorial's own script, measured here, mean of three seeds

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from launch.node import is_silent
-from tests.jobs import free_port
-from tests.support import ROOT, execute, start
+from tests.helpers.processes import ROOT, execute, start
+from tests.helpers.server import free_port
 
 SAVES_SLOWLY = """import pathlib, signal, sys, time
 stop = []

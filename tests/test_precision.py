@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from launch.command_line import UsageError
+from launch.errors import UsageError
 from trainers.engine.precision import Precision
 
 CPU = torch.device("cpu")

@@ -10,15 +10,15 @@ import pytest
 import torch
 from PIL import Image
 
-from datasets.tensors import DataError
-from launch.command_line import CheckpointError, UsageError
-from tests.images import NUM_TEST, write_tree
-from tests.jobs import forked
-from tests.support import TINY, execute, read_json
+from datasets.errors import DataError
+from launch.errors import CheckpointError, UsageError
+from tests.helpers.images import NUM_TEST, write_tree
+from tests.helpers.processes import TINY, execute, read_json
+from tests.helpers.server import forked
 from trainers import models
 from trainers.engine import export
-from trainers.engine.card import ModelCard
-from trainers.engine.restore import load_verified
+from trainers.engine.checkpoints.load import load_verified
+from trainers.engine.run.card import ModelCard
 from trainers.predict import PredictConfig, load_model, main
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -12,12 +12,12 @@ import torch
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
-from launch.command_line import CheckpointError
-from tests.checkpoint_support import state_of
-from tests.jobs import forked
-from tests.support import TINY, read_json
+from launch.errors import CheckpointError
+from tests.helpers.checkpoints import state_of
+from tests.helpers.processes import TINY, read_json
+from tests.helpers.server import forked
 from trainers import models
-from trainers.engine.pretrained import load_pretrained
+from trainers.engine.checkpoints.weights import load_pretrained
 
 
 def network(seed: int = 0, num_classes: int = 3) -> nn.Sequential:

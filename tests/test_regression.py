@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from datasets import regression
-from datasets.tensors import DataError
-from launch.command_line import UsageError
-from tests.support import largest_difference, metrics, newest_checkpoint, read_json
-from tests.workload import finished
+from datasets.errors import DataError
+from launch.errors import UsageError
+from tests.helpers.processes import largest_difference, metrics, newest_checkpoint, read_json
+from tests.helpers.workload import finished
 from trainers.regression import choose_loss, my_mse
 
 D2L = ("--no-pictures", "--max-steps", "20")

@@ -10,14 +10,14 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from launch.command_line import UsageError
-from launch.run_folder import RunFolder
-from tests.support import largest_difference, newest_checkpoint
-from tests.workload import finished
-from trainers.engine import pictures, report
-from trainers.engine.config import TrainConfig
-from trainers.engine.losses import WeightedCrossEntropy, classification_task
-from trainers.engine.report import Report, gradient_norms
+from launch.errors import UsageError
+from tests.helpers.processes import largest_difference, newest_checkpoint
+from tests.helpers.workload import finished
+from trainers.engine.run import pictures, report
+from trainers.engine.run.folder import RunFolder
+from trainers.engine.run.report import Report
+from trainers.engine.step import gradient_norms
+from trainers.engine.task import WeightedCrossEntropy, classification_task
 
 CLASSES = ("cat", "dog", "ship")
 EPOCHS = [
@@ -146,7 +146,7 @@ def test_the_mean_of_two_ranks_weighted_losses_is_that_of_the_whole_batch() -> N
 
 def test_class_weights_that_are_not_one_for_each_class_are_a_usage_error() -> None:
     with pytest.raises(UsageError, match="2 weights for 3 classes"):
-        classification_task(TrainConfig(class_weights=(1.0, 2.0)), CLASSES, torch.device("cpu"))
+        classification_task(CLASSES, torch.device("cpu"), class_weights=(1.0, 2.0))
 
 
 @pytest.mark.timeout(180)

@@ -9,16 +9,16 @@ import pytest
 import torch
 from torch import nn
 
-from launch.command_line import CheckpointError
-from launch.run_folder import RunFolder
-from tests.checkpoint_support import state_of
-from tests.jobs import forked
-from tests.support import ROOT, TINY, Finished, execute, metrics, read_json
-from trainers.engine import checkpoint
-from trainers.engine.checkpoint import Checkpointer, write_checkpoint
-from trainers.engine.restore import Damaged, check_fits, load_or_fail, load_verified, newest_good
+from launch.errors import CheckpointError
+from tests.helpers.checkpoints import state_of
+from tests.helpers.processes import ROOT, TINY, Finished, execute, metrics, read_json
+from tests.helpers.server import forked
+from trainers.engine.checkpoints import save as checkpoint
+from trainers.engine.checkpoints.files import manifest_path
+from trainers.engine.checkpoints.load import Damaged, check_fits, load_or_fail, load_verified, newest_good
+from trainers.engine.checkpoints.save import Checkpointer, write_checkpoint
 from trainers.engine.resume import choose_checkpoint
-from trainers.engine.retention import manifest_path
+from trainers.engine.run.folder import RunFolder
 
 STEPS = ["--checkpoint-every", "4", "--keep-checkpoints", "3"]
 LONGER = [*TINY, *STEPS, "--max-steps", "16"]

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.jobs import NORMED, Job, Server, slack
-from tests.resuming import outcome, run
-from tests.support import largest_difference, newest_checkpoint, read_json
+from tests.helpers.comparing import outcome, run
+from tests.helpers.processes import largest_difference, newest_checkpoint, read_json
+from tests.helpers.server import NORMED, Job, Server, slack
 
 PLAIN = ["--model", "net", "--lr", "0.02"]  # neither BatchNorm nor dropout, which depend on the samples of a rank
 LOG_IMAGES = """

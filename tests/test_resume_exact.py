@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from tests.jobs import Server
-from tests.resuming import image_tree, outcome, run
+from tests.helpers.comparing import image_tree, outcome, run
+from tests.helpers.server import Server
 
 PHASES = ("data", "forward", "backward", "optimizer")
 STEPS = 20

@@ -9,11 +9,11 @@ from typing import Any
 
 import pytest
 
-from launch import ownership
-from launch.command_line import CheckpointError, UsageError
+from launch.errors import CheckpointError, UsageError
 from launch.files import read_object, replace_file
-from launch.run_folder import RunFolder
-from tests.support import ROOT
+from tests.helpers.processes import ROOT
+from trainers.engine.run import ownership
+from trainers.engine.run.folder import RunFolder
 
 pytestmark = pytest.mark.timeout(60)
 
@@ -43,7 +43,7 @@ def test_every_owner_raises_the_fencing_token(tmp_path: Path) -> None:
 
 def test_a_folder_locked_by_another_process_is_refused_and_names_it(tmp_path: Path) -> None:
     script = (f"import sys; sys.path[0] = {str(ROOT)!r}\nfrom pathlib import Path\n"
-              f"from launch.run_folder import RunFolder\n"
+              f"from trainers.engine.run.folder import RunFolder\n"
               f"folder = RunFolder(Path({str(tmp_path / 'r')!r}), is_main=True)\nfolder.claim()\n"
               f"print('claimed', flush=True)\nsys.stdin.read()\n")
     with subprocess.Popen([sys.executable, "-c", script], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.slurm_support import Cluster, state_of
-from tests.support import ROOT, TINY, read_json, train, wait_until
+from tests.helpers.processes import ROOT, TINY, read_json, train, wait_until
+from tests.helpers.slurm import Cluster, state_of
 
 pytestmark = [pytest.mark.slurm, pytest.mark.timeout(240)]
 TWO_BY_TWO = ("--nodes=2", "--ntasks-per-node=2", "--cpus-per-task=1")

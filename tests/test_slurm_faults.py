@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.jobs import forked
-from tests.slurm_support import Cluster, Job, own_jobs, slow_trainer, state_of, step_of
-from tests.support import TINY, largest_difference, newest_checkpoint, read_json, wait_until
+from tests.helpers.processes import TINY, largest_difference, newest_checkpoint, read_json, wait_until
+from tests.helpers.server import forked
+from tests.helpers.slurm import Cluster, Job, own_jobs, slow_trainer, state_of, step_of
 
 __all__ = ["own_jobs"]  # a fixture
 pytestmark = [pytest.mark.slurm, pytest.mark.usefixtures("own_jobs"), pytest.mark.timeout(600)]

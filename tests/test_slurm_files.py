@@ -11,10 +11,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from launch.command_line import UsageError
+from launch.errors import UsageError
 from launch.launcher import host_names, read_launch
 from launch.network import address_among, connect_problem, interface_of
-from tests.support import ROOT, environment
+from tests.helpers.processes import ROOT, environment
 
 SLURM = ROOT / "slurm"
 FILES = sorted(SLURM.glob("*.sbatch"))

@@ -6,10 +6,10 @@ from typing import Any
 import pytest
 import torch
 
-from launch.command_line import UsageError
-from tests.support import train
+from launch.errors import UsageError
+from tests.helpers.processes import train
 from trainers import split_demo
-from trainers.engine.progress import say
+from trainers.engine.run.progress import say
 
 # Rows of each replica, batch by batch, as the tutorial prints them (in any order, its replicas being threads).
 TUTORIAL = {

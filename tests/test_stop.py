@@ -10,7 +10,7 @@ import time
 import pytest
 
 from launch.stop import MOST_STEPS, POLL_SECONDS, StopAgreement, StopRequest
-from tests.support import ROOT, execute
+from tests.helpers.processes import ROOT, execute
 
 pytestmark = pytest.mark.timeout(60)
 

@@ -7,9 +7,11 @@ from datetime import timedelta
 import pytest
 import torch.distributed as dist
 
-from launch.heartbeats import Heartbeats, claim_this_node, parent_of
+from launch.heartbeats import Heartbeats
+from launch.launcher import parent_of
+from launch.rendezvous import claim_this_node
 from launch.watchdog import Watchdog
-from tests.jobs import free_port
+from tests.helpers.server import free_port
 
 pytestmark = pytest.mark.timeout(60)
 

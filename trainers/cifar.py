@@ -27,12 +27,14 @@ from datasets import cifar, synthetic
 from datasets.augment import Augmentation, normalize
 from datasets.loaders import evaluation_loader, train_loader
 from datasets.tensors import TensorDataset
-from launch.command_line import UsageError, nearest, run
+from launch.command_line import nearest, run
+from launch.errors import UsageError
 from launch.process_group import World
 from trainers import models
-from trainers.engine.card import ModelCard, write_card
 from trainers.engine.config import TrainConfig
-from trainers.engine.session import download_once, join_world, open_run, train_classifier
+from trainers.engine.once_per_node import download_once
+from trainers.engine.run.card import ModelCard, write_card
+from trainers.engine.session import join_world, open_run, train_classifier
 
 
 @dataclass(frozen=True, kw_only=True)

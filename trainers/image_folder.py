@@ -26,25 +26,26 @@ from torch import nn
 
 from datasets import image_folder
 from datasets.augment import Augmentation
-from datasets.bad_images import BadImages
-from datasets.decode import FitName
-from datasets.decoded import DecodedEvaluationLoader, DecodedTrainLoader, Decoder
-from datasets.image_cache import GatherThenAugment, ImageCache
+from datasets.errors import DataError
 from datasets.image_folder import ImageTree
+from datasets.images.cache import GatherThenAugment, ImageCache
+from datasets.images.loaders import DecodedEvaluationLoader, DecodedTrainLoader, Decoder
+from datasets.images.read import FitName
+from datasets.images.unreadable import BadImages
 from datasets.loaders import check_size, evaluation_loader, train_loader
 from datasets.order import ResumableSampler
-from datasets.tensors import DataError
-from launch.command_line import EXIT_PREEMPTED, UsageError, nearest, report, run
+from launch.command_line import nearest, run
+from launch.errors import EXIT_PREEMPTED, UsageError, report
 from launch.process_group import World, barrier, from_main, gather
-from launch.run_folder import RunFolder
 from trainers import models
-from trainers.engine.backbone import load_backbone
-from trainers.engine.card import ModelCard, write_card
+from trainers.engine.checkpoints.weights import load_backbone
 from trainers.engine.config import TrainConfig
-from trainers.engine.progress import say
+from trainers.engine.once_per_node import finish_together
+from trainers.engine.run.card import ModelCard, write_card
+from trainers.engine.run.folder import RunFolder
+from trainers.engine.run.progress import say
 from trainers.engine.session import join_world, open_run, train_classifier
 from trainers.engine.task import EvaluationBatches, TrainBatches
-from trainers.engine.together import finish_together
 
 OUR_MODELS = ("cheatsheet", "net", "resnet9")  # other names are torchvision's, resnet18 too
 STATISTICS: dict[str, tuple[tuple[float, ...], tuple[float, ...]]] = {

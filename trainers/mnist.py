@@ -23,16 +23,19 @@ if __name__ == "__main__":
 import torch
 from torch import nn
 
-from datasets import digits, mnist
+from datasets import mnist
+from datasets import synthetic_digits as digits
 from datasets.augment import Augmentation
 from datasets.loaders import evaluation_loader, train_loader
 from datasets.tensors import TensorDataset
-from launch.command_line import UsageError, nearest, run
+from launch.command_line import nearest, run
+from launch.errors import UsageError
 from launch.process_group import World
 from trainers import models
-from trainers.engine.card import ModelCard, write_card
 from trainers.engine.config import TrainConfig
-from trainers.engine.session import download_once, join_world, open_run, train_classifier
+from trainers.engine.once_per_node import download_once
+from trainers.engine.run.card import ModelCard, write_card
+from trainers.engine.session import join_world, open_run, train_classifier
 
 
 @dataclass(frozen=True, kw_only=True)

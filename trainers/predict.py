@@ -27,21 +27,22 @@ import tyro
 from torch import Tensor, nn
 
 from datasets.augment import normalize
-from datasets.decode import BadImage, read_image
+from datasets.errors import DataError
 from datasets.image_folder import ImageTree, find_images
-from datasets.tensors import DataError
-from launch.command_line import CheckpointError, UsageError, report, run
+from datasets.images.read import BadImage, read_image
+from launch.command_line import run
+from launch.errors import CheckpointError, UsageError, report
 from launch.launcher import read_launch
 from launch.machine import choose_device
 from launch.process_group import World
-from launch.run_folder import RunFolder
 from trainers import models
-from trainers.engine.card import ModelCard, read_card
+from trainers.engine.checkpoints.load import Damaged, check_fits, load_or_fail, load_verified, newest_good
 from trainers.engine.export import export
-from trainers.engine.pictures import MOST_IMAGES
 from trainers.engine.predictions import Prediction, as_json, as_lines, draw
-from trainers.engine.progress import say
-from trainers.engine.restore import Damaged, check_fits, load_or_fail, load_verified, newest_good
+from trainers.engine.run.card import ModelCard, read_card
+from trainers.engine.run.folder import RunFolder
+from trainers.engine.run.pictures import MOST_IMAGES
+from trainers.engine.run.progress import say
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -25,13 +25,14 @@ import torch
 from torch import Tensor, nn
 
 from datasets import regression
+from datasets.errors import DataError
 from datasets.loaders import PlainTransform, evaluation_loader, train_loader
-from datasets.tensors import DataError
-from launch.command_line import UsageError, run
+from launch.command_line import run
+from launch.errors import UsageError
 from trainers import models
 from trainers.engine.config import TrainConfig
 from trainers.engine.parallel import unwrap
-from trainers.engine.progress import say
+from trainers.engine.run.progress import say
 from trainers.engine.session import build_trainer, complete, join_world, open_run
 from trainers.engine.task import Task
 

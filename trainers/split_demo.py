@@ -18,10 +18,11 @@ if not __package__:  # run by path: our packages, not others of the same names
 import torch
 from torch import Tensor, nn
 
-from launch.command_line import UsageError, run
+from launch.command_line import run
+from launch.errors import UsageError
 from launch.process_group import World, gather, process_group
 from trainers.engine.parallel import ParallelName, choose_parallel, parallelize
-from trainers.engine.progress import say
+from trainers.engine.run.progress import say
 
 INPUT_SIZE, OUTPUT_SIZE, BATCH_SIZE, NUM_SAMPLES = 5, 2, 30, 100  # the tutorial's
 

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from launch.command_line import UsageError
+from launch.errors import UsageError
 
 FORMAT = 1
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from launch.bench.charts import draw
 from launch.bench.table import markdown_report
-from launch.command_line import UsageError
+from launch.errors import UsageError
 from launch.files import replace_file
 
 NAMES = ("benchmark.json", "benchmark.md", "benchmark.png")

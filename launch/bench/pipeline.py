@@ -9,7 +9,7 @@ from statistics import median
 from typing import Any
 
 from launch.bench.output import say
-from launch.bench.rounds import note
+from launch.bench.runs import note
 from launch.bench.setups import ROOT, Hardware
 from launch.bench.table import as_markdown, as_text
 from launch.files import replace_file

@@ -19,9 +19,9 @@ from typing import Literal, cast
 
 import torch
 
-from launch.command_line import UsageError, nearest
-from launch.doctor_machine import processor
-from launch.machine import usable_cores
+from launch.command_line import nearest
+from launch.errors import UsageError
+from launch.machine import processor, usable_cores
 
 Kind = Literal["cpu", "gpu", "dp", "ddp"]
 Precision = Literal["fp32", "bf16", "fp16"]

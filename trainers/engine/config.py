@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 
 import tyro
 
-from launch.command_line import UsageError
+from launch.errors import UsageError
 from launch.launcher import read_launch
 from trainers.engine.parallel import ParallelName
 from trainers.engine.precision import PrecisionName

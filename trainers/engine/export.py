@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from launch.command_line import CheckpointError, UsageError
+from launch.errors import CheckpointError, UsageError
 
 ONNX_PACKAGES = ("onnx", "onnxscript")
 TOLERANCE = 1e-4  # relative to the largest output; kernels of another library add in another order

@@ -23,8 +23,8 @@ from launch.stop import StopAgreement
 from trainers.engine.config import measured_steps
 from trainers.engine.parallel import synchronize, unwrap
 from trainers.engine.precision import DTYPES
-from trainers.engine.progress import Progress
 from trainers.engine.result import peak_memory_bytes
+from trainers.engine.run.progress import Progress
 from trainers.engine.task import TrainBatches
 from trainers.engine.trainer import Trainer
 

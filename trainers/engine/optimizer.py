@@ -1,10 +1,13 @@
 """torch's optimizers, from flags; each group remembers its peak rate as `initial_lr`, which the schedule scales."""
 
+from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 from torch.optim import Optimizer
+
+from launch.errors import UsageError
 
 if TYPE_CHECKING:
     from trainers.engine.config import TrainConfig
@@ -99,3 +102,28 @@ class MuonWithAdamW:
         """The inverse."""
         for part, saved in zip(self.parts, state["parts"], strict=True):
             part.load_state_dict(saved)
+
+
+def freeze(model: nn.Module, patterns: tuple[str, ...]) -> list[nn.Module]:
+    """Stop training every parameter whose name begins with, or matches (`*`), a pattern. Call it before wrapping.
+
+    Returns:
+        The BatchNorm modules inside the frozen part, which must stay in evaluation mode.
+
+    Raises:
+        UsageError: if a pattern matches no parameter.
+    """
+    frozen = set()
+    for pattern in patterns:
+        matching = [name for name, _ in model.named_parameters()
+                    if name == pattern or name.startswith(pattern + ".") or fnmatchcase(name, pattern)]
+        if not matching:
+            tops = ", ".join(name for name, _ in model.named_children())
+            raise UsageError(f"--freeze {pattern}: matches no parameter; the model's parts are {tops}")
+        frozen.update(matching)
+    for name, parameter in model.named_parameters():
+        if name in frozen:
+            parameter.requires_grad_(False)
+    return [module for name, module in model.named_modules()
+            if isinstance(module, nn.modules.batchnorm._BatchNorm) and f"{name}.weight" in frozen
+            and f"{name}.bias" in frozen]

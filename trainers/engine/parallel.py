@@ -4,14 +4,13 @@ import contextlib
 import inspect
 import itertools
 from collections.abc import Callable, Iterator
-from fnmatch import fnmatchcase
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
-from launch.command_line import UsageError
+from launch.errors import UsageError
 from launch.process_group import World
 from trainers.engine.task import Batch
 
@@ -89,31 +88,6 @@ def settle_buckets(model: nn.Module, world: World, batches: Iterator[Batch], *, 
         for buffer, value in zip(model.buffers(), before, strict=True):
             buffer.copy_(value)
     return itertools.chain([first], batches)
-
-
-def freeze(model: nn.Module, patterns: tuple[str, ...]) -> list[nn.Module]:
-    """Stop training every parameter whose name begins with, or matches (`*`), a pattern. Call it before wrapping.
-
-    Returns:
-        The BatchNorm modules inside the frozen part, which must stay in evaluation mode.
-
-    Raises:
-        UsageError: if a pattern matches no parameter.
-    """
-    frozen = set()
-    for pattern in patterns:
-        matching = [name for name, _ in model.named_parameters()
-                    if name == pattern or name.startswith(pattern + ".") or fnmatchcase(name, pattern)]
-        if not matching:
-            tops = ", ".join(name for name, _ in model.named_children())
-            raise UsageError(f"--freeze {pattern}: matches no parameter; the model's parts are {tops}")
-        frozen.update(matching)
-    for name, parameter in model.named_parameters():
-        if name in frozen:
-            parameter.requires_grad_(False)
-    return [module for name, module in model.named_modules()
-            if isinstance(module, nn.modules.batchnorm._BatchNorm) and f"{name}.weight" in frozen
-            and f"{name}.bias" in frozen]
 
 
 def num_parameters(model: nn.Module) -> int:

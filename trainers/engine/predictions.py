@@ -7,8 +7,8 @@ from pathlib import Path
 
 from torch import Tensor
 
-from launch.command_line import UsageError
-from trainers.engine.pictures import image_grid
+from launch.errors import UsageError
+from trainers.engine.run.pictures import image_grid
 
 
 @dataclass(frozen=True, kw_only=True)

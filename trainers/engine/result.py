@@ -4,7 +4,7 @@ import hashlib
 import io
 import resource
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from trainers.engine.config import TrainConfig
 from trainers.engine.metrics import Evaluation
 from trainers.engine.parallel import choose_parallel, num_parameters, unwrap
-from trainers.engine.progress import say
-from trainers.engine.report import draw_predictions, write_whole
+from trainers.engine.run import pictures
+from trainers.engine.run.folder import RunFolder, write_whole
+from trainers.engine.run.progress import say
 from trainers.engine.task import EvaluationBatches
 from trainers.engine.trainer import Trainer
 
@@ -92,3 +93,32 @@ def peak_memory_bytes(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def name_of(label: int, class_names: Sequence[str]) -> str:
+    """The class's name, or its number where it has none."""
+    return class_names[label] if label < len(class_names) else str(label)
+
+
+def draw_first_batch(folder: RunFolder, batch: tuple[Tensor, Tensor], to_image: Callable[[Tensor], Tensor],
+                     class_names: Sequence[str]) -> None:
+    """first_batch.png: training images as the network sees them, un-normalised. Rank 0 only."""
+    inputs, targets = batch
+    images = to_image(inputs[: pictures.MOST_IMAGES].float().cpu())
+    captions = [name_of(label, class_names) for label in targets[: len(images)].tolist()]
+    title = f"first training batch: {len(images)} of this rank's {len(inputs)} images"
+    write_whole(folder, "first_batch.png", pictures.image_grid(images, captions, title=title))
+
+
+@torch.no_grad()
+def draw_predictions(trainer: "Trainer", inputs: Tensor, targets: Tensor, to_image: Callable[[Tensor], Tensor],
+                     class_names: Sequence[str]) -> None:
+    """predictions.png: test images with what the model makes of them. Rank 0 only; no collective."""
+    model = trainer.evaluated_model()
+    model.eval()
+    inputs, targets = inputs[: pictures.MOST_IMAGES], targets[: pictures.MOST_IMAGES]
+    with trainer.precision.autocast():
+        labels = model(inputs.to(trainer.world.device)).argmax(1).tolist()
+    true, predicted = ([name_of(label, class_names) for label in some] for some in (targets.tolist(), labels))
+    png = pictures.predictions(to_image(inputs.float().cpu()), true, predicted, title="test images, as predicted")
+    write_whole(trainer.folder, "predictions.png", png)

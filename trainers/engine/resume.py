@@ -8,15 +8,18 @@ from typing import Any
 import torch
 from torch.optim.swa_utils import AveragedModel
 
-from launch.command_line import CheckpointError, report
+from launch.errors import CheckpointError, report
 from launch.launcher import job_identity
-from launch.ownership import is_restart_of
-from launch.run_folder import RunFolder
+from launch.process_group import from_main
+from trainers.engine.checkpoints.files import committed, link_best, set_aside, step_of, sweep
+from trainers.engine.checkpoints.load import Newest, check_fits, load_or_fail, newest_good
+from trainers.engine.checkpoints.snapshot import tensors_in
+from trainers.engine.checkpoints.weights import load_pretrained
+from trainers.engine.config import TrainConfig
 from trainers.engine.metrics import equal_on_all_ranks
 from trainers.engine.parallel import unwrap
-from trainers.engine.restore import Newest, check_fits, load_or_fail, newest_good
-from trainers.engine.retention import committed, link_best, set_aside, step_of, sweep
-from trainers.engine.snapshot import tensors_in
+from trainers.engine.run.folder import RunFolder
+from trainers.engine.run.ownership import is_restart_of
 from trainers.engine.trainer import Trainer
 
 
@@ -118,3 +121,37 @@ def check_same_on_all_ranks(trainer: Trainer, source: Path) -> None:
         digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
     if not equal_on_all_ranks(digest.hexdigest(), trainer.world):
         raise CheckpointError(f"{source}: the ranks loaded different weights; let every node see the same folder")
+
+
+def resume(config: TrainConfig, trainer: Trainer) -> str:
+    """Put the trainer where the run was. Rank 0 chooses the checkpoint and tells the others.
+
+    Returns:
+        A sentence for the summary.
+
+    Raises:
+        CheckpointError: if no checkpoint is whole, it does not fit, or the ranks loaded different weights.
+    """
+    world, folder = trainer.world, trainer.folder
+    source = from_main(world, lambda: choose_checkpoint(config.resume, folder))
+    if source is None:
+        from_main(world, lambda: folder.truncate_metrics(-1, evaluated=False))
+        return "from the start" if config.init_from is None else start_from_weights(trainer, config.init_from)
+    state = load_or_fail(source)
+    check_fits(state, unwrap(trainer.model), source, config=trainer.config, fingerprint=trainer.fingerprint)
+    trainer.load_state(state)
+    check_same_on_all_ranks(trainer, source)
+    evaluated = trainer.history.has_recorded(trainer.step)
+    from_main(world, lambda: folder.truncate_metrics(trainer.step, evaluated=evaluated))
+    return f"from {source.name}, step {trainer.step}, epoch {trainer.epoch}"
+
+
+def start_from_weights(trainer: Trainer, path: Path) -> str:
+    """`--init-from`: weights of a file, nothing else of it.
+
+    Raises:
+        CheckpointError: if they cannot be read or do not fit, or the ranks loaded different ones.
+    """
+    part = load_pretrained(unwrap(trainer.model), path)
+    check_same_on_all_ranks(trainer, path)
+    return f"from the weights in {path}{part}"

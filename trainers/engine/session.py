@@ -9,7 +9,7 @@
 
 import contextlib
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -18,27 +18,25 @@ import torch
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from launch.command_line import EXIT_DONE, EXIT_PREEMPTED, CheckpointError, UsageError, one_line
+from launch.errors import EXIT_DONE, EXIT_PREEMPTED, UsageError
+from launch.failure import explained
 from launch.launcher import default_run_name, job_identity
-from launch.process_group import World, barrier, explained, from_main, process_group
-from launch.run_folder import RunFolder
+from launch.process_group import World, from_main, process_group
 from launch.stop import catch_signals
-from trainers.engine.checkpoint import Checkpointer
+from trainers.engine.checkpoints.save import Checkpointer
 from trainers.engine.config import MAY_CHANGE, TrainConfig
-from trainers.engine.losses import classification_task
 from trainers.engine.measure import write_measurement
 from trainers.engine.metrics import Evaluation
-from trainers.engine.optimizer import build_optimizer
-from trainers.engine.parallel import choose_parallel, freeze, num_parameters, parallelize, unwrap
+from trainers.engine.optimizer import build_optimizer, freeze
+from trainers.engine.parallel import choose_parallel, num_parameters, parallelize, unwrap
 from trainers.engine.precision import Precision
-from trainers.engine.pretrained import load_pretrained
-from trainers.engine.progress import say
-from trainers.engine.report import Report, draw_first_batch
-from trainers.engine.restore import check_fits, load_or_fail
-from trainers.engine.result import ToImage, draw, finish
-from trainers.engine.resume import check_same_on_all_ranks, choose_checkpoint, load_for_evaluation
+from trainers.engine.result import ToImage, draw, draw_first_batch, finish
+from trainers.engine.resume import load_for_evaluation, resume
+from trainers.engine.run.folder import RunFolder, describe, say_failed
+from trainers.engine.run.progress import say
+from trainers.engine.run.report import Report
 from trainers.engine.schedule import schedule
-from trainers.engine.task import EvaluationBatches, Task, TrainBatches
+from trainers.engine.task import EvaluationBatches, Task, TrainBatches, classification_task
 from trainers.engine.trainer import Trainer
 
 
@@ -86,19 +84,6 @@ def open_run(config: TrainConfig, trainer: str, world: World) -> Iterator[RunFol
         folder.release()
 
 
-def describe(error: Exception) -> str:
-    """An error in one line, our own bugs too."""
-    return one_line(error) or f"{type(error).__name__}: {error}"[:500]
-
-
-def say_failed(folder: RunFolder, reason: str, *, step: int) -> None:
-    """FAILED and why; not if a later incarnation owns the folder, or the disk is full."""
-    before = folder.read_json("status.json") or {}
-    with contextlib.suppress(CheckpointError):
-        folder.write_status("FAILED", step=max(step, before.get("step", 0)), epoch=before.get("epoch", 0),
-                            reason=reason)
-
-
 def build_trainer(config: TrainConfig, model: nn.Module, task: Task, world: World, folder: RunFolder, *,
                   steps_per_epoch: int, dataset_fingerprint: str) -> Trainer:
     """Freeze, move, wrap and equip a model for training.
@@ -137,40 +122,6 @@ def build_trainer(config: TrainConfig, model: nn.Module, task: Task, world: Worl
     )
 
 
-def resume(config: TrainConfig, trainer: Trainer) -> str:
-    """Put the trainer where the run was. Rank 0 chooses the checkpoint and tells the others.
-
-    Returns:
-        A sentence for the summary.
-
-    Raises:
-        CheckpointError: if no checkpoint is whole, it does not fit, or the ranks loaded different weights.
-    """
-    world, folder = trainer.world, trainer.folder
-    source = from_main(world, lambda: choose_checkpoint(config.resume, folder))
-    if source is None:
-        from_main(world, lambda: folder.truncate_metrics(-1, evaluated=False))
-        return "from the start" if config.init_from is None else start_from_weights(trainer, config.init_from)
-    state = load_or_fail(source)
-    check_fits(state, unwrap(trainer.model), source, config=trainer.config, fingerprint=trainer.fingerprint)
-    trainer.load_state(state)
-    check_same_on_all_ranks(trainer, source)
-    evaluated = trainer.history.has_recorded(trainer.step)
-    from_main(world, lambda: folder.truncate_metrics(trainer.step, evaluated=evaluated))
-    return f"from {source.name}, step {trainer.step}, epoch {trainer.epoch}"
-
-
-def start_from_weights(trainer: Trainer, path: Path) -> str:
-    """`--init-from`: weights of a file, nothing else of it.
-
-    Raises:
-        CheckpointError: if they cannot be read or do not fit, or the ranks loaded different ones.
-    """
-    part = load_pretrained(unwrap(trainer.model), path)
-    check_same_on_all_ranks(trainer, path)
-    return f"from the weights in {path}{part}"
-
-
 @dataclass(frozen=True, kw_only=True)
 class Outcome:
     """How a session ended, for the trainer's own last words."""
@@ -187,7 +138,8 @@ def train_classifier(config: TrainConfig, model: nn.Module, world: World, folder
     Args:
         to_image: undoes the normalisation, for pictures.
     """
-    task = classification_task(config, class_names, world.device)
+    task = classification_task(class_names, world.device, label_smoothing=config.label_smoothing,
+                               class_weights=config.class_weights)
     trainer = build_trainer(config, model, task, world, folder, steps_per_epoch=train.steps_per_epoch,
                             dataset_fingerprint=dataset_fingerprint)
     return complete(config, trainer, train, test, class_names=class_names, to_image=to_image)
@@ -232,15 +184,6 @@ def preempted(trainer: Trainer) -> Outcome:
     if trainer.world.is_main:
         say(f"stopped at step {trainer.step} ({trainer.stop.reason}); the same command goes on from there")
     return Outcome(exit_code=EXIT_PREEMPTED)
-
-
-def download_once(config: TrainConfig, world: World, download: Callable[[Path], None]) -> None:
-    """With `--download`, have one rank of each node fetch the data while the others wait."""
-    if not config.download:
-        return
-    if world.local_rank == 0:
-        download(config.data_dir)
-    barrier(world)
 
 
 def summary(config: TrainConfig, trainer: Trainer, train: TrainBatches, where: str) -> str:

@@ -4,7 +4,11 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Protocol
 
-from torch import Tensor
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from launch.errors import UsageError
 
 Batch = tuple[Tensor, Tensor]
 
@@ -44,3 +48,36 @@ class Task:
     test_loss: Callable[[Tensor, Tensor], Tensor]
     num_classes: int | None
     """None where there are none: then only the loss is reported."""
+
+
+def classification_task(class_names: tuple[str, ...], device: torch.device, *, label_smoothing: float = 0.0,
+                        class_weights: tuple[float, ...] = ()) -> Task:
+    """Cross-entropy by `--label-smoothing` and `--class-weights` to train, without either to report.
+
+    Raises:
+        UsageError: if there are not as many class weights as classes.
+    """
+    loss: nn.Module = nn.CrossEntropyLoss(label_smoothing=label_smoothing)
+    if class_weights:
+        if len(class_weights) != len(class_names):
+            raise UsageError(f"--class-weights {' '.join(map(str, class_weights))}: {len(class_weights)} weights for "
+                             f"{len(class_names)} classes; give one for each of {', '.join(class_names)}")
+        loss = WeightedCrossEntropy(torch.tensor(class_weights, device=device), label_smoothing=label_smoothing)
+    return Task(loss=loss, test_loss=nn.CrossEntropyLoss(), num_classes=len(class_names))
+
+
+class WeightedCrossEntropy(nn.Module):
+    """The mean over the batch of each sample's cross-entropy times the weight of its class.
+
+    torch's own CrossEntropyLoss(weight=...) divides by the sum of the batch's weights instead. That sum differs between
+    ranks, so the average of their gradients would not be the gradient of the whole batch.
+    """
+
+    def __init__(self, weights: Tensor, *, label_smoothing: float = 0.0) -> None:
+        super().__init__()
+        self.weights, self.label_smoothing = weights, label_smoothing
+
+    def forward(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        """The loss of logits (B, C) for labels (B,)."""
+        return F.cross_entropy(outputs, targets, weight=self.weights, label_smoothing=self.label_smoothing,
+                               reduction="none").mean()

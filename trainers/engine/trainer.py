@@ -11,18 +11,19 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
-from launch.command_line import NumericError
+from launch.errors import NumericError
 from launch.process_group import World, from_main
-from launch.run_folder import RunFolder
 from launch.stop import StopAgreement, StopRequest
-from trainers.engine.checkpoint import Checkpointer
+from trainers.engine.checkpoints.save import Checkpointer
 from trainers.engine.dropout import default_generators, seed_dropout
 from trainers.engine.history import History
 from trainers.engine.metrics import Evaluation, EvaluationSums, TrainingSums, sync_buffers
 from trainers.engine.parallel import gradient_sync, settle_buckets, unwrap
 from trainers.engine.precision import Precision
-from trainers.engine.progress import Progress, epoch_text
-from trainers.engine.report import Report, gradient_norms
+from trainers.engine.run.folder import RunFolder
+from trainers.engine.run.progress import Progress, epoch_text
+from trainers.engine.run.report import Report
+from trainers.engine.step import gradient_norms
 from trainers.engine.task import Batch, EvaluationBatches, Task, TrainBatches
 
 REPORTS_PER_EPOCH = 10  # at fixed steps, so that a resumed run writes the same lines

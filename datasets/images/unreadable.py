@@ -1,0 +1,52 @@
+"""Unreadable images: the first one ends the run, unless it may skip some."""
+
+from collections.abc import Callable, Iterable, Mapping
+
+from datasets.errors import DataError
+
+Exchange = Callable[[dict[str, str]], list[dict[str, str]]]
+
+
+class BadImages:
+    """The distinct unreadable images of a run so far, as {path: reason}, and how many there may be.
+
+    A rank learns of another's at the end of an epoch, so the limit may be found passed only then; which images take
+    the place of bad ones does not depend on it.
+    """
+
+    def __init__(self, limit: int, *, exchange: Exchange = lambda mine: [mine],
+                 log: Callable[[str], None] = lambda line: None, known: Mapping[str, str] | None = None) -> None:
+        self.limit, self.exchange, self.log = limit, exchange, log
+        self.known = dict(known or {})
+
+    def add(self, found: Iterable[tuple[str, str]]) -> None:
+        """Take note of images, and log those that are new.
+
+        Raises:
+            DataError: if there are now too many, naming the last.
+        """
+        for path, reason in found:
+            if path in self.known:
+                continue
+            self.known[path] = reason
+            self.check(path)
+            self.log(f"WARNING data: {path}: skipped, not readable as an image ({reason}); "
+                     f"{len(self.known)} of at most {self.limit}")
+
+    def share(self) -> None:
+        """Learn what the other ranks have found; called by all of them together.
+
+        Raises:
+            DataError: on all ranks, if together they have found too many.
+        """
+        for theirs in self.exchange(self.known):
+            self.known |= theirs
+        if self.known:
+            self.check(next(reversed(self.known)))
+
+    def check(self, path: str) -> None:
+        """Raise DataError if there are too many."""
+        if len(self.known) > self.limit:
+            count = f" and {len(self.known) - 1} more" if len(self.known) > 1 else ""
+            raise DataError(f"{path}{count}: not readable as an image ({self.known[path]}); repair or remove it, or "
+                            f"allow some with --skip-bad {len(self.known)}")

@@ -1,0 +1,1 @@
+"""What launch/doctor.py checks: this machine, the job, its ranks."""

@@ -1,0 +1,68 @@
+"""What launch/doctor.py finds out about the job: who started this process, and where its ranks would meet."""
+
+import os
+import socket
+from collections.abc import Mapping
+
+from launch.checks.finding import Finding, fail, ok, warn
+from launch.launcher import Launch
+from launch.network import address_towards
+
+SHOWN_VARIABLES = (  # an allow-list: tokens and passwords live in the environment too
+    "RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "TORCHELASTIC_RESTART_COUNT",
+    "SLURM_JOB_ID", "SLURM_STEP_ID", "SLURM_PROCID", "SLURM_LOCALID", "SLURM_NODEID", "SLURM_NTASKS",
+    "SLURM_STEP_NUM_TASKS", "SLURM_STEP_TASKS_PER_NODE", "SLURM_STEP_NODELIST", "SLURM_CPUS_PER_TASK",
+    "OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES", "GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME", "NCCL_DEBUG",
+)
+
+
+def job_findings(launch: Launch, environ: Mapping[str, str] = os.environ) -> list[Finding]:
+    """The launcher's variables, this machine's name, the port."""
+    return [*check_launcher(launch, environ), check_address(launch), check_port(launch)]
+
+
+def check_launcher(launch: Launch, environ: Mapping[str, str]) -> list[Finding]:
+    """Which launcher's variables would be followed, and those that are set."""
+    chosen = {"torchrun": "torchrun", "slurm": "srun", "none": "none, one process"}[launch.launcher]
+    text = f"{chosen}: rank {launch.rank} of {launch.world_size}"
+    if launch.launcher == "none" and "SLURM_JOB_ID" in environ:
+        found = [warn("launcher", f"{text}; inside a Slurm job, but not started by srun",
+                      "start the ranks with srun, or with torchrun")]
+    elif launch.launcher != "none":
+        found = [ok("launcher", f"{text}, meeting at {launch.address}:{launch.port}")]
+    else:
+        found = [ok("launcher", text)]
+    shown = [f"{name}={environ[name]}" for name in SHOWN_VARIABLES if name in environ]
+    return [*found, ok("variables", " ".join(shown) or "none of torchrun's or Slurm's is set")]
+
+
+def check_address(launch: Launch) -> Finding:
+    """What this machine's name means to itself; other nodes need an address that is not the loopback's."""
+    name, several_nodes = socket.gethostname(), launch.world_size > launch.local_world_size
+    try:
+        address = socket.gethostbyname(name)
+    except OSError:
+        address = None
+    text = f"{name} -> {address or 'no address'}"
+    if several_nodes:
+        route = address_towards(launch.address)
+        if route is None:
+            return fail("host name", f"{text}; no route to {launch.address}", "check MASTER_ADDR and the network")
+        return ok("host name", f"{text}; the way to {launch.address} is from {route}")
+    if address is None:
+        return warn("host name", text, f"add `127.0.1.1 {name}` to /etc/hosts: torchrun looks its own name up")
+    return ok("host name", f"{text}{' (enough for one node)' if address.startswith('127.') else ''}")
+
+
+def check_port(launch: Launch) -> Finding:
+    """Whether the port at which ranks meet is free, as long as nobody of this job has opened it."""
+    if launch.launcher != "none":
+        return ok("port", f"{launch.port}: this job's")
+    with socket.socket(socket.AF_INET6 if socket.has_ipv6 else socket.AF_INET, socket.SOCK_STREAM) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("", launch.port))
+        except OSError as error:
+            return warn("port", f"{launch.port}: {error.strerror}",
+                        "torchrun --standalone picks a free one; over several nodes set --rdzv-endpoint HOST:PORT")
+    return ok("port", f"{launch.port} is free")

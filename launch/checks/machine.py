@@ -1,0 +1,155 @@
+"""What launch/doctor.py finds out about one machine: software, devices, cores, memory and disk.
+
+Every check returns findings and raises nothing: the page must be complete where things are broken.
+"""
+
+import os
+import re
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Mapping
+from importlib import metadata
+from pathlib import Path
+
+import torch
+import torch.cuda.nccl as cuda_nccl
+import torch.distributed as dist
+
+from launch.checks.finding import Finding, fail, ok, warn
+from launch.files import replace_file
+from launch.launcher import Launch
+from launch.machine import choose_threads, gpu_uuid, processor, usable_cores
+
+ROOT = Path(__file__).resolve().parents[2]
+GIB = 2**30
+LEAST_SHM_BYTES = GIB  # docker gives 64 MiB, and a DataLoader worker that outgrows it dies of SIGBUS
+LEAST_DISK_BYTES = 5 * GIB  # some ResNet checkpoints with optimizer state; WARN only
+SLOW_FSYNC_SECONDS = 1.0  # a checkpoint waits for four
+
+
+def machine_findings(launch: Launch, output_dir: Path, environ: Mapping[str, str] = os.environ) -> list[Finding]:
+    """The whole page for this process's machine, in the order in which things go wrong."""
+    checks: list[Callable[[], Finding | list[Finding]]] = [
+        check_versions, check_devices, check_backends, lambda: check_cores(launch, environ), check_shared_memory,
+        lambda: check_output(output_dir),
+    ]
+    found = []
+    for check in checks:
+        result = check()
+        found += result if isinstance(result, list) else [result]
+    return found
+
+
+def check_versions() -> Finding:
+    """Python, and each dependency of pyproject.toml at the version it asks for."""
+    python = f"python {sys.version.split()[0]}"
+    versions, wrong = [python], []
+    for name, least in required_versions().items():
+        try:
+            version = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            wrong.append(f"{name} is missing")
+            continue
+        versions.append(f"{name} {version}")
+        if as_numbers(version) < as_numbers(least):
+            wrong.append(f"{name} {version} is older than {least}")
+    if wrong:
+        return fail("versions", "; ".join(wrong), f"pip install -e {ROOT}")
+    return ok("versions", ", ".join(versions))
+
+
+def required_versions() -> dict[str, str]:
+    """Dependencies of pyproject.toml: name -> lowest version, "0" where any will do."""
+    block = (ROOT / "pyproject.toml").read_text().partition("\ndependencies = [")[2].partition("]")[0]
+    return {name: least or "0" for name, least in re.findall(r'"([\w-]+)(?:>=([\d.]+))?"', block)}
+
+
+def as_numbers(version: str) -> tuple[int, ...]:
+    """`2.10.0+cu128` as (2, 10, 0), which compares as versions do."""
+    return tuple(int(part) for part in re.findall(r"\d+", version.partition("+")[0])[:3])
+
+
+def check_devices() -> list[Finding]:
+    """Every visible GPU: name, UUID, free memory, and whether a kernel runs on it."""
+    if not torch.cuda.is_available():
+        if Path("/dev/nvidiactl").exists():
+            return [fail("devices", f"an NVIDIA driver is loaded, but torch {torch.__version__} finds no CUDA device",
+                         "update the driver, or install the torch build for it; see CUDA_VISIBLE_DEVICES too")]
+        return [ok("devices", f"{processor()}; no GPU, training runs on the CPU")]
+    return [check_gpu(index) for index in range(torch.cuda.device_count())]
+
+
+def check_gpu(index: int) -> Finding:
+    """One GPU."""
+    name = f"gpu {index}"
+    try:
+        properties = torch.cuda.get_device_properties(index)
+        free_bytes, total_bytes = torch.cuda.mem_get_info(index)
+        assert torch.ones(8, device=f"cuda:{index}").sum().item() == 8
+    except (RuntimeError, AssertionError) as error:
+        return fail(name, f"no kernel runs on it ({str(error).splitlines()[0][:100]})",
+                    "install a torch build for this GPU and driver, or hide it with CUDA_VISIBLE_DEVICES")
+    text = f"{properties.name}, {gpu_uuid(index)}, {free_bytes / GIB:.1f} of {total_bytes / GIB:.1f} GiB free"
+    if free_bytes < total_bytes / 2:
+        return warn(name, text, "another process holds its memory: see nvidia-smi")
+    return ok(name, text)
+
+
+def check_backends() -> Finding:
+    """The libraries that average gradients: gloo on CPUs, NCCL between GPUs."""
+    if not dist.is_available() or not dist.is_gloo_available():
+        return fail("backends", "this torch build has no gloo", "install torch from pytorch.org; one process works")
+    if not torch.cuda.is_available():
+        return ok("backends", "gloo")
+    if not dist.is_nccl_available():
+        return warn("backends", "gloo; no NCCL in this torch build", "install a CUDA build of torch for --backend nccl")
+    return ok("backends", f"gloo, NCCL {'.'.join(map(str, cuda_nccl.version()))}")
+
+
+def check_cores(launch: Launch, environ: Mapping[str, str]) -> Finding:
+    """Whether the threads of this node's ranks fit onto the cores that they may use."""
+    cores, threads, ranks = usable_cores(), choose_threads(None, launch, environ), launch.local_world_size
+    text = f"{cores} of {os.cpu_count()} usable; {ranks} rank{'s' * (ranks > 1)} here x {threads} threads"
+    if ranks * threads > cores:
+        return warn("cores", text, f"set OMP_NUM_THREADS={max(1, cores // ranks)}, start fewer ranks, or ask the "
+                                   f"scheduler for more cores (--cpus-per-task)")
+    return ok("cores", text)
+
+
+def check_shared_memory() -> Finding:
+    """DataLoader workers hand their batches over through /dev/shm."""
+    if not os.path.isdir("/dev/shm"):
+        return ok("/dev/shm", "this system has none and does not need it")
+    free_bytes = shutil.disk_usage("/dev/shm").free
+    text = f"{free_bytes / GIB:.1f} GiB free"
+    if free_bytes < LEAST_SHM_BYTES:
+        return warn("/dev/shm", text, "docker run --shm-size=8g (or --ipc=host), or train with --workers 0")
+    return ok("/dev/shm", text)
+
+
+def check_output(output_dir: Path) -> Finding:
+    """Free space where the runs are kept, and whether a file can be replaced and synced there; leaves nothing."""
+    check = "--output-dir"
+    folder = output_dir.absolute()
+    while not folder.exists():
+        folder = folder.parent
+    try:
+        with tempfile.TemporaryDirectory(prefix=".doctor-", dir=folder) as scratch:
+            start = time.perf_counter()
+            for content in (b"old", b"new"):
+                replace_file(Path(scratch, "file"), content, durable=True)
+            seconds = (time.perf_counter() - start) / 2
+            if Path(scratch, "file").read_bytes() != b"new":
+                return fail(check, f"{output_dir}: a replaced file keeps its old content", "use another file system")
+        free_bytes = shutil.disk_usage(folder).free
+    except OSError as error:
+        return fail(check, f"{output_dir}: cannot be written ({error.strerror})",
+                    "choose a folder that can, with space left")
+    text = f"{output_dir}: {free_bytes / GIB:.1f} GiB free, rename and fsync work ({seconds * 1000:.1f} ms)"
+    if free_bytes < LEAST_DISK_BYTES:
+        return warn(check, text, "free some space, or lower --keep-checkpoints")
+    if seconds > SLOW_FSYNC_SECONDS:
+        return warn(check, text, "the file system is slow: checkpoint less often, or to a local disk")
+    return ok(check, text)

@@ -1,0 +1,150 @@
+"""What launch/doctor.py finds out when it is started as the job would be: do the ranks reach and agree with each other?
+
+All collectives but one run on CPU tensors over gloo, so that a job whose GPUs are handed out wrongly, which NCCL
+would answer with a hang or a stack trace, still gets its page.
+"""
+
+import hashlib
+import os
+import socket
+import time
+from dataclasses import asdict, replace
+from typing import Any
+
+import torch
+
+from launch.checks.finding import Finding, fail, ok, warn
+from launch.checks.machine import ROOT
+from launch.errors import DeviceError, DistributedError, one_line
+from launch.launcher import Launch
+from launch.machine import choose_backend, choose_device, choose_threads, git_commit, gpu_uuid
+from launch.process_group import World, barrier, gather, process_group, time_all_reduce
+
+BUCKET_BYTES = 25 * 2**20  # what DistributedDataParallel sends at once by default (bucket_cap_mb)
+SLOW_BYTES_PER_SECOND = 50e6  # a ResNet-18's gradients, 45 MB, would take a second a step
+SKEW_SECONDS = 1.0  # run names and log lines of different nodes are compared by people
+CODE = ("launch", "datasets", "trainers")
+
+
+def ranks_findings(launch: Launch, mine: list[Finding], *, device: str, backend: str, timeout_seconds: float
+                   ) -> tuple[list[Finding], list[dict[str, Any]]]:
+    """The findings of all machines, `mine` being those of this rank's, then those about the ranks together.
+
+    Returns:
+        Findings and one record a rank (rank, host, device, ...), the same on every rank.
+    """
+    try:
+        with process_group("gloo", device="cpu", timeout_seconds=timeout_seconds) as world:
+            ranks = gather(world, rank_record(launch, device))
+            lines = [asdict(finding) for finding in mine] if launch.local_rank == 0 else []
+            machines = gather(world, lines)
+            found = [check_devices_of(ranks, backend), check_code(ranks), check_clocks(world, ranks)]
+            found.append(check_all_reduce(world, ranks, device, backend, found[0]))
+    except (DistributedError, RuntimeError) as error:
+        text = (one_line(error) or str(error)).removeprefix("ERROR distributed: ")
+        where, _, fix = text.partition("; ")
+        return [*mine, fail("ranks", where, fix or "see that every node runs the same command")], []
+    return [*gathered(machines, ranks), *found], ranks
+
+
+def rank_record(launch: Launch, device: str) -> dict[str, Any]:
+    """What the other ranks need to know about this one; `device` is None where it would get none."""
+    record: dict[str, Any] = {
+        "rank": launch.rank, "local_rank": launch.local_rank, "host": socket.gethostname(), "pid": os.getpid(),
+        "threads": choose_threads(None, launch), "torch": torch.__version__, "code": code_hash(),
+        "commit": git_commit(), "device": None, "uuid": None, "problem": None,
+    }
+    try:
+        chosen = choose_device(device, launch)
+    except DeviceError as error:
+        return {**record, "problem": str(error)}
+    return {**record, "device": str(chosen), "uuid": gpu_uuid(chosen.index) if chosen.type == "cuda" else None}
+
+
+def code_hash() -> str:
+    """sha256 over this checkout's Python files: also tells apart what was edited and not committed."""
+    digest = hashlib.sha256()
+    for path in sorted(path for folder in CODE for path in (ROOT / folder).rglob("*.py")):
+        digest.update(f"{path.relative_to(ROOT)}\0".encode() + path.read_bytes())
+    return digest.hexdigest()[:12]
+
+
+def gathered(machines: list[list[dict[str, Any]]], ranks: list[dict[str, Any]]) -> list[Finding]:
+    """Rank 0's machine in full; of the other nodes' only what is not OK, with the host's name."""
+    found = [Finding(**finding) for finding in machines[0]]
+    for record, lines in zip(ranks[1:], machines[1:], strict=True):
+        found += [replace(Finding(**line), host=record["host"]) for line in lines if line["state"] != "OK"]
+    return found
+
+
+def check_devices_of(ranks: list[dict[str, Any]], backend: str) -> Finding:
+    """Every rank has a device, and none has that of another."""
+    for record in ranks:
+        if record["problem"]:
+            rule, _, fix = record["problem"].partition("; ")
+            return fail("rank devices", f"rank {record['rank']} on {record['host']}: {rule}", fix)
+    shared = shared_gpus(ranks)
+    if shared:
+        text = "; ".join(f"ranks {', '.join(map(str, owners))} share {uuid}" for uuid, owners in shared.items())
+        fix = "start one rank per GPU: torchrun --nproc-per-node gpu, or srun --gpus-per-task=1"
+        if backend == "gloo":
+            return warn("rank devices", text, fix)
+        return fail("rank devices", f"{text}, which NCCL refuses", f"{fix}; or train with --backend gloo")
+    hosts = {record["host"] for record in ranks}
+    kinds = ", ".join(sorted({str(record["device"]).partition(":")[0] for record in ranks}))
+    return ok("rank devices", f"{len(ranks)} ranks on {len(hosts)} host{'s' * (len(hosts) > 1)} ({kinds}), none shared")
+
+
+def shared_gpus(ranks: list[dict[str, Any]]) -> dict[str, list[int]]:
+    """UUID -> ranks, of the GPUs that more than one rank would use."""
+    owners: dict[str, list[int]] = {}
+    for record in ranks:
+        if record["uuid"]:
+            owners.setdefault(record["uuid"], []).append(record["rank"])
+    return {uuid: held_by for uuid, held_by in owners.items() if len(held_by) > 1}
+
+
+def check_code(ranks: list[dict[str, Any]]) -> Finding:
+    """The same files and the same torch on every rank."""
+    versions: dict[tuple[str, str], list[int]] = {}
+    for record in ranks:
+        versions.setdefault((record["code"], record["torch"]), []).append(record["rank"])
+    if len(versions) > 1:
+        text = "; ".join(f"ranks {', '.join(map(str, owners))}: code {code}, torch {version}"
+                         for (code, version), owners in versions.items())
+        return fail("code", text, "start every rank from one checkout and one environment")
+    return ok("code", f"{ranks[0]['code']} (commit {(ranks[0]['commit'] or 'none')[:12]}) on every rank")
+
+
+def check_clocks(world: World, ranks: list[dict[str, Any]]) -> Finding:
+    """How far apart the hosts' clocks are: all are read as a barrier opens, and the best of five readings counts."""
+    spreads = []
+    for _ in range(5):
+        barrier(world)
+        times = gather(world, time.time())
+        spreads.append(max(times) - min(times))
+    skew = min(spreads)
+    text = f"at most {skew * 1000:.1f} ms apart"
+    if skew > SKEW_SECONDS and len({record["host"] for record in ranks}) > 1:
+        return warn("clocks", text, "let every node keep its time by NTP (chronyc tracking)")
+    return ok("clocks", text)
+
+
+def check_all_reduce(world: World, ranks: list[dict[str, Any]], device: str, backend: str, devices: Finding) -> Finding:
+    """One timed all_reduce, of the size that DDP sends, over the backend that training would use."""
+    if devices.state == "FAIL":
+        return warn("all_reduce", "not tried: the ranks have no devices of their own", "see rank devices")
+    mine = torch.device(ranks[world.rank]["device"])
+    chosen = choose_backend(backend, mine)
+    if mine.type == "cuda":
+        torch.cuda.set_device(mine)
+    try:
+        seconds = max(gather(world, time_all_reduce(world, num_bytes=BUCKET_BYTES, device=mine, backend=chosen)))
+    except (DistributedError, RuntimeError) as error:
+        return fail("all_reduce", f"{chosen}: {str(error).splitlines()[0][:160]}",
+                    "set NCCL_DEBUG=INFO, or GLOO_SOCKET_IFNAME / NCCL_SOCKET_IFNAME to the right interface")
+    rate = BUCKET_BYTES / seconds
+    text = f"{BUCKET_BYTES / 2**20:.0f} MiB over {chosen} in {seconds * 1000:.1f} ms, {rate / 1e9:.2f} GB/s"
+    if rate < SLOW_BYTES_PER_SECOND:
+        return warn("all_reduce", text, "is this the fast network? set GLOO_SOCKET_IFNAME or NCCL_SOCKET_IFNAME")
+    return ok("all_reduce", text)

@@ -1,0 +1,1 @@
+"""Checkpoints: save, load, snapshot, files, weights."""

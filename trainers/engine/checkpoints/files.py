@@ -1,0 +1,86 @@
+"""The files of the checkpoint folder: their names, which of them count, which are kept and which are cleared away.
+
+A checkpoint is `step-00000400.pt` with its manifest `step-00000400.json`; without the manifest it does not count.
+"""
+
+import os
+import shutil
+from collections.abc import Iterable
+from pathlib import Path
+
+from launch.files import sync_folder
+
+
+def checkpoint_path(folder: Path, step: int) -> Path:
+    """`step-00000400.pt`: sorts by step."""
+    return folder / f"step-{step:08d}.pt"
+
+
+def step_of(path: Path) -> int:
+    """The step in a checkpoint's name."""
+    return int(path.stem.split("-")[1])
+
+
+def manifest_path(path: Path) -> Path:
+    """The manifest beside a checkpoint."""
+    return path.with_suffix(".json")
+
+
+def committed(folder: Path) -> list[Path]:
+    """The checkpoints that have a manifest, oldest first; `step-N-earlier.pt` sorts before `step-N.pt`."""
+    return [path.with_suffix(".pt") for path in sorted(folder.glob("step-*.json"))]
+
+
+def give_name(path: Path, name: str) -> None:
+    """A second name in the same folder for a file, replacing what had it: a hard link, or a copy where links fail."""
+    temporary = path.with_name(f".{name}.{os.getpid()}.tmp")
+    temporary.unlink(missing_ok=True)
+    try:
+        os.link(path, temporary)
+    except OSError:
+        shutil.copyfile(path, temporary)
+    os.replace(temporary, path.with_name(name))
+
+
+def link_best(path: Path) -> None:
+    """Make best.pt and best.json this checkpoint."""
+    give_name(path, "best.pt")
+    give_name(manifest_path(path), "best.json")
+    sync_folder(path.parent)
+
+
+def keep_earlier(path: Path) -> None:
+    """Before a step is saved again: its earlier file stays, as `step-N-earlier`, until the new one is committed."""
+    if path.exists() and manifest_path(path).exists():
+        give_name(path, f"{path.stem}-earlier.pt")
+        give_name(manifest_path(path), f"{path.stem}-earlier.json")
+        sync_folder(path.parent)
+    manifest_path(path).unlink(missing_ok=True)
+
+
+def prune(folder: Path, *, keep: int) -> None:
+    """Delete all but the newest `keep` committed checkpoints; best.pt is a name of its own and stays."""
+    paths = committed(folder)
+    earlier = [path for path in paths if path.stem.endswith("-earlier")]
+    remaining = [path for path in paths if path not in earlier]
+    for path in earlier + remaining[:-keep]:
+        manifest_path(path).unlink(missing_ok=True)  # first: a checkpoint without a manifest does not count
+        path.unlink(missing_ok=True)
+
+
+def sweep(folder: Path) -> None:
+    """Remove what killed saves left behind: temporaries, and files never committed beside others that were."""
+    for path in folder.glob(".*.tmp"):
+        path.unlink(missing_ok=True)
+    paths = committed(folder)
+    for path in folder.glob("step-*.pt") if paths else ():  # without any manifest somebody may have lost them
+        if path not in paths:
+            path.unlink(missing_ok=True)
+
+
+def set_aside(paths: Iterable[Path], reason: str) -> None:
+    """Rename checkpoints to `step-N.pt.<reason>`: they no longer count, and are nobody's to delete but the user's."""
+    for path in paths:
+        for file in (manifest_path(path), path):  # the manifest first: from then on the other does not count
+            if file.exists():
+                os.replace(file, file.with_name(f"{file.name}.{reason}"))

@@ -1,0 +1,215 @@
+"""Checkpoints that are whole or absent, written in the background; see restore.py for the way back.
+
+Training hands over a snapshot; a thread writes a temporary file, fsyncs it, reads it back, renames it, fsyncs the
+folder, and then commits it by writing its manifest the same way. A file without a manifest was never finished. Only
+rank 0 writes; every rank calls, for the parts that are collective.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+import threading
+import time
+from collections.abc import Callable, Mapping
+from concurrent import futures
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+
+from launch.errors import CheckpointError, NumericError
+from launch.files import replace_file, sync_folder
+from trainers.engine.checkpoints.files import checkpoint_path, keep_earlier, link_best, manifest_path, prune
+from trainers.engine.checkpoints.snapshot import Snapshot, not_finite, tree_bytes
+from trainers.engine.run.folder import RunFolder
+
+FORMAT = 1
+READ_BYTES = 1 << 22
+
+
+class Checkpointer:
+    """Writes the checkpoints of one run, one at a time, and counts what training waited for them."""
+
+    def __init__(self, folder: RunFolder, *, keep: int) -> None:
+        self.folder, self.keep = folder, keep
+        self.last_step: int | None = None
+        self.num_saves, self.wait_seconds = 0, 0.0
+        self._snapshot = Snapshot()
+        self._copied = threading.Event()
+        self._copied.set()
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
+        self._under_way: Future[None] | None = None
+
+    def prepare(self, state: Mapping[str, Any]) -> None:
+        """Get the snapshot's memory in the background, so that the first save is as quick as the others."""
+        self._under_way = self._thread.submit(self._snapshot.allocate, state)
+
+    def save(self, state: Mapping[str, Any], *, is_best: bool = False) -> None:
+        """Begin to copy and write `state`; waits first for a save still under way. Rank 0 only.
+
+        `finish_copy` has to be called before the next optimizer step.
+
+        Raises:
+            CheckpointError: if the disk is too full, or an earlier save failed.
+            NumericError: if an earlier save found a number that is not finite.
+        """
+        self.join()
+        began = time.perf_counter()
+        self.folder.check_fence()
+        check_free_space(self.folder.checkpoints, state)
+        self._snapshot.begin(state)
+        self._copied.clear()
+        self._under_way = self._thread.submit(self._copy_and_write, is_best)
+        self.last_step = state["step"]
+        self.num_saves += 1
+        self.wait_seconds += time.perf_counter() - began
+
+    def finish_copy(self) -> None:
+        """Wait until parameters and optimizer state are copied, and so may change."""
+        if not self._copied.is_set():
+            began = time.perf_counter()
+            self._copied.wait()
+            self.wait_seconds += time.perf_counter() - began
+
+    def wait(self) -> None:
+        """Wait for the save under way, whether or not it fails."""
+        if self._under_way is not None:
+            futures.wait([self._under_way])
+
+    def join(self) -> None:
+        """Wait for the save under way.
+
+        Raises:
+            CheckpointError: if it failed.
+            NumericError: if it found a number that is not finite.
+        """
+        if self._under_way is not None:
+            began = time.perf_counter()
+            self.wait()
+            self.wait_seconds += time.perf_counter() - began
+            under_way, self._under_way = self._under_way, None
+            under_way.result()
+
+    def _copy_and_write(self, is_best: bool) -> None:
+        try:
+            self._snapshot.copy_rest()
+        finally:
+            self._copied.set()
+        self._snapshot.wait_for_gpu()
+        try:
+            path = write_checkpoint(self.folder.checkpoints, self._snapshot.tree, check_fence=self.folder.check_fence)
+            if is_best:
+                link_best(path)
+            prune(self.folder.checkpoints, keep=self.keep)
+        except OSError as error:
+            raise CheckpointError(f"{self.folder.checkpoints}: cannot be written ({first_line(error)}); free some "
+                                  f"space, then start the same command again") from None
+
+
+def write_checkpoint(folder: Path, state: Mapping[str, Any], *,
+                     check_fence: Callable[[], None] = lambda: None) -> Path:
+    """Write one checkpoint durably and return its path. The manifest, written last, is the commit point.
+
+    Raises:
+        CheckpointError: if what was read back differs from what was written, or `check_fence` says so.
+        NumericError: if a tensor is not finite: such a file could not be gone on from.
+        OSError: as the file system says. The temporary file is removed.
+    """
+    if name := not_finite(state):
+        raise NumericError(f"step {state['step']}: {name} is not finite, so it was not saved; lower --learning-rate or "
+                           f"set --clip-grad-norm; the last good checkpoint is kept")
+    path = checkpoint_path(folder, state["step"])
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            writer = HashingWriter(file)
+            save_through(writer, state)
+            file.flush()
+            os.fsync(file.fileno())
+            forget_cached(file)
+        digest = writer.sha256.hexdigest()
+        if file_sha256(temporary) != digest:
+            raise CheckpointError(f"{temporary}: differs from what was written; check the disk")
+        check_fence()
+        keep_earlier(path)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    sync_folder(folder)
+    check_fence()
+    replace_file(manifest_path(path), manifest(state, size=writer.size, sha256=digest), durable=True)
+    return path
+
+
+def manifest(state: Mapping[str, Any], *, size: int, sha256: str) -> bytes:
+    """The text that commits a checkpoint. Loading makes it anew from the file and compares, byte by byte."""
+    facts = {"file": checkpoint_path(Path(), state["step"]).name, "size": size, "sha256": sha256,
+             "step": state["step"], "epoch": state["epoch"], "format": FORMAT, "fingerprint": state["fingerprint"]}
+    return (json.dumps(facts, indent=2) + "\n").encode()
+
+
+def save_through(writer: "HashingWriter", state: Mapping[str, Any]) -> None:
+    """torch.save, with the error of the file system if there was one.
+
+    Raises:
+        OSError: as the file system says.
+    """
+    try:
+        torch.save(dict(state), writer)  # pyright: ignore[reportArgumentType]
+    except RuntimeError:
+        if writer.error is not None:
+            raise writer.error from None
+        raise
+
+
+class HashingWriter:
+    """A file that torch.save writes to, hashing and counting on the way; it only ever appends."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self.file, self.size, self.sha256 = file, 0, hashlib.sha256()
+        self.error: OSError | None = None
+
+    def write(self, data: bytes) -> int:
+        """Append."""
+        self.sha256.update(data)
+        self.size += len(data)
+        try:
+            return self.file.write(data)
+        except OSError as error:
+            self.error = error  # torch.save says only that a position is unexpected
+            raise
+
+    def flush(self) -> None:
+        """Pass on to the file."""
+        self.file.flush()
+
+
+def forget_cached(file: BinaryIO) -> None:
+    """Ask the kernel to drop its copy of a synced file, so that reading it back reads the disk."""
+    if hasattr(os, "posix_fadvise"):
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def file_sha256(path: Path) -> str:
+    """The hash of a file's content."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(READ_BYTES):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def check_free_space(folder: Path, state: Any) -> None:
+    """Raise CheckpointError if the file would not fit, before anything is copied."""
+    needed = tree_bytes(state) * 1.02 + 2**20  # the archive's own share is about 1 % at 100 kB a tensor
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise CheckpointError(f"{folder}: a checkpoint needs {needed / 2**20:.0f} MiB and {free / 2**20:.0f} MiB are "
+                              f"free; free some space, then start the same command again")
+
+
+def first_line(error: Exception) -> str:
+    """What an exception says first."""
+    return (str(error).splitlines() or [type(error).__name__])[0]

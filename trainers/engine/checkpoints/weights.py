@@ -1,0 +1,150 @@
+"""`--init-from PATH`: weights of a file made elsewhere, or here.
+
+    torchvision's references   {"model": ..., "model_ema": ..., "args": argparse.Namespace}
+    timm                       {"state_dict": ..., "state_dict_ema": ..., "args": argparse.Namespace}
+    pytorch/examples           {"state_dict": ...} with "module." before every name, or {"MODEL_STATE": ...}
+    ours                       {"model": ..., "ema": ...}
+    a plain state_dict         {name: tensor}
+
+Where a file holds a moving average of the weights, that is taken, as timm does: it is what was evaluated.
+"""
+
+import argparse
+import pickle
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from launch.errors import CheckpointError
+from trainers.engine.checkpoints.save import first_line
+from trainers.engine.checkpoints.snapshot import not_finite
+
+AUXILIARY = ("aux1.", "aux2.", "AuxLogits.")  # heads that GoogLeNet and Inception had in their own training only
+
+PARTS = ("ema", "state_dict_ema", "model_ema", "model", "state_dict", "model_state_dict", "MODEL_STATE")
+
+
+def load_pretrained(model: nn.Module, path: Path) -> str:
+    """Put the weights of a file into a model.
+
+    Returns:
+        The part of the file that they were taken from, as ` (ema)`; nothing for a plain state_dict.
+
+    Raises:
+        CheckpointError: if the file cannot be read, or its names or shapes differ from the model's.
+    """
+    part, saved = weights_in(read(path), path)
+    current = model.state_dict()
+    for name, tensor in current.items():  # files from before BatchNorm counted its batches
+        if name.endswith("num_batches_tracked"):
+            saved.setdefault(name, tensor)
+    if differences := model_differences(saved, current, compare_dtypes=False):
+        raise CheckpointError(f"--init-from {path}: does not fit the model: {first_three(differences)}; choose the "
+                              f"--model it was made with, with as many classes")
+    if name := not_finite(saved):
+        raise CheckpointError(f"--init-from {path}: {name} is not dense and finite; use another file")
+    model.load_state_dict(saved)
+    return f" ({part})" if part else ""
+
+
+def read(path: Path) -> Any:
+    """What torch.load returns, on the CPU, without running any code from the file.
+
+    Raises:
+        CheckpointError: if it is missing, damaged or holds objects besides tensors and plain values.
+    """
+    try:
+        with torch.serialization.safe_globals([argparse.Namespace]):  # the flags in torchvision's and timm's files
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise CheckpointError(f"--init-from {path}: no such file; give the path of a file of weights") from None
+    except pickle.UnpicklingError as error:
+        raise CheckpointError(f"--init-from {path}: holds more than tensors and plain values "
+                              f"({first_line(error)[:150]}); save its state_dict() alone") from None
+    except (OSError, RuntimeError, EOFError, KeyError, ValueError) as error:
+        raise CheckpointError(f"--init-from {path}: cannot be read ({first_line(error)[:150]}); get it again") from None
+
+
+def weights_in(content: Any, path: Path) -> tuple[str, dict[str, Tensor]]:
+    """The weights in a file's content, by the names that an unwrapped model gives them, and the part they lie in.
+
+    Raises:
+        CheckpointError: if there are none.
+    """
+    part = next((name for name in PARTS if isinstance(content, Mapping) and isinstance(content.get(name), Mapping)), "")
+    found = content[part] if part else content
+    if not isinstance(found, Mapping) or not found or not all(isinstance(value, Tensor) for value in found.values()):
+        held = ", ".join(map(str, list(found)[:4])) if isinstance(found, Mapping) else type(found).__name__
+        raise CheckpointError(f"--init-from {path}: holds {held or 'nothing'}, not weights by name; save the model's "
+                              f"state_dict()")
+    weights = {str(name): value for name, value in found.items() if name != "n_averaged"}  # AveragedModel's counter
+    while weights and all(name.startswith("module.") for name in strip_compiled(weights)):
+        weights = {name.removeprefix("module."): value for name, value in strip_compiled(weights).items()}
+    return part, strip_compiled(weights)
+
+
+def strip_compiled(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Without the `_orig_mod.` that torch.compile puts before the names of a module, or of one inside it."""
+    return {name.replace("_orig_mod.", ""): value for name, value in weights.items()}
+
+
+def first_three(differences: list[str]) -> str:
+    """The first three of a list, and how many more there are."""
+    more = f" and {len(differences) - 3} more" if len(differences) > 3 else ""
+    return "; ".join(differences[:3]) + more
+
+
+def model_differences(saved: Mapping[str, Tensor], current: Mapping[str, Tensor], *,
+                      compare_dtypes: bool = True) -> list[str]:
+    """Sentences about names, shapes and dtypes that differ."""
+    differences = [f"{name} is not in the checkpoint" for name in current if name not in saved]
+    differences += [f"{name} is not in the model" for name in saved if name not in current]
+    for name in current:
+        if name in saved and saved[name].shape != current[name].shape:
+            differences.append(f"{name} is {tuple(saved[name].shape)} in the checkpoint and "
+                               f"{tuple(current[name].shape)} in the model")
+        elif name in saved and compare_dtypes and saved[name].dtype != current[name].dtype:
+            differences.append(f"{name} is {saved[name].dtype} in the checkpoint and {current[name].dtype} here")
+    return differences
+
+
+def load_backbone(model: nn.Module, path: Path) -> str:
+    """Put the weights of a file into a model, except those of a last layer of another size.
+
+    Returns:
+        One line about what was taken.
+
+    Raises:
+        CheckpointError: if the file cannot be read, or differs in more than the last layer.
+    """
+    try:
+        _, saved = weights_in(read(path), path)
+    except CheckpointError as error:
+        raise CheckpointError(str(error).replace("--init-from", "--pretrained")) from None
+    weights = {name: value for name, value in saved.items() if not name.startswith(AUXILIARY)}
+    current = model.state_dict()
+    for name, value in current.items():
+        if name.endswith("num_batches_tracked"):  # which old files lack
+            weights.setdefault(name, value)
+    layer = head(model)
+    last = {name: value for name, value in current.items() if name.rpartition(".")[0] == layer}
+    sizes = [len(weights[name]) for name in last if name in weights]
+    replaced = any(name in weights and weights[name].shape != value.shape for name, value in last.items())
+    if replaced:
+        weights |= last
+    if differences := model_differences(weights, current, compare_dtypes=False):
+        raise CheckpointError(f"--pretrained {path}: does not fit the model: {first_three(differences)}; choose the "
+                              f"--model it was made with")
+    model.load_state_dict(weights)
+    if not replaced:
+        return f"weights from {path}, all of them"
+    outputs = len(next(iter(last.values())))
+    return f"weights from {path}; the last layer, {layer}, is new: {outputs} outputs instead of {sizes[0]}"
+
+
+def head(model: nn.Module) -> str:
+    """The name of the last layer, the one that holds the last parameter."""
+    return list(dict(model.named_parameters()))[-1].rpartition(".")[0]

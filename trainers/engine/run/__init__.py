@@ -1,0 +1,1 @@
+"""The run folder `runs/<name>/`: ownership, report, progress, pictures, card."""

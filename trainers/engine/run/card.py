@@ -1,0 +1,61 @@
+"""What must be known to use a run's weights: `model.json` in the run folder, one line in each trainer that writes it.
+
+    write_card(folder, ModelCard(trainer="cifar", model="net", class_names=..., mean=..., std=..., image_size=(32, 32)))
+"""
+
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from launch.errors import CheckpointError
+from trainers.engine.run.folder import RunFolder
+
+FILE_NAME = "model.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelCard:
+    """How to build the network of a run, and what it is fed."""
+
+    trainer: str
+    """File name of the trainer, without .py."""
+    model: str
+    """Name of the network, for models.build."""
+    class_names: tuple[str, ...]
+    mean: tuple[float, ...]
+    """Per channel, in units of the full range [0, 1]."""
+    std: tuple[float, ...]
+    image_size: tuple[int, int]
+    """Height and width."""
+    options: dict[str, Any] = field(default_factory=dict)
+    """Further arguments of models.build, such as the width."""
+    fit: Literal["squash", "crop"] = "squash"
+    """How an image of another shape is made to fit."""
+
+    @property
+    def channels(self) -> int:
+        """3 for colour, 1 for greyscale."""
+        return len(self.mean)
+
+
+def write_card(folder: RunFolder, card: ModelCard) -> None:
+    """Write model.json, on rank 0."""
+    folder.write_json(FILE_NAME, asdict(card))
+
+
+def read_card(run: Path) -> ModelCard:
+    """The card of a run.
+
+    Raises:
+        CheckpointError: if it is missing or damaged.
+    """
+    if not run.is_dir():
+        raise CheckpointError(f"--run {run}: no such folder; give one that a trainer made, such as runs/NAME")
+    values = RunFolder(run, is_main=False).read_json(FILE_NAME)
+    try:
+        converted: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value
+                                     for name, value in (values or {}).items()}
+        return ModelCard(**converted)
+    except (TypeError, AttributeError):
+        raise CheckpointError(f"--run {run}: has no readable {FILE_NAME}; only runs of the image trainers do, from the "
+                              f"moment they start training") from None

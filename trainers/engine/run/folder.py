@@ -1,0 +1,213 @@
+"""The run folder `runs/<name>/`: what was asked, how far it is, what came out.
+
+Rank 0 alone writes, only while it owns the folder (ownership.py), and every file but metrics.jsonl is replaced in one
+step, so that a reader never sees half of one.
+"""
+
+import contextlib
+import json
+import math
+from collections.abc import Collection, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from launch.errors import CheckpointError, UsageError, one_line
+from launch.files import read_object, replace_file
+from launch.machine import environment_record
+from trainers.engine.run.ownership import Ownership
+
+GROWING = ("epochs", "max_steps")  # a run that is DONE goes on when one of these grew
+
+
+class RunFolder:
+    """Rank 0's view of its run; on other ranks every writing method does nothing."""
+
+    def __init__(self, path: Path, *, is_main: bool) -> None:
+        self.path = path
+        self.is_main = is_main
+        self.ownership = Ownership(path)
+        self.begun = False
+        """Whether this process has begun, or gone on with, the run: only then may it say how the run ended."""
+
+    @property
+    def checkpoints(self) -> Path:
+        """The folder of the checkpoints."""
+        return self.path / "checkpoints"
+
+    def claim(self) -> None:
+        """Create the folder and become its owner. Rank 0 only, before data is loaded.
+
+        Raises:
+            CheckpointError: if it cannot be written, or another live process owns it.
+        """
+        try:
+            self.checkpoints.mkdir(parents=True, exist_ok=True)
+            self.ownership.claim()
+        except OSError as error:
+            raise CheckpointError(f"--output-dir {self.path.parent}: cannot be written ({error.strerror}: "
+                                  f"{error.filename}); choose a folder that can") from None
+
+    def beat(self) -> None:
+        """Show that the owner lives."""
+        if self.is_main:
+            self.ownership.beat()
+
+    def check_fence(self) -> None:
+        """Called before every write.
+
+        Raises:
+            CheckpointError: if a later incarnation owns the run.
+        """
+        self.ownership.check()
+
+    def release(self) -> None:
+        """Give the run up."""
+        if self.is_main:
+            self.ownership.release()
+
+    @contextlib.contextmanager
+    def _writing(self, name: str) -> Iterator[Path]:
+        """The path of a file to write, inside the fence; what the disk refuses becomes one line for the user."""
+        self.check_fence()
+        try:
+            yield self.path / name
+        except OSError as error:
+            raise CheckpointError(f"{self.path / name}: cannot be written ({error.strerror}); free some space or "
+                                  f"make it writable, then start the same command again") from None
+
+    def read_json(self, name: str) -> dict[str, Any] | None:
+        """The content of a JSON file of the folder, or None if it is missing or damaged."""
+        return read_object(self.path / name)
+
+    def write_json(self, name: str, content: Mapping[str, Any]) -> None:
+        """Replace a JSON file of the folder.
+
+        Raises:
+            CheckpointError: if a later incarnation owns the run, or the disk refuses.
+        """
+        if self.is_main:
+            with self._writing(name) as path:
+                replace_file(path, (json.dumps(finite(content), indent=2) + "\n").encode())
+
+    def write_status(self, state: str, *, step: int = 0, epoch: int = 0, reason: str = "") -> None:
+        """Replace status.json: RUNNING, PREEMPTED, DONE or FAILED."""
+        self.write_json("status.json", {"state": state, "step": step, "epoch": epoch, "reason": reason})
+
+    def append_metrics(self, line: Mapping[str, Any]) -> None:
+        """Add one line to metrics.jsonl, in one write. A number that is not finite becomes null, as JSON has no NaN.
+
+        Raises:
+            CheckpointError: as write_json.
+        """
+        if self.is_main:
+            with self._writing("metrics.jsonl") as path, open(path, "a") as file:
+                file.write(json.dumps(finite(line)) + "\n")
+
+    def truncate_metrics(self, step: int, *, evaluated: bool) -> None:
+        """Drop the lines that a run resumed at `step` will write again, and any half-written one.
+
+        `evaluated`: whether the checkpoint was made after the evaluation at that step; if not, that line goes too.
+        """
+        if not self.is_main or not (self.path / "metrics.jsonl").exists():
+            return
+        kept = []
+        with self._writing("metrics.jsonl") as path:
+            for text in path.read_text(errors="replace").splitlines():
+                try:
+                    line = json.loads(text)
+                    again = line["step"] > step or (line["step"] == step and line["split"] == "test" and not evaluated)
+                except (ValueError, KeyError, TypeError):
+                    continue  # cut off in the middle by a kill
+                if not again:
+                    kept.append(text + "\n")
+            replace_file(path, "".join(kept).encode())
+
+    def set_aside(self) -> None:
+        """Start over in this folder: what an earlier run left is kept beside it, not overwritten."""
+        for name in ("checkpoints", "metrics.jsonl"):
+            with self._writing(name) as path:
+                if path.exists() and (path.is_file() or any(path.iterdir())):
+                    path.rename(self.path / f"before-{self.ownership.incarnation}-{name}")
+        with self._writing("checkpoints") as path:
+            path.mkdir(exist_ok=True)
+
+    def begin(self, config: Mapping[str, Any], *, may_change: Collection[str], world: Mapping[str, Any]) -> bool:
+        """Record what is asked, unless the run is DONE and nothing more is asked of it.
+
+        Returns:
+            False if there is nothing left to do.
+
+        Raises:
+            UsageError: if a flag that alters the run differs from what the run was started with, or if only an
+                evaluation is asked for, whose result would replace that of the run.
+        """
+        before, status = self.read_json("config.json"), self.read_json("status.json") or {}
+        if config.get("evaluate") is not None and self._has_progress():
+            raise UsageError(f"--evaluate {config['evaluate']}: {self.path} holds a training run, whose result this "
+                             f"would replace; give the evaluation another --run-name")
+        if before is not None and self._has_progress() and config.get("resume") != "never":
+            self._check_unchanged(config, before, may_change)
+            if status.get("state") == "DONE" and not any(grew(config, before, name) for name in GROWING):
+                return False
+        self.write_json("config.json", config)
+        self.write_json("environment.json", {**environment_record(), **world})
+        self.write_status("RUNNING", step=status.get("step", 0), epoch=status.get("epoch", 0))
+        self.begun = True
+        return True
+
+    def _has_progress(self) -> bool:
+        """Whether there is a checkpoint to go on from; without one, nothing is altered by other flags."""
+        return any(self.checkpoints.glob("step-*.json"))
+
+    def _check_unchanged(self, config: Mapping[str, Any], before: Mapping[str, Any],
+                         may_change: Collection[str]) -> None:
+        changed = [name for name in config
+                   if name in before and name not in may_change and config[name] != before[name]]
+        if changed:
+            pairs = ", ".join(f"--{name.replace('_', '-')} {config[name]} (was {before[name]})" for name in changed[:3])
+            raise UsageError(f"{pairs}: would alter the run in {self.path}; use the flags it was started with, or "
+                             f"another --run-name")
+
+
+def grew(config: Mapping[str, Any], before: Mapping[str, Any], name: str) -> bool:
+    """Whether a limit was raised, or taken away (None is no limit)."""
+    now, then = config.get(name), before.get(name)
+    return then is not None and (now is None or now > then)
+
+
+def finite(content: Any) -> Any:
+    """Nested dicts and lists with None in the place of NaN and infinity, which JSON does not know."""
+    if isinstance(content, float):
+        return content if math.isfinite(content) else None
+    if isinstance(content, Mapping):
+        return {name: finite(child) for name, child in content.items()}
+    if isinstance(content, list | tuple):
+        return [finite(child) for child in content]
+    return content
+
+
+def write_whole(folder: RunFolder, name: str, content: bytes) -> None:
+    """Replace a picture, or another file, of the run. Rank 0 only.
+
+    Raises:
+        CheckpointError: if a later incarnation owns the run, or the disk refuses.
+    """
+    folder.check_fence()
+    try:
+        replace_file(folder.path / name, content)
+    except OSError as error:
+        raise CheckpointError(f"{folder.path / name}: cannot be written ({error.strerror}); free some space, "
+                              f"then start the same command again") from None
+
+
+def describe(error: Exception) -> str:
+    """An error in one line, our own bugs too."""
+    return one_line(error) or f"{type(error).__name__}: {error}"[:500]
+
+
+def say_failed(folder: RunFolder, reason: str, *, step: int) -> None:
+    """FAILED and why; not if a later incarnation owns the folder, or the disk is full."""
+    before = folder.read_json("status.json") or {}
+    with contextlib.suppress(CheckpointError):
+        folder.write_status("FAILED", step=max(step, before.get("step", 0)), epoch=before.get("epoch", 0),
+                            reason=reason)

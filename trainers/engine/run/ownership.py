@@ -1,0 +1,127 @@
+"""Who may write to a run folder: one live process, and of two incarnations of a job the later one.
+
+`lock` is locked by the owner as long as it lives, `owner.json` says who it is and carries the fencing token: a
+number that every new owner raises. A process that was cut off while its job restarted elsewhere finds a higher number
+there and writes nothing more. `heartbeat.json` shows hosts that the file lock does not reach that the owner lives; it
+is a file of its own so that a late heartbeat of an old owner cannot undo the claim of a new one.
+"""
+
+import contextlib
+import fcntl
+import json
+import os
+import socket
+import threading
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from launch.errors import CheckpointError
+from launch.files import read_object, replace_file
+from launch.launcher import job_identity
+
+BEAT_SECONDS = 2.0  # how often an owner shows that it is alive
+
+
+class Ownership:
+    """One process's claim on a folder."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.incarnation = 0
+        """The fencing token; 0 while nothing is claimed."""
+        self._lock_file: Any = None
+        self._writing = threading.Lock()  # the watchdog's thread beats while the main thread may give up
+        self._beat_at = 0.0
+        self._num_beats = 0
+
+    def claim(self) -> None:
+        """Become the owner of the folder, which exists.
+
+        Raises:
+            CheckpointError: if another live process owns it.
+            OSError: if it cannot be written.
+        """
+        self._lock_file = open(self.path / "lock", "a+")
+        locked = self._try_lock()
+        previous = read_object(self.path / "owner.json") or {}  # after the lock: its holder may just have written it
+        mine = {"host": socket.gethostname(), "pid": os.getpid(), **job_identity()}
+        if not is_restart_of(previous, mine) and (not locked or beats_from_elsewhere(self.path, previous)):
+            raise CheckpointError(f"{self.path}: in use by pid {previous.get('pid')} on {previous.get('host')}; "
+                                  f"wait for it, or choose another --run-name")
+        self.incarnation = incarnation_of(previous) + 1
+        self._write_owner(mine, released=False)
+
+    def _try_lock(self) -> bool:
+        """A POSIX lock: not inherited by loader workers, released by the kernel however the process ends."""
+        try:
+            fcntl.lockf(self._lock_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return True
+        except OSError as error:
+            return error.errno not in (11, 13)  # EAGAIN, EACCES: held; anything else: no locks on this file system
+
+    def _write_owner(self, mine: Mapping[str, Any], *, released: bool) -> None:
+        owner = {"incarnation": self.incarnation, **mine, "released": released}
+        replace_file(self.path / "owner.json", (json.dumps(owner) + "\n").encode())
+
+    def beat(self) -> None:
+        """Show other hosts that the owner lives, at most every two seconds; called from the watchdog's thread."""
+        with self._writing:
+            if not self.incarnation or time.monotonic() - self._beat_at < BEAT_SECONDS:
+                return
+            self._beat_at = time.monotonic()
+            self._num_beats += 1
+            text = json.dumps({"incarnation": self.incarnation, "beats": self._num_beats})
+            with contextlib.suppress(OSError):  # a full disk is reported by whoever writes something that matters
+                if self.holds():
+                    replace_file(self.path / "heartbeat.json", (text + "\n").encode())
+
+    def holds(self) -> bool:
+        """Whether no later incarnation has taken the folder over. A damaged or missing owner.json is nobody's claim."""
+        return incarnation_of(read_object(self.path / "owner.json") or {}) <= self.incarnation
+
+    def check(self) -> None:
+        """The fence: called before every write.
+
+        Raises:
+            CheckpointError: if a later incarnation owns the folder.
+        """
+        if not self.holds():
+            owner = read_object(self.path / "owner.json") or {}
+            raise CheckpointError(f"{self.path}: a later incarnation, pid {owner.get('pid')} on {owner.get('host')}, "
+                                  f"owns this run; this one writes nothing more")
+
+    def release(self) -> None:
+        """Give the folder up, so that the next process need not wait for heartbeats to fail."""
+        with self._writing:
+            if self.incarnation and self.holds():
+                mine = {"host": socket.gethostname(), "pid": os.getpid(), **job_identity()}
+                with contextlib.suppress(OSError):  # then the next owner, if on another host, waits five seconds
+                    self._write_owner(mine, released=True)
+            self.incarnation = 0
+            if self._lock_file is not None:
+                self._lock_file.close()
+                self._lock_file = None
+
+
+def incarnation_of(owner: Mapping[str, Any]) -> int:
+    """The fencing token in an owner.json; 0 if it holds none."""
+    number = owner.get("incarnation")
+    return number if isinstance(number, int) else 0
+
+
+def is_restart_of(previous: Mapping[str, Any], mine: Mapping[str, Any]) -> bool:
+    """Whether this is the same job, started again: then the earlier incarnation is dead or cut off."""
+    restart = previous.get("restart")
+    return (mine["job"] is not None and previous.get("job") == mine["job"] and isinstance(restart, int)
+            and mine["restart"] > restart)
+
+
+def beats_from_elsewhere(path: Path, previous: Mapping[str, Any]) -> bool:
+    """Whether an owner on another host, which a file lock may not reach, is seen to be alive. Waits if there is one."""
+    if previous.get("released", True) or previous.get("host") == socket.gethostname():
+        return False
+    before = read_object(path / "heartbeat.json")
+    time.sleep(2.5 * BEAT_SECONDS)
+    return read_object(path / "heartbeat.json") != before

@@ -1,0 +1,76 @@
+"""What a run leaves for people: lines of metrics.jsonl, TensorBoard events, and pictures in the run folder.
+
+On rank 0 only, and outside the timed steps. Drawing is paced: it may take a twentieth of the run's time, so that
+short epochs are not slowed by their own picture; the last one is always drawn.
+"""
+
+import time
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from trainers.engine.metrics import Evaluation
+from trainers.engine.run import pictures
+from trainers.engine.run.folder import RunFolder, write_whole
+
+if TYPE_CHECKING:
+    from torch.utils.tensorboard import SummaryWriter
+
+
+FIRST_COST_SECONDS = 1.0  # of the first drawing, which imports matplotlib
+SHARE = 0.05  # of the run's time that drawing may take
+SCALARS = ("loss", "accuracy", "learning_rate", "samples_per_second")
+
+
+class Report:
+    """Writes for one run; on other ranks every method does nothing."""
+
+    def __init__(self, folder: RunFolder, *, pictures: bool = True, tensorboard: bool = False) -> None:
+        self.folder, self.draws, self.tensorboard = folder, pictures and folder.is_main, tensorboard and folder.is_main
+        self._writer: SummaryWriter | None = None
+        self._drawn_at, self._cost_seconds = time.monotonic(), FIRST_COST_SECONDS
+
+    def line(self, line: Mapping[str, Any]) -> None:
+        """Add a line to metrics.jsonl, and its numbers to TensorBoard."""
+        self.folder.append_metrics(line)
+        if not self.tensorboard:
+            return
+        writer = self._events(line["step"])
+        for name in SCALARS:
+            if line.get(name) is not None and not (name == "learning_rate" and line["split"] == "test"):
+                writer.add_scalar(f"{line['split']}/{name}", line[name], line["step"])
+        for name, norm in line.get("gradient_norms", {}).items():
+            writer.add_scalar(f"gradient_norm/{name}", norm, line["step"])
+
+    def _events(self, step: int) -> "SummaryWriter":
+        """The event file, opened at the first line: whatever a killed run wrote from that step on is struck out."""
+        if self._writer is None:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._writer = SummaryWriter(str(self.folder.path / "tensorboard"), purge_step=step, flush_secs=10)
+        return self._writer
+
+    def curves(self, epochs: Sequence[dict[str, Any]], *, steps_per_epoch: int, always: bool = False) -> None:
+        """Draw curves.png, if it is time to or `always`."""
+        waited = time.monotonic() - self._drawn_at
+        if not self.draws or not epochs or not (always or waited * SHARE >= self._cost_seconds):
+            return
+        began = time.monotonic()
+        write_whole(self.folder, "curves.png", pictures.curves(epochs, steps_per_epoch=steps_per_epoch,
+                                                              title=self.folder.path.name))
+        self._drawn_at = time.monotonic()
+        self._cost_seconds = self._drawn_at - began
+
+    def confusion_matrix(self, evaluation: Evaluation, class_names: Sequence[str]) -> None:
+        """Draw confusion_matrix.png, where there are classes."""
+        if self.draws and evaluation.confusion_matrix is not None and evaluation.accuracy is not None:
+            title = f"{100 * evaluation.accuracy:.2f} % of {evaluation.num_samples} test samples"
+            write_whole(self.folder, "confusion_matrix.png",
+                                    pictures.confusion_matrix(evaluation.confusion_matrix, class_names, title=title))
+
+    def close(self) -> None:
+        """Finish the event file."""
+        if self._writer is not None:
+            self._writer.close()
+            self._writer = None
+
+
