@@ -20,7 +20,7 @@ from typing import Any, NoReturn
 
 import tyro
 
-from launch.errors import EXIT_DONE, UsageError, launched_rank, one_line, report
+from launch.errors import EXIT_DONE, UsageError, launched_rank, to_stderr, user_line
 
 
 def parse(config_class: type, *, recipes: Mapping[str, Mapping[str, Any]] | None = None,
@@ -97,12 +97,12 @@ def run(main: Callable[[Any], int | None], config_class: type, *,
     try:
         sys.exit(main(parse(config_class, recipes=recipes)) or EXIT_DONE)
     except Exception as error:
-        line = one_line(error)
+        line = user_line(error)
         if line is None:
             raise
         reporter = getattr(error, "reporter", None)
         if launched_rank() == 0 if reporter is None else reporter:
-            report(line)
+            to_stderr(line)
         sys.exit(error.exit_code)  # pyright: ignore[reportAttributeAccessIssue]
     except KeyboardInterrupt:
         sys.exit(130)  # 128 + SIGINT, as a shell reports it

@@ -47,15 +47,17 @@ class NumericError(RunError):
     kind, exit_code = "numeric", 7
 
 
-def one_line(error: Exception) -> str | None:
-    """`ERROR <kind>: <message>` for an error that carries a kind and an exit code, else None: it is our bug.
+def is_users(error: BaseException) -> bool:
+    """Whether a user can cause it: it carries a kind and an exit code. Anything else is a bug of ours.
 
     Any exception with those two attributes counts, so that datasets/ need not import launch/.
     """
-    kind = getattr(error, "kind", None)
-    if kind is None or not hasattr(error, "exit_code"):
-        return None
-    return f"ERROR {kind}: {' '.join(str(error).split())}"
+    return hasattr(error, "kind") and hasattr(error, "exit_code")
+
+
+def user_line(error: BaseException) -> str | None:
+    """`ERROR <kind>: <message>` for an error that a user can cause; None for a bug of ours."""
+    return f"ERROR {error.kind}: {' '.join(str(error).split())}" if is_users(error) else None  # pyright: ignore
 
 
 def launched_rank() -> int:
@@ -64,7 +66,7 @@ def launched_rank() -> int:
     return int(text) if text.isdecimal() else 0
 
 
-def report(line: str) -> None:
+def to_stderr(line: str) -> None:
     """Write one whole line to stderr, in one write so that ranks sharing a terminal do not mix theirs."""
     with contextlib.suppress(OSError, ValueError, AttributeError):  # a closed terminal must not hide the exit code
         sys.stderr.write(f"{line}\n")

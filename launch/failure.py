@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import torch
 import torch.distributed as dist
 
-from launch.errors import DeviceError, DistributedError, one_line, report
+from launch.errors import DeviceError, DistributedError, is_users, to_stderr, user_line
 from launch.watchdog import Watchdog
 
 LEAVE_SECONDS = 15  # for the ranks to agree on who reports an error, and to show it; the store answers in milliseconds
@@ -31,16 +31,16 @@ def leave_together(watchdog: Watchdog, error: Exception) -> None:
 
     Returns only for an error that is our bug, on the rank that is to show its traceback.
     """
-    known = explained(error)
+    known = translated(error)
     code = getattr(known, "exit_code", 1)
     with exit_after(LEAVE_SECONDS, code):
         first = watchdog.claim_report()
         if first and isinstance(known, LostPeer):
-            report(watchdog.lost_peer_line())
-        elif first and (line := one_line(known)) is not None:
-            report(line)
+            to_stderr(watchdog.lost_peer_line())
+        elif first and (line := user_line(known)) is not None:
+            to_stderr(line)
         watchdog.leave()
-    if not first or one_line(known) is not None:
+    if not first or is_users(known):
         raise SystemExit(code) from None
 
 
@@ -48,9 +48,9 @@ class LostPeer(DistributedError):
     """A collective failed because another rank has ended, or did not come."""
 
 
-def explained(error: Exception) -> Exception:
+def translated(error: Exception) -> Exception:
     """What torch raises for a lost rank or a lack of memory, as one of our errors; any other error unchanged."""
-    if one_line(error) is not None:
+    if is_users(error):
         return error
     text = str(error).lower()
     if isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in text:

@@ -23,7 +23,7 @@ from types import FrameType
 if not __package__:
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-from launch.errors import EXIT_DONE, DistributedError, report
+from launch.errors import EXIT_DONE, DistributedError, to_stderr
 from launch.launcher import host_names, parent_of
 from launch.network import address_among, interface_of, is_loopback
 
@@ -44,7 +44,7 @@ def main() -> int:
         try:
             meet(host, int(port), node=node, num_nodes=int(options.nodes), token=options.id)
         except OSError as error:
-            report(explain(error, options.rendezvous, node, address))
+            to_stderr(explain(error, options.rendezvous, node, address))
             return DistributedError.exit_code
     is_host = node == 0 if options.nodes.isdigit() else host == options.me
     shown = options.me if address is None or is_loopback(address) else address  # others know a name as something else
@@ -175,10 +175,10 @@ def supervise(command: list[str], host: str, port: int) -> int:
         process.send_signal(passed_on[0])  # it came before there was anything to pass it on to
     useful_at = time.monotonic()
     while (code := wait(process, LOOK_SECONDS)) is None:
-        if has_children(process.pid) or not is_silent(host, port):
+        if has_children(process.pid) or not unreachable(host, port):
             useful_at = time.monotonic()
         elif time.monotonic() - useful_at > CUT_OFF_SECONDS:
-            report(f"{socket.gethostname()}: cut off from {host}:{port}, and its ranks have ended; torchrun ended too")
+            to_stderr(f"{socket.gethostname()}: cut off from {host}:{port}, its ranks have ended; torchrun ended too")
             process.kill()
     return code if code >= EXIT_DONE else 128 - code  # a signal's number, as a shell reports it
 
@@ -196,7 +196,7 @@ def has_children(pid: int) -> bool:
     return any(parent_of(int(entry.name)) == pid for entry in Path("/proc").glob("[0-9]*"))
 
 
-def is_silent(host: str, port: int) -> bool:
+def unreachable(host: str, port: int) -> bool:
     """Whether nothing at all comes back from there; a port that is closed is an answer."""
     try:
         socket.create_connection((host, port), timeout=LINE_SECONDS).close()

@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
-from launch.errors import DistributedError, one_line
+from launch.errors import DistributedError, is_users
 from launch.failure import exit_after, leave_together
 from launch.launcher import Launch, read_launch
 from launch.machine import (
@@ -159,12 +159,12 @@ def from_main(world: World, action: Callable[[], T]) -> T:
     The other ranks wait meanwhile, at most the collective timeout. The value must be picklable and small.
     """
     outcome: list[Any] = [None, None]
-    world.watchdog.mark(world.watchdog.step, "main" if world.is_main else "reduce")
+    world.watchdog.mark("main" if world.is_main else "reduce")
     if world.is_main:
         try:
             outcome[0] = action()
         except Exception as error:
-            if world.backend is None or one_line(error) is None:
+            if world.backend is None or not is_users(error):
                 raise
             outcome[1] = error
     if world.backend is not None:

@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, NoReturn
 
-from launch.errors import DistributedError, report
+from launch.errors import DistributedError, to_stderr
 from launch.heartbeats import STALE_SECONDS, Heartbeats
 from launch.stop import stop_request
 
@@ -54,9 +54,10 @@ class Watchdog:
         self._threads: list[threading.Thread] = []
         self._answered_at: float | None = None  # when the store last did
 
-    def mark(self, step: int, phase: str) -> None:
-        """Say that the training loop is alive and where: cheap enough for every phase of every step."""
-        self.step, self.phase, self._changed_at = step, phase, time.monotonic()
+    def mark(self, phase: str, step: int | None = None) -> None:
+        """The training loop is alive, and in this phase of that step (by default the last one that was named)."""
+        self.step = self.step if step is None else step
+        self.phase, self._changed_at = phase, time.monotonic()
 
     def start(self, store: "dist.Store | None" = None) -> None:
         """Begin to watch; again with a store when there is one. It is used through a connection of its own."""
@@ -65,7 +66,7 @@ class Watchdog:
             with contextlib.suppress(RuntimeError):
                 heartbeats.send(self.step, self.phase)  # at once: a rank that hangs within the first tick is known too
             self._heartbeats, self._answered_at = heartbeats, time.monotonic()
-        self.mark(self.step, self.phase)
+        self.mark(self.phase)
         if not self._threads:
             self._start_thread(self._watch, "watchdog")
         if store is not None:
@@ -152,7 +153,7 @@ class Watchdog:
 
     def _leave_with_the_launcher(self) -> None:
         if self.rank == 0 and self._claimed.acquire(blocking=False):
-            report(self._launcher_line())
+            to_stderr(self._launcher_line())
         self._end(self._launcher_line())
 
     def _leave_without_the_store(self, seconds: float) -> None:
@@ -160,7 +161,7 @@ class Watchdog:
                 f"answered for {seconds:.0f} s at step {self.step}; look at the network, then start the same command "
                 f"again")
         if self._claimed.acquire(blocking=False):
-            report(line)
+            to_stderr(line)
         self._end(line)
 
     def _beat(self) -> None:
@@ -216,7 +217,7 @@ class Watchdog:
         line = (f"ERROR distributed: rank {culprit} of {self.world_size}: no progress for {self.timeout_seconds:.0f} s "
                 f"at {where}; the others wait for it: look at that process, or raise --timeout if it was only slow")
         if self.claim_report():
-            report(line)
+            to_stderr(line)
         if silent:
             self._heartbeats.kill_siblings(silent)  # stopped processes cannot leave by themselves
         self._end(line)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from launch.node import is_silent
+from launch.node import unreachable
 from tests.helpers.processes import ROOT, execute, start
 from tests.helpers.server import free_port
 
@@ -61,16 +61,16 @@ print(has_children(os.getpid()))
 
 @pytest.mark.timeout(60)
 def test_a_host_that_refuses_answers_and_one_that_lets_a_connection_wait_does_not():
-    assert not is_silent("127.0.0.1", free_port())
+    assert not unreachable("127.0.0.1", free_port())
     with socket.create_server(("127.0.0.1", 0), backlog=0) as server:
         port = server.getsockname()[1]
-        assert not is_silent("127.0.0.1", port)
+        assert not unreachable("127.0.0.1", port)
         waiting = [socket.socket() for _ in range(8)]
         try:
             for client in waiting:  # the kernel drops what the queue does not hold, as a cut cable does
                 client.setblocking(False)
                 client.connect_ex(("127.0.0.1", port))
-            assert is_silent("127.0.0.1", port)
+            assert unreachable("127.0.0.1", port)
         finally:
             for client in waiting:
                 client.close()

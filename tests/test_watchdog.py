@@ -48,7 +48,7 @@ def test_when_the_store_has_died_the_first_rank_that_lives_elsewhere_speaks() ->
     assert [watchdog.rank for watchdog in watchdogs if watchdog.claim_report()] == [4]
 
 
-def test_a_rank_that_sends_nothing_is_silent_and_one_that_has_left_is_not(store: dist.Store) -> None:
+def test_a_rank_that_sends_nothing_unreachable_and_one_that_has_left_is_not(store: dist.Store) -> None:
     ranks = [Heartbeats(store, rank=rank, world_size=4) for rank in range(4)]
     for rank in ranks[:3]:
         rank.send(5, "backward")

@@ -35,7 +35,7 @@ from datasets.images.unreadable import BadImages
 from datasets.loaders import check_size, evaluation_loader, train_loader
 from datasets.order import ResumableSampler
 from launch.command_line import nearest, run
-from launch.errors import EXIT_PREEMPTED, UsageError, report
+from launch.errors import EXIT_PREEMPTED, UsageError, to_stderr
 from launch.process_group import World, barrier, from_main, gather
 from trainers import models
 from trainers.engine.checkpoints.weights import load_backbone
@@ -182,7 +182,7 @@ def remember_bad_images(config: ImageFolderConfig, world: World, folder: RunFold
         return all_found
 
     known = from_main(world, lambda: None if config.resume == "never" else folder.read_json("bad_images.json"))
-    return BadImages(config.skip_bad, exchange=exchange, log=report, known=known)
+    return BadImages(config.skip_bad, exchange=exchange, log=to_stderr, known=known)
 
 
 def augmentation(config: ImageFolderConfig) -> Augmentation:
@@ -222,7 +222,7 @@ def fill(cache: ImageCache, decoder: Decoder, bad_images: BadImages, world: Worl
     """Build a cache that is not there, by one rank of each node; False if the job was asked to stop meanwhile."""
     builds = world.local_rank == 0 and not cache.exists()
     if builds:
-        report(f"decoding {len(cache.tree):,} images into {cache.path} ({cache.num_bytes / 2**20:.0f} MiB)")
+        to_stderr(f"decoding {len(cache.tree):,} images into {cache.path} ({cache.num_bytes / 2**20:.0f} MiB)")
     return finish_together(world, cache.build(decoder, bad_images) if builds else None, catch_signals())
 
 

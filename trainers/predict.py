@@ -31,7 +31,7 @@ from datasets.errors import DataError
 from datasets.image_folder import ImageTree, find_images
 from datasets.images.read import BadImage, read_image
 from launch.command_line import run
-from launch.errors import CheckpointError, UsageError, report
+from launch.errors import CheckpointError, UsageError, to_stderr
 from launch.launcher import read_launch
 from launch.machine import choose_device
 from launch.process_group import World
@@ -121,10 +121,10 @@ def load_state(run: Path, checkpoint: Path | None) -> tuple[dict[str, Any], Path
         try:
             return load_verified(best), best
         except Damaged as damage:
-            report(f"WARNING checkpoint: {best}: {damage}; using the newest")
+            to_stderr(f"WARNING checkpoint: {best}: {damage}; using the newest")
     newest = newest_good(run / "checkpoints")
     for path, damage in newest.damaged.items():
-        report(f"WARNING checkpoint: {path}: {damage}; using an older one")
+        to_stderr(f"WARNING checkpoint: {path}: {damage}; using an older one")
     if newest.state is None:
         raise CheckpointError(f"--run {run}: has no whole checkpoint; wait for its first epoch to end, or train again")
     return newest.state, newest.path

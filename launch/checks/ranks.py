@@ -15,7 +15,7 @@ import torch
 
 from launch.checks.finding import Finding, fail, ok, warn
 from launch.checks.machine import ROOT
-from launch.errors import DeviceError, DistributedError, one_line
+from launch.errors import DeviceError, DistributedError, user_line
 from launch.launcher import Launch
 from launch.machine import choose_backend, choose_device, choose_threads, git_commit, gpu_uuid
 from launch.process_group import World, barrier, gather, process_group, time_all_reduce
@@ -41,7 +41,7 @@ def ranks_findings(launch: Launch, mine: list[Finding], *, device: str, backend:
             found = [check_devices_of(ranks, backend), check_code(ranks), check_clocks(world, ranks)]
             found.append(check_all_reduce(world, ranks, device, backend, found[0]))
     except (DistributedError, RuntimeError) as error:
-        text = (one_line(error) or str(error)).removeprefix("ERROR distributed: ")
+        text = (user_line(error) or str(error)).removeprefix("ERROR distributed: ")
         where, _, fix = text.partition("; ")
         return [*mine, fail("ranks", where, fix or "see that every node runs the same command")], []
     return [*gathered(machines, ranks), *found], ranks

@@ -50,9 +50,9 @@ def at(step: int, phase: str, action: Callable[[], None], *, ranks: Collection[i
     """Run `action` once, when the training loop reaches that phase of that step (completed steps, from 0)."""
     original, fired = Watchdog.mark, []
 
-    def mark(self: Watchdog, now: int, where: str) -> None:
-        original(self, now, where)
-        if now >= step and where == phase and not fired and (ranks is None or launched_rank() in ranks):
+    def mark(self: Watchdog, where: str, now: int | None = None) -> None:
+        original(self, where, now)
+        if self.step >= step and where == phase and not fired and (ranks is None or launched_rank() in ranks):
             fired.append(True)
             action()
 

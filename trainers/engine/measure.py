@@ -61,7 +61,7 @@ def measure(trainer: Trainer, train: TrainBatches, *, warmup: int, steps: int) -
     loss, _ = trainer.sums.means(world)
     moved = torch.linalg.vector_norm(weights(trainer) - start).item()
     memory_bytes = peak_memory_bytes(world.device)
-    phases = take_apart(trainer, train, steps)
+    phases = time_phases(trainer, train, steps)
     if phases is None:
         return None
     flops = flops_per_sample(trainer, train)
@@ -103,7 +103,7 @@ class PhaseClock:
         self.seconds: dict[str, float] = {}
         self._phase, self._since = "start", time.perf_counter()
 
-    def mark(self, step: int, phase: str) -> None:
+    def mark(self, phase: str, step: int | None = None) -> None:
         """A phase begins; on a GPU the work of the one before is waited for."""
         synchronize(self.device)
         now = time.perf_counter()
@@ -111,7 +111,7 @@ class PhaseClock:
         self._phase, self._since = phase, now
 
 
-def take_apart(trainer: Trainer, train: TrainBatches, steps: int) -> dict[str, float | None] | None:
+def time_phases(trainer: Trainer, train: TrainBatches, steps: int) -> dict[str, float | None] | None:
     """Seconds per step of this rank in each phase; None if asked to stop.
 
     DataParallel copies weights and gradients inside forward and backward, which cannot be told apart from outside: its
@@ -141,13 +141,13 @@ def take_apart(trainer: Trainer, train: TrainBatches, steps: int) -> dict[str, f
 def timed_phases(trainer: Trainer, train: TrainBatches, steps: int, clock: PhaseClock) -> bool:
     """Some steps under a clock; False if all ranks agreed to stop."""
     barrier(trainer.world)
-    clock.mark(0, "start")
+    clock.mark("start")
     watchdog = trainer.world.watchdog
     watchdog.mark = clock.mark
     try:
         return advance(trainer, train, steps)
     finally:
-        clock.mark(0, "end")
+        clock.mark("end")
         del watchdog.mark  # the class's own again
 
 

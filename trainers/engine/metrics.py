@@ -18,7 +18,7 @@ from launch.process_group import World
 def all_reduce_sum(values: Tensor, world: World) -> Tensor:
     """The sum over ranks, in place."""
     if world.backend is not None:
-        world.watchdog.mark(world.watchdog.step, "reduce")
+        world.watchdog.mark("reduce")
         dist.all_reduce(values)
     return values
 
@@ -147,7 +147,7 @@ def sync_buffers(model: nn.Module, world: World) -> None:
     """Give every rank rank 0's buffers: BatchNorm's running statistics differ between ranks after a step."""
     if world.backend is None:
         return
-    world.watchdog.mark(world.watchdog.step, "reduce")
+    world.watchdog.mark("reduce")
     for buffer in model.buffers():
         dist.broadcast(buffer, src=0)
 

@@ -5,7 +5,7 @@ from collections.abc import Callable, Generator
 from pathlib import Path
 from typing import Any
 
-from launch.errors import one_line
+from launch.errors import is_users
 from launch.process_group import World, barrier, gather
 from launch.stop import StopRequest
 from trainers.engine.config import TrainConfig
@@ -29,10 +29,10 @@ def finish_together(world: World, work: Generator[Any] | None, stop: StopRequest
             try:
                 done = advance(work, world, seconds=SLICE_SECONDS)
             except Exception as problem:
-                if one_line(problem) is None:
+                if not is_users(problem):
                     raise
                 error = problem
-        world.watchdog.mark(world.watchdog.step, "data")
+        world.watchdog.mark("data")
         reports = gather(world, (done, bool(stop), error))
         for _, _, problem in reports:
             if problem is not None:
@@ -49,7 +49,7 @@ def advance(work: Generator[Any], world: World, *, seconds: float) -> bool:
     """Take items for a while, each a sign of life; whether that was the last of them."""
     until = time.monotonic() + seconds
     for _ in work:
-        world.watchdog.mark(world.watchdog.step, "data")
+        world.watchdog.mark("data")
         if time.monotonic() > until:
             return False
     return True

@@ -67,7 +67,7 @@ def gradient_sync(model: nn.Module, *, last: bool) -> contextlib.AbstractContext
     return contextlib.nullcontext()
 
 
-def settle_buckets(model: nn.Module, world: World, batches: Iterator[Batch], *, loss: Callable[..., Tensor]
+def rebuild_buckets_early(model: nn.Module, world: World, batches: Iterator[Batch], *, loss: Callable[..., Tensor]
                    ) -> Iterator[Batch]:
     """Have DDP choose the layout of its gradients before the first step rather than after it.
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch.optim.swa_utils import AveragedModel
 
-from launch.errors import CheckpointError, report
+from launch.errors import CheckpointError, to_stderr
 from launch.launcher import job_identity
 from launch.process_group import from_main
 from trainers.engine.checkpoints.files import committed, link_best, set_aside, step_of, sweep
@@ -40,7 +40,7 @@ def choose_checkpoint(resume: str, folder: RunFolder) -> Path | None:
         return None
     if newest.damaged:
         reasons = ", ".join(f"{path} ({reason})" for path, reason in newest.damaged.items())
-        report(f"WARNING checkpoint: {reasons}: kept as *.damaged; going on from {newest.path.name}")
+        to_stderr(f"WARNING checkpoint: {reasons}: kept as *.damaged; going on from {newest.path.name}")
         set_aside(newest.damaged, "damaged")
     if (newest.state["best"] or {}).get("step") == newest.state["step"]:
         link_best(newest.path)  # a kill between its two links is mended here
@@ -88,7 +88,7 @@ def check_nothing_is_lost(checkpoints: Path, newest: Newest) -> None:
         raise CheckpointError(f"{path}: {reason}, and of {len(newest.damaged)} checkpoints none is whole; use --resume "
                               f"never to start over, or another --run-name")
     if uncommitted := sorted(checkpoints.glob("step-*.pt")):
-        report(f"WARNING checkpoint: {uncommitted[-1]}: has no manifest, so was never finished; starting over")
+        to_stderr(f"WARNING checkpoint: {uncommitted[-1]}: has no manifest, so was never finished; starting over")
 
 
 def load_for_evaluation(path: Path, trainer: Trainer) -> None:

@@ -19,7 +19,7 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from launch.errors import EXIT_DONE, EXIT_PREEMPTED, UsageError
-from launch.failure import explained
+from launch.failure import translated
 from launch.launcher import default_run_name, job_identity
 from launch.process_group import World, from_main, process_group
 from launch.stop import catch_signals
@@ -40,7 +40,7 @@ from trainers.engine.task import EvaluationBatches, Task, TrainBatches, classifi
 from trainers.engine.trainer import Trainer
 
 
-def plain(config: TrainConfig) -> dict[str, Any]:
+def to_plain(config: TrainConfig) -> dict[str, Any]:
     """The config as JSON and `weights_only` take it: paths as text, tuples as lists."""
     def convert(value: Any) -> Any:
         return str(value) if isinstance(value, Path) else list(value) if isinstance(value, tuple) else value
@@ -69,7 +69,7 @@ def open_run(config: TrainConfig, trainer: str, world: World) -> Iterator[RunFol
     facts = {"world_size": world.world_size, "device": str(world.device), "threads_per_rank": world.threads,
              "launcher": world.launcher, "backend": world.backend}
     try:
-        if not from_main(world, lambda: folder.begin(plain(config), may_change=MAY_CHANGE, world=facts)):
+        if not from_main(world, lambda: folder.begin(to_plain(config), may_change=MAY_CHANGE, world=facts)):
             result = folder.read_json("result.json") or {}
             if world.is_main:
                 say(f"{folder.path} is DONE (accuracy {result.get('accuracy')}); raise --epochs to go on")
@@ -78,7 +78,7 @@ def open_run(config: TrainConfig, trainer: str, world: World) -> Iterator[RunFol
             yield folder
     except Exception as error:
         if folder.begun:
-            say_failed(folder, describe(explained(error)), step=world.watchdog.step)
+            say_failed(folder, describe(translated(error)), step=world.watchdog.step)
         raise
     finally:
         folder.release()
@@ -115,7 +115,7 @@ def build_trainer(config: TrainConfig, model: nn.Module, task: Task, world: Worl
         accumulation_steps=config.accumulation_steps, clip_grad_norm=config.clip_grad_norm, ema=ema,
         frozen_norms=frozen_norms, channels_last=config.channels_last, max_bad_steps=config.max_bad_steps,
         report=Report(folder, pictures=config.pictures, tensorboard=config.tensorboard),
-        log_gradients=config.log_gradients, config=plain(config),
+        log_gradients=config.log_gradients, config=to_plain(config),
         fingerprint={"dataset": dataset_fingerprint, "global_batch_size": config.batch_size,
                      "world_size": world.world_size, "threads": world.threads, "torch": str(torch.__version__),
                      **job_identity()},

@@ -18,7 +18,7 @@ from trainers.engine.checkpoints.save import Checkpointer
 from trainers.engine.dropout import default_generators, seed_dropout
 from trainers.engine.history import History
 from trainers.engine.metrics import Evaluation, EvaluationSums, TrainingSums, sync_buffers
-from trainers.engine.parallel import gradient_sync, settle_buckets, unwrap
+from trainers.engine.parallel import gradient_sync, rebuild_buckets_early, unwrap
 from trainers.engine.precision import Precision
 from trainers.engine.run.folder import RunFolder
 from trainers.engine.run.progress import Progress, epoch_text
@@ -94,7 +94,7 @@ class Trainer:
         interval = max(1, train.steps_per_epoch // REPORTS_PER_EPOCH)
         batches = train.batches(self.epoch, self.samples_consumed)
         if self.history.samples_here == 0:
-            batches = settle_buckets(self.model, self.world, batches, loss=self._loss)
+            batches = rebuild_buckets_early(self.model, self.world, batches, loss=self._loss)
         self.history.start_clock()
         while self.samples_consumed < train.steps_per_epoch * train.global_batch_size and self.step < last_step:
             step_in_epoch = self.samples_consumed // train.global_batch_size + 1
@@ -124,15 +124,15 @@ class Trainer:
         seed_dropout(self.dropout_generators, seed=self.seed, step=step, rank=self.world.rank)
         self._set_learning_rate()
         for micro_step in range(self.accumulation_steps):
-            mark(step, "data")
+            mark("data", step)
             inputs, targets = self._to_device(*next(batches))
             with gradient_sync(self.model, last=micro_step == self.accumulation_steps - 1):
-                mark(step, "forward")
+                mark("forward", step)
                 outputs, loss = self._forward(inputs, targets)
-                mark(step, "backward")
+                mark("backward", step)
                 self.precision.backward(loss / self.accumulation_steps if self.accumulation_steps > 1 else loss)
             self.sums.update(loss, outputs, targets)
-        mark(step, "optimizer")
+        mark("optimizer", step)
         if watch_gradients or self.clip_grad_norm is not None:
             self.precision.unscale(self.optimizer)
         if watch_gradients:
@@ -171,7 +171,7 @@ class Trainer:
         model.eval()
         sums = EvaluationSums(self.world.device, num_classes=self.task.num_classes)
         for inputs, targets in test:
-            self.world.watchdog.mark(self.step, "evaluate")
+            self.world.watchdog.mark("evaluate", self.step)
             if self.stop:
                 break
             inputs, targets = self._to_device(inputs, targets)
@@ -200,7 +200,7 @@ class Trainer:
         Raises:
             NumericError: if a rank has counted too many bad steps, or the last step is bad: all ranks raise it.
         """
-        self.world.watchdog.mark(self.step, "reduce")
+        self.world.watchdog.mark("reduce", self.step)
         self.sums.collect()  # a wait for the device, twice a second
         stop, bad_steps = agreement.vote(self.stop, self.sums.bad_steps)
         if bad_steps >= (1 if self.step == last_step else self.max_bad_steps):
@@ -260,7 +260,7 @@ class Trainer:
         """
         if self.step == self.checkpointer.last_step and not is_best:
             return
-        self.world.watchdog.mark(self.step, "checkpoint")
+        self.world.watchdog.mark("checkpoint", self.step)
         running = self.sums.of_all_ranks(self.world)
         if any(bad_steps for _, _, _, bad_steps in running):
             return

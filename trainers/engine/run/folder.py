@@ -11,7 +11,7 @@ from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from launch.errors import CheckpointError, UsageError, one_line
+from launch.errors import CheckpointError, UsageError, user_line
 from launch.files import read_object, replace_file
 from launch.machine import environment_record
 from trainers.engine.run.ownership import Ownership
@@ -202,7 +202,7 @@ def write_whole(folder: RunFolder, name: str, content: bytes) -> None:
 
 def describe(error: Exception) -> str:
     """An error in one line, our own bugs too."""
-    return one_line(error) or f"{type(error).__name__}: {error}"[:500]
+    return user_line(error) or f"{type(error).__name__}: {error}"[:500]
 
 
 def say_failed(folder: RunFolder, reason: str, *, step: int) -> None:
