@@ -20,7 +20,8 @@ from typing import Any, NoReturn
 
 import tyro
 
-from launch.errors import EXIT_DONE, UsageError, launched_rank, to_stderr, user_line
+from launch.errors import EXIT_DONE, EXIT_PREEMPTED, UsageError, launched_rank, to_stderr, user_line
+from launch.stop import Stopped
 
 
 def parse(config_class: type, *, recipes: Mapping[str, Mapping[str, Any]] | None = None,
@@ -87,15 +88,18 @@ def plain_text(boxed: str) -> str:
     return f"{message[:1].lower()}{message[1:]}; see --help"
 
 
-def run(main: Callable[[Any], int | None], config_class: type, *,
+def run(main: Callable[[Any], Any], config_class: type, *,
         recipes: Mapping[str, Mapping[str, Any]] | None = None) -> NoReturn:
-    """Parse the flags, call `main`, exit with its code or with that of the error it raised.
+    """Parse the flags, call `main`, exit: with the code that it returns, 0 for anything else, or that of its error.
 
-    Errors inside `process_group()` are reported there by the one rank that failed first; what reaches this
-    function was found before the ranks met, by all of them alike, so rank 0 speaks.
+    Errors inside `process_group()` are shown there by the one rank that failed first; what reaches this function was
+    found before the ranks met, by all of them alike, so rank 0 speaks.
     """
     try:
-        sys.exit(main(parse(config_class, recipes=recipes)) or EXIT_DONE)
+        code = main(parse(config_class, recipes=recipes))
+        sys.exit(code if isinstance(code, int) else EXIT_DONE)
+    except Stopped:
+        sys.exit(EXIT_PREEMPTED)
     except Exception as error:
         line = user_line(error)
         if line is None:

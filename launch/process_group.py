@@ -54,6 +54,11 @@ class World:
     watchdog: Watchdog = field(default_factory=Watchdog)
 
     @property
+    def shard(self) -> dict[str, Any]:
+        """Which part of every batch is this rank's, and where it goes: what loaders are told."""
+        return {"rank": self.rank, "world_size": self.world_size, "device": self.device}
+
+    @property
     def is_main(self) -> bool:
         """Whether this is rank 0, the only one that writes files."""
         return self.rank == 0

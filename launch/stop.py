@@ -1,24 +1,39 @@
 """A stop that loses nothing: a signal sets a flag, and all ranks agree on the step at which they stop.
 
-    stop = catch_signals()                   # first thing in a script: importing torch takes seconds
-    agreement = StopAgreement(world_size)
-    for ...:
-        train_step()
-        if agreement.due() and agreement.vote(stop)[0]:  # the same answer at the same step on every rank
-            save_and_leave()
+    with signals_caught() as request:        # in a script catch_signals() comes first: importing torch takes seconds
+        agreement = StopAgreement(world_size)
+        for ...:
+            train_step()
+            if agreement.due():
+                agreement.vote(request)      # raises Stopped at the same step on every rank
 
 SIGTERM and SIGUSR1 are what Slurm, torchrun and Kubernetes send; SIGINT is Ctrl-C. A second Ctrl-C, a second or
 more after the first, ends the process at once (the delay because torchrun passes the terminal's SIGINT on again).
 """
 
 import atexit
+import contextlib
 import os
 import signal
+import threading
 import time
+from collections.abc import Iterator
 from types import FrameType
 
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 POLL_SECONDS = 0.5  # how long a stop may wait for the next agreement
 MOST_STEPS = 64  # between two agreements, so that a step that becomes slow does not delay the next one much
+
+
+class Stopped(BaseException):
+    """All ranks have agreed to stop, and raise this at the same step; what there was to save is saved on the way out.
+
+    No Exception, since it is no error: nothing that handles errors may swallow it. `command_line.run` makes it exit 75.
+    """
+
+    def __init__(self, reason: str | None = None, *, step: int = 0, epoch: int = 0) -> None:
+        super().__init__(reason or "another rank was asked to stop")
+        self.step, self.epoch = step, epoch
 
 
 class StopRequest:
@@ -55,9 +70,29 @@ def catch_signals() -> StopRequest:
     if _request.launcher is None:
         _request.launcher = os.getppid()
         atexit.register(ignore_signals)  # first in, so last out: Python then gives back handlers that kill
-    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+    for number in STOP_SIGNALS:
         signal.signal(number, _request.handle)
     return _request
+
+
+@contextlib.contextmanager
+def signals_caught() -> Iterator[StopRequest]:
+    """Catch signals for the length of a `with` block, then give the caller's handlers back.
+
+    Where the caller had handlers of its own, as a library's user has, the request ends with the block. In a thread
+    other than the main one Python allows no handlers: only other ranks can then ask for a stop.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield _request
+        return
+    before = {number: signal.getsignal(number) for number in STOP_SIGNALS}
+    try:
+        yield catch_signals()
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler or signal.SIG_DFL)
+        if before[signal.SIGTERM] != _request.handle:
+            _request.reason = None
 
 
 def stop_request() -> StopRequest:
@@ -67,7 +102,7 @@ def stop_request() -> StopRequest:
 
 def ignore_signals() -> None:
     """For DataLoader workers, which must live until their rank has saved; and for a rank at its very end."""
-    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+    for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
 
 
@@ -90,8 +125,12 @@ class StopAgreement:
         self._steps_until_next -= 1
         return self._steps_until_next <= 0
 
-    def vote(self, request: StopRequest, bad_steps: int = 0) -> tuple[bool, int]:
-        """Whether any rank was asked to stop, and the largest number of consecutive bad steps that any rank counts."""
+    def vote(self, request: StopRequest, bad_steps: int = 0) -> int:
+        """The largest number of consecutive bad steps that any rank counts.
+
+        Raises:
+            Stopped: on every rank, if any was asked to stop.
+        """
         step_seconds = (time.monotonic() - self._since) / max(1, self._steps_since)
         stop, slowest, worst = float(bool(request)), step_seconds, float(bad_steps)
         if self.world_size > 1:
@@ -105,5 +144,5 @@ class StopAgreement:
         self._steps_until_next = max(1, int(scale * min(MOST_STEPS, POLL_SECONDS / max(slowest, 1e-6))))
         self._steps_since, self._since = 0, time.monotonic()
         if stop:
-            request.ask("another rank was asked to stop")
-        return bool(stop), int(worst)
+            raise Stopped(request.reason)
+        return int(worst)

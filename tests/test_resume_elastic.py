@@ -14,23 +14,23 @@ from tests.helpers.server import NORMED, Job, Server, slack
 PLAIN = ["--model", "net", "--lr", "0.02"]  # neither BatchNorm nor dropout, which depend on the samples of a rank
 LOG_IMAGES = """
 import zlib
-original = Trainer._to_device
+original = TrainStep.to_device
 def logged(self, inputs, targets):
     if getattr(self.model, "module", self.model).training:
         with open(f"samples-{self.world.rank}.txt", "a") as file:
             for place, image in enumerate(inputs):
                 position = place * self.world.world_size + self.world.rank
-                file.write(f"{self.step} {position} {zlib.crc32(image.numpy().tobytes())}\\n")
+                file.write(f"{self.world.watchdog.step} {position} {zlib.crc32(image.numpy().tobytes())}\\n")
     return original(self, inputs, targets)
-Trainer._to_device = logged
+TrainStep.to_device = logged
 """
 
 LOG_STEPS = """
-original_step = Trainer.train_step
+original_step = TrainStep.__call__
 def train_step(self, *args, **kwargs):
     original_step(self, *args, **kwargs)
-    open(f"step-{self.world.rank}.txt", "w").write(str(self.step))
-Trainer.train_step = train_step
+    open(f"step-{self.world.rank}.txt", "w").write(str(self.world.watchdog.step))
+TrainStep.__call__ = train_step
 """
 
 

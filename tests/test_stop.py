@@ -9,7 +9,7 @@ import time
 
 import pytest
 
-from launch.stop import MOST_STEPS, POLL_SECONDS, StopAgreement, StopRequest
+from launch.stop import MOST_STEPS, POLL_SECONDS, StopAgreement, Stopped, StopRequest, signals_caught, stop_request
 from tests.helpers.processes import ROOT, execute
 
 pytestmark = pytest.mark.timeout(60)
@@ -85,16 +85,17 @@ late = Late()  # deleted after Python has given back the default handlers
 def test_votes_are_never_more_than_a_bounded_number_of_steps_apart() -> None:
     agreement = StopAgreement(1)
     assert agreement.due()  # the first step votes: a stop may have come while the ranks started
-    assert agreement.vote(StopRequest(), 3) == (False, 3)
+    assert agreement.vote(StopRequest(), 3) == 3
     steps = next(step for step in range(1, 2 * MOST_STEPS) if agreement.due())
     assert 1 < steps <= MOST_STEPS  # steps without any work in them
 
 
 def test_a_vote_after_a_request_is_to_stop() -> None:
     agreement, request = StopAgreement(1), StopRequest()
-    assert agreement.vote(request) == (False, 0)
+    assert agreement.vote(request) == 0
     request.ask("test")
-    assert agreement.vote(request) == (True, 0)
+    with pytest.raises(Stopped, match="test"):
+        agreement.vote(request)
 
 
 def test_steps_as_slow_as_the_poll_vote_every_time() -> None:
@@ -120,3 +121,18 @@ def test_a_handler_runs_in_the_main_thread_only() -> None:
     thread.start()
     thread.join()
     assert failures
+
+
+def test_the_callers_signal_handlers_come_back_and_the_request_ends_with_the_block() -> None:
+    def own(number: int, frame: object) -> None:
+        raise AssertionError
+
+    before = signal.signal(signal.SIGUSR1, own)
+    try:
+        with signals_caught() as request:
+            os.kill(os.getpid(), signal.SIGUSR1)
+            assert request.reason == "SIGUSR1"
+        assert signal.getsignal(signal.SIGUSR1) is own
+        assert not stop_request()
+    finally:
+        signal.signal(signal.SIGUSR1, before)

@@ -33,8 +33,8 @@ from launch.process_group import World
 from trainers import models
 from trainers.engine.config import TrainConfig
 from trainers.engine.once_per_node import download_once
-from trainers.engine.run.card import ModelCard, write_card
-from trainers.engine.session import join_world, open_run, train_classifier
+from trainers.engine.run.card import ModelCard
+from trainers.engine.session import entry_point, open_run, train_classifier
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,25 +105,29 @@ def check(config: CifarConfig) -> None:
         raise UsageError(f"--width {config.width}: {config.model} has no width to set; leave it out")
 
 
-def main(config: CifarConfig) -> int:
-    """One run, on this rank; returns the exit code."""
+def augmentation(config: CifarConfig) -> Augmentation:
+    """What is done to a training image."""
+    mean, std = statistics(config)
+    return Augmentation(seed=config.seed, mean=mean, std=std, shift=config.shift, padding=config.padding,
+                        flip=config.flip)
+
+
+def describe(config: CifarConfig, class_names: tuple[str, ...], images: Augmentation) -> ModelCard:
+    """What must be known to use the weights."""
+    return ModelCard(trainer="cifar", model=config.model, class_names=class_names, mean=images.mean, std=images.std,
+                     image_size=(32, 32), options={"width": config.width})
+
+
+@entry_point
+def main(config: CifarConfig) -> dict[str, Any]:
+    """One run, on this rank; returns its result."""
     check(config)
-    with join_world(config) as world, open_run(config, "cifar", world) as folder:
-        if folder is None:
-            return 0
-        train, test = load_data(config, world)
-        mean, std = statistics(config)
-        write_card(folder, ModelCard(trainer="cifar", model=config.model, class_names=train.class_names, mean=mean,
-                                     std=std, image_size=(32, 32), options={"width": config.width}))
-        shard = {"rank": world.rank, "world_size": world.world_size, "device": world.device}
-        augmentation = Augmentation(seed=config.seed, mean=mean, std=std, shift=config.shift, padding=config.padding,
-                                    flip=config.flip)
-        batches = train_loader(train, augmentation, batch_size=config.batch_size,
-                               rank_batch_size=config.rank_batch_size(), seed=config.seed, **shard)
-        test_batches = evaluation_loader(test, augmentation.normalize, **shard)
-        return train_classifier(config, build_model(config, train), world, folder, batches, test_batches,
-                                class_names=train.class_names, dataset_fingerprint=train.fingerprint(),
-                                to_image=augmentation.to_image).exit_code
+    with open_run(config, "cifar") as run:
+        train, test = load_data(config, run.world)
+        images = augmentation(config)
+        return train_classifier(config, run, build_model(config, train), describe(config, train.class_names, images),
+                                images, train_loader(train, images, **config.batches(), **run.world.shard),
+                                evaluation_loader(test, images.normalize, **run.world.shard), train.fingerprint())
 
 
 if __name__ == "__main__":

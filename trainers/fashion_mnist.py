@@ -20,6 +20,7 @@ if __name__ == "__main__":
     catch_signals()  # before torch is imported, which takes seconds
 
 import torch
+from torch import nn
 
 from datasets import fashion_mnist
 from datasets import synthetic_digits as digits
@@ -32,8 +33,8 @@ from launch.process_group import World
 from trainers import models
 from trainers.engine.config import TrainConfig
 from trainers.engine.once_per_node import download_once
-from trainers.engine.run.card import ModelCard, write_card
-from trainers.engine.session import join_world, open_run, train_classifier
+from trainers.engine.run.card import ModelCard
+from trainers.engine.session import entry_point, open_run, train_classifier
 
 MEAN, STD = (0.0,), (1.0,)  # images lie in 0 to 1, as the book leaves them
 
@@ -72,24 +73,33 @@ def check(config: FashionMnistConfig) -> None:
                          f"{nearest(config.model, models.GREY)}")
 
 
-def main(config: FashionMnistConfig) -> int:
-    """One run, on this rank; returns the exit code."""
+def build_model(config: FashionMnistConfig, train: TensorDataset) -> nn.Module:
+    """The network, from the seed."""
+    torch.manual_seed(config.seed)
+    return models.build(config.model, num_classes=len(train.class_names))
+
+
+def augmentation(config: FashionMnistConfig) -> Augmentation:
+    """What is done to a training image."""
+    return Augmentation(seed=config.seed, mean=MEAN, std=STD)
+
+
+def describe(config: FashionMnistConfig, class_names: tuple[str, ...], images: Augmentation) -> ModelCard:
+    """What must be known to use the weights."""
+    return ModelCard(trainer="fashion_mnist", model=config.model, class_names=class_names, mean=images.mean,
+                     std=images.std, image_size=(28, 28))
+
+
+@entry_point
+def main(config: FashionMnistConfig) -> dict[str, Any]:
+    """One run, on this rank; returns its result."""
     check(config)
-    with join_world(config) as world, open_run(config, "fashion_mnist", world) as folder:
-        if folder is None:
-            return 0
-        train, test = load_data(config, world)
-        write_card(folder, ModelCard(trainer="fashion_mnist", model=config.model, class_names=train.class_names,
-                                     mean=MEAN, std=STD, image_size=(28, 28)))
-        shard = {"rank": world.rank, "world_size": world.world_size, "device": world.device}
-        augmentation = Augmentation(seed=config.seed, mean=MEAN, std=STD)
-        batches = train_loader(train, augmentation, batch_size=config.batch_size,
-                               rank_batch_size=config.rank_batch_size(), seed=config.seed, **shard)
-        test_batches = evaluation_loader(test, augmentation.normalize, **shard)
-        torch.manual_seed(config.seed)
-        model = models.build(config.model, num_classes=len(train.class_names))
-        return train_classifier(config, model, world, folder, batches, test_batches, class_names=train.class_names,
-                                dataset_fingerprint=train.fingerprint(), to_image=augmentation.to_image).exit_code
+    with open_run(config, "fashion_mnist") as run:
+        train, test = load_data(config, run.world)
+        images = augmentation(config)
+        return train_classifier(config, run, build_model(config, train), describe(config, train.class_names, images),
+                                images, train_loader(train, images, **config.batches(), **run.world.shard),
+                                evaluation_loader(test, images.normalize, **run.world.shard), train.fingerprint())
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ from typing import Any, Literal
 if not __package__:  # run by path: our packages, not others of the same names
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from launch.stop import catch_signals, ignore_signals
+from launch.stop import Stopped, catch_signals, ignore_signals, stop_request
 
 if __name__ == "__main__":
     catch_signals()  # before torch is imported, which takes seconds
@@ -35,17 +35,17 @@ from datasets.images.unreadable import BadImages
 from datasets.loaders import check_size, evaluation_loader, train_loader
 from datasets.order import ResumableSampler
 from launch.command_line import nearest, run
-from launch.errors import EXIT_PREEMPTED, UsageError, to_stderr
+from launch.errors import UsageError, to_stderr
 from launch.process_group import World, barrier, from_main, gather
 from trainers import models
 from trainers.engine.checkpoints.weights import load_backbone
 from trainers.engine.config import TrainConfig
 from trainers.engine.once_per_node import finish_together
-from trainers.engine.run.card import ModelCard, write_card
-from trainers.engine.run.folder import RunFolder
+from trainers.engine.run.card import ModelCard
 from trainers.engine.run.progress import say
-from trainers.engine.session import join_world, open_run, train_classifier
+from trainers.engine.session import entry_point, open_run, train_classifier
 from trainers.engine.task import EvaluationBatches, TrainBatches
+from trainers.engine.trainer import Run
 
 OUR_MODELS = ("cheatsheet", "net", "resnet9")  # other names are torchvision's, resnet18 too
 STATISTICS: dict[str, tuple[tuple[float, ...], tuple[float, ...]]] = {
@@ -173,8 +173,10 @@ def build_model(config: ImageFolderConfig, num_classes: int, world: World) -> nn
     return model.train()
 
 
-def remember_bad_images(config: ImageFolderConfig, world: World, folder: RunFolder) -> BadImages:
+def remember_bad_images(config: ImageFolderConfig, run: Run) -> BadImages:
     """The unreadable images of this run, those of before an interruption included; kept in bad_images.json."""
+    world, folder = run.world, run.folder
+
     def exchange(mine: dict[str, str]) -> list[dict[str, str]]:
         all_found = gather(world, mine)
         if any(all_found):
@@ -191,10 +193,10 @@ def augmentation(config: ImageFolderConfig) -> Augmentation:
     return Augmentation(seed=config.seed, mean=mean, std=std, shift=config.shift, flip=config.flip)
 
 
-def build_loaders(config: ImageFolderConfig, train: ImageTree, test: ImageTree, world: World,
-                  bad_images: BadImages) -> tuple[TrainBatches, EvaluationBatches] | None:
-    """The loaders of this rank; None if the job was asked to stop while the cache was built."""
-    augment = augmentation(config)
+def build_loaders(config: ImageFolderConfig, train: ImageTree, test: ImageTree, run: Run
+                  ) -> tuple[TrainBatches, EvaluationBatches]:
+    """The loaders of this rank."""
+    augment, world, bad_images = augmentation(config), run.world, remember_bad_images(config, run)
     decoder = Decoder({"train": train, "test": test}, size=image_size(config), fit=config.fit, seed=config.seed,
                       smallest_area=config.random_crop or 1.0, skip_bad=config.skip_bad, workers=config.workers,
                       pin_memory=world.device.type == "cuda", prepare_worker=ignore_signals)
@@ -208,8 +210,7 @@ def build_loaders(config: ImageFolderConfig, train: ImageTree, test: ImageTree, 
     caches = [ImageCache(tree, split, folder, size=image_size(config), fit=config.fit)
               for tree, split in ((train, "train"), (test, "test"))]
     for cache in caches:
-        if not fill(cache, decoder, bad_images, world):
-            return None
+        fill(cache, decoder, bad_images, world)
     training, testing = (cache.open(bad_images) for cache in caches)
     device = cache_device(world.device, sum(cache.num_bytes for cache in caches))
     return (train_loader(training, GatherThenAugment(augment), batch_size=config.batch_size, seed=config.seed,
@@ -218,12 +219,13 @@ def build_loaders(config: ImageFolderConfig, train: ImageTree, test: ImageTree, 
                               batch_size=max(8, min(500, 2**24 // caches[1].row_bytes))))  # 16 MiB
 
 
-def fill(cache: ImageCache, decoder: Decoder, bad_images: BadImages, world: World) -> bool:
-    """Build a cache that is not there, by one rank of each node; False if the job was asked to stop meanwhile."""
+def fill(cache: ImageCache, decoder: Decoder, bad_images: BadImages, world: World) -> None:
+    """Build a cache that is not there, by one rank of each node while the others wait."""
     builds = world.local_rank == 0 and not cache.exists()
     if builds:
         to_stderr(f"decoding {len(cache.tree):,} images into {cache.path} ({cache.num_bytes / 2**20:.0f} MiB)")
-    return finish_together(world, cache.build(decoder, bad_images) if builds else None, catch_signals())
+    if not finish_together(world, cache.build(decoder, bad_images) if builds else None, stop_request()):
+        raise Stopped(stop_request().reason)
 
 
 def cache_device(device: torch.device, num_bytes: int) -> torch.device:
@@ -240,22 +242,16 @@ def describe(config: ImageFolderConfig, class_names: tuple[str, ...]) -> ModelCa
                      image_size=(image_size(config), image_size(config)), fit=config.fit)
 
 
-def main(config: ImageFolderConfig) -> int:
-    """One run, on this rank; returns the exit code."""
+@entry_point
+def main(config: ImageFolderConfig) -> dict[str, Any]:
+    """One run, on this rank; returns its result."""
     check(config)
-    with join_world(config) as world, open_run(config, "image_folder", world) as folder:
-        if folder is None:
-            return 0
-        train, test = load_data(config, world)
-        write_card(folder, describe(config, train.class_names))
-        model = build_model(config, len(train.class_names), world)
-        batches = build_loaders(config, train, test, world, remember_bad_images(config, world, folder))
-        if batches is None:
-            folder.write_status("PREEMPTED", reason=catch_signals().reason or "")
-            return EXIT_PREEMPTED
-        return train_classifier(config, model, world, folder, *batches, class_names=train.class_names,
-                                dataset_fingerprint=from_main(world, train.fingerprint),
-                                to_image=augmentation(config).to_image).exit_code
+    with open_run(config, "image_folder") as run:
+        train, test = load_data(config, run.world)
+        fingerprint = from_main(run.world, train.fingerprint)
+        return train_classifier(config, run, build_model(config, len(train.class_names), run.world),
+                                describe(config, train.class_names), augmentation(config),
+                                *build_loaders(config, train, test, run), fingerprint)
 
 
 if __name__ == "__main__":

@@ -34,8 +34,8 @@ from launch.process_group import World
 from trainers import models
 from trainers.engine.config import TrainConfig
 from trainers.engine.once_per_node import download_once
-from trainers.engine.run.card import ModelCard, write_card
-from trainers.engine.session import join_world, open_run, train_classifier
+from trainers.engine.run.card import ModelCard
+from trainers.engine.session import entry_point, open_run, train_classifier
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,10 +84,10 @@ def network_options(config: MnistConfig) -> dict[str, Any]:
     return {name: value for name, value in options.items() if value is not None}
 
 
-def build_model(config: MnistConfig, num_classes: int) -> nn.Module:
+def build_model(config: MnistConfig, train: TensorDataset) -> nn.Module:
     """The network, from the seed."""
     torch.manual_seed(config.seed)
-    return models.build(config.model, num_classes=num_classes, **network_options(config))
+    return models.build(config.model, num_classes=len(train.class_names), **network_options(config))
 
 
 def check(config: MnistConfig) -> None:
@@ -107,24 +107,28 @@ def check(config: MnistConfig) -> None:
         raise UsageError(f"--shift {config.shift}: must not be negative")
 
 
-def main(config: MnistConfig) -> int:
-    """One run, on this rank; returns the exit code."""
+def augmentation(config: MnistConfig) -> Augmentation:
+    """What is done to a training image."""
+    mean, std = (mnist.MEAN, mnist.STD) if config.normalize else ((0.0,), (1.0,))
+    return Augmentation(seed=config.seed, mean=mean, std=std, shift=config.shift, padding="zeros")
+
+
+def describe(config: MnistConfig, class_names: tuple[str, ...], images: Augmentation) -> ModelCard:
+    """What must be known to use the weights."""
+    return ModelCard(trainer="mnist", model=config.model, class_names=class_names, mean=images.mean, std=images.std,
+                     image_size=(28, 28), options=network_options(config))
+
+
+@entry_point
+def main(config: MnistConfig) -> dict[str, Any]:
+    """One run, on this rank; returns its result."""
     check(config)
-    with join_world(config) as world, open_run(config, "mnist", world) as folder:
-        if folder is None:
-            return 0
-        train, test = load_data(config, world)
-        mean, std = (mnist.MEAN, mnist.STD) if config.normalize else ((0.0,), (1.0,))
-        write_card(folder, ModelCard(trainer="mnist", model=config.model, class_names=train.class_names, mean=mean,
-                                     std=std, image_size=(28, 28), options=network_options(config)))
-        shard = {"rank": world.rank, "world_size": world.world_size, "device": world.device}
-        augmentation = Augmentation(seed=config.seed, mean=mean, std=std, shift=config.shift, padding="zeros")
-        batches = train_loader(train, augmentation, batch_size=config.batch_size,
-                               rank_batch_size=config.rank_batch_size(), seed=config.seed, **shard)
-        test_batches = evaluation_loader(test, augmentation.normalize, **shard)
-        return train_classifier(config, build_model(config, len(train.class_names)), world, folder, batches,
-                                test_batches, class_names=train.class_names,
-                                dataset_fingerprint=train.fingerprint(), to_image=augmentation.to_image).exit_code
+    with open_run(config, "mnist") as run:
+        train, test = load_data(config, run.world)
+        images = augmentation(config)
+        return train_classifier(config, run, build_model(config, train), describe(config, train.class_names, images),
+                                images, train_loader(train, images, **config.batches(), **run.world.shard),
+                                evaluation_loader(test, images.normalize, **run.world.shard), train.fingerprint())
 
 
 if __name__ == "__main__":

@@ -27,13 +27,13 @@ from torch import Tensor, nn
 from datasets import regression
 from datasets.errors import DataError
 from datasets.loaders import PlainTransform, evaluation_loader, train_loader
+from datasets.tensors import TensorDataset
 from launch.command_line import run
 from launch.errors import UsageError
 from trainers import models
 from trainers.engine.config import TrainConfig
-from trainers.engine.parallel import unwrap
 from trainers.engine.run.progress import say
-from trainers.engine.session import build_trainer, complete, join_world, open_run
+from trainers.engine.session import entry_point, open_run, train_model
 from trainers.engine.task import Task
 
 Loss = Callable[[Tensor, Tensor], Tensor]
@@ -128,26 +128,26 @@ def learned_text(model: nn.Module, relation: regression.LinearRelation) -> str:
     return "\n".join(["learned", *lines, f"drawn with w = {list(relation.weights)}, b = {relation.learned_bias}"])
 
 
-def main(config: RegressionConfig) -> int:
-    """One run, on this rank; returns the exit code."""
+def build_model(config: RegressionConfig, train: TensorDataset) -> nn.Module:
+    """One linear layer, from the seed."""
+    torch.manual_seed(config.seed)
+    return models.linear(train.inputs.shape[1])
+
+
+@entry_point
+def main(config: RegressionConfig) -> dict[str, Any]:
+    """One run, on this rank; returns its result."""
     config.check()
     loss = choose_loss(config.loss)
-    with join_world(config) as world, open_run(config, "regression", world) as folder:
-        if folder is None:
-            return 0
+    with open_run(config, "regression") as run:
         train, test = regression.load(config.dataset, seed=config.seed)
-        shard = {"rank": world.rank, "world_size": world.world_size, "device": world.device}
-        batches = train_loader(train, PlainTransform(), batch_size=config.batch_size,
-                               rank_batch_size=config.rank_batch_size(), seed=config.seed, **shard)
-        test_batches = evaluation_loader(test, lambda features: features, **shard)
-        torch.manual_seed(config.seed)
-        trainer = build_trainer(config, models.linear(train.inputs.shape[1]),
-                                Task(loss=loss, test_loss=loss, num_classes=None), world, folder,
-                                steps_per_epoch=batches.steps_per_epoch, dataset_fingerprint=train.fingerprint())
-        outcome = complete(config, trainer, batches, test_batches)
-        if outcome.evaluation is not None and world.is_main:
-            say(learned_text(unwrap(trainer.model), regression.RELATIONS[config.dataset]))
-        return outcome.exit_code
+        model, task = build_model(config, train), Task(loss=loss, test_loss=loss, num_classes=None)
+        batches = train_loader(train, PlainTransform(), **config.batches(), **run.world.shard)
+        test_batches = evaluation_loader(test, PlainTransform().normalize, **run.world.shard)
+        result = train_model(config, run, model, task, batches, test_batches, dataset_fingerprint=train.fingerprint())
+        if "loss" in result and run.world.is_main:  # not where --measure timed some steps
+            say(learned_text(model, regression.RELATIONS[config.dataset]))
+        return result
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ from launch.files import read_object, replace_file
 from launch.watchdog import Watchdog
 from trainers import models
 from trainers.engine.run import ownership
-from trainers.engine.trainer import Trainer
+from trainers.engine.step import TrainStep
 
 
 class Normed(nn.Module):
@@ -87,14 +87,14 @@ def raise_error(error: Exception) -> Callable[[], None]:
 
 def bad_loss_from(step: int, *, ranks: Collection[int] | None = None) -> None:
     """Make the loss NaN from that step on."""
-    original = Trainer._forward
+    original = TrainStep.forward
 
-    def forward(self: Trainer, inputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self: TrainStep, inputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         outputs, loss = original(self, inputs, targets)
-        broken = self.step >= step and (ranks is None or launched_rank() in ranks)
+        broken = self.world.watchdog.step >= step and (ranks is None or launched_rank() in ranks)
         return outputs, loss * torch.nan if broken else loss
 
-    Trainer._forward = forward
+    TrainStep.forward = forward
 
 
 def taken_over() -> None:
@@ -121,13 +121,13 @@ ownership.Ownership.claim = remember_claim
 
 def slow_steps(seconds: float) -> None:
     """Make every step take that much longer."""
-    original = Trainer.train_step
+    original = TrainStep.__call__
 
-    def train_step(self: Trainer, *args: object, **kwargs: object) -> None:
+    def train_step(self: TrainStep, *args: object, **kwargs: object) -> None:
         time.sleep(seconds)
         original(self, *args, **kwargs)  # pyright: ignore[reportArgumentType]
 
-    Trainer.train_step = train_step
+    TrainStep.__call__ = train_step
 
 
 def clock_jumps(at_call: int, seconds: float) -> None:

@@ -35,14 +35,14 @@ sys.path.insert(0, {root!r})
 from launch.stop import catch_signals
 if __name__ == "__main__":
     catch_signals()
-from trainers.engine.trainer import Trainer
+from trainers.engine.step import TrainStep
 from trainers import cifar
 from launch.command_line import run
-step = Trainer.train_step
+step = TrainStep.__call__
 def slow_step(self, *args, **kwargs):
     time.sleep(float(os.environ["STEP_SECONDS"]))
     step(self, *args, **kwargs)
-Trainer.train_step = slow_step
+TrainStep.__call__ = slow_step
 if __name__ == "__main__":
     run(cifar.main, cifar.CifarConfig, recipes=cifar.RECIPES)
 """

@@ -141,6 +141,15 @@ class TrainConfig:
                              f"{self.accumulation_steps} accumulation steps; try {nearest}")
         return self.batch_size // parts
 
+    def batches(self) -> dict[str, int]:
+        """What a training loader is told of the batch."""
+        return {"batch_size": self.batch_size, "rank_batch_size": self.rank_batch_size(), "seed": self.seed}
+
+    def total_steps(self, steps_per_epoch: int) -> int:
+        """Optimizer steps of the whole run, of so many per epoch."""
+        steps = self.epochs * steps_per_epoch
+        return steps if self.max_steps is None else min(steps, self.max_steps)
+
     def check(self) -> None:
         """Find what cannot work before any rank waits for another.
 

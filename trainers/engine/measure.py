@@ -1,7 +1,7 @@
 """What one set-up is worth, measured inside a real run: `--measure WARMUP:STEPS`, which launch/benchmark.py passes.
 
-The window is timed on the loop that trains (votes, reports and all); only then is the step taken apart, since that
-needs a wait for the device at every phase. Communication is what gradient averaging adds to forward and backward:
+The window is timed on the loop that trains (votes, reports and all); only then is the step split into phases, since
+that needs a wait for the device at every phase. Communication is what gradient averaging adds to forward and backward:
 windows with and without it alternate, and waiting for the slowest rank is part of it.
 """
 
@@ -19,56 +19,51 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.flop_counter import FlopCounterMode
 
 from launch.process_group import barrier, gather
-from launch.stop import StopAgreement
 from trainers.engine.config import measured_steps
-from trainers.engine.parallel import synchronize, unwrap
+from trainers.engine.parallel import synchronize
 from trainers.engine.precision import DTYPES
 from trainers.engine.result import peak_memory_bytes
 from trainers.engine.run.progress import Progress
 from trainers.engine.task import TrainBatches
 from trainers.engine.trainer import Trainer
 
-MOST_PHASE_STEPS = 40  # steps taken apart: half of them with gradient averaging, half without
+MOST_PHASE_STEPS = 40  # steps split into phases: half of them with gradient averaging, half without
 MATRIX_SIZE = {"cpu": 1024, "cuda": 8192}
 MATRIX_SECONDS = 0.3
 
 
-def write_measurement(trainer: Trainer, train: TrainBatches, steps: str) -> bool:
-    """Measure, as `--measure` says, and write result.json; False if all ranks agreed to stop meanwhile."""
+def write_measurement(trainer: Trainer, train: TrainBatches, steps: str) -> dict[str, Any]:
+    """Measure, as `--measure` says, and write result.json; returns its content.
+
+    Raises:
+        Stopped: on every rank, if any was asked to stop meanwhile.
+    """
     warmup, timed = measured_steps(steps)
-    figures = measure(trainer, train, warmup=warmup, steps=timed)
-    if figures is None:
-        return False
-    trainer.folder.write_json("result.json", {"benchmark": figures})
+    result = {"benchmark": measure(trainer, train, warmup=warmup, steps=timed)}
+    trainer.folder.write_json("result.json", result)
     trainer.folder.write_status("DONE", step=trainer.step, epoch=trainer.epoch)
-    return True
+    return result
 
 
-def measure(trainer: Trainer, train: TrainBatches, *, warmup: int, steps: int) -> dict[str, Any] | None:
-    """Time `steps` steps after `warmup` others, then take some more apart; None if asked to stop meanwhile.
+def measure(trainer: Trainer, train: TrainBatches, *, warmup: int, steps: int) -> dict[str, Any]:
+    """Time `steps` steps after `warmup` others, then split some more into phases.
 
     Returns:
         The same on every rank. Seconds and samples are of the timed window and over all ranks; lists are by rank.
     """
-    world, start = trainer.world, weights(trainer)
-    if not advance(trainer, train, warmup):
-        return None
-    trainer.sums.reset()  # the loss of the window alone
+    world, sums, start = trainer.world, trainer.train_step.sums, weights(trainer)
+    advance(trainer, train, warmup)
+    sums.reset()  # the loss of the window alone
     before, began_seconds = Usage.now(), trainer.history.train_seconds
-    if not advance(trainer, train, steps):
-        return None
+    advance(trainer, train, steps)
     seconds, used = trainer.history.train_seconds - began_seconds, Usage.now() - before
-    loss, _ = trainer.sums.means(world)
+    loss, _ = sums.means(world)
     moved = torch.linalg.vector_norm(weights(trainer) - start).item()
-    memory_bytes = peak_memory_bytes(world.device)
-    phases = time_phases(trainer, train, steps)
-    if phases is None:
-        return None
-    flops = flops_per_sample(trainer, train)
-    product_rate = matrix_flops_per_second(trainer)
     mine = {"seconds": seconds, "cpu_seconds": used.cpu_seconds, "queued_seconds": used.queued_seconds,
-            "machine_seconds": used.machine_seconds, "peak_memory_bytes": memory_bytes,
-            "matrix_flops_per_second": product_rate, **phases}
+            "machine_seconds": used.machine_seconds, "peak_memory_bytes": peak_memory_bytes(world.device),
+            **time_phases(trainer, train, steps)}
+    flops = flops_per_sample(trainer, train)
+    mine["matrix_flops_per_second"] = matrix_flops_per_second(trainer)
     ranks = gather(world, mine)
     slowest = max(rank["seconds"] for rank in ranks)
     return {
@@ -76,27 +71,22 @@ def measure(trainer: Trainer, train: TrainBatches, *, warmup: int, steps: int) -
         "samples_per_second": steps * train.global_batch_size / slowest, "loss": loss, "weights_moved": moved,
         "flops_per_sample": flops,
         "world_size": world.world_size, "threads_per_rank": world.threads, "device": world.device.type,
-        "backend": world.backend, "batch_norm": has_batch_norm(trainer.model),
+        "backend": world.backend, "batch_norm": has_batch_norm(trainer.train_step.model),
         **{name: [rank[name] for rank in ranks] for name in mine if name != "seconds"},
     }
 
 
-def advance(trainer: Trainer, train: TrainBatches, steps: int) -> bool:
-    """So many steps more, over as many epochs as that takes; False if all ranks agreed to stop."""
+def advance(trainer: Trainer, train: TrainBatches, steps: int) -> None:
+    """So many steps more, over as many epochs as that takes."""
     last_step = trainer.step + steps
-    agreement = StopAgreement(trainer.world.world_size)
     progress = Progress(shown=False, total_steps=last_step, step=trainer.step)
     while trainer.step < last_step:
-        if not trainer.train_epoch(train, last_step, agreement, progress, checkpoint_every=None):
-            return False
-        if trainer.samples_consumed >= train.steps_per_epoch * train.global_batch_size:
-            trainer.epoch, trainer.samples_consumed = trainer.epoch + 1, 0
-            trainer.sums.reset()
-    return True
+        trainer.train_epoch(train, last_step, progress)
+        trainer.finish_epoch(train)
 
 
 class PhaseClock:
-    """Takes the watchdog's place at the phase marks of a step, and adds up the seconds between them."""
+    """Is told of the phases of a step in the watchdog's place, and adds up the seconds between them."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -111,20 +101,20 @@ class PhaseClock:
         self._phase, self._since = phase, now
 
 
-def time_phases(trainer: Trainer, train: TrainBatches, steps: int) -> dict[str, float | None] | None:
-    """Seconds per step of this rank in each phase; None if asked to stop.
+def time_phases(trainer: Trainer, train: TrainBatches, steps: int) -> dict[str, float | None]:
+    """Seconds per step of this rank in each phase.
 
     DataParallel copies weights and gradients inside forward and backward, which cannot be told apart from outside: its
     communication is None, and so is that of a single process.
     """
+    model = trainer.train_step.model
     synced, alone = PhaseClock(trainer.world.device), PhaseClock(trainer.world.device)
     part = max(1, min(steps, MOST_PHASE_STEPS) // 4)
-    averages = isinstance(trainer.model, DistributedDataParallel) and trainer.world.world_size > 1
+    averages = isinstance(model, DistributedDataParallel) and trainer.world.world_size > 1
     for clock in (synced, alone, synced, alone):
-        without = trainer.model.no_sync() if clock is alone and averages else nullcontext()  # pyright: ignore
+        without = model.no_sync() if clock is alone and averages else nullcontext()  # pyright: ignore
         with without:
-            if not timed_phases(trainer, train, part, clock):
-                return None
+            advance_under(clock, trainer, train, part)
     both = [synced] if averages else [synced, alone]
     count = 2 * part * len(both)
     phases = {name: sum(clock.seconds.get(name, 0.0) for clock in both) / count
@@ -138,17 +128,16 @@ def time_phases(trainer: Trainer, train: TrainBatches, steps: int) -> dict[str, 
     }
 
 
-def timed_phases(trainer: Trainer, train: TrainBatches, steps: int, clock: PhaseClock) -> bool:
-    """Some steps under a clock; False if all ranks agreed to stop."""
+def advance_under(clock: PhaseClock, trainer: Trainer, train: TrainBatches, steps: int) -> None:
+    """Some steps whose phases a clock is told of, and not the watchdog."""
     barrier(trainer.world)
-    clock.mark("start")
-    watchdog = trainer.world.watchdog
-    watchdog.mark = clock.mark
+    clock.mark("between steps")
+    trainer.train_step.clock = clock
     try:
-        return advance(trainer, train, steps)
+        advance(trainer, train, steps)
     finally:
-        clock.mark("end")
-        del watchdog.mark  # the class's own again
+        clock.mark("between steps")
+        trainer.train_step.clock = trainer.world.watchdog
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -186,19 +175,19 @@ def difference(now: float | None, before: float | None) -> float | None:
 
 def flops_per_sample(trainer: Trainer, train: TrainBatches) -> float:
     """Floating-point operations of forward and backward, a multiply-add being two (torch's FlopCounterMode)."""
-    model = unwrap(trainer.model)
+    step = trainer.train_step
     inputs, targets = next(train.batches(trainer.epoch, trainer.samples_consumed))
     inputs, targets = inputs.to(trainer.world.device), targets.to(trainer.world.device)
     with FlopCounterMode(display=False) as counter:
-        trainer.task.loss(model.forward(inputs), targets).backward()  # .forward: what torch.compile made is opaque
-    trainer.optimizer.zero_grad(set_to_none=True)
+        step.task.loss(step.network.forward(inputs), targets).backward()  # .forward: what torch.compile made is opaque
+    step.optimizer.zero_grad(set_to_none=True)
     return counter.get_total_flops() / len(targets)
 
 
 def matrix_flops_per_second(trainer: Trainer) -> float:
     """What this rank reaches in a product of large square matrices, while every other rank computes one too."""
     device = trainer.world.device
-    size, dtype = MATRIX_SIZE[device.type], DTYPES.get(trainer.precision.name, torch.float32)
+    size, dtype = MATRIX_SIZE[device.type], DTYPES.get(trainer.train_step.precision.name, torch.float32)
     left, right = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
     product = left @ right  # warm-up
     barrier(trainer.world)
@@ -215,7 +204,7 @@ def matrix_flops_per_second(trainer: Trainer) -> float:
 
 def weights(trainer: Trainer) -> torch.Tensor:
     """All trained parameters as one vector on the CPU."""
-    return torch.cat([parameter.detach().flatten().cpu() for parameter in trainer.trained])
+    return torch.cat([parameter.detach().flatten().cpu() for parameter in trainer.train_step.trained])
 
 
 def has_batch_norm(model: nn.Module) -> bool:

@@ -13,6 +13,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from launch.process_group import World
+from launch.stop import Stopped, StopRequest
 
 
 def all_reduce_sum(values: Tensor, world: World) -> Tensor:
@@ -132,12 +133,16 @@ class EvaluationSums:
             cells = targets * self.num_classes + outputs.argmax(1)
             self.sums[2:-1] += torch.bincount(cells, minlength=self.num_classes**2)
 
-    def reduce(self, world: World, *, interrupted: bool = False) -> Evaluation | None:
-        """The evaluation over all ranks, by one all_reduce; None on every rank if any was interrupted."""
-        self.sums[-1] = float(interrupted)
-        loss, samples, *cells, any_interrupted = all_reduce_sum(self.sums, world).tolist()
-        if any_interrupted:
-            return None
+    def reduce(self, world: World, stop: StopRequest) -> Evaluation:
+        """The evaluation over all ranks, by one all_reduce.
+
+        Raises:
+            Stopped: on every rank, if any was asked to stop, and so may have left samples out.
+        """
+        self.sums[-1] = float(bool(stop))
+        loss, samples, *cells, any_stopped = all_reduce_sum(self.sums, world).tolist()
+        if any_stopped:
+            raise Stopped(stop.reason)
         size = self.num_classes or 0
         matrix = [[int(cell) for cell in cells[row * size : (row + 1) * size]] for row in range(size)]
         return Evaluation(loss=loss / max(samples, 1), num_samples=int(samples), confusion_matrix=matrix or None)

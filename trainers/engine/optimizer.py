@@ -104,11 +104,8 @@ class MuonWithAdamW:
             part.load_state_dict(saved)
 
 
-def freeze(model: nn.Module, patterns: tuple[str, ...]) -> list[nn.Module]:
+def freeze(model: nn.Module, patterns: tuple[str, ...]) -> None:
     """Stop training every parameter whose name begins with, or matches (`*`), a pattern. Call it before wrapping.
-
-    Returns:
-        The BatchNorm modules inside the frozen part, which must stay in evaluation mode.
 
     Raises:
         UsageError: if a pattern matches no parameter.
@@ -124,6 +121,3 @@ def freeze(model: nn.Module, patterns: tuple[str, ...]) -> list[nn.Module]:
     for name, parameter in model.named_parameters():
         if name in frozen:
             parameter.requires_grad_(False)
-    return [module for name, module in model.named_modules()
-            if isinstance(module, nn.modules.batchnorm._BatchNorm) and f"{name}.weight" in frozen
-            and f"{name}.bias" in frozen]

@@ -60,6 +60,11 @@ def unwrap(model: nn.Module) -> nn.Module:
     return model.module if isinstance(model, DataParallel | DistributedDataParallel) else model
 
 
+def parallel_name(model: nn.Module) -> Literal["none", "dp", "ddp"]:
+    """How a model was wrapped."""
+    return "ddp" if isinstance(model, DistributedDataParallel) else "dp" if isinstance(model, DataParallel) else "none"
+
+
 def gradient_sync(model: nn.Module, *, last: bool) -> contextlib.AbstractContextManager[object]:
     """The context of one micro-batch: DDP averages gradients on the last one only (`no_sync` on the others)."""
     if isinstance(model, DistributedDataParallel) and not last:

@@ -1,4 +1,4 @@
-"""What a finished run says and leaves: result.json, the last words, pictures, and its weights alone if asked for."""
+"""result.json, the final summary and the pictures of a finished run, and its weights alone if asked for."""
 
 import hashlib
 import io
@@ -6,49 +6,51 @@ import resource
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from trainers.engine.config import TrainConfig
 from trainers.engine.metrics import Evaluation
-from trainers.engine.parallel import choose_parallel, num_parameters, unwrap
+from trainers.engine.parallel import num_parameters, parallel_name
 from trainers.engine.run import pictures
 from trainers.engine.run.folder import RunFolder, write_whole
 from trainers.engine.run.progress import say
-from trainers.engine.task import EvaluationBatches
+from trainers.engine.step import TrainStep
+from trainers.engine.task import Batch, EvaluationBatches
 from trainers.engine.trainer import Trainer
 
 ToImage = Callable[[Tensor], Tensor]
 """Inputs as the network sees them, float (B, C, H, W), to pictures in [0, 1]."""
 
 
-def finish(config: TrainConfig, trainer: Trainer, evaluation: Evaluation, class_names: tuple[str, ...], *,
-           total_seconds: float) -> None:
-    """Write result.json and say the accuracy, class by class."""
-    world, folder = trainer.world, trainer.folder
+def finish(trainer: Trainer, evaluation: Evaluation, class_names: tuple[str, ...], *, batch_size: int,
+           total_seconds: float, save_weights: bool) -> dict[str, Any]:
+    """Write result.json, print the accuracy per class, and return what was written."""
+    world, folder, step = trainer.world, trainer.folder, trainer.train_step
     seconds = trainer.history.train_seconds
-    folder.write_json("result.json", {
+    result = {
         "accuracy": evaluation.accuracy, "per_class_accuracy": evaluation.per_class_accuracy,
         "confusion_matrix": evaluation.confusion_matrix, "loss": evaluation.loss, "num_samples": evaluation.num_samples,
         "class_names": list(class_names), "train_seconds": seconds, "total_seconds": total_seconds,
-        "samples_per_second": trainer.step * config.batch_size / seconds if seconds else None,
-        "world_size": world.world_size, "device": str(world.device), "precision": config.precision,
-        "parallel": choose_parallel(config.parallel, world, num_gpus=torch.cuda.device_count())[0],
-        "num_parameters": num_parameters(unwrap(trainer.model)),
-        "weights_sha256": weights_sha256(unwrap(trainer.model)), "peak_memory_bytes": peak_memory_bytes(world.device),
-        "steps": trainer.step, "num_skipped_steps": trainer.precision.num_skipped_steps, "best": trainer.history.best,
+        "samples_per_second": trainer.step * batch_size / seconds if seconds else None,
+        "world_size": world.world_size, "device": str(world.device), "precision": step.precision.name,
+        "parallel": parallel_name(step.model), "num_parameters": num_parameters(step.network),
+        "weights_sha256": weights_sha256(step.network), "peak_memory_bytes": peak_memory_bytes(world.device),
+        "steps": trainer.step, "num_skipped_steps": step.precision.num_skipped_steps, "best": trainer.history.best,
         "num_checkpoints": trainer.checkpointer.num_saves,  # of this process, and what training waited for them
         "checkpoint_wait_seconds": trainer.checkpointer.wait_seconds,
-    })
-    if config.save_weights and world.is_main:
-        write_whole(folder, "weights.pt", weights_file(trainer.evaluated_model()))
+    }
+    folder.write_json("result.json", result)
+    if save_weights and world.is_main:
+        write_whole(folder, "weights.pt", weights_file(step.evaluated_model))
     if world.is_main:
         say(result_text(evaluation, class_names, folder.path))
+    return result
 
 
-def draw(trainer: Trainer, evaluation: Evaluation, class_names: tuple[str, ...], *, steps_per_epoch: int | None,
-         test: EvaluationBatches, to_image: ToImage | None) -> None:
+def draw_result(trainer: Trainer, evaluation: Evaluation, class_names: tuple[str, ...], *, steps_per_epoch: int | None,
+                test: EvaluationBatches, to_image: ToImage | None) -> None:
     """The pictures of a finished run, on rank 0. Of an evaluation only, `steps_per_epoch` is None: it has no curves."""
     report = trainer.report
     if not report.draws:
@@ -59,7 +61,7 @@ def draw(trainer: Trainer, evaluation: Evaluation, class_names: tuple[str, ...],
     if to_image is not None:
         first = next(iter(test), None)  # of rank 0's share; none if no image of it can be read
         if first is not None:
-            draw_predictions(trainer, *first, to_image, class_names)
+            draw_predictions(trainer.folder, trainer.train_step, first, to_image, class_names)
 
 
 def weights_file(model: nn.Module) -> bytes:
@@ -70,7 +72,7 @@ def weights_file(model: nn.Module) -> bytes:
 
 
 def result_text(evaluation: Evaluation, class_names: tuple[str, ...], path: Path) -> str:
-    """The last words of a run."""
+    """The final summary of a run."""
     if evaluation.accuracy is None:
         return f"test loss {evaluation.loss:.6f} over {evaluation.num_samples} samples\nresults in {path}"
     lines = [f"test accuracy {100 * evaluation.accuracy:.2f} % over {evaluation.num_samples} samples"]
@@ -100,8 +102,7 @@ def name_of(label: int, class_names: Sequence[str]) -> str:
     return class_names[label] if label < len(class_names) else str(label)
 
 
-def draw_first_batch(folder: RunFolder, batch: tuple[Tensor, Tensor], to_image: Callable[[Tensor], Tensor],
-                     class_names: Sequence[str]) -> None:
+def draw_first_batch(folder: RunFolder, batch: Batch, to_image: ToImage, class_names: Sequence[str]) -> None:
     """first_batch.png: training images as the network sees them, un-normalised. Rank 0 only."""
     inputs, targets = batch
     images = to_image(inputs[: pictures.MOST_IMAGES].float().cpu())
@@ -111,14 +112,13 @@ def draw_first_batch(folder: RunFolder, batch: tuple[Tensor, Tensor], to_image: 
 
 
 @torch.no_grad()
-def draw_predictions(trainer: "Trainer", inputs: Tensor, targets: Tensor, to_image: Callable[[Tensor], Tensor],
+def draw_predictions(folder: RunFolder, step: TrainStep, batch: Batch, to_image: ToImage,
                      class_names: Sequence[str]) -> None:
-    """predictions.png: test images with what the model makes of them. Rank 0 only; no collective."""
-    model = trainer.evaluated_model()
-    model.eval()
-    inputs, targets = inputs[: pictures.MOST_IMAGES], targets[: pictures.MOST_IMAGES]
-    with trainer.precision.autocast():
-        labels = model(inputs.to(trainer.world.device)).argmax(1).tolist()
+    """predictions.png: test images with predicted and true labels. Rank 0 only; no collective."""
+    model = step.evaluated_model.eval()
+    inputs, targets = (tensor[: pictures.MOST_IMAGES] for tensor in batch)
+    with step.precision.autocast():
+        labels = model(inputs.to(step.world.device)).argmax(1).tolist()
     true, predicted = ([name_of(label, class_names) for label in some] for some in (targets.tolist(), labels))
     png = pictures.predictions(to_image(inputs.float().cpu()), true, predicted, title="test images, as predicted")
-    write_whole(trainer.folder, "predictions.png", png)
+    write_whole(folder, "predictions.png", png)

@@ -17,7 +17,6 @@ from trainers.engine.checkpoints.snapshot import tensors_in
 from trainers.engine.checkpoints.weights import load_pretrained
 from trainers.engine.config import TrainConfig
 from trainers.engine.metrics import equal_on_all_ranks
-from trainers.engine.parallel import unwrap
 from trainers.engine.run.folder import RunFolder
 from trainers.engine.run.ownership import is_restart_of
 from trainers.engine.trainer import Trainer
@@ -97,13 +96,13 @@ def load_for_evaluation(path: Path, trainer: Trainer) -> None:
     Raises:
         CheckpointError: if it is missing, damaged or of another model, or the ranks loaded different files.
     """
-    state, model = load_or_fail(path), unwrap(trainer.model)
-    check_fits(state, model, path)
-    model.load_state_dict(state["model"])
-    trainer.ema = None
+    state, train_step = load_or_fail(path), trainer.train_step
+    check_fits(state, train_step.network, path)
+    train_step.network.load_state_dict(state["model"])
+    train_step.ema = None
     if state["ema"] is not None:
-        trainer.ema = AveragedModel(model)
-        trainer.ema.module.load_state_dict(state["ema"])
+        train_step.ema = AveragedModel(train_step.network)
+        train_step.ema.module.load_state_dict(state["ema"])
     trainer.step, trainer.epoch, trainer.history.best = state["step"], state["epoch"], state["best"]
     check_same_on_all_ranks(trainer, path)
 
@@ -115,8 +114,8 @@ def check_same_on_all_ranks(trainer: Trainer, source: Path) -> None:
         CheckpointError: on every rank, if any differs.
     """
     digest = hashlib.sha256()
-    average = trainer.ema.module.state_dict() if trainer.ema is not None else None
-    for name, tensor in tensors_in([unwrap(trainer.model).state_dict(), average, trainer.optimizer.state_dict()]):
+    state = trainer.train_step.state()
+    for name, tensor in tensors_in([state["model"], state["ema"], state["optimizer"]]):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
     if not equal_on_all_ranks(digest.hexdigest(), trainer.world):
@@ -138,7 +137,7 @@ def resume(config: TrainConfig, trainer: Trainer) -> str:
         from_main(world, lambda: folder.truncate_metrics(-1, evaluated=False))
         return "from the start" if config.init_from is None else start_from_weights(trainer, config.init_from)
     state = load_or_fail(source)
-    check_fits(state, unwrap(trainer.model), source, config=trainer.config, fingerprint=trainer.fingerprint)
+    check_fits(state, trainer.train_step.network, source, config=trainer.config, fingerprint=trainer.fingerprint)
     trainer.load_state(state)
     check_same_on_all_ranks(trainer, source)
     evaluated = trainer.history.has_recorded(trainer.step)
@@ -152,6 +151,6 @@ def start_from_weights(trainer: Trainer, path: Path) -> str:
     Raises:
         CheckpointError: if they cannot be read or do not fit, or the ranks loaded different ones.
     """
-    part = load_pretrained(unwrap(trainer.model), path)
+    part = load_pretrained(trainer.train_step.network, path)
     check_same_on_all_ranks(trainer, path)
     return f"from the weights in {path}{part}"

@@ -1,43 +1,65 @@
 """From a config and a data set to a finished run: the wiring that all trainers share.
 
-    with join_world(config) as world, open_run(config, "cifar", world) as folder:
-        if folder is None:
-            return EXIT_DONE                    # the run was finished before
-        trainer = build_trainer(config, model, task, world, folder, ...)
-        return complete(config, trainer, train, test, ...)
+    @entry_point
+    def main(config):
+        with open_run(config, "cifar") as run:          # joins the ranks, owns runs/<name>/
+            train, test = load_data(config, run.world)
+            ...
+            return train_classifier(config, run, model, card, images, train_batches, test_batches, fingerprint)
 """
 
 import contextlib
+import functools
 import time
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from launch.errors import EXIT_DONE, EXIT_PREEMPTED, UsageError
+from launch.errors import UsageError
 from launch.failure import translated
 from launch.launcher import default_run_name, job_identity
 from launch.process_group import World, from_main, process_group
-from launch.stop import catch_signals
+from launch.stop import Stopped, signals_caught
 from trainers.engine.checkpoints.save import Checkpointer
 from trainers.engine.config import MAY_CHANGE, TrainConfig
 from trainers.engine.measure import write_measurement
-from trainers.engine.metrics import Evaluation
 from trainers.engine.optimizer import build_optimizer, freeze
-from trainers.engine.parallel import choose_parallel, num_parameters, parallelize, unwrap
+from trainers.engine.parallel import choose_parallel, num_parameters, parallelize
 from trainers.engine.precision import Precision
-from trainers.engine.result import ToImage, draw, draw_first_batch, finish
+from trainers.engine.result import ToImage, draw_first_batch, draw_result, finish
 from trainers.engine.resume import load_for_evaluation, resume
+from trainers.engine.run.card import ModelCard, write_card
 from trainers.engine.run.folder import RunFolder, describe, say_failed
 from trainers.engine.run.progress import say
 from trainers.engine.run.report import Report
 from trainers.engine.schedule import schedule
+from trainers.engine.step import StepOptions, TrainStep
 from trainers.engine.task import EvaluationBatches, Task, TrainBatches, classification_task
-from trainers.engine.trainer import Trainer
+from trainers.engine.trainer import LoopOptions, Run, Trainer
+
+
+class AlreadyDone(BaseException):
+    """The run is DONE and no more is asked of it: raised by all ranks, and caught by `entry_point`."""
+
+    def __init__(self, result: Mapping[str, Any]) -> None:
+        super().__init__("the run is DONE")
+        self.result = dict(result)
+
+
+def entry_point(main: Callable[[Any], dict[str, Any]]) -> Callable[[Any], dict[str, Any]]:
+    """Let `main(config)` return the stored result of a run that was DONE before it was called."""
+    @functools.wraps(main)
+    def call(config: Any) -> dict[str, Any]:
+        try:
+            return main(config)
+        except AlreadyDone as done:
+            return done.result
+    return call
 
 
 def to_plain(config: TrainConfig) -> dict[str, Any]:
@@ -47,52 +69,93 @@ def to_plain(config: TrainConfig) -> dict[str, Any]:
     return {name: convert(value) for name, value in asdict(config).items()}
 
 
-def join_world(config: TrainConfig) -> contextlib.AbstractContextManager[World]:
-    """The process group that the flags ask for, on kernels that they ask for."""
-    torch.backends.mkldnn.enabled = config.onednn
-    return process_group(config.backend, device=config.device, timeout_seconds=config.timeout,
-                         threads=config.threads, deterministic=config.deterministic)
-
-
 @contextlib.contextmanager
-def open_run(config: TrainConfig, trainer: str, world: World) -> Iterator[RunFolder | None]:
-    """Own the run folder for the length of a `with` block; None if the run is DONE and no more is asked of it.
+def open_run(config: TrainConfig, trainer: str) -> Iterator[Run]:
+    """Catch signals, join the other ranks and own the run folder, for the length of a `with` block.
 
     However the block ends, status.json says how, and the folder is given up.
+
+    Raises:
+        AlreadyDone: if the run is DONE and no more is asked of it.
+        Stopped: if all ranks agreed to stop, once that is written down.
     """
-    name = from_main(world, lambda: config.run_name or default_run_name(trainer, config.recipe))
-    folder = RunFolder(config.output_dir / name, is_main=world.is_main)
-    from_main(world, folder.claim)
-    world.watchdog.on_tick.append(folder.beat)
-    world.watchdog.on_end.append(
-        lambda reason: say_failed(folder, reason, step=world.watchdog.step) if folder.begun else None)
+    torch.backends.mkldnn.enabled = config.onednn
+    with signals_caught() as stop, process_group(
+            config.backend, device=config.device, timeout_seconds=config.timeout, threads=config.threads,
+            deterministic=config.deterministic) as world:
+        name = from_main(world, lambda: config.run_name or default_run_name(trainer, config.recipe))
+        folder = RunFolder(config.output_dir / name, is_main=world.is_main)
+        from_main(world, folder.claim)
+        world.watchdog.on_tick.append(folder.beat)
+        world.watchdog.on_end.append(
+            lambda reason: say_failed(folder, reason, step=world.watchdog.step) if folder.begun else None)
+        try:
+            begin(config, folder, world)
+            yield Run(trainer=trainer, world=world, folder=folder, stop=stop)
+        except Stopped as stopped:
+            write_preempted(folder, stopped)
+            raise
+        except Exception as error:
+            if folder.begun:
+                say_failed(folder, describe(translated(error)), step=world.watchdog.step)
+            raise
+        finally:
+            folder.release()
+
+
+def begin(config: TrainConfig, folder: RunFolder, world: World) -> None:
+    """Record what is asked for, and on what it runs.
+
+    Raises:
+        AlreadyDone: if the run is DONE and no more is asked of it.
+        UsageError: for flags that would alter the run.
+    """
     facts = {"world_size": world.world_size, "device": str(world.device), "threads_per_rank": world.threads,
              "launcher": world.launcher, "backend": world.backend}
-    try:
-        if not from_main(world, lambda: folder.begin(to_plain(config), may_change=MAY_CHANGE, world=facts)):
-            result = folder.read_json("result.json") or {}
-            if world.is_main:
-                say(f"{folder.path} is DONE (accuracy {result.get('accuracy')}); raise --epochs to go on")
-            yield None
-        else:
-            yield folder
-    except Exception as error:
-        if folder.begun:
-            say_failed(folder, describe(translated(error)), step=world.watchdog.step)
-        raise
-    finally:
-        folder.release()
+    if not from_main(world, lambda: folder.begin(to_plain(config), may_change=MAY_CHANGE, world=facts)):
+        result = folder.read_json("result.json") or {}
+        if world.is_main:
+            say(f"{folder.path} is DONE (accuracy {result.get('accuracy')}); raise --epochs to continue")
+        raise AlreadyDone(result)
 
 
-def build_trainer(config: TrainConfig, model: nn.Module, task: Task, world: World, folder: RunFolder, *,
-                  steps_per_epoch: int, dataset_fingerprint: str) -> Trainer:
+def write_preempted(folder: RunFolder, stopped: Stopped) -> None:
+    """PREEMPTED and why, at the step that was saved."""
+    before = folder.read_json("status.json") or {}
+    step, epoch = max(stopped.step, before.get("step", 0)), max(stopped.epoch, before.get("epoch", 0))
+    folder.write_status("PREEMPTED", step=step, epoch=epoch, reason=str(stopped))
+    if folder.is_main:
+        say(f"stopped at step {step} ({stopped}); the same command continues from there")
+
+
+def build_trainer(config: TrainConfig, run: Run, model: nn.Module, task: Task, *, total_steps: int,
+                  dataset_fingerprint: str) -> Trainer:
     """Freeze, move, wrap and equip a model for training.
 
     Raises:
         UsageError: for flags that do not fit this model, device or world.
     """
+    world, plain = run.world, to_plain(config)
+    fingerprint = {"dataset": dataset_fingerprint, "global_batch_size": config.batch_size,
+                   "world_size": world.world_size, "threads": world.threads, "torch": str(torch.__version__),
+                   **job_identity()}
+    return Trainer(
+        build_step(config, model, task, world, total_steps=total_steps), run,
+        checkpointer=Checkpointer(run.folder, keep=config.keep_checkpoints),
+        report=Report(run.folder, pictures=config.pictures, tensorboard=config.tensorboard),
+        options=LoopOptions(eval_every=config.eval_every, checkpoint_every=config.checkpoint_every,
+                            max_bad_steps=config.max_bad_steps, log_gradients=config.log_gradients),
+        config=plain, fingerprint=fingerprint)
+
+
+def build_step(config: TrainConfig, model: nn.Module, task: Task, world: World, *, total_steps: int) -> TrainStep:
+    """What happens to the model in a step, by the flags.
+
+    Raises:
+        UsageError: for flags that do not fit this model, device or world.
+    """
     precision = Precision(config.precision, world.device)
-    frozen_norms = freeze(model, config.freeze)
+    freeze(model, config.freeze)
     model.to(world.device)
     if config.channels_last:
         model.to(memory_format=torch.channels_last)
@@ -107,97 +170,90 @@ def build_trainer(config: TrainConfig, model: nn.Module, task: Task, world: Worl
     optimizer = build_optimizer(model, config)
     if config.compile:
         model.compile()
-    total_steps = min(config.epochs * steps_per_epoch, config.max_steps or config.epochs * steps_per_epoch)
-    return Trainer(
-        parallelize(model, parallel, world), optimizer, task, world, precision=precision, folder=folder,
+    return TrainStep(
+        parallelize(model, parallel, world), optimizer, task, world, precision=precision, ema=ema,
         schedule=schedule(config.schedule, total_steps=total_steps, warmup_steps=config.warmup_steps),
-        checkpointer=Checkpointer(folder, keep=config.keep_checkpoints), stop=catch_signals(), seed=config.seed,
-        accumulation_steps=config.accumulation_steps, clip_grad_norm=config.clip_grad_norm, ema=ema,
-        frozen_norms=frozen_norms, channels_last=config.channels_last, max_bad_steps=config.max_bad_steps,
-        report=Report(folder, pictures=config.pictures, tensorboard=config.tensorboard),
-        log_gradients=config.log_gradients, config=to_plain(config),
-        fingerprint={"dataset": dataset_fingerprint, "global_batch_size": config.batch_size,
-                     "world_size": world.world_size, "threads": world.threads, "torch": str(torch.__version__),
-                     **job_identity()},
-    )
+        options=StepOptions(seed=config.seed, accumulation_steps=config.accumulation_steps,
+                            clip_grad_norm=config.clip_grad_norm, channels_last=config.channels_last))
 
 
-@dataclass(frozen=True, kw_only=True)
-class Outcome:
-    """How a session ended, for the trainer's own last words."""
+class Normalization(Protocol):
+    """What datasets.augment.Augmentation tells of the images that a network is given."""
 
-    exit_code: int
-    evaluation: Evaluation | None = None
+    @property
+    def mean(self) -> tuple[float, ...]:
+        """Per channel, in units of the full range [0, 1]."""
+        ...
+
+    @property
+    def std(self) -> tuple[float, ...]:
+        """Likewise."""
+        ...
+
+    def to_image(self, inputs: Tensor) -> Tensor:
+        """Undo the normalisation, for pictures."""
+        ...
 
 
-def train_classifier(config: TrainConfig, model: nn.Module, world: World, folder: RunFolder, train: TrainBatches,
-                     test: EvaluationBatches, *, class_names: tuple[str, ...], dataset_fingerprint: str,
-                     to_image: ToImage) -> Outcome:
-    """A classifier of images, from its parts to the end of the run.
+def train_classifier(config: TrainConfig, run: Run, model: nn.Module, card: ModelCard, images: Normalization,
+                     train: TrainBatches, test: EvaluationBatches, dataset_fingerprint: str) -> dict[str, Any]:
+    """A classifier of images, from its parts to the end of the run; returns its result."""
+    write_card(run.folder, card)
+    task = classification_task(card.class_names, run.world.device, label_smoothing=config.label_smoothing,
+                               class_weights=config.class_weights)
+    return train_model(config, run, model, task, train, test, dataset_fingerprint=dataset_fingerprint,
+                       class_names=card.class_names, to_image=images.to_image)
+
+
+def train_model(config: TrainConfig, run: Run, model: nn.Module, task: Task, train: TrainBatches,
+                test: EvaluationBatches, *, dataset_fingerprint: str, class_names: tuple[str, ...] = (),
+                to_image: ToImage | None = None) -> dict[str, Any]:
+    """Resume, train, evaluate, and write down how it ended; with `--evaluate PATH`, load that and train nothing.
 
     Args:
-        to_image: undoes the normalisation, for pictures.
+        class_names: of a classifier.
+        to_image: undoes the normalisation of images, for pictures.
+
+    Returns:
+        What result.json holds.
     """
-    task = classification_task(class_names, world.device, label_smoothing=config.label_smoothing,
-                               class_weights=config.class_weights)
-    trainer = build_trainer(config, model, task, world, folder, steps_per_epoch=train.steps_per_epoch,
-                            dataset_fingerprint=dataset_fingerprint)
-    return complete(config, trainer, train, test, class_names=class_names, to_image=to_image)
-
-
-def complete(config: TrainConfig, trainer: Trainer, train: TrainBatches, test: EvaluationBatches, *,
-             class_names: tuple[str, ...] = (), to_image: ToImage | None = None) -> Outcome:
-    """Resume, train, evaluate, and write down how it ended; with `--evaluate PATH`, load that and train nothing."""
     began = time.perf_counter()
-    world, folder = trainer.world, trainer.folder
-    if config.evaluate is not None:
-        load_for_evaluation(config.evaluate, trainer)
-    else:
-        where = resume(config, trainer)
-        if world.is_main:
-            say(summary(config, trainer, train, where))
-            if config.show_batch and to_image is not None:
-                first = next(train.batches(trainer.epoch, trainer.samples_consumed))
-                draw_first_batch(folder, first, to_image, class_names)
-        if config.measure is not None:
-            measured = write_measurement(trainer, train, config.measure)
-            return Outcome(exit_code=EXIT_DONE) if measured else preempted(trainer)
-        outcome = trainer.fit(train, test, epochs=config.epochs, max_steps=config.max_steps,
-                              eval_every=config.eval_every, checkpoint_every=config.checkpoint_every)
-        if outcome == "stopped":
-            return preempted(trainer)
-    evaluation = trainer.last_evaluation or trainer.evaluate(test)
-    if evaluation is None:  # asked to stop in the evaluation of a run that was complete
-        return preempted(trainer)
-    finish(config, trainer, evaluation, class_names, total_seconds=time.perf_counter() - began)
-    draw(trainer, evaluation, class_names, test=test, to_image=to_image,
-         steps_per_epoch=None if config.evaluate is not None else train.steps_per_epoch)
-    trainer.report.close()
-    folder.write_status("DONE", step=trainer.step, epoch=trainer.epoch)
-    return Outcome(exit_code=EXIT_DONE, evaluation=evaluation)
-
-
-def preempted(trainer: Trainer) -> Outcome:
-    """All ranks agreed to stop, and the state is saved."""
-    trainer.report.close()
-    trainer.folder.write_status("PREEMPTED", step=trainer.step, epoch=trainer.epoch, reason=trainer.stop.reason or "")
-    if trainer.world.is_main:
-        say(f"stopped at step {trainer.step} ({trainer.stop.reason}); the same command goes on from there")
-    return Outcome(exit_code=EXIT_PREEMPTED)
+    total_steps = config.total_steps(train.steps_per_epoch)
+    trainer = build_trainer(config, run, model, task, total_steps=total_steps, dataset_fingerprint=dataset_fingerprint)
+    with contextlib.closing(trainer.report):
+        if config.evaluate is not None:
+            load_for_evaluation(config.evaluate, trainer)
+        else:
+            where = resume(config, trainer)
+            if run.world.is_main:
+                say(summary(config, trainer, train, where))
+                if config.show_batch and to_image is not None:
+                    first = next(train.batches(trainer.epoch, trainer.samples_consumed))
+                    draw_first_batch(run.folder, first, to_image, class_names)
+            if config.measure is not None:
+                return write_measurement(trainer, train, config.measure)
+            trainer.fit(train, test, last_step=total_steps)
+        evaluation = trainer.last_evaluation or trainer.evaluate(test)
+        result = finish(trainer, evaluation, class_names, batch_size=config.batch_size,
+                        save_weights=config.save_weights, total_seconds=time.perf_counter() - began)
+        draw_result(trainer, evaluation, class_names, test=test, to_image=to_image,
+                    steps_per_epoch=None if config.evaluate is not None else train.steps_per_epoch)
+    run.folder.write_status("DONE", step=trainer.step, epoch=trainer.epoch)
+    return result
 
 
 def summary(config: TrainConfig, trainer: Trainer, train: TrainBatches, where: str) -> str:
     """What will run, before step 1: the batch arithmetic most of all."""
-    world, model = trainer.world, unwrap(trainer.model)
-    last_step = min(config.epochs * train.steps_per_epoch, config.max_steps or config.epochs * train.steps_per_epoch)
-    trained = sum(parameter.numel() for parameter in trainer.trained)
+    world, step = trainer.world, trainer.train_step
+    trained = sum(parameter.numel() for parameter in step.trained)
     return "\n".join([
         f"run        {trainer.folder.path} ({where})",
         f"world      {world.world_size} x {world.device.type}, {world.threads} threads each, backend {world.backend}, "
         f"launched by {world.launcher}",
         f"batch      {config.batch_size} = {config.rank_batch_size()} per rank x {world.world_size} ranks x "
         f"{config.accumulation_steps} accumulation",
-        f"steps      {last_step} = {train.steps_per_epoch} per epoch, {config.epochs} epochs"
-        + (f", at most {config.max_steps}" if config.max_steps else ""),
-        f"model      {config.model}, {num_parameters(model):,} parameters, {trained:,} trained, {config.precision}",
+        f"steps      {config.total_steps(train.steps_per_epoch)} = {train.steps_per_epoch} per epoch, {config.epochs} "
+        f"epochs" + (f", at most {config.max_steps}" if config.max_steps else ""),
+        f"model      {config.model}, {num_parameters(step.network):,} parameters, {trained:,} trained, "
+        f"{config.precision}",
     ])

@@ -1,7 +1,179 @@
-"""The parts of one optimizer step."""
+"""One optimizer step, and one evaluation: what happens to a batch between the loader and the next batch.
+
+    train_step = TrainStep(model, optimizer, task, world, precision=..., schedule=..., options=StepOptions(seed=0))
+    train_step(batches, step=0, before_update=lambda: None)       # the next accumulation_steps micro-batches
+    evaluation = train_step.evaluate(test, stop)                  # every sample of the test set once
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel
+
+from launch.process_group import World
+from launch.stop import StopRequest
+from trainers.engine.dropout import default_generators, seed_dropout
+from trainers.engine.metrics import Evaluation, EvaluationSums, TrainingSums, sync_buffers
+from trainers.engine.parallel import gradient_sync, unwrap
+from trainers.engine.precision import Precision
+from trainers.engine.task import Batch, EvaluationBatches, Task
+
+
+class Clock(Protocol):
+    """What is told of the phases of a step: the watchdog, or what measures them."""
+
+    def mark(self, phase: str, step: int | None = None) -> None:
+        """A phase begins."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepOptions:
+    """Numbers that a step needs."""
+
+    seed: int
+    """Of dropout."""
+    accumulation_steps: int = 1
+    clip_grad_norm: float | None = None
+    channels_last: bool = False
+
+
+class TrainStep:
+    """Owns what learns: the model, its optimizer and everything that a step does to them. Knows no position or file."""
+
+    def __init__(self, model: nn.Module, optimizer: Any, task: Task, world: World, *, precision: Precision,
+                 schedule: Callable[[int], float], options: StepOptions, ema: AveragedModel | None = None) -> None:
+        self.model, self.optimizer, self.task, self.world = model, optimizer, task, world
+        self.precision, self.schedule, self.options, self.ema = precision, schedule, options, ema
+        self.clock: Clock = world.watchdog
+        self.trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        self.sums = TrainingSums(classification=task.num_classes is not None)
+        self.gradient_norms: dict[str, Tensor] = {}
+        self._frozen_norms = [module for module in model.modules() if is_frozen_norm(module)]
+        self._memory_format = torch.channels_last if options.channels_last else torch.preserve_format
+        self._dropout_generators = default_generators(model, world.device)
+
+    @property
+    def network(self) -> nn.Module:
+        """The model without its wrapper for several devices, whose names carry no `module.` prefix."""
+        return unwrap(self.model)
+
+    @property
+    def evaluated_model(self) -> nn.Module:
+        """The network that is evaluated: the moving average of the weights, if one is kept."""
+        return self.ema.module if self.ema is not None else self.network
+
+    @property
+    def learning_rate(self) -> float:
+        """Of the last step, for the first group of parameters."""
+        return self.optimizer.param_groups[0]["lr"]
+
+    def __call__(self, batches: Iterator[Batch], *, step: int, before_update: Callable[[], None],
+                 watch_gradients: bool = False) -> None:
+        """One optimizer update from the next `accumulation_steps` micro-batches. Nothing in it waits for the device.
+
+        Args:
+            batches: (inputs, targets) of this rank, one micro-batch after the other.
+            step: completed steps, which key dropout and the learning rate.
+            before_update: called when the gradients are there and before the weights change.
+            watch_gradients: keep the norm of each layer's gradient in `gradient_norms`.
+        """
+        mark, options = self.clock.mark, self.options
+        seed_dropout(self._dropout_generators, seed=options.seed, step=step, rank=self.world.rank)
+        self._set_learning_rate(step)
+        for micro_step in range(options.accumulation_steps):
+            mark("data", step)
+            inputs, targets = self.to_device(*next(batches))
+            with gradient_sync(self.model, last=micro_step == options.accumulation_steps - 1):
+                mark("forward", step)
+                outputs, loss = self.forward(inputs, targets)
+                mark("backward", step)
+                self.precision.backward(loss / options.accumulation_steps if options.accumulation_steps > 1 else loss)
+            self.sums.update(loss, outputs, targets)
+        mark("optimizer", step)
+        if watch_gradients or options.clip_grad_norm is not None:
+            self.precision.unscale(self.optimizer)
+        if watch_gradients:
+            self.gradient_norms = gradient_norms(self.network)  # already averaged over the ranks
+        if options.clip_grad_norm is not None:
+            nn.utils.clip_grad_norm_(self.trained, options.clip_grad_norm)
+        before_update()
+        self.precision.step(self.optimizer)
+        self.optimizer.zero_grad(set_to_none=True)
+        if self.ema is not None:
+            self.ema.update_parameters(self.network)
+        mark("between steps", step + 1)
+
+    def to_device(self, inputs: Tensor, targets: Tensor) -> Batch:
+        """A batch where the model is, in its memory order."""
+        inputs = inputs.to(self.world.device, memory_format=self._memory_format, non_blocking=True)
+        return inputs, targets.to(self.world.device, non_blocking=True)
+
+    def forward(self, inputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """The outputs and the loss of a batch on the device."""
+        with self.precision.autocast():
+            outputs = self.model(inputs)
+            return outputs, self.task.loss(outputs, targets)
+
+    @torch.no_grad()
+    def evaluate(self, test: EvaluationBatches, stop: StopRequest) -> Evaluation:
+        """Count every sample of the test set once, over all ranks.
+
+        Through the unwrapped model, or its moving average, with rank 0's buffers. No collective inside the loop, so
+        ranks may have different numbers of batches.
+
+        Raises:
+            Stopped: on every rank, if any was asked to stop.
+        """
+        model = self.evaluated_model
+        sync_buffers(model, self.world)
+        model.eval()
+        sums = EvaluationSums(self.world.device, num_classes=self.task.num_classes)
+        for inputs, targets in test:
+            self.world.watchdog.mark("evaluate")
+            if stop:
+                break
+            inputs, targets = self.to_device(inputs, targets)
+            with self.precision.autocast():
+                outputs = model(inputs)
+            sums.update(self.task.test_loss(outputs.float(), targets), outputs, targets)
+        return sums.reduce(self.world, stop)
+
+    def train_mode(self) -> None:
+        """Before the steps of an epoch."""
+        self.model.train()
+        for module in self._frozen_norms:
+            module.eval()  # frozen BatchNorm neither normalises by the batch nor follows it
+
+    def _set_learning_rate(self, step: int) -> None:
+        multiplier = self.schedule(step)
+        for group in self.optimizer.param_groups:
+            group["lr"] = group["initial_lr"] * multiplier
+
+    def state(self) -> dict[str, Any]:
+        """Its part of a checkpoint; tensors are the live ones."""
+        return {"model": self.network.state_dict(keep_vars=True), "optimizer": self.optimizer.state_dict(),
+                "scaler": self.precision.state_dict(),
+                "ema": self.ema.module.state_dict() if self.ema is not None else None}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Continue from a checkpoint's state, which was checked to fit."""
+        self.network.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.precision.load_state_dict(state["scaler"])
+        if self.ema is not None and state["ema"] is not None:
+            self.ema.module.load_state_dict(state["ema"])
+            self.ema.n_averaged.fill_(min(1, state["step"]))  # 0 would start the average again
+
+
+def is_frozen_norm(module: nn.Module) -> bool:
+    """Whether this is a BatchNorm none of whose parameters is trained, as `--freeze` leaves it."""
+    parameters = list(module.parameters(recurse=False))
+    return (isinstance(module, nn.modules.batchnorm._BatchNorm) and bool(parameters)
+            and not any(parameter.requires_grad for parameter in parameters))
 
 
 def gradient_norms(model: nn.Module) -> dict[str, Tensor]:

@@ -31,6 +31,11 @@ class TrainBatches(Protocol):
         ...
 
 
+def samples_per_epoch(train: TrainBatches) -> int:
+    """Samples that all ranks together consume in one epoch; the incomplete last global batch is left out."""
+    return train.steps_per_epoch * train.global_batch_size
+
+
 class EvaluationBatches(Protocol):
     """What `evaluate` counts: this rank's share of a test set."""
 
