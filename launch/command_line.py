@@ -104,8 +104,8 @@ def run(main: Callable[[Any], Any], config_class: type, *,
         line = user_line(error)
         if line is None:
             raise
-        reporter = getattr(error, "reporter", None)
-        if launched_rank() == 0 if reporter is None else reporter:
+        speaks = getattr(error, "speaks", None)
+        if launched_rank() == 0 if speaks is None else speaks:
             to_stderr(line)
         sys.exit(error.exit_code)  # pyright: ignore[reportAttributeAccessIssue]
     except KeyboardInterrupt:

@@ -1,4 +1,4 @@
-"""What a user can cause: the kinds of errors, their exit codes, and the one line on stderr."""
+"""What a user can cause: the kinds of errors, their exit codes, and how a line is printed."""
 
 import contextlib
 import os
@@ -13,8 +13,8 @@ class RunError(Exception):
 
     kind = "run"
     exit_code = 1
-    reporter: bool | None = None
-    """Whether this rank is the one to report it; None where all ranks find the same, and rank 0 speaks."""
+    speaks: bool | None = None
+    """Whether this rank is the one to print it; None where all ranks find the same, and rank 0 does."""
 
 
 class UsageError(RunError):
@@ -71,3 +71,11 @@ def to_stderr(line: str) -> None:
     with contextlib.suppress(OSError, ValueError, AttributeError):  # a closed terminal must not hide the exit code
         sys.stderr.write(f"{line}\n")
         sys.stderr.flush()
+
+
+def say(text: str) -> None:
+    """Print to stdout. If the reader has gone away, the program continues and later text is dropped."""
+    try:
+        print(text, flush=True)
+    except (OSError, ValueError):
+        sys.stdout = open(os.devnull, "w")

@@ -1,17 +1,162 @@
-"""How a job ends badly: torch's errors translated, one rank reports, all leave."""
+"""How a job ends badly: torch's errors translated, one rank prints the error's line, all leave.
+
+`JobFailure` alone knows how. The training loop's errors reach it through process_group(), what the watchdog sees
+(a hang, a launcher that died) through the watchdog.
+"""
 
 import contextlib
 import os
+import socket
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Iterator, Sequence
+from typing import NoReturn, Protocol
 
 import torch
 import torch.distributed as dist
 
 from launch.errors import DeviceError, DistributedError, is_users, to_stderr, user_line
-from launch.watchdog import Watchdog
+from launch.heartbeats import Heartbeats
+from launch.stop import stop_request
 
-LEAVE_SECONDS = 15  # for the ranks to agree on who reports an error, and to show it; the store answers in milliseconds
+AGREE_SECONDS = 15  # for the ranks to agree on who prints an error, and to print it; the store answers in milliseconds
+LEAVE_SECONDS = 10.0  # for a rank to notice by itself that another has failed, and to end a save
+LINGER_SECONDS = 5.0  # for which the host of the store waits for the others, when all leave
+
+
+class RunRecord(Protocol):
+    """Where it is written down that this process lives, and why it ended: the run folder."""
+
+    def beat(self) -> None:
+        """The process lives; called twice a second, from the watchdog's thread."""
+
+    def failed(self, reason: str, *, step: int) -> None:
+        """The process is about to be ended, from the watchdog's thread; there are two seconds to write it down."""
+
+
+class JobFailure:
+    """One rank prints the line of an error and every rank leaves, this one among them.
+
+    The ranks agree through the store of the heartbeats. Without one (one process, or ranks that have not met) each
+    prints its own.
+    """
+
+    def __init__(self, *, rank: int = 0, world_size: int = 1, has_launcher: bool = False, hosts_store: bool = False,
+                 first_without_store: int = 1) -> None:
+        self.rank, self.world_size = rank, world_size
+        self.hosts_store = hosts_store
+        self.first_without_store = first_without_store
+        """The rank that speaks when the store has died with its host: the first of those that live elsewhere."""
+        self.heartbeats: Heartbeats | None = None
+        """From when the ranks have met."""
+        self.run: RunRecord | None = None
+        self.has_left = False
+        """Whether this rank ends of its own will, after an error."""
+        self._launcher = (stop_request().launcher or os.getppid()) if has_launcher else None
+        self._claimed = threading.Lock()  # taken once: this process prints at most one error
+        self._another_failed_at: float | None = None
+        self._node_token: socket.socket | None = None
+
+    def launcher_died(self) -> bool:
+        """Whether the process that started this one is gone: it has then been given another parent."""
+        return self._launcher is not None and os.getppid() != self._launcher
+
+    def claim_error_line(self) -> bool:
+        """Whether this rank is the first of the job to fail, and so the one whose line is shown."""
+        if not self.claim_in_this_process():
+            return False
+        if self.heartbeats is None:
+            return True
+        try:
+            return self.heartbeats.first_to_fail()
+        except RuntimeError:  # the store died with its host: with torchrun, or with rank 0
+            speaker = 0 if self.launcher_died() else self.first_without_store
+            return self.rank == speaker and self._another_failed_at is None
+
+    def claim_in_this_process(self) -> bool:
+        """Whether this process has not printed an error yet, whatever the others do: they may be out of reach."""
+        return self._claimed.acquire(blocking=False)
+
+    def claim_on_this_node(self, port: int) -> bool:
+        """Whether this rank speaks for its node, where no rank has reached the store."""
+        self._node_token = claim_this_node(port)  # held until the exit
+        if self._node_token is not None:
+            time.sleep(1)  # the others, which wait just as long, find that it is taken
+        return self._node_token is not None
+
+    def leave(self, error: Exception, *, step: int) -> None:
+        """Exit after an error, with its line if this rank is the first to fail, and else quietly.
+
+        Returns only for an error that is our bug, on the rank that is to show its traceback.
+        """
+        known = translated(error)
+        code = getattr(known, "exit_code", 1)
+        with exit_after(AGREE_SECONDS, code):
+            first = self.claim_error_line()
+            if first and isinstance(known, LostPeer):
+                to_stderr(self._lost_peer_line(step))
+            elif first and (line := user_line(known)) is not None:
+                to_stderr(line)
+            self.has_left = True
+            if self.heartbeats is not None:
+                with contextlib.suppress(RuntimeError):
+                    self.heartbeats.send(step, "left")  # so that the others do not take it for one that was lost
+        if not first or is_users(known):
+            raise SystemExit(code) from None
+
+    def linger(self) -> None:
+        """After an error, where this process hosts the store: keep it until the others know which rank failed first."""
+        if self.heartbeats is None or not self.hosts_store or not self.has_left:
+            return
+        before, began = self.heartbeats.counts(), time.monotonic()
+        while time.monotonic() - began < LINGER_SECONDS:
+            last = self.heartbeats.last_known()
+            silent = self.heartbeats.silent_since(before) if time.monotonic() - began > LINGER_SECONDS / 2 else []
+            others = [rank for rank in range(self.world_size) if rank != self.rank and rank not in silent]
+            if all(last.get(rank, (0, ""))[1] == "left" for rank in others):
+                return
+            time.sleep(0.1)
+
+    def follow(self, *, step: int) -> None:
+        """Called with every heartbeat: end the process if another rank failed a while ago and this one still runs."""
+        if self.heartbeats is None or not self.heartbeats.anyone_failed() or self._claimed.locked():
+            return
+        self._another_failed_at = self._another_failed_at or time.monotonic()
+        if time.monotonic() - self._another_failed_at > LEAVE_SECONDS + (LINGER_SECONDS if self.hosts_store else 0):
+            self.end("ERROR distributed: another rank has failed", step=step)
+
+    def end_without_launcher(self, *, step: int) -> NoReturn:
+        """End the process, whose launcher has died, so that no orphan keeps a GPU; rank 0 speaks."""
+        speaks = self.rank == 0 and self.claim_in_this_process()
+        self.end(self._launcher_line(step), step=step, speaks=speaks)
+
+    def end(self, line: str, *, step: int, speaks: bool = False, stuck: Sequence[int] = ()) -> NoReturn:
+        """End the process from the watchdog's thread: the main one waits for something that may never come.
+
+        `stuck` are ranks that cannot leave by themselves; those on this host are killed.
+        """
+        if speaks:
+            to_stderr(line)
+        if stuck and self.heartbeats is not None:
+            self.heartbeats.kill_siblings(stuck)
+        if self.run is not None:
+            writing = threading.Thread(target=self.run.failed, args=[line], kwargs={"step": step}, daemon=True)
+            writing.start()
+            writing.join(2)  # a file system that hangs must not keep the process
+        os._exit(DistributedError.exit_code)
+
+    def _lost_peer_line(self, step: int) -> str:
+        """The line for a collective that failed because some rank is gone: names those without a heartbeat."""
+        if self.launcher_died():
+            return self._launcher_line(step)
+        silent = self.heartbeats.silent_after_a_while() if self.heartbeats is not None else []
+        who = f"rank {', '.join(map(str, silent))}" if silent else "another rank"
+        return (f"ERROR distributed: {who} of {self.world_size}: exited silently at about step {step}; "
+                f"see its output above or the system log (killed, out of memory?), then start the same command again")
+
+    def _launcher_line(self, step: int) -> str:
+        return (f"ERROR distributed: rank {self.rank} of {self.world_size}: its launcher died at step {step}; "
+                f"start the same command again")
 
 
 @contextlib.contextmanager
@@ -26,22 +171,18 @@ def exit_after(seconds: float, code: int) -> Iterator[None]:
         last_resort.cancel()
 
 
-def leave_together(watchdog: Watchdog, error: Exception) -> None:
-    """Report an error from one rank and exit; a rank that is not the first to fail exits quietly.
+def claim_this_node(port: int) -> socket.socket | None:
+    """A token that one rank of the job gets on each node: for ranks that cannot reach the store. None for the others.
 
-    Returns only for an error that is our bug, on the rank that is to show its traceback.
+    An abstract Unix socket (Linux) can be bound once, until it is closed or its process ends.
     """
-    known = translated(error)
-    code = getattr(known, "exit_code", 1)
-    with exit_after(LEAVE_SECONDS, code):
-        first = watchdog.claim_report()
-        if first and isinstance(known, LostPeer):
-            to_stderr(watchdog.lost_peer_line())
-        elif first and (line := user_line(known)) is not None:
-            to_stderr(line)
-        watchdog.leave()
-    if not first or is_users(known):
-        raise SystemExit(code) from None
+    token = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+    try:
+        token.bind(f"\0torchrun-trainers-{os.getuid()}-{port}")
+    except OSError:
+        token.close()
+        return None
+    return token
 
 
 class LostPeer(DistributedError):

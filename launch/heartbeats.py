@@ -1,13 +1,16 @@
 """What ranks tell each other beside their collectives, through the job's key-value store.
 
-A heartbeat of a rank is [count, step, phase, host, pid, parent's pid]. Besides there are two marks that any rank may
-set: `stop`, that it was asked to stop, and `reported`, that it has reported an error for all of them.
+A rank's heartbeat is [count, step, phase, host, pid, parent's pid]. There are also two marks that any rank may set:
+`stop`, that it was asked to stop, and `failed`, that it has failed.
 """
 
 import json
 import os
 import signal
 import socket
+import threading
+import time
+from collections.abc import Sequence
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
@@ -26,12 +29,17 @@ class Heartbeats:
         self.store = store.clone()  # pyright: ignore[reportAttributeAccessIssue]: a connection of its own
         self.rank, self.world_size = rank, world_size
         self._num_sent = 0
+        self._has_left = False
+        self._sending = threading.Lock()  # the main thread says that it leaves, while another sends heartbeats
         self._me = [socket.gethostname(), os.getpid(), os.getppid()]
 
     def send(self, step: int, phase: str) -> None:
-        """Say that this rank lives, and where it is."""
-        self._num_sent += 1
-        self.store.set(f"beat/{self.rank}", json.dumps([self._num_sent, step, phase, *self._me]))
+        """Tell the others that this rank lives, and where it is; `left`, it ends of its own will, is the last."""
+        with self._sending:
+            if not self._has_left:
+                self._has_left = phase == "left"
+                self._num_sent += 1
+                self.store.set(f"beat/{self.rank}", json.dumps([self._num_sent, step, phase, *self._me]))
 
     def ask_all_to_stop(self) -> None:
         """Pass a stop request on."""
@@ -41,13 +49,13 @@ class Heartbeats:
         """Whether any rank was asked to stop."""
         return self.store.check(["stop"])
 
-    def first_to_report(self) -> bool:
-        """Whether no other rank has reported an error before this call."""
-        return self.store.add("reported", 1) == 1
+    def first_to_fail(self) -> bool:
+        """Whether no other rank has failed before this call."""
+        return self.store.add("failed", 1) == 1
 
-    def anyone_reported(self) -> bool:
-        """Whether any rank has reported an error."""
-        return self.store.check(["reported"])
+    def anyone_failed(self) -> bool:
+        """Whether any rank has failed."""
+        return self.store.check(["failed"])
 
     def last(self) -> dict[int, list[Any]]:
         """The last heartbeat of every rank that has sent one; of none if the store is dead."""
@@ -72,11 +80,15 @@ class Heartbeats:
         return [rank for rank in range(self.world_size) if rank != self.rank
                 and (rank not in now or (now[rank][0] == before.get(rank) and now[rank][2] != "left"))]
 
-    def kill_siblings(self, ranks: list[int]) -> None:
+    def silent_after_a_while(self) -> list[int]:
+        """Ranks whose heartbeat does not change for a while."""
+        before = self.counts()
+        time.sleep(STALE_SECONDS)
+        return self.silent_since(before)
+
+    def kill_siblings(self, ranks: Sequence[int]) -> None:
         """SIGKILL those of the ranks that run on this host under the same launcher: they cannot end by themselves."""
         for rank, (_, _, _, host, pid, parent) in self.last().items():
             if rank in ranks and host == self._me[0] and parent == self._me[2] == parent_of(pid):
                 with suppress(ProcessLookupError, PermissionError):
                     os.kill(pid, signal.SIGKILL)
-
-

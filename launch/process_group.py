@@ -1,4 +1,4 @@
-"""Who this process is among all those of its job: torchrun's variables, Slurm's, or neither, made into a World.
+"""This process's rank and device, and the group it trains in: a World, from torchrun's variables, Slurm's, or neither.
 
     with process_group("auto", timeout_seconds=300) as world:
         ...                                  # world.rank, world.world_size, world.device
@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 
 from launch.errors import DistributedError, is_users
-from launch.failure import exit_after, leave_together
+from launch.failure import JobFailure, exit_after
 from launch.launcher import Launch, read_launch
 from launch.machine import (
     choose_backend,
@@ -69,8 +69,8 @@ def process_group(backend: str = "auto", *, device: str = "auto", timeout_second
                   threads: int | None = None, deterministic: bool = False) -> Iterator[World]:
     """Join the other ranks for the length of a `with` block.
 
-    An error inside the block ends every rank: the one that fails first reports it, in one line, and the others,
-    which only lose their peer, leave with the same kind of exit code and say nothing.
+    An error inside the block ends every rank: the one that fails first prints it, in one line, and the others,
+    which only lose their peer, exit quietly with the same kind of exit code.
 
     Raises:
         DeviceError: for a device or backend that is not here.
@@ -78,13 +78,17 @@ def process_group(backend: str = "auto", *, device: str = "auto", timeout_second
     """
     launch = read_launch()
     grouped = launch.launcher == "torchrun" or launch.world_size > 1
-    watchdog = Watchdog(
-        rank=launch.rank, world_size=launch.world_size, timeout_seconds=timeout_seconds, has_launcher=grouped,
-        hosts_store=hosts_store(launch),
+    failure = JobFailure(
+        rank=launch.rank, world_size=launch.world_size, has_launcher=grouped, hosts_store=hosts_store(launch),
         first_without_store=launch.local_world_size if store_is_hosted_by_torchrun() else 1)
+    watchdog = Watchdog(failure, timeout_seconds=timeout_seconds)
     watchdog.start()  # before the ranks meet: their launcher may die meanwhile
     try:
-        store = meet(launch, timeout_seconds) if grouped else None
+        try:
+            store = meet(launch, timeout_seconds) if grouped else None
+        except DistributedError as error:
+            error.speaks = failure.claim_on_this_node(launch.port)
+            raise
         watchdog.start(store)
         try:
             world = prepare(launch, watchdog, backend, device=device, threads=threads, deterministic=deterministic)
@@ -92,13 +96,12 @@ def process_group(backend: str = "auto", *, device: str = "auto", timeout_second
                 join(world, launch, store, timeout_seconds)
             yield world
         except Exception as error:
-            leave_together(watchdog, error)
+            failure.leave(error, step=watchdog.step)
             raise
     finally:
         if dist.is_initialized():
             take_down()
-        if watchdog.phase == "left":
-            watchdog.linger()
+        failure.linger()
         watchdog.stop()
 
 

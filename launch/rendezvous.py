@@ -37,17 +37,12 @@ def meet(launch: Launch, timeout_seconds: float) -> dist.Store:
     try:
         return wait_for_all(connect(launch, wait_seconds), launch, wait_seconds)
     except (RuntimeError, OSError) as error:  # torch's DistError and its kin
-        missing = DistributedError(
+        raise DistributedError(
             f"rank {launch.rank} of {launch.world_size} at {launch.address}:{launch.port} (interface "
             f"{os.environ.get('GLOO_SOCKET_IFNAME', 'default')}): not all ranks met within {wait_seconds:.0f} s "
             f"({str(error).splitlines()[0][:160]}); check that every rank was started, that the port is free "
             f"(MASTER_PORT) and that every node can reach that host, or set GLOO_SOCKET_IFNAME"
-        )
-    missing.token = claim_this_node(launch.port)  # pyright: ignore[reportAttributeAccessIssue]: held until the exit
-    missing.reporter = missing.token is not None  # pyright: ignore[reportAttributeAccessIssue]
-    if missing.reporter:
-        time.sleep(1)  # the others, which wait just as long, find that it is taken
-    raise missing
+        ) from None
 
 
 def connect(launch: Launch, wait_seconds: float) -> dist.Store:
@@ -105,17 +100,3 @@ def leave_if_stopped(waited_seconds: float) -> None:
     """A stop while ranks are still awaited: there is nothing to save, and they may never come."""
     if stop_request() and waited_seconds > STOP_SECONDS:
         raise SystemExit(EXIT_PREEMPTED)
-
-
-def claim_this_node(port: int) -> socket.socket | None:
-    """A token that one rank of the job gets on each node: for ranks that cannot reach the store. None for the others.
-
-    An abstract Unix socket (Linux) can be bound once, until it is closed or its process ends.
-    """
-    token = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
-    try:
-        token.bind(f"\0torchrun-trainers-{os.getuid()}-{port}")
-    except OSError:
-        token.close()
-        return None
-    return token

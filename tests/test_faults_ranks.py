@@ -17,9 +17,9 @@ pytestmark = pytest.mark.timeout(150)
 LOST = {"ranks": 2, "resumes": True}
 FAULTS = [
     Fault(name="rank-1-killed", hook='at(13, "backward", kill, ranks=[1])', codes=(6, -9), state="FAILED",
-          error="ERROR distributed: rank 1 of 2: ended without a word at about step 13", **LOST),
+          error="ERROR distributed: rank 1 of 2: exited silently at about step 13", **LOST),
     Fault(name="rank-0-killed", hook='at(13, "data", kill, ranks=[0])', codes=(-9, 6), state="RUNNING",
-          error="ERROR distributed: rank 0 of 2: ended without a word at about step 13", **LOST),
+          error="ERROR distributed: rank 0 of 2: exited silently at about step 13", **LOST),
     Fault(name="rank-1-killed-in-the-evaluation", hook='at(10, "evaluate", kill, ranks=[1])', codes=(6, -9),
           state="FAILED", error="ERROR distributed: rank 1 of 2", **LOST),
     Fault(name="all-ranks-killed", hook='at(13, "optimizer", kill)', codes=(-9,), state="RUNNING", **LOST),

@@ -120,7 +120,7 @@ def test_a_killed_rank_ends_the_run_under_torchrun(tmp_path: Path) -> None:
     with torchrun(tmp_path, hook='at(13, "backward", kill, ranks=[1])') as process:
         finished = finish(process)
     assert finished.code == 1
-    check_lines(ours(finished), "ERROR distributed: rank 1 of 2: ended without a word at about step 13")
+    check_lines(ours(finished), "ERROR distributed: rank 1 of 2: exited silently at about step 13")
     assert read_json(tmp_path / "r" / "status.json")["state"] == "FAILED"
 
 

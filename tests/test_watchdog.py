@@ -7,9 +7,9 @@ from datetime import timedelta
 import pytest
 import torch.distributed as dist
 
+from launch.failure import JobFailure, claim_this_node
 from launch.heartbeats import Heartbeats
 from launch.launcher import parent_of
-from launch.rendezvous import claim_this_node
 from launch.watchdog import Watchdog
 from tests.helpers.server import free_port
 
@@ -23,29 +23,29 @@ def store() -> dist.Store:
                                                   timeout=timedelta(seconds=5)))
 
 
-def test_only_the_first_rank_to_report_speaks_and_only_once(store: dist.Store) -> None:
-    first, second = (Watchdog(rank=rank, world_size=2) for rank in range(2))
-    first._heartbeats = Heartbeats(store, rank=0, world_size=2)
-    second._heartbeats = Heartbeats(store, rank=1, world_size=2)
-    assert second.claim_report()
-    assert not first.claim_report()
-    assert not second.claim_report()
+def test_only_the_first_rank_to_fail_speaks_and_only_once(store: dist.Store) -> None:
+    first, second = (JobFailure(rank=rank, world_size=2) for rank in range(2))
+    first.heartbeats = Heartbeats(store, rank=0, world_size=2)
+    second.heartbeats = Heartbeats(store, rank=1, world_size=2)
+    assert second.claim_error_line()
+    assert not first.claim_error_line()
+    assert not second.claim_error_line()
 
 
-def test_without_a_store_a_process_reports_once() -> None:
-    watchdog = Watchdog()
-    assert [watchdog.claim_report() for _ in range(2)] == [True, False]
+def test_without_a_store_a_process_speaks_once() -> None:
+    failure = JobFailure()
+    assert [failure.claim_error_line() for _ in range(2)] == [True, False]
 
 
 def test_when_the_store_has_died_the_first_rank_that_lives_elsewhere_speaks() -> None:
     class Dead:
-        def first_to_report(self) -> bool:
+        def first_to_fail(self) -> bool:
             raise RuntimeError("Connection reset by peer")
 
-    watchdogs = [Watchdog(rank=rank, world_size=8, first_without_store=4) for rank in range(8)]
-    for watchdog in watchdogs:
-        watchdog._heartbeats = Dead()  # pyright: ignore[reportAttributeAccessIssue]
-    assert [watchdog.rank for watchdog in watchdogs if watchdog.claim_report()] == [4]
+    failures = [JobFailure(rank=rank, world_size=8, first_without_store=4) for rank in range(8)]
+    for failure in failures:
+        failure.heartbeats = Dead()  # pyright: ignore[reportAttributeAccessIssue]
+    assert [failure.rank for failure in failures if failure.claim_error_line()] == [4]
 
 
 def test_a_rank_that_sends_nothing_unreachable_and_one_that_has_left_is_not(store: dist.Store) -> None:
@@ -60,20 +60,26 @@ def test_a_rank_that_sends_nothing_unreachable_and_one_that_has_left_is_not(stor
     assert ranks[0].silent_since(before_leaving) == [2, 3]  # 1 has left of its own will
 
 
-def test_a_stop_request_and_a_report_are_seen_by_the_others(store: dist.Store) -> None:
+def test_a_stop_request_and_a_failure_are_seen_by_the_others(store: dist.Store) -> None:
     first, second = (Heartbeats(store, rank=rank, world_size=2) for rank in range(2))
     assert not second.asked_to_stop()
-    assert not second.anyone_reported()
+    assert not second.anyone_failed()
     first.ask_all_to_stop()
-    first.first_to_report()
+    first.first_to_fail()
     assert second.asked_to_stop()
-    assert second.anyone_reported()
+    assert second.anyone_failed()
 
 
 def test_the_thread_ends_when_it_is_told_to(store: dist.Store) -> None:
-    watchdog = Watchdog(rank=0, world_size=1)
+    class Run:
+        def beat(self) -> None:
+            ticks.append(time.monotonic())
+
+        def failed(self, reason: str, *, step: int) -> None: ...
+
+    watchdog = Watchdog()
     ticks: list[float] = []
-    watchdog.on_tick.append(lambda: ticks.append(time.monotonic()))
+    watchdog.attend(Run())
     watchdog.start(store)
     time.sleep(1.2)
     watchdog.stop()

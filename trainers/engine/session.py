@@ -34,7 +34,7 @@ from trainers.engine.precision import Precision
 from trainers.engine.result import ToImage, draw_first_batch, draw_result, finish
 from trainers.engine.resume import load_for_evaluation, resume
 from trainers.engine.run.card import ModelCard, write_card
-from trainers.engine.run.folder import RunFolder, describe, say_failed
+from trainers.engine.run.folder import RunFolder, describe
 from trainers.engine.run.progress import say
 from trainers.engine.run.report import Report
 from trainers.engine.schedule import schedule
@@ -86,9 +86,7 @@ def open_run(config: TrainConfig, trainer: str) -> Iterator[Run]:
         name = from_main(world, lambda: config.run_name or default_run_name(trainer, config.recipe))
         folder = RunFolder(config.output_dir / name, is_main=world.is_main)
         from_main(world, folder.claim)
-        world.watchdog.on_tick.append(folder.beat)
-        world.watchdog.on_end.append(
-            lambda reason: say_failed(folder, reason, step=world.watchdog.step) if folder.begun else None)
+        world.watchdog.attend(folder)
         try:
             begin(config, folder, world)
             yield Run(trainer=trainer, world=world, folder=folder, stop=stop)
@@ -96,8 +94,7 @@ def open_run(config: TrainConfig, trainer: str) -> Iterator[Run]:
             write_preempted(folder, stopped)
             raise
         except Exception as error:
-            if folder.begun:
-                say_failed(folder, describe(translated(error)), step=world.watchdog.step)
+            folder.failed(describe(translated(error)), step=world.watchdog.step)
             raise
         finally:
             folder.release()

@@ -93,6 +93,14 @@ class RunFolder:
         """Replace status.json: RUNNING, PREEMPTED, DONE or FAILED."""
         self.write_json("status.json", {"state": state, "step": step, "epoch": epoch, "reason": reason})
 
+    def failed(self, reason: str, *, step: int) -> None:
+        """FAILED and why, if this process started the run, no later incarnation owns it, and the disk is not full."""
+        if self.begun:
+            before = self.read_json("status.json") or {}
+            with contextlib.suppress(CheckpointError):
+                self.write_status("FAILED", step=max(step, before.get("step", 0)), epoch=before.get("epoch", 0),
+                                  reason=reason)
+
     def append_metrics(self, line: Mapping[str, Any]) -> None:
         """Add one line to metrics.jsonl, in one write. A number that is not finite becomes null, as JSON has no NaN.
 
@@ -203,11 +211,3 @@ def write_whole(folder: RunFolder, name: str, content: bytes) -> None:
 def describe(error: Exception) -> str:
     """An error in one line, our own bugs too."""
     return user_line(error) or f"{type(error).__name__}: {error}"[:500]
-
-
-def say_failed(folder: RunFolder, reason: str, *, step: int) -> None:
-    """FAILED and why; not if a later incarnation owns the folder, or the disk is full."""
-    before = folder.read_json("status.json") or {}
-    with contextlib.suppress(CheckpointError):
-        folder.write_status("FAILED", step=max(step, before.get("step", 0)), epoch=before.get("epoch", 0),
-                            reason=reason)
