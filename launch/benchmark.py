@@ -38,17 +38,16 @@ from typing import Any, Literal
 if not __package__:
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-from launch.bench.compare import comparison_cells, differences, read_report
-from launch.bench.output import check_output_dir, say, write_pictures, write_report
+from launch.bench.compare import comparison_cells, differences, read_results
+from launch.bench.output import check_output_dir, write_pictures, write_results
 from launch.bench.pipeline import benchmark_pipeline
-from launch.bench.runs import Job, calibrate, note, plan, run_rounds
-from launch.bench.setups import Hardware, Setup, check_cores, everything, parse_setup, why_not
+from launch.bench.runs import Job, calibrate, plan, run_rounds
+from launch.bench.setups import Hardware, Setup, core_warnings, everything, parse_setup, why_not
 from launch.bench.summary import summarise, warnings_of
-from launch.bench.table import as_text, terminal_report
+from launch.bench.table import as_text, terminal_page
 from launch.command_line import nearest, run
-from launch.errors import UsageError
-
-ROOT = Path(__file__).resolve().parent.parent
+from launch.errors import UsageError, say, to_stderr
+from launch.files import ROOT
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,10 +102,10 @@ class BenchmarkConfig:
 
 def main(config: BenchmarkConfig) -> int:
     """Check everything, run, summarise; returns the exit code."""
-    old = read_report(config.compare) if config.compare else None
+    old = read_results(config.compare) if config.compare else None
     if config.report is not None:
-        shown = read_report(config.report)
-        say(terminal_report(shown))
+        shown = read_results(config.report)
+        say(terminal_page(shown))
         show_comparison(old, shown)
         return 0
     check(config)
@@ -120,15 +119,15 @@ def main(config: BenchmarkConfig) -> int:
     setups = [parse_setup(text) for text in config.setups or everything(hardware)]
     jobs, missing = jobs_of(config, setups, hardware)
     for one in missing:
-        note(f"not run: {one['setup']}: {one['why']}")
-    cores = check_cores([job.setup for job in jobs], hardware, config.threads)
-    report: dict[str, Any] = {
+        to_stderr(f"not run: {one['setup']}: {one['why']}")
+    cores = core_warnings([job.setup for job in jobs], hardware, config.threads)
+    results: dict[str, Any] = {
         "format": 1, "complete": False, "command": shlex.join(["python", *sys.argv]), "trainer": config.trainer,
         "model": config.model, "recipe": config.recipe, "dataset": config.dataset, "machine": hardware.record(),
         "not_run": missing,
     }
-    code = measure_all(config, jobs, report, cores)
-    show_comparison(old, report)
+    code = measure_all(config, jobs, results, cores)
+    show_comparison(old, results)
     return code
 
 
@@ -175,7 +174,7 @@ def jobs_of(config: BenchmarkConfig, setups: list[Setup], hardware: Hardware
     return jobs, missing
 
 
-def measure_all(config: BenchmarkConfig, jobs: list[Job], report: dict[str, Any], cores: list[str]) -> int:
+def measure_all(config: BenchmarkConfig, jobs: list[Job], results: dict[str, Any], cores: list[str]) -> int:
     """All rounds, with benchmark.json rewritten after every run; then the table, the Markdown and the picture."""
     # recipe blitz is without oneDNN, which is faster at its batch of 4 and twice as slow at 128
     flags = ["--onednn", "--model", config.model, "--recipe", config.recipe, "--dataset", config.dataset,
@@ -185,14 +184,14 @@ def measure_all(config: BenchmarkConfig, jobs: list[Job], report: dict[str, Any]
     runs: list[dict[str, Any]] = []
 
     def update() -> None:
-        report.update(summarise(jobs, runs, baseline=config.baseline), runs=runs)
-        report["warnings"] = [*cores, *warnings_of(report["rows"], rounds=config.rounds)]
-        write_report(report, config.output_dir)
+        results.update(summarise(jobs, runs, baseline=config.baseline), runs=runs)
+        results["warnings"] = [*cores, *warnings_of(results["rows"], rounds=config.rounds)]
+        write_results(results, config.output_dir)
 
     try:
         warmup, steps = calibrate(jobs, steps=config.steps, warmup_steps=config.warmup_steps, seconds=config.seconds,
                                   **common)
-        report["method"] = {
+        results["method"] = {
             "steps": steps, "warmup_steps": warmup, "rounds": config.rounds, "threads": config.threads,
             "seed": config.seed, "batch_size": config.batch_size,
             "rank_batch_size": config.rank_batch_size or config.batch_size,
@@ -200,18 +199,18 @@ def measure_all(config: BenchmarkConfig, jobs: list[Job], report: dict[str, Any]
         for result in run_rounds(jobs, rounds=config.rounds, steps=f"{warmup}:{steps}", **common):
             runs.append(result)
             update()
-        report["complete"] = True
+        results["complete"] = True
     except KeyboardInterrupt:
         if not runs:
             say("stopped before the first run was finished: nothing is written")
             return 130
         say(f"stopped: {len(runs)} finished runs are kept")
     update()
-    write_pictures(report, config.output_dir)
-    say(f"\n{terminal_report(report)}\n\nwritten to {config.output_dir}/benchmark.json, .md, .png")
-    if not report["complete"]:
+    write_pictures(results, config.output_dir)
+    say(f"\n{terminal_page(results)}\n\nwritten to {config.output_dir}/benchmark.json, .md, .png")
+    if not results["complete"]:
         return 130
-    return int(any(row["error"] or row["verdict"] == "WRONG" for row in report["rows"]))
+    return int(any(row["error"] or row["verdict"] == "WRONG" for row in results["rows"]))
 
 
 def show_comparison(old: dict[str, Any] | None, new: dict[str, Any]) -> None:

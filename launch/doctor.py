@@ -28,7 +28,7 @@ from launch.checks.job import job_findings
 from launch.checks.machine import machine_findings
 from launch.checks.ranks import ranks_findings
 from launch.command_line import run
-from launch.errors import DeviceError, UsageError
+from launch.errors import DeviceError, UsageError, say
 from launch.launcher import Launch, read_launch
 
 COLORS = {"OK": "\x1b[32m", "WARN": "\x1b[33m", "FAIL": "\x1b[1;31m"}
@@ -67,10 +67,10 @@ def main(config: DoctorConfig) -> int:
     failed = any(finding.state == "FAIL" for finding in findings)
     if launch.rank == 0:
         if config.json:
-            print(json.dumps({"ok": not failed, "host": socket.gethostname(), "ranks": ranks,
+            say(json.dumps({"ok": not failed, "host": socket.gethostname(), "ranks": ranks,
                               "findings": [asdict(finding) for finding in findings]}, indent=2))
         else:
-            print(page(findings, ranks, color=sys.stdout.isatty() and "NO_COLOR" not in os.environ))
+            say(page(findings, ranks, color=sys.stdout.isatty() and "NO_COLOR" not in os.environ))
     return DeviceError.exit_code if failed else 0
 
 

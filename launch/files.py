@@ -1,9 +1,11 @@
-"""Files that are whole or absent: what every writer of a run folder uses."""
+"""Files that are whole or absent: what every writer of a run folder uses; and where this checkout is."""
 
 import json
 import os
 from pathlib import Path
 from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]  # of this checkout
 
 
 def replace_file(path: Path, content: bytes, *, durable: bool = False) -> None:

@@ -139,7 +139,7 @@ def torchrun_name() -> str:
 def start_time(pid: int) -> str:
     """When a process was started, as `20261121-041530`; the present time where /proc does not tell."""
     try:
-        ticks = int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19])
+        ticks = int(stat_of(pid)[19])
         booted = int(re.search(r"^btime (\d+)", Path("/proc/stat").read_text(), re.MULTILINE)[1])  # pyright: ignore
         started = booted + ticks // os.sysconf("SC_CLK_TCK")
     except (OSError, ValueError, IndexError, TypeError):
@@ -161,7 +161,16 @@ def default_run_name(trainer: str, recipe: str) -> str:
 def parent_of(pid: int) -> int | None:
     """The parent of a live process; None if it has ended, or where /proc does not tell."""
     try:
-        state, parent = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[:2]
+        state, parent = stat_of(pid)[:2]
     except (OSError, ValueError):
         return None
     return int(parent) if state not in "ZX" else None
+
+
+def stat_of(pid: int) -> list[str]:
+    """What the kernel tells of a process, from its state on; the command's name before it may hold spaces.
+
+    Raises:
+        OSError: if there is no such process, or no /proc.
+    """
+    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()

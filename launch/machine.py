@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 
 from launch.errors import DeviceError
+from launch.files import ROOT
 from launch.launcher import Launch
 
 
@@ -115,9 +116,8 @@ def environment_record() -> dict[str, Any]:
 
 def git_commit() -> str | None:
     """The commit of this checkout, with `-dirty` if files differ from it; None outside git."""
-    here = Path(__file__).resolve().parent
     try:
-        found = subprocess.run(["git", "describe", "--always", "--dirty", "--abbrev=40"], cwd=here, timeout=10,
+        found = subprocess.run(["git", "describe", "--always", "--dirty", "--abbrev=40"], cwd=ROOT, timeout=10,
                                capture_output=True, text=True, check=True)
     except (OSError, subprocess.SubprocessError):
         return None

@@ -35,14 +35,14 @@ SIGNALS = ("SIGTERM", "SIGINT", "SIGUSR1")
 
 
 def main() -> int:
-    """Meet, start torchrun, pass on the first stop signal, and return torchrun's exit code."""
+    """Wait for the other nodes, start torchrun, pass on the first stop signal, and return torchrun's exit code."""
     options = parse()
     host, _, port = options.rendezvous.rpartition(":")
     node = int(os.environ.get("SLURM_NODEID", "0"))
     address = address_among([host, host_names(os.environ.get("SLURM_STEP_NODELIST") or host)[0 if node else -1]])
     if options.nodes.isdigit() and int(options.nodes) > 1:
         try:
-            meet(host, int(port), node=node, num_nodes=int(options.nodes), token=options.id)
+            wait_for_nodes(host, int(port), node=node, num_nodes=int(options.nodes), token=options.id)
         except OSError as error:
             to_stderr(explain(error, options.rendezvous, node, address))
             return DistributedError.exit_code
@@ -78,7 +78,7 @@ def torchrun_flags(options: argparse.Namespace, address: str, is_host: bool) -> 
     ]
 
 
-def meet(host: str, port: int, *, node: int, num_nodes: int, token: str) -> None:
+def wait_for_nodes(host: str, port: int, *, node: int, num_nodes: int, token: str) -> None:
     """Return when all nodes have shown that they can connect to the first. The port is free again afterwards.
 
     Raises:

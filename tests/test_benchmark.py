@@ -11,7 +11,7 @@ from launch.bench.compare import comparison_cells, differences, judgement
 from launch.bench.runs import Job, last_words, plan, rotated
 from launch.bench.setups import Hardware, command, everything, parse_setup, powers_up_to, why_not
 from launch.bench.summary import summarise, warnings_of
-from launch.bench.table import as_text, markdown_report, speed_cells, terminal_report
+from launch.bench.table import as_text, markdown_page, speed_cells, terminal_page
 from launch.errors import UsageError
 
 LAPTOP = Hardware(cores=4, gpu_names=())
@@ -226,7 +226,7 @@ def test_the_report_is_shown_as_text_as_markdown_and_as_a_picture(tmp_path: Path
     planned = jobs("cpu:1", "cpu:2", scaling="both")
     runs = [run for job in planned for run in runs_of(job, figures(100.0, ranks=job.setup.ranks))]
     report = report_of(summarise(planned, runs, baseline=None))
-    for text in (terminal_report(report), markdown_report(report)):
+    for text in (terminal_page(report), markdown_page(report)):
         for expected in ("cpu:2", "communication", "gpu:1", "look out", "200.00 ms"):
             assert expected in text
     draw(report, tmp_path / "benchmark.png")

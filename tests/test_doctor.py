@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from launch.checks.job import check_port, job_findings
-from launch.checks.machine import as_numbers, check_cores, required_versions
-from launch.checks.ranks import check_devices_of, gathered
+from launch.checks.job import job_findings, port_finding
+from launch.checks.machine import as_numbers, cores_finding, required_versions
+from launch.checks.ranks import gathered, rank_devices_finding
 from launch.launcher import Launch
 from launch.machine import usable_cores
 from tests.helpers.processes import ROOT, Finished, execute
@@ -113,15 +113,15 @@ def test_launcher_variables_that_are_no_numbers_are_a_finding(tmp_path: Path):
 
 def test_ranks_that_share_a_gpu_fail_under_nccl_and_are_warned_of_under_gloo():
     ranks = [record(0, uuid="GPU-x"), record(1, uuid="GPU-x"), record(2)]
-    assert check_devices_of(ranks, "auto").state == "FAIL"
-    assert "ranks 0, 1 share GPU-x" in check_devices_of(ranks, "auto").text
-    assert check_devices_of(ranks, "gloo").state == "WARN"
-    assert check_devices_of([record(0), record(1)], "auto").state == "OK"
+    assert rank_devices_finding(ranks, "auto").state == "FAIL"
+    assert "ranks 0, 1 share GPU-x" in rank_devices_finding(ranks, "auto").text
+    assert rank_devices_finding(ranks, "gloo").state == "WARN"
+    assert rank_devices_finding([record(0), record(1)], "auto").state == "OK"
 
 
 def test_a_rank_without_a_gpu_is_named_with_its_host():
     broken = record(9, host="b", device=None, uuid=None, problem="local rank 9 has no GPU; start 8 ranks")
-    found = check_devices_of([record(0), broken], "auto")
+    found = rank_devices_finding([record(0), broken], "auto")
     assert (found.state, found.fix) == ("FAIL", "start 8 ranks")
     assert "rank 9 on b" in found.text
 
@@ -136,10 +136,10 @@ def test_of_another_node_only_trouble_is_shown_and_with_its_name():
 def test_more_threads_than_cores_is_a_warning_with_the_number_that_fits():
     ranks = 2
     launch = Launch(launcher="slurm", world_size=ranks, local_world_size=ranks)
-    found = check_cores(launch, {"OMP_NUM_THREADS": str(usable_cores() + 1)})
+    found = cores_finding(launch, {"OMP_NUM_THREADS": str(usable_cores() + 1)})
     assert found.state == "WARN"
     assert f"OMP_NUM_THREADS={max(1, usable_cores() // ranks)}" in found.fix
-    assert check_cores(Launch(), {"OMP_NUM_THREADS": "1"}).state == "OK"
+    assert cores_finding(Launch(), {"OMP_NUM_THREADS": "1"}).state == "OK"
 
 
 def test_a_port_in_use_is_told_from_a_free_one():
@@ -147,8 +147,8 @@ def test_a_port_in_use_is_told_from_a_free_one():
         holder.bind(("", 0))
         holder.listen()
         port = holder.getsockname()[1]
-        assert check_port(Launch(port=port)).state == "WARN"
-    assert check_port(Launch(port=port)).state == "OK"
+        assert port_finding(Launch(port=port)).state == "WARN"
+    assert port_finding(Launch(port=port)).state == "OK"
 
 
 def test_plain_python_inside_a_slurm_job_is_a_warning():

@@ -11,18 +11,19 @@ PHASES = {"forward_backward": ("forward + backward", "#4878a8"), "communication"
           "optimizer": ("optimizer", "#e6a23c"), "data": ("waiting for data", "#9aa5b1")}
 
 
-def draw(report: dict[str, Any], path: Path) -> None:
+def draw(results: dict[str, Any], path: Path) -> None:
     """Write the PNG; matplotlib is loaded only here."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    rows = [row for row in report["rows"] if row["samples_per_second"]]
+    rows = [row for row in results["rows"] if row["samples_per_second"]]
     curves = curves_of(rows)
     height = max(4.2, 2.2 + 0.45 * len(rows))
     figure = Figure(figsize=(15 if curves else 11, height), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots(1, 3 if curves else 2, width_ratios=[1.2, 1, 1][: 3 if curves else 2], squeeze=False)[0]
-    figure.suptitle(f"{report['model']}, {report['trainer']} trainer, torch {report['machine']['torch']}", fontsize=11)
+    figure.suptitle(f"{results['model']}, {results['trainer']} trainer, torch {results['machine']['torch']}",
+                    fontsize=11)
     draw_bars(axes[0], rows)
     draw_steps(axes[1], rows)
     if curves:

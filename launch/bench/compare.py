@@ -10,20 +10,20 @@ from launch.errors import UsageError
 FORMAT = 1
 
 
-def read_report(path: Path) -> dict[str, Any]:
+def read_results(path: Path) -> dict[str, Any]:
     """A benchmark.json.
 
     Raises:
         UsageError: if it is none.
     """
     try:
-        report = json.loads(path.read_text())
+        results = json.loads(path.read_text())
     except (OSError, ValueError) as error:
         raise UsageError(f"{path}: cannot be read as a benchmark.json ({error}); give one that launch/benchmark.py "
                          f"wrote") from None
-    if not isinstance(report, dict) or report.get("format") != FORMAT or "rows" not in report:
+    if not isinstance(results, dict) or results.get("format") != FORMAT or "rows" not in results:
         raise UsageError(f"{path}: is no benchmark.json of format {FORMAT}; give one that launch/benchmark.py wrote")
-    return report
+    return results
 
 
 def comparison_cells(old: dict[str, Any], new: dict[str, Any]) -> list[list[str]]:

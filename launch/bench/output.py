@@ -1,12 +1,11 @@
-"""The files of a benchmark, tried before anything is run, and what is printed."""
+"""The files of a benchmark, tried before anything is run, and written after every run."""
 
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
 from launch.bench.charts import draw
-from launch.bench.table import markdown_report
+from launch.bench.table import markdown_page
 from launch.errors import UsageError
 from launch.files import replace_file
 
@@ -31,19 +30,13 @@ def check_output_dir(folder: Path) -> None:
         raise UsageError(f"--output-dir {folder}: cannot be written ({error.strerror}); choose another") from None
 
 
-def write_report(report: dict[str, Any], folder: Path) -> None:
+def write_results(results: dict[str, Any], folder: Path) -> None:
     """benchmark.json, whole at any time."""
-    replace_file(folder / "benchmark.json", (json.dumps(report, indent=1) + "\n").encode())
+    replace_file(folder / "benchmark.json", (json.dumps(results, indent=1) + "\n").encode())
 
 
-def write_pictures(report: dict[str, Any], folder: Path) -> None:
+def write_pictures(results: dict[str, Any], folder: Path) -> None:
     """benchmark.md and benchmark.png."""
-    replace_file(folder / "benchmark.md", markdown_report(report).encode())
-    if any(row["samples_per_second"] for row in report["rows"]):
-        draw(report, folder / "benchmark.png")
-
-
-def say(text: str) -> None:
-    """Print to stdout."""
-    sys.stdout.write(text + "\n")
-    sys.stdout.flush()
+    replace_file(folder / "benchmark.md", markdown_page(results).encode())
+    if any(row["samples_per_second"] for row in results["rows"]):
+        draw(results, folder / "benchmark.png")

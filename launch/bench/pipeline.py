@@ -8,11 +8,10 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from launch.bench.output import say
-from launch.bench.runs import note
-from launch.bench.setups import ROOT, Hardware
+from launch.bench.setups import Hardware
 from launch.bench.table import as_markdown, as_text
-from launch.files import replace_file
+from launch.errors import say, to_stderr
+from launch.files import ROOT, replace_file
 
 SCRIPT = ROOT / "datasets" / "pipeline_speed.py"
 START_SECONDS = 120  # for torch to be imported and workers to start on a slow disk
@@ -37,14 +36,14 @@ def benchmark_pipeline(output_dir: Path, *, rounds: int, seconds: float, batch_s
                 else:
                     rates.setdefault(name, []).append(rate)
                 shown = rate if isinstance(rate, str) else f"{rate:,.0f} images/s"
-                note(f"round {number + 1} of {rounds}, {name}: {shown}")
+                to_stderr(f"round {number + 1} of {rounds}, {name}: {shown}")
     except KeyboardInterrupt:
-        note("stopped: finished runs are kept")
+        to_stderr("stopped: finished runs are kept")
         errors.append("stopped by Ctrl-C")
     rows = [row(name, rates[name]) for name in names if name in rates]
-    report = {"format": 1, "batch_size": batch_size, "machine": hardware.record(), "rows": rows, "errors": errors}
+    results = {"format": 1, "batch_size": batch_size, "machine": hardware.record(), "rows": rows, "errors": errors}
     cells = pipeline_cells(rows)
-    replace_file(output_dir / "pipeline.json", (json.dumps(report, indent=1) + "\n").encode())
+    replace_file(output_dir / "pipeline.json", (json.dumps(results, indent=1) + "\n").encode())
     replace_file(output_dir / "pipeline.md", f"# Input pipeline\n\n{as_markdown(cells)}\n".encode())
     say(f"\nrandom crop, flip and normalise of 32x32 images, batch {batch_size}, one thread a process\n\n"
         f"{as_text(cells)}\n\nwritten to {output_dir}/pipeline.json, .md")

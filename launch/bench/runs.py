@@ -15,6 +15,7 @@ from typing import Any, Literal
 from tqdm import tqdm
 
 from launch.bench.setups import Setup, command, environment
+from launch.errors import to_stderr
 
 FEWEST_STEPS, MOST_STEPS = 10, 2000
 CALIBRATION = "3:10"  # steps left out, steps timed: enough for the order of magnitude that is asked of it
@@ -128,7 +129,7 @@ def calibrate(jobs: Sequence[Job], *, steps: int | None, warmup_steps: int | Non
     if steps is None:
         steps = FEWEST_STEPS
         for job in jobs:
-            note("calibrating: how many steps to time")
+            to_stderr("calibrating: how many steps to time")
             figures = run_job(job, trainer, flags, steps=CALIBRATION, threads=threads,
                               timeout_seconds=timeout_seconds)["benchmark"]
             if figures is not None:
@@ -154,7 +155,7 @@ def run_rounds(jobs: Sequence[Job], *, rounds: int, steps: str, trainer: str, fl
                         failed.add(job.key)
                     if result["error"] or not on_terminal:
                         bar.clear()
-                        note(f"round {number + 1} of {rounds}, {job.setup.name}, batch {job.batch_size}: "
+                        to_stderr(f"round {number + 1} of {rounds}, {job.setup.name}, batch {job.batch_size}: "
                              f"{outcome(result)}")
                     yield result
                 bar.update()
@@ -165,9 +166,3 @@ def outcome(result: dict[str, Any]) -> str:
     if result["error"]:
         return f"failed ({result['error']})"
     return f"{result['benchmark']['samples_per_second']:,.0f} samples/s, {result['wall_seconds']:.0f} s in all"
-
-
-def note(text: str) -> None:
-    """A line about the progress."""
-    sys.stderr.write(text + "\n")
-    sys.stderr.flush()

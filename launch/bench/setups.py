@@ -14,20 +14,19 @@ import re
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Literal, cast
 
 import torch
 
 from launch.command_line import nearest
 from launch.errors import UsageError
+from launch.files import ROOT
 from launch.machine import processor, usable_cores
 
 Kind = Literal["cpu", "gpu", "dp", "ddp"]
 Precision = Literal["fp32", "bf16", "fp16"]
 KINDS = ("cpu", "gpu", "dp", "ddp")
 OPTIONS = ("bf16", "fp16", "channels-last", "compile", "gloo", "threads=2")
-ROOT = Path(__file__).resolve().parents[2]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -155,7 +154,7 @@ def threads_of(setup: Setup, threads: int) -> int:
     return setup.threads or threads
 
 
-def check_cores(setups: Sequence[Setup], hardware: Hardware, threads: int) -> list[str]:
+def core_warnings(setups: Sequence[Setup], hardware: Hardware, threads: int) -> list[str]:
     """A warning for each CPU set-up that wants more cores than there are; it runs all the same."""
     wants = {setup.name: setup.ranks * threads_of(setup, threads) for setup in setups if setup.kind == "cpu"}
     return [f"{name}: {want} threads on {hardware.cores} cores; they take turns"

@@ -68,24 +68,24 @@ def as_markdown(cells: Cells) -> str:
     return "\n".join([lines[0], "|" + "---|" + "---:|" * (len(cells[0]) - 1), *lines[1:]])
 
 
-def terminal_report(report: dict[str, Any]) -> str:
+def terminal_page(results: dict[str, Any]) -> str:
     """All that a person needs from one benchmark.json."""
     return "\n\n".join(part for part in (
-        headline(report), as_text(speed_cells(report["rows"], report["baseline"])),
-        "Where a step goes (per rank; * = the machine was busy)\n\n" + as_text(step_cells(report["rows"])),
-        "\n".join(f"not run: {one['setup']}: {one['why']}" for one in report["not_run"]),
-        "\n".join(f"WARNING: {line}" for line in report["warnings"]),
+        headline(results), as_text(speed_cells(results["rows"], results["baseline"])),
+        "Where a step goes (per rank; * = the machine was busy)\n\n" + as_text(step_cells(results["rows"])),
+        "\n".join(f"not run: {one['setup']}: {one['why']}" for one in results["not_run"]),
+        "\n".join(f"WARNING: {line}" for line in results["warnings"]),
     ) if part)
 
 
-def markdown_report(report: dict[str, Any]) -> str:
+def markdown_page(results: dict[str, Any]) -> str:
     """benchmark.md."""
     return "\n\n".join([
-        "# Benchmark", headline(report), f"    {report['command']}",
-        as_markdown(speed_cells(report["rows"], report["baseline"])), "## Where a step goes",
-        as_markdown(step_cells(report["rows"])), "![bars and scaling curves](benchmark.png)",
-        *([f"Not run: {'; '.join(f'{one_setup(one)}' for one in report['not_run'])}."] if report["not_run"] else []),
-        *(f"**Warning:** {line}" for line in report["warnings"]),
+        "# Benchmark", headline(results), f"    {results['command']}",
+        as_markdown(speed_cells(results["rows"], results["baseline"])), "## Where a step goes",
+        as_markdown(step_cells(results["rows"])), "![bars and scaling curves](benchmark.png)",
+        *([f"Not run: {'; '.join(f'{one_setup(one)}' for one in results['not_run'])}."] if results["not_run"] else []),
+        *(f"**Warning:** {line}" for line in results["warnings"]),
     ]) + "\n"
 
 
@@ -94,11 +94,11 @@ def one_setup(missing: dict[str, Any]) -> str:
     return f"{missing['setup']} ({missing['why']})"
 
 
-def headline(report: dict[str, Any]) -> str:
+def headline(results: dict[str, Any]) -> str:
     """What was measured, on what, and how."""
-    machine, method = report["machine"], report["method"]
+    machine, method = results["machine"], results["method"]
     gpus = f", {len(machine['gpus'])} x {machine['gpus'][0]}" if machine["gpus"] else ""
-    return (f"{report['model']} ({report['trainer']}, {report['dataset']}) on {machine['processor']}, "
+    return (f"{results['model']} ({results['trainer']}, {results['dataset']}) on {machine['processor']}, "
             f"{machine['cores']} cores{gpus}, torch {machine['torch']}\n"
             f"{method['steps']} steps timed after {method['warmup_steps']}, median of {method['rounds']} rounds in "
             f"rotating order, {method['threads']} thread{'s' * (method['threads'] > 1)} per rank unless named")

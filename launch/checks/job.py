@@ -18,10 +18,10 @@ SHOWN_VARIABLES = (  # an allow-list: tokens and passwords live in the environme
 
 def job_findings(launch: Launch, environ: Mapping[str, str] = os.environ) -> list[Finding]:
     """The launcher's variables, this machine's name, the port."""
-    return [*check_launcher(launch, environ), check_address(launch), check_port(launch)]
+    return [*launcher_findings(launch, environ), address_finding(launch), port_finding(launch)]
 
 
-def check_launcher(launch: Launch, environ: Mapping[str, str]) -> list[Finding]:
+def launcher_findings(launch: Launch, environ: Mapping[str, str]) -> list[Finding]:
     """Which launcher's variables would be followed, and those that are set."""
     chosen = {"torchrun": "torchrun", "slurm": "srun", "none": "none, one process"}[launch.launcher]
     text = f"{chosen}: rank {launch.rank} of {launch.world_size}"
@@ -36,7 +36,7 @@ def check_launcher(launch: Launch, environ: Mapping[str, str]) -> list[Finding]:
     return [*found, ok("variables", " ".join(shown) or "none of torchrun's or Slurm's is set")]
 
 
-def check_address(launch: Launch) -> Finding:
+def address_finding(launch: Launch) -> Finding:
     """What this machine's name means to itself; other nodes need an address that is not the loopback's."""
     name, several_nodes = socket.gethostname(), launch.world_size > launch.local_world_size
     try:
@@ -54,7 +54,7 @@ def check_address(launch: Launch) -> Finding:
     return ok("host name", f"{text}{' (enough for one node)' if address.startswith('127.') else ''}")
 
 
-def check_port(launch: Launch) -> Finding:
+def port_finding(launch: Launch) -> Finding:
     """Whether the port at which ranks meet is free, as long as nobody of this job has opened it."""
     if launch.launcher != "none":
         return ok("port", f"{launch.port}: this job's")

@@ -1,6 +1,6 @@
 """What launch/doctor.py finds out about one machine: software, devices, cores, memory and disk.
 
-Every check returns findings and raises nothing: the page must be complete where things are broken.
+Nothing here raises: the page must be complete where things are broken.
 """
 
 import os
@@ -18,11 +18,10 @@ import torch.cuda.nccl as cuda_nccl
 import torch.distributed as dist
 
 from launch.checks.finding import Finding, fail, ok, warn
-from launch.files import replace_file
+from launch.files import ROOT, replace_file
 from launch.launcher import Launch
 from launch.machine import choose_threads, gpu_uuid, processor, usable_cores
 
-ROOT = Path(__file__).resolve().parents[2]
 GIB = 2**30
 LEAST_SHM_BYTES = GIB  # docker gives 64 MiB, and a DataLoader worker that outgrows it dies of SIGBUS
 LEAST_DISK_BYTES = 5 * GIB  # some ResNet checkpoints with optimizer state; WARN only
@@ -31,18 +30,18 @@ SLOW_FSYNC_SECONDS = 1.0  # a checkpoint waits for four
 
 def machine_findings(launch: Launch, output_dir: Path, environ: Mapping[str, str] = os.environ) -> list[Finding]:
     """The whole page for this process's machine, in the order in which things go wrong."""
-    checks: list[Callable[[], Finding | list[Finding]]] = [
-        check_versions, check_devices, check_backends, lambda: check_cores(launch, environ), check_shared_memory,
-        lambda: check_output(output_dir),
+    parts: list[Callable[[], Finding | list[Finding]]] = [
+        versions_finding, device_findings, backends_finding, lambda: cores_finding(launch, environ),
+        shared_memory_finding, lambda: output_finding(output_dir),
     ]
     found = []
-    for check in checks:
-        result = check()
+    for part in parts:
+        result = part()
         found += result if isinstance(result, list) else [result]
     return found
 
 
-def check_versions() -> Finding:
+def versions_finding() -> Finding:
     """Python, and each dependency of pyproject.toml at the version it asks for."""
     python = f"python {sys.version.split()[0]}"
     versions, wrong = [python], []
@@ -71,17 +70,17 @@ def as_numbers(version: str) -> tuple[int, ...]:
     return tuple(int(part) for part in re.findall(r"\d+", version.partition("+")[0])[:3])
 
 
-def check_devices() -> list[Finding]:
+def device_findings() -> list[Finding]:
     """Every visible GPU: name, UUID, free memory, and whether a kernel runs on it."""
     if not torch.cuda.is_available():
         if Path("/dev/nvidiactl").exists():
             return [fail("devices", f"an NVIDIA driver is loaded, but torch {torch.__version__} finds no CUDA device",
                          "update the driver, or install the torch build for it; see CUDA_VISIBLE_DEVICES too")]
         return [ok("devices", f"{processor()}; no GPU, training runs on the CPU")]
-    return [check_gpu(index) for index in range(torch.cuda.device_count())]
+    return [gpu_finding(index) for index in range(torch.cuda.device_count())]
 
 
-def check_gpu(index: int) -> Finding:
+def gpu_finding(index: int) -> Finding:
     """One GPU."""
     name = f"gpu {index}"
     try:
@@ -97,7 +96,7 @@ def check_gpu(index: int) -> Finding:
     return ok(name, text)
 
 
-def check_backends() -> Finding:
+def backends_finding() -> Finding:
     """The libraries that average gradients: gloo on CPUs, NCCL between GPUs."""
     if not dist.is_available() or not dist.is_gloo_available():
         return fail("backends", "this torch build has no gloo", "install torch from pytorch.org; one process works")
@@ -108,7 +107,7 @@ def check_backends() -> Finding:
     return ok("backends", f"gloo, NCCL {'.'.join(map(str, cuda_nccl.version()))}")
 
 
-def check_cores(launch: Launch, environ: Mapping[str, str]) -> Finding:
+def cores_finding(launch: Launch, environ: Mapping[str, str]) -> Finding:
     """Whether the threads of this node's ranks fit onto the cores that they may use."""
     cores, threads, ranks = usable_cores(), choose_threads(None, launch, environ), launch.local_world_size
     text = f"{cores} of {os.cpu_count()} usable; {ranks} rank{'s' * (ranks > 1)} here x {threads} threads"
@@ -118,7 +117,7 @@ def check_cores(launch: Launch, environ: Mapping[str, str]) -> Finding:
     return ok("cores", text)
 
 
-def check_shared_memory() -> Finding:
+def shared_memory_finding() -> Finding:
     """DataLoader workers hand their batches over through /dev/shm."""
     if not os.path.isdir("/dev/shm"):
         return ok("/dev/shm", "this system has none and does not need it")
@@ -129,7 +128,7 @@ def check_shared_memory() -> Finding:
     return ok("/dev/shm", text)
 
 
-def check_output(output_dir: Path) -> Finding:
+def output_finding(output_dir: Path) -> Finding:
     """Free space where the runs are kept, and whether a file can be replaced and synced there; leaves nothing."""
     check = "--output-dir"
     folder = output_dir.absolute()

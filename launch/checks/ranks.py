@@ -14,8 +14,8 @@ from typing import Any
 import torch
 
 from launch.checks.finding import Finding, fail, ok, warn
-from launch.checks.machine import ROOT
 from launch.errors import DeviceError, DistributedError, user_line
+from launch.files import ROOT
 from launch.launcher import Launch
 from launch.machine import choose_backend, choose_device, choose_threads, git_commit, gpu_uuid
 from launch.process_group import World, barrier, gather, process_group, time_all_reduce
@@ -38,8 +38,8 @@ def ranks_findings(launch: Launch, mine: list[Finding], *, device: str, backend:
             ranks = gather(world, rank_record(launch, device))
             lines = [asdict(finding) for finding in mine] if launch.local_rank == 0 else []
             machines = gather(world, lines)
-            found = [check_devices_of(ranks, backend), check_code(ranks), check_clocks(world, ranks)]
-            found.append(check_all_reduce(world, ranks, device, backend, found[0]))
+            found = [rank_devices_finding(ranks, backend), code_finding(ranks), clocks_finding(world, ranks)]
+            found.append(all_reduce_finding(world, ranks, backend, found[0]))
     except (DistributedError, RuntimeError) as error:
         text = (user_line(error) or str(error)).removeprefix("ERROR distributed: ")
         where, _, fix = text.partition("; ")
@@ -77,7 +77,7 @@ def gathered(machines: list[list[dict[str, Any]]], ranks: list[dict[str, Any]]) 
     return found
 
 
-def check_devices_of(ranks: list[dict[str, Any]], backend: str) -> Finding:
+def rank_devices_finding(ranks: list[dict[str, Any]], backend: str) -> Finding:
     """Every rank has a device, and none has that of another."""
     for record in ranks:
         if record["problem"]:
@@ -104,7 +104,7 @@ def shared_gpus(ranks: list[dict[str, Any]]) -> dict[str, list[int]]:
     return {uuid: held_by for uuid, held_by in owners.items() if len(held_by) > 1}
 
 
-def check_code(ranks: list[dict[str, Any]]) -> Finding:
+def code_finding(ranks: list[dict[str, Any]]) -> Finding:
     """The same files and the same torch on every rank."""
     versions: dict[tuple[str, str], list[int]] = {}
     for record in ranks:
@@ -116,7 +116,7 @@ def check_code(ranks: list[dict[str, Any]]) -> Finding:
     return ok("code", f"{ranks[0]['code']} (commit {(ranks[0]['commit'] or 'none')[:12]}) on every rank")
 
 
-def check_clocks(world: World, ranks: list[dict[str, Any]]) -> Finding:
+def clocks_finding(world: World, ranks: list[dict[str, Any]]) -> Finding:
     """How far apart the hosts' clocks are: all are read as a barrier opens, and the best of five readings counts."""
     spreads = []
     for _ in range(5):
@@ -130,7 +130,7 @@ def check_clocks(world: World, ranks: list[dict[str, Any]]) -> Finding:
     return ok("clocks", text)
 
 
-def check_all_reduce(world: World, ranks: list[dict[str, Any]], device: str, backend: str, devices: Finding) -> Finding:
+def all_reduce_finding(world: World, ranks: list[dict[str, Any]], backend: str, devices: Finding) -> Finding:
     """One timed all_reduce, of the size that DDP sends, over the backend that training would use."""
     if devices.state == "FAIL":
         return warn("all_reduce", "not tried: the ranks have no devices of their own", "see rank devices")

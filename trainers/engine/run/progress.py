@@ -1,22 +1,15 @@
 """What a person sees of a run: one bar on a terminal, plain lines elsewhere; on rank 0 only."""
 
 import contextlib
-import os
 import sys
 import time
 from typing import Any
 
 from tqdm import tqdm
 
+from launch.errors import say as say  # also imported from here
+
 LINE_SECONDS = 10.0  # between two plain lines
-
-
-def say(text: str) -> None:
-    """Print to stdout. If the reader has gone away, training goes on and later text is dropped."""
-    try:
-        print(text, flush=True)
-    except (OSError, ValueError):
-        sys.stdout = open(os.devnull, "w")
 
 
 class Progress:
