@@ -1,7 +1,7 @@
 """What the launcher says about this process: torchrun's variables, Slurm's under srun, or none.
 
-torchrun's win over Slurm's, since torchrun is often itself started by srun. The names a restart or a requeue keeps
-come from here too. No device is touched and no connection is made.
+torchrun's win over Slurm's, since torchrun is often itself started by srun. Threads per rank, and the names that a
+restart or a requeue keeps, come from here too. No device is touched, no connection is made, and torch is not imported.
 """
 
 import os
@@ -110,6 +110,45 @@ def expanded(part: str) -> list[str]:
         for number in range(int(first), int(last or first) + 1):
             names += expanded(f"{part[:brackets.start()]}{number:0{len(first)}d}{part[brackets.end():]}")
     return names
+
+
+def usable_cores() -> int:
+    """Cores this process may use: its affinity, or the cgroup's CPU quota where that is smaller."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    try:
+        with open("/sys/fs/cgroup/cpu.max") as file:
+            quota, period = file.read().split()
+        return cores if quota == "max" else max(1, min(cores, int(quota) // int(period)))
+    except (OSError, ValueError):
+        return cores
+
+
+def choose_threads(threads: int | None, launch: Launch, environ: Mapping[str, str] = os.environ) -> int:
+    """Threads per rank: `--threads`, else the user's OMP_NUM_THREADS, else the usable cores shared by the node's ranks.
+
+    torchrun sets OMP_NUM_THREADS=1 for its ranks when the user set nothing, which would leave most of a CPU node
+    idle; the environment torchrun itself was started with tells the two apart.
+    """
+    if threads is not None:
+        return threads
+    asked = environ.get("OMP_NUM_THREADS", "")
+    if asked.isdigit() and int(asked) > 0 and not (launch.launcher == "torchrun" and asked == "1" and not users_omp()):
+        return int(asked)
+    return threads_per_rank(launch.local_world_size)
+
+
+def threads_per_rank(num_ranks: int) -> int:
+    """The usable cores, shared by that many ranks of this node."""
+    return max(1, usable_cores() // num_ranks)
+
+
+def users_omp() -> bool:
+    """Whether OMP_NUM_THREADS was in the environment that this process's parent, torchrun, was started with."""
+    try:
+        with open(f"/proc/{os.getppid()}/environ", "rb") as file:
+            return b"\0OMP_NUM_THREADS=" in b"\0" + file.read()
+    except OSError:
+        return True
 
 
 def job_identity() -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""What this machine offers a rank: its device, backend, cores and threads, and a record of all that."""
+"""What this machine offers a rank: its device and backend, torch's settings for them, and a record of all that."""
 
 import contextlib
 import ctypes
@@ -8,7 +8,6 @@ import re
 import socket
 import subprocess
 import sys
-from collections.abc import Mapping
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -53,40 +52,6 @@ def choose_backend(backend: str, device: torch.device) -> str:
     if backend == "nccl" and (device.type != "cuda" or not dist.is_nccl_available()):
         raise DeviceError(f"--backend nccl: needs CUDA, and the device is {device.type}; use --backend gloo")
     return backend
-
-
-def usable_cores() -> int:
-    """Cores this process may use: its affinity, or the cgroup's CPU quota where that is smaller."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    try:
-        with open("/sys/fs/cgroup/cpu.max") as file:
-            quota, period = file.read().split()
-        return cores if quota == "max" else max(1, min(cores, int(quota) // int(period)))
-    except (OSError, ValueError):
-        return cores
-
-
-def choose_threads(threads: int | None, launch: Launch, environ: Mapping[str, str] = os.environ) -> int:
-    """Threads per rank: `--threads`, else the user's OMP_NUM_THREADS, else the usable cores shared by the node's ranks.
-
-    torchrun sets OMP_NUM_THREADS=1 for its ranks when the user set nothing, which would leave most of a CPU node
-    idle; the environment torchrun itself was started with tells the two apart.
-    """
-    if threads is not None:
-        return threads
-    asked = environ.get("OMP_NUM_THREADS", "")
-    if asked.isdigit() and int(asked) > 0 and not (launch.launcher == "torchrun" and asked == "1" and not users_omp()):
-        return int(asked)
-    return max(1, usable_cores() // launch.local_world_size)
-
-
-def users_omp() -> bool:
-    """Whether OMP_NUM_THREADS was in the environment that this process's parent, torchrun, was started with."""
-    try:
-        with open(f"/proc/{os.getppid()}/environ", "rb") as file:
-            return b"\0OMP_NUM_THREADS=" in b"\0" + file.read()
-    except OSError:
-        return True
 
 
 def keep_freed_memory() -> None:

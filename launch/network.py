@@ -7,11 +7,13 @@ import struct
 import time
 from collections.abc import Iterable
 from contextlib import suppress
-
-import torch.distributed as dist
+from typing import TYPE_CHECKING
 
 from launch.errors import DistributedError
 from launch.launcher import Launch
+
+if TYPE_CHECKING:
+    import torch.distributed as dist
 
 PATHS_SECONDS = 20  # for all ranks to have tried; they have all met a moment before
 

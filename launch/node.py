@@ -24,14 +24,14 @@ if not __package__:
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 from launch.errors import EXIT_DONE, DistributedError, to_stderr
-from launch.launcher import host_names, parent_of
+from launch.launcher import host_names, parent_of, threads_per_rank
 from launch.network import address_among, interface_of, is_loopback
+from launch.stop import SIGNALS, signals_flag
 
 MEETING_SECONDS = 60  # srun starts the nodes together; the slowest has this long
 LINE_SECONDS = 5  # a node that has connected sends its line at once
 LOOK_SECONDS = 5  # between two looks at whether this node is cut off
 CUT_OFF_SECONDS = 30  # without ranks and without a way to the rendezvous: a switch that restarts takes less
-SIGNALS = ("SIGTERM", "SIGINT", "SIGUSR1")
 
 
 def main() -> int:
@@ -49,7 +49,7 @@ def main() -> int:
     is_host = node == 0 if options.nodes.isdigit() else host == options.me
     shown = options.me if address is None or is_loopback(address) else address  # others know a name as something else
     return supervise([sys.executable, "-m", "torch.distributed.run", *torchrun_flags(options, shown, is_host),
-                      *options.command], host, int(port))
+                      *options.command], environment_for(options.command), host, int(port))
 
 
 def parse() -> argparse.Namespace:
@@ -69,13 +69,25 @@ def parse() -> argparse.Namespace:
 def torchrun_flags(options: argparse.Namespace, address: str, is_host: bool) -> list[str]:
     """What makes torchrun meet the other nodes."""
     if options.nodes == "1":
-        return ["--standalone", f"--signals-to-handle={','.join(SIGNALS)}"]
+        return ["--standalone", signals_flag()]
     seconds = f"join_timeout={5 * MEETING_SECONDS},last_call_timeout=15"
     return [
         f"--nnodes={options.nodes}", "--rdzv-backend=c10d", f"--rdzv-endpoint={options.rendezvous}",
         f"--rdzv-id={options.id}", f"--rdzv-conf=is_host={str(is_host).lower()},{seconds}",
-        f"--signals-to-handle={','.join(SIGNALS)}", f"--local-addr={address}",
+        signals_flag(), f"--local-addr={address}",
     ]
+
+
+def environment_for(words: list[str]) -> dict[str, str]:
+    """This environment, with the threads per rank that the ranks would choose: torchrun prints a box where none is set.
+
+    torchrun counts the ranks itself where --nproc-per-node is no number but `gpu` or the like; then nothing is set.
+    """
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--nproc-per-node", "--nproc_per_node", default="1")
+    ranks = parser.parse_known_args(words)[0].nproc_per_node
+    chosen = {"OMP_NUM_THREADS": str(threads_per_rank(int(ranks)))} if ranks.isdecimal() and int(ranks) > 1 else {}
+    return {**chosen, **os.environ}
 
 
 def wait_for_nodes(host: str, port: int, *, node: int, num_nodes: int, token: str) -> None:
@@ -153,7 +165,7 @@ def explain(error: OSError, rendezvous: str, node: int, address: str | None) -> 
     return f"node number {node}, {socket.gethostname()}: cannot meet at {where}: {reason}"
 
 
-def supervise(command: list[str], host: str, port: int) -> int:
+def supervise(command: list[str], environment: dict[str, str], host: str, port: int) -> int:
     """Run torchrun to its end, or until this node has been cut off from the rendezvous and has no ranks any more.
 
     The first stop signal is passed on to it, later ones are dropped: Slurm sends SIGTERM twice when it preempts a job,
@@ -168,9 +180,9 @@ def supervise(command: list[str], host: str, port: int) -> int:
             if process is not None:
                 process.send_signal(number)
 
-    for name in SIGNALS:
-        signal.signal(getattr(signal, name), handle)
-    process = subprocess.Popen(command)
+    for number in SIGNALS:
+        signal.signal(number, handle)
+    process = subprocess.Popen(command, env=environment)
     if passed_on:
         process.send_signal(passed_on[0])  # it came before there was anything to pass it on to
     useful_at = time.monotonic()

@@ -20,14 +20,8 @@ import torch.distributed as dist
 
 from launch.errors import DistributedError, is_users
 from launch.failure import JobFailure, exit_after
-from launch.launcher import Launch, read_launch
-from launch.machine import (
-    choose_backend,
-    choose_device,
-    choose_threads,
-    keep_freed_memory,
-    use_deterministic_kernels,
-)
+from launch.launcher import Launch, choose_threads, read_launch
+from launch.machine import choose_backend, choose_device, keep_freed_memory, use_deterministic_kernels
 from launch.network import check_paths
 from launch.rendezvous import RENDEZVOUS_SECONDS, hosts_store, meet, store_is_hosted_by_torchrun
 from launch.watchdog import Watchdog

@@ -20,7 +20,7 @@ import time
 from collections.abc import Iterator
 from types import FrameType
 
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)  # that ask for a stop; torchrun must be told to pass them on
 POLL_SECONDS = 0.5  # how long a stop may wait for the next agreement
 MOST_STEPS = 64  # between two agreements, so that a step that becomes slow does not delay the next one much
 
@@ -70,7 +70,7 @@ def catch_signals() -> StopRequest:
     if _request.launcher is None:
         _request.launcher = os.getppid()
         atexit.register(ignore_signals)  # first in, so last out: Python then gives back handlers that kill
-    for number in STOP_SIGNALS:
+    for number in SIGNALS:
         signal.signal(number, _request.handle)
     return _request
 
@@ -85,7 +85,7 @@ def signals_caught() -> Iterator[StopRequest]:
     if threading.current_thread() is not threading.main_thread():
         yield _request
         return
-    before = {number: signal.getsignal(number) for number in STOP_SIGNALS}
+    before = {number: signal.getsignal(number) for number in SIGNALS}
     try:
         yield catch_signals()
     finally:
@@ -102,7 +102,7 @@ def stop_request() -> StopRequest:
 
 def ignore_signals() -> None:
     """For DataLoader workers, which must live until their rank has saved; and for a rank at its very end."""
-    for number in STOP_SIGNALS:
+    for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
 
 

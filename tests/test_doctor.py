@@ -11,8 +11,7 @@ import pytest
 from launch.checks.job import job_findings, port_finding
 from launch.checks.machine import as_numbers, cores_finding, required_versions
 from launch.checks.ranks import gathered, rank_devices_finding
-from launch.launcher import Launch
-from launch.machine import usable_cores
+from launch.launcher import Launch, usable_cores
 from tests.helpers.processes import ROOT, Finished, execute
 
 DOCTOR = str(ROOT / "launch" / "doctor.py")

@@ -71,7 +71,7 @@ def run_job(job: Job, trainer: str, flags: Sequence[str], *, steps: str, threads
         words = command(job.setup, trainer, [*flags, "--batch-size", str(job.batch_size), "--measure", steps,
                                              "--output-dir", folder, "--run-name", "run"], threads=threads)
         began = time.perf_counter()
-        error = execute(words, environment(job.setup), Path(folder, "log"), timeout_seconds)
+        error = execute(words, environment(job.setup, threads=threads), Path(folder, "log"), timeout_seconds)
         figures = None if error else read_figures(Path(folder, "run", "result.json"))
     if error is None and figures is None:
         error = "ended well, but left no figures"

@@ -21,7 +21,8 @@ import torch
 from launch.command_line import nearest
 from launch.errors import UsageError
 from launch.files import ROOT
-from launch.machine import processor, usable_cores
+from launch.launcher import usable_cores
+from launch.machine import processor
 
 Kind = Literal["cpu", "gpu", "dp", "ddp"]
 Precision = Literal["fp32", "bf16", "fp16"]
@@ -175,11 +176,16 @@ def command(setup: Setup, trainer: str, flags: Sequence[str], *, threads: int) -
     ]
 
 
-def environment(setup: Setup) -> dict[str, str]:
-    """This environment for the command: no launcher's variables, and for DataParallel just its GPUs."""
+def environment(setup: Setup, *, threads: int) -> dict[str, str]:
+    """This environment for the command: no launcher's variables, and for DataParallel just its GPUs.
+
+    OMP_NUM_THREADS is set for torchrun, which would print a box about it; ranks compute with --threads all the same.
+    """
     launchers = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
     kept = {name: value for name, value in os.environ.items()
             if name not in launchers and not name.startswith(("TORCHELASTIC_", "SLURM_"))}
+    if setup.launched:
+        kept.setdefault("OMP_NUM_THREADS", str(threads_of(setup, threads)))
     if setup.kind == "dp":
         visible = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
         gpus = visible if visible != [""] else [str(index) for index in range(setup.devices)]

@@ -19,8 +19,8 @@ import torch.distributed as dist
 
 from launch.checks.finding import Finding, fail, ok, warn
 from launch.files import ROOT, replace_file
-from launch.launcher import Launch
-from launch.machine import choose_threads, gpu_uuid, processor, usable_cores
+from launch.launcher import Launch, choose_threads, threads_per_rank, usable_cores
+from launch.machine import gpu_uuid, processor
 
 GIB = 2**30
 LEAST_SHM_BYTES = GIB  # docker gives 64 MiB, and a DataLoader worker that outgrows it dies of SIGBUS
@@ -112,7 +112,7 @@ def cores_finding(launch: Launch, environ: Mapping[str, str]) -> Finding:
     cores, threads, ranks = usable_cores(), choose_threads(None, launch, environ), launch.local_world_size
     text = f"{cores} of {os.cpu_count()} usable; {ranks} rank{'s' * (ranks > 1)} here x {threads} threads"
     if ranks * threads > cores:
-        return warn("cores", text, f"set OMP_NUM_THREADS={max(1, cores // ranks)}, start fewer ranks, or ask the "
+        return warn("cores", text, f"set OMP_NUM_THREADS={threads_per_rank(ranks)}, start fewer ranks, or ask the "
                                    f"scheduler for more cores (--cpus-per-task)")
     return ok("cores", text)
 

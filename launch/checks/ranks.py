@@ -16,8 +16,8 @@ import torch
 from launch.checks.finding import Finding, fail, ok, warn
 from launch.errors import DeviceError, DistributedError, user_line
 from launch.files import ROOT
-from launch.launcher import Launch
-from launch.machine import choose_backend, choose_device, choose_threads, git_commit, gpu_uuid
+from launch.launcher import Launch, choose_threads
+from launch.machine import choose_backend, choose_device, git_commit, gpu_uuid
 from launch.process_group import World, barrier, gather, process_group, time_all_reduce
 
 BUCKET_BYTES = 25 * 2**20  # what DistributedDataParallel sends at once by default (bucket_cap_mb)

@@ -1,0 +1,66 @@
+"""How our own commands start torchrun: quietly, with the threads and the signals that the ranks expect."""
+
+import json
+import re
+import sys
+from pathlib import Path
+
+import pytest
+
+from launch.bench.runs import execute as run_benchmarked
+from launch.bench.setups import command, parse_setup
+from launch.bench.setups import environment as benchmark_environment
+from launch.launcher import threads_per_rank
+from launch.stop import signals_flag
+from tests.helpers.processes import ROOT, Finished, execute
+
+BOX = "Setting OMP_NUM_THREADS environment variable"  # of torchrun, where the variable is not set
+DOCTOR = [str(ROOT / "launch" / "doctor.py"), "--json", "--device", "cpu", "--output-dir"]
+
+
+def threads(doctor: Finished) -> list[int]:
+    return [rank["threads"] for rank in json.loads(doctor.out)["ranks"]]
+
+
+@pytest.mark.timeout(120)
+def test_the_quickstart_starts_without_torchruns_box_and_with_all_cores(tmp_path: Path) -> None:
+    done = execute([str(ROOT / "launch" / "quickstart"), "--recipe", "blitz", "--max-steps", "1", "--no-pictures",
+                    "--output-dir", str(tmp_path)], timeout=100)
+    assert done.code == 0, done.err
+    assert BOX not in done.err
+    assert f"world      2 x cpu, {threads_per_rank(2)} threads each" in done.out
+
+
+@pytest.mark.timeout(120)
+def test_a_benchmarked_command_starts_without_torchruns_box(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    setup, log = parse_setup("cpu:2"), tmp_path / "log"
+    words = command(setup, "cifar", ["--help"], threads=1)
+    assert run_benchmarked(words, benchmark_environment(setup, threads=1), log, 100) is None
+    assert "--batch-size" in log.read_text()
+    assert BOX not in log.read_text()
+
+
+@pytest.mark.timeout(180)
+def test_a_node_starts_without_torchruns_box_and_its_ranks_take_as_many_threads_as_under_torchrun(
+        tmp_path: Path) -> None:
+    ranks = ["--nproc-per-node", "2", *DOCTOR, str(tmp_path)]
+    ours = execute([sys.executable, str(ROOT / "launch" / "node.py"), "--nodes", "1", "--rendezvous", "localhost:1",
+                    "--id", "1", "--", *ranks], timeout=80)
+    plain = execute([sys.executable, "-m", "torch.distributed.run", "--standalone", *ranks], timeout=80)
+    assert BOX in plain.err
+    assert BOX not in ours.err
+    assert threads(ours) == threads(plain) == [threads_per_rank(2)] * 2
+
+
+def test_the_readme_names_the_signals_that_a_rank_stops_at() -> None:
+    named = re.findall(r"--signals-to-handle[ =](\S+?)`", (ROOT / "README.md").read_text())
+    assert named
+    assert {f"--signals-to-handle={signals}" for signals in named} == {signals_flag()}
+
+
+@pytest.mark.parametrize("module", ["launch.errors", "launch.launcher", "launch.stop"])
+def test_what_must_start_fast_imports_neither_torch_nor_tyro(module: str) -> None:
+    done = execute([sys.executable, "-c", f"import sys, {module}\nprint({{'torch', 'tyro'}} & set(sys.modules))"],
+                   cwd=ROOT)
+    assert done.out.strip() == "set()", done.err
