@@ -7,7 +7,7 @@
 
 A set-up is `cpu:N` (N gloo ranks), `gpu:1`, `dp:N` (DataParallel) or `ddp:N` (NCCL), with options such as
 `+bf16+channels-last+compile+threads=2` (ddp also `+gloo`). Each is the trainer's own command under python or torchrun,
-one process tree a run, `--rounds` times in rotating order; warm-up steps are left out and nothing is estimated.
+one process tree per run, `--rounds` times in rotating order; warm-up steps are left out and nothing is estimated.
 `--batch-size` is the global batch of strong scaling, and `--rank-batch-size` what each device gets in weak scaling.
 
 Written to --output-dir: benchmark.md, benchmark.png, and benchmark.json, after every run:
@@ -65,7 +65,7 @@ class BenchmarkConfig:
     dataset: str = "synthetic"
     """The trainer's --dataset."""
     learning_rate: float = 0.01
-    """High enough for set-ups that learn something else to be found out, and too low for rounding to grow."""
+    """High enough to expose a set-up that learns something else, and too low for rounding errors to grow."""
     trainer_flags: str = ""
     """More flags for every command, as one string after =, as in --trainer-flags="--width 64 --optimizer adam"."""
     batch_size: int = 128
@@ -79,9 +79,9 @@ class BenchmarkConfig:
     threads: int = 1
     """Threads per rank, unless a set-up has +threads=T."""
     rounds: int = 7
-    """Times that each set-up is run."""
+    """How often each set-up is run."""
     seconds: float = 2.5
-    """About how long each timed window takes on the first set-up: from this follow the steps, the same for all."""
+    """About how long each timed window takes on the first set-up; gives the number of steps, the same for all."""
     steps: int | None = None
     """Steps to time, instead of --seconds."""
     warmup_steps: int | None = None
@@ -97,7 +97,7 @@ class BenchmarkConfig:
     pipeline: bool = False
     """Compare ways to load and augment images instead of set-ups."""
     timeout: float = 1800
-    """Seconds after which one run is given up."""
+    """Seconds after which a run is ended as failed."""
 
 
 def main(config: BenchmarkConfig) -> int:
@@ -214,7 +214,7 @@ def measure_all(config: BenchmarkConfig, jobs: list[Job], results: dict[str, Any
 
 
 def show_comparison(old: dict[str, Any] | None, new: dict[str, Any]) -> None:
-    """The ratios of `--compare`, if there is anything to compare."""
+    """Print the ratios of `--compare`, if there is anything to compare."""
     if old is None or "rows" not in new:
         return
     for difference in differences(old, new):

@@ -75,7 +75,7 @@ def main(config: DoctorConfig) -> int:
 
 
 def page(findings: list[Finding], ranks: list[dict[str, Any]], *, color: bool) -> str:
-    """The findings as lines, each fix under its finding, then a line a rank and a summary."""
+    """The findings as lines, each fix under its finding, then one line per rank and a summary."""
     lines = [f"doctor on {socket.gethostname()}", ""]
     width = max(len(finding.check) for finding in findings)
     for finding in findings:
@@ -91,7 +91,7 @@ def page(findings: list[Finding], ranks: list[dict[str, Any]], *, color: bool) -
 
 
 def rank_table(ranks: list[dict[str, Any]]) -> list[str]:
-    """One line a rank: where it runs and on what."""
+    """One line per rank: where it runs and on what."""
     host_width = max(len(record["host"]) for record in ranks)
     lines = [f"  {'rank':>4}  {'local':>5}  {'host':{host_width}}  {'device':8}  {'threads':>7}  uuid"]
     for record in ranks:

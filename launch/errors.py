@@ -5,7 +5,7 @@ import os
 import sys
 
 EXIT_DONE = 0
-EXIT_PREEMPTED = 75  # EX_TEMPFAIL of sysexits.h: the same command, run again, goes on
+EXIT_PREEMPTED = 75  # EX_TEMPFAIL of sysexits.h: the same command, run again, resumes
 
 
 class RunError(Exception):

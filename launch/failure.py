@@ -55,7 +55,7 @@ class JobFailure:
         self._launcher = (stop_request().launcher or os.getppid()) if has_launcher else None
         self._claimed = threading.Lock()  # taken once: this process prints at most one error
         self._another_failed_at: float | None = None
-        self._node_token: socket.socket | None = None
+        self._node_token: socket.socket | None = None  # held until the process ends
 
     def launcher_died(self) -> bool:
         """Whether the process that started this one is gone: it has then been given another parent."""
@@ -78,11 +78,17 @@ class JobFailure:
         return self._claimed.acquire(blocking=False)
 
     def claim_on_this_node(self, port: int) -> bool:
-        """Whether this rank speaks for its node, where no rank has reached the store."""
-        self._node_token = claim_this_node(port)  # held until the exit
-        if self._node_token is not None:
-            time.sleep(1)  # the others, which wait just as long, find that it is taken
-        return self._node_token is not None
+        """Whether this rank speaks for its node, where no rank has reached the store.
+
+        An abstract Unix socket (Linux) can be bound once, until it is closed or its process ends.
+        """
+        self._node_token = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+        try:
+            self._node_token.bind(f"\0torchrun-trainers-{os.getuid()}-{port}")
+        except OSError:
+            return False
+        time.sleep(1)  # the others, which wait just as long, find that it is taken
+        return True
 
     def leave(self, error: Exception, *, step: int) -> None:
         """Exit after an error, with its line if this rank is the first to fail, and else quietly.
@@ -169,20 +175,6 @@ def exit_after(seconds: float, code: int) -> Iterator[None]:
         yield
     finally:
         last_resort.cancel()
-
-
-def claim_this_node(port: int) -> socket.socket | None:
-    """A token that one rank of the job gets on each node: for ranks that cannot reach the store. None for the others.
-
-    An abstract Unix socket (Linux) can be bound once, until it is closed or its process ends.
-    """
-    token = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
-    try:
-        token.bind(f"\0torchrun-trainers-{os.getuid()}-{port}")
-    except OSError:
-        token.close()
-        return None
-    return token
 
 
 class LostPeer(DistributedError):

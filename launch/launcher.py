@@ -207,9 +207,5 @@ def parent_of(pid: int) -> int | None:
 
 
 def stat_of(pid: int) -> list[str]:
-    """What the kernel tells of a process, from its state on; the command's name before it may hold spaces.
-
-    Raises:
-        OSError: if there is no such process, or no /proc.
-    """
+    """What the kernel tells of a process, from its state on (the command's name before it may hold spaces)."""
     return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()

@@ -90,7 +90,7 @@ def git_commit() -> str | None:
 
 
 def gpu_uuid(index: int) -> str:
-    """The name of the piece of hardware, the same in every process, as nvidia-smi -L prints it."""
+    """The GPU's own name, the same in every process, as nvidia-smi -L prints it."""
     return f"GPU-{torch.cuda.get_device_properties(index).uuid}"
 
 

@@ -1,4 +1,4 @@
-"""Which network interface of this machine leads to another host, and whether one port can be reached."""
+"""Which network interface leads to the other nodes: gloo is told, and every rank tries its path to the next rank."""
 
 import fcntl
 import os
@@ -49,15 +49,10 @@ def address_among(hosts: Iterable[str]) -> str | None:
 
 def interface_of(address: str | None) -> str | None:
     """The name of the interface that holds an address, or None if none does (Linux only)."""
-    for name in interfaces():
+    for _, name in socket.if_nameindex():
         if address is not None and interface_address(name) == address:
             return name
     return None
-
-
-def interfaces() -> list[str]:
-    """The names of this machine's network interfaces."""
-    return [name for _, name in socket.if_nameindex()]
 
 
 def interface_address(name: str) -> str | None:
@@ -98,9 +93,9 @@ def choose_interface(launch: Launch) -> None:
 
 
 def check_paths(store: "dist.Store", launch: Launch) -> None:
-    """Let every rank open a port on its interface and connect to that of the next; all learn what rank 0 collects.
+    """Let every rank open a port on its interface and connect to that of the next; all raise what rank 0 collects.
 
-    Costs a connection and a few store entries a rank; rank 0 reads one entry of each. One node needs no check.
+    Costs one connection and a few store entries per rank; rank 0 reads one entry of each. One node needs no check.
 
     Raises:
         DistributedError: on every rank, saying which host cannot reach which address, port and interface.
@@ -126,7 +121,8 @@ def own_problem(name: str, address: str | None) -> str:
     """What is wrong with this rank's own interface; empty if nothing is."""
     host = socket.gethostname()
     if address is None:
-        return f"{host} has no interface {name} with an IPv4 address (it has {', '.join(interfaces())})"
+        names = ", ".join(name for _, name in socket.if_nameindex())
+        return f"{host} has no interface {name} with an IPv4 address (it has {names})"
     return f"{host} cannot be reached by other nodes at {address}" if is_loopback(address) else ""
 
 

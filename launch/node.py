@@ -6,8 +6,8 @@
 What torchrun lacks: a rendezvous that cannot come up ends in one line within a minute (torchrun waits for ten and
 shows a traceback), other nodes are told an address that they can reach (torchrun gives its host name, which may mean
 127.0.1.1), a stop signal that comes again does not interrupt the ranks' saving (a third one makes torchrun leave
-them), and on a node that was cut off it ends when its ranks have (torchrun waits on for the store, a quarter of an
-hour). `--nodes 1:2` is elastic: who comes later joins, so nobody is waited for.
+them), and on a node that was cut off it ends when its ranks have (torchrun keeps waiting for the store, a quarter of
+an hour). `--nodes 1:2` is elastic: a node that comes later joins, so none is waited for.
 """
 
 import argparse
@@ -28,7 +28,7 @@ from launch.launcher import host_names, parent_of, threads_per_rank
 from launch.network import address_among, interface_of, is_loopback
 from launch.stop import SIGNALS, signals_flag
 
-MEETING_SECONDS = 60  # srun starts the nodes together; the slowest has this long
+ARRIVAL_SECONDS = 60  # for the slowest node; srun starts them together
 LINE_SECONDS = 5  # a node that has connected sends its line at once
 LOOK_SECONDS = 5  # between two looks at whether this node is cut off
 CUT_OFF_SECONDS = 30  # without ranks and without a way to the rendezvous: a switch that restarts takes less
@@ -56,8 +56,8 @@ def parse() -> argparse.Namespace:
     """The command line; what follows `--` is torchrun's."""
     parser = argparse.ArgumentParser(description="Start torchrun on one node of several.")
     parser.add_argument("--nodes", required=True, help="how many nodes, or the range 1:2 for an elastic run")
-    parser.add_argument("--rendezvous", required=True, help="HOST:PORT at which they meet")
-    parser.add_argument("--id", required=True, help="of this start of the job; a restart needs another")
+    parser.add_argument("--rendezvous", required=True, help="HOST:PORT at which the nodes meet")
+    parser.add_argument("--id", required=True, help="names this start of the job; a restart needs another")
     parser.add_argument("--me", default=os.environ.get("SLURMD_NODENAME", socket.gethostname()),
                         help="this node's name, if not Slurm's")
     parser.add_argument("command", nargs=argparse.REMAINDER, help="torchrun's flags, the trainer and its flags")
@@ -67,10 +67,10 @@ def parse() -> argparse.Namespace:
 
 
 def torchrun_flags(options: argparse.Namespace, address: str, is_host: bool) -> list[str]:
-    """What makes torchrun meet the other nodes."""
+    """What makes torchrun join the other nodes."""
     if options.nodes == "1":
         return ["--standalone", signals_flag()]
-    seconds = f"join_timeout={5 * MEETING_SECONDS},last_call_timeout=15"
+    seconds = f"join_timeout={5 * ARRIVAL_SECONDS},last_call_timeout=15"
     return [
         f"--nnodes={options.nodes}", "--rdzv-backend=c10d", f"--rdzv-endpoint={options.rendezvous}",
         f"--rdzv-id={options.id}", f"--rdzv-conf=is_host={str(is_host).lower()},{seconds}",
@@ -96,15 +96,15 @@ def wait_for_nodes(host: str, port: int, *, node: int, num_nodes: int, token: st
     Raises:
         OSError: if they have not within a minute, or the port is taken.
     """
-    deadline = time.monotonic() + MEETING_SECONDS
+    deadline = time.monotonic() + ARRIVAL_SECONDS
     if node == 0:
-        host_meeting(port, num_nodes=num_nodes, token=token, deadline=deadline)
+        wait_as_host(port, num_nodes=num_nodes, token=token, deadline=deadline)
     else:
-        attend_meeting(host, port, line=f"{token} {node}\n".encode(), deadline=deadline)
+        wait_for_host(host, port, line=f"{token} {node}\n".encode(), deadline=deadline)
 
 
-def host_meeting(port: int, *, num_nodes: int, token: str, deadline: float) -> None:
-    """Wait for a connection from every other node, then tell them all to go on. Grows with the number of nodes."""
+def wait_as_host(port: int, *, num_nodes: int, token: str, deadline: float) -> None:
+    """Wait for a connection from every other node, then tell them all to start. Grows with the number of nodes."""
     arrived: dict[str, socket.socket] = {}
     with socket.create_server(("", port), backlog=num_nodes) as server:
         while len(arrived) < num_nodes - 1:
@@ -113,7 +113,7 @@ def host_meeting(port: int, *, num_nodes: int, token: str, deadline: float) -> N
                 connection, _ = server.accept()
             except TimeoutError:
                 missing = sorted({str(node) for node in range(1, num_nodes)} - arrived.keys(), key=int)
-                raise TimeoutError(f"{len(arrived) + 1} of {num_nodes} nodes came within {MEETING_SECONDS} s; not node "
+                raise TimeoutError(f"{len(arrived) + 1} of {num_nodes} nodes came within {ARRIVAL_SECONDS} s; not node "
                                    f"number {', '.join(missing[:8])} of the job, counted from 0") from None
             connection.settimeout(LINE_SECONDS)
             words = read_line(connection).split()
@@ -128,7 +128,7 @@ def host_meeting(port: int, *, num_nodes: int, token: str, deadline: float) -> N
             connection.close()
 
 
-def attend_meeting(host: str, port: int, *, line: bytes, deadline: float) -> None:
+def wait_for_host(host: str, port: int, *, line: bytes, deadline: float) -> None:
     """Connect to the first node and wait for its word; tries again, as that node may start later."""
     while True:
         try:
@@ -156,7 +156,7 @@ def read_line(connection: socket.socket) -> str:
 
 
 def explain(error: OSError, rendezvous: str, node: int, address: str | None) -> str:
-    """The first node, which knows who is missing, speaks for the job; the others add why."""
+    """The job's ERROR line on the first node, which knows who is missing; elsewhere, why this one could not connect."""
     where = f"{rendezvous} (interface {interface_of(address) or 'unknown'}, {address or 'no address'})"
     reason = error.strerror or str(error)
     if node == 0:

@@ -94,15 +94,10 @@ def process_group(backend: str = "auto", *, device: str = "auto", timeout_second
             raise
     finally:
         if dist.is_initialized():
-            take_down()
+            with exit_after(TEARDOWN_SECONDS, DistributedError.exit_code):
+                dist.destroy_process_group()
         failure.linger()
         watchdog.stop()
-
-
-def take_down() -> None:
-    """Destroy the group, or else the process."""
-    with exit_after(TEARDOWN_SECONDS, DistributedError.exit_code):
-        dist.destroy_process_group()
 
 
 def prepare(launch: Launch, watchdog: Watchdog, backend: str, *, device: str, threads: int | None,

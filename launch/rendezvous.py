@@ -13,7 +13,7 @@ from launch.network import choose_interface
 from launch.stop import stop_request
 
 RENDEZVOUS_SECONDS = 60  # for all ranks to have started; torchrun or srun starts them together
-STOP_SECONDS = 5  # a rank that was asked to stop waits so long for the others, to leave together with them
+STOP_SECONDS = 5  # for which a rank that was asked to stop waits for the others, so that all stop together
 
 
 def store_is_hosted_by_torchrun() -> bool:

@@ -81,7 +81,7 @@ STEP="" STEP_CODE=0 STOPPED_BY=""
 run_step() {  # SRUN'S OPTIONS, COMMAND...: run one job step; its exit code is then in STEP_CODE
     trap 'STOPPED_BY=TERM; pass_on_stop' TERM                # Slurm cancels, preempts or requeues this job
     trap 'STOPPED_BY=${STOPPED_BY:-USR1}; pass_on_stop' USR1  # a warning that was sent to this shell alone
-    # A step asks anew for what it needs: srun does not know --cpus-per-task, and would take the others for its own.
+    # A step asks again for what it needs: srun does not know --cpus-per-task, and would take the others for its own.
     # One rank that fails, or has left after a stop, must not kill those that still save: not on a bad exit, but later.
     (unset SLURM_MEM_PER_CPU SLURM_MEM_PER_GPU SLURM_MEM_PER_NODE SLURM_GPUS SLURM_GPUS_PER_NODE SLURM_GPUS_PER_TASK
      exec srun --mem=0 --kill-on-bad-exit=0 --wait="$SAVE_SECONDS" "$@") &
@@ -94,7 +94,7 @@ run_torchrun() {  # NODES RENDEZVOUS ID TORCHRUN'S FLAGS, TRAINER, ITS FLAGS...:
     local nodes=$1 rendezvous=$2 id=$3 gpus=(); shift 3
     [[ -z ${SLURM_GPUS_ON_NODE:-} ]] || gpus=("--gpus-per-node=$SLURM_GPUS_ON_NODE")
     say "job $(job_key), restart $RESTARTS: $nodes node(s) of $RANKS_PER_NODE ranks on $SLURM_JOB_NODELIST," \
-        "$OMP_NUM_THREADS thread(s) a rank, rendezvous at $rendezvous"
+        "$OMP_NUM_THREADS thread(s) per rank, rendezvous at $rendezvous"
     run_step --nodes="$SLURM_NNODES" --ntasks="$SLURM_NNODES" --ntasks-per-node=1 --cpu-bind=none "${gpus[@]}" \
         python "$ROOT/launch/node.py" --nodes "$nodes" --rendezvous "$rendezvous" --id "$id" -- \
         --nproc-per-node="$RANKS_PER_NODE" --shutdown-timeout="$SAVE_SECONDS" "$@"
@@ -110,7 +110,7 @@ state_of() {  # STATUS.JSON: its state and reason
 }
 stamp_of() { stat -c '%i %y' "$1" 2>/dev/null || echo none; }  # differs once the file has been replaced
 
-conclude() {  # TRAINER FLAGS...: end with 0 (DONE), 75 (PREEMPTED: the same command goes on) or the step's code
+conclude() {  # TRAINER FLAGS...: end with 0 (DONE), 75 (PREEMPTED: the same command resumes) or the step's code
     local state
     state=$(state_of "$(status_file "$@")")
     say "job $(job_key): ${state%% *}, step's exit code $STEP_CODE${STOPPED_BY:+, stopped by $STOPPED_BY}"
@@ -120,7 +120,7 @@ conclude() {  # TRAINER FLAGS...: end with 0 (DONE), 75 (PREEMPTED: the same com
         *) exit "$STEP_CODE" ;;
     esac
 }
-conclude_or_requeue() {  # STAMP-BEFORE TRAINER FLAGS...: like conclude, but what can go on is put in the queue again
+conclude_or_requeue() {  # STAMP-BEFORE TRAINER FLAGS...: like conclude, but a run that can be resumed is put in the queue again
     local before=$1 file state; shift
     file=$(status_file "$@")
     state=$(state_of "$file")
@@ -148,5 +148,5 @@ requeue() {  # STATE: have Slurm start this job again, unless it did that alread
         fi
         sleep $((attempt * 5))
     done
-    say "job $(job_key): could not be requeued; submit it again with --run-name to go on"
+    say "job $(job_key): could not be requeued; submit it again with --run-name to resume"
 }

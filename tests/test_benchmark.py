@@ -8,7 +8,7 @@ import pytest
 
 from launch.bench.charts import curves_of, draw
 from launch.bench.compare import comparison_cells, differences, judgement
-from launch.bench.runs import Job, last_words, plan, rotated
+from launch.bench.runs import Job, error_in, plan, rotated
 from launch.bench.setups import Hardware, command, everything, parse_setup, powers_up_to, why_not
 from launch.bench.summary import summarise, warnings_of
 from launch.bench.table import as_text, markdown_page, speed_cells, terminal_page
@@ -195,11 +195,11 @@ def test_a_failed_setup_keeps_its_row_and_says_how():
     assert any("boom" in line for line in warnings_of(summary["rows"], rounds=1))
 
 
-def test_the_last_words_of_a_run_are_its_own_error_line_and_not_the_launchers():
+def test_the_error_of_a_run_is_its_own_error_line_and_not_the_launchers():
     log = "start\nERROR usage: --batch-size 3: no\nTraceback\ntorch.distributed.elastic.ChildFailedError:\n"
-    assert last_words(log) == "ERROR usage: --batch-size 3: no"
-    assert last_words("Traceback\nValueError: odd\n  File x\nx.ChildFailedError: \n") == "ValueError: odd"
-    assert last_words("") == "without a word"
+    assert error_in(log) == "ERROR usage: --batch-size 3: no"
+    assert error_in("Traceback\nValueError: odd\n  File x\nx.ChildFailedError: \n") == "ValueError: odd"
+    assert error_in("") == "no output"
 
 
 def row(rates: tuple[float, float, float], rounds: int = 3) -> dict[str, Any]:

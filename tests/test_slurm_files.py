@@ -56,7 +56,7 @@ def test_the_shell_files_pass_shellcheck():
 def test_every_file_is_in_the_readme_and_every_file_the_readme_names_is_there():
     text = (SLURM / "README.md").read_text()
     assert {path.name for path in SLURM.iterdir() if path.name != "README.md"} == set(
-        re.findall(r"\b(\w+\.(?:sbatch|sh|yaml))\b", text))
+        re.findall(r"\b(\w+\.(?:sbatch|sh))\b", text))
 
 
 def ask_common(script: str, *args: str, **variables: str) -> str:

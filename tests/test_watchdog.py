@@ -7,7 +7,7 @@ from datetime import timedelta
 import pytest
 import torch.distributed as dist
 
-from launch.failure import JobFailure, claim_this_node
+from launch.failure import JobFailure
 from launch.heartbeats import Heartbeats
 from launch.launcher import parent_of
 from launch.watchdog import Watchdog
@@ -91,13 +91,12 @@ def test_the_thread_ends_when_it_is_told_to(store: dist.Store) -> None:
 
 def test_a_node_has_one_speaker_where_the_store_cannot_be_reached() -> None:
     port = free_port()
-    token = claim_this_node(port)
-    assert token is not None
-    assert claim_this_node(port) is None
-    token.close()
-    again = claim_this_node(port)
-    assert again is not None
-    again.close()
+    first, second = JobFailure(rank=0, world_size=2), JobFailure(rank=1, world_size=2)
+    assert first.claim_on_this_node(port)
+    assert not second.claim_on_this_node(port)
+    assert first._node_token is not None
+    first._node_token.close()  # as when its process ends
+    assert second.claim_on_this_node(port)
 
 
 def test_the_parent_of_a_process_that_does_not_exist_is_unknown() -> None:

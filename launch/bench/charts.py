@@ -53,7 +53,7 @@ def draw_bars(axis: Any, rows: Sequence[dict[str, Any]]) -> None:
     axis.set_xlim(0, widest * 1.2)
     axis.set_title("samples per second (whisker: rounds)" + (", * busy machine" * any(row["busy"] for row in rows)),
                    fontsize=10)
-    plain(axis)
+    without_box(axis)
 
 
 def draw_steps(axis: Any, rows: Sequence[dict[str, Any]]) -> None:
@@ -67,7 +67,7 @@ def draw_steps(axis: Any, rows: Sequence[dict[str, Any]]) -> None:
     axis.invert_yaxis()
     axis.set_title("where a step goes, ms", fontsize=10)
     axis.legend(fontsize=8, frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.07), ncols=2)
-    plain(axis)
+    without_box(axis)
 
 
 def curves_of(rows: Sequence[dict[str, Any]]) -> dict[str, list[tuple[int, float]]]:
@@ -105,10 +105,10 @@ def draw_scaling(axis: Any, curves: dict[str, list[tuple[int, float]]]) -> None:
     axis.set_ylim(bottom=0)
     axis.set_title("speed-up (strong: one global batch, weak: one per rank)", fontsize=10)
     axis.legend(fontsize=8, frameon=False)
-    plain(axis)
+    without_box(axis)
 
 
-def plain(axis: Any) -> None:
+def without_box(axis: Any) -> None:
     """No box around the data."""
     axis.spines[["top", "right"]].set_visible(False)
     axis.tick_params(labelsize=9)

@@ -18,7 +18,7 @@ START_SECONDS = 120  # for torch to be imported and workers to start on a slow d
 
 
 def variants(cores: int) -> list[str]:
-    """What is compared: without workers, and with one, two, … up to one a core."""
+    """What is compared: without workers, and with one, two, … up to one per core."""
     workers = sorted({0, 1, 2, cores})
     return [*(f"pil:{count}" for count in workers), *(f"v2:{count}" for count in workers), "batch"]
 
@@ -45,7 +45,7 @@ def benchmark_pipeline(output_dir: Path, *, rounds: int, seconds: float, batch_s
     cells = pipeline_cells(rows)
     replace_file(output_dir / "pipeline.json", (json.dumps(results, indent=1) + "\n").encode())
     replace_file(output_dir / "pipeline.md", f"# Input pipeline\n\n{as_markdown(cells)}\n".encode())
-    say(f"\nrandom crop, flip and normalise of 32x32 images, batch {batch_size}, one thread a process\n\n"
+    say(f"\nrandom crop, flip and normalise of 32x32 images, batch {batch_size}, one thread per process\n\n"
         f"{as_text(cells)}\n\nwritten to {output_dir}/pipeline.json, .md")
     return 130 if errors[-1:] == ["stopped by Ctrl-C"] else int(bool(errors))
 
@@ -57,9 +57,9 @@ def images_per_second(name: str, *, seconds: float, batch_size: int) -> float | 
         done = subprocess.run(words, capture_output=True, text=True, timeout=START_SECONDS + 3 * seconds)
         return float(json.loads(done.stdout)["images_per_second"])
     except subprocess.TimeoutExpired:
-        return "no end"
+        return f"still running after {START_SECONDS + 3 * seconds:.0f} s"
     except (ValueError, KeyError):
-        return f"exit code {done.returncode}: {(done.stderr.strip().splitlines() or ['without a word'])[-1][:200]}"
+        return f"exit code {done.returncode}: {(done.stderr.strip().splitlines() or ['no output'])[-1][:200]}"
 
 
 def row(name: str, rates: Sequence[float]) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Running the commands: which set-up when, one process tree each, and what is left of one that fails."""
+"""Running the commands: which set-up when, one process tree each, and the error of one that fails."""
 
 import json
 import os
@@ -21,12 +21,11 @@ FEWEST_STEPS, MOST_STEPS = 10, 2000
 CALIBRATION = "3:10"  # steps left out, steps timed: enough for the order of magnitude that is asked of it
 
 STOP_SECONDS = 10  # for a process tree to leave after SIGTERM
-LOG_LINES = 5  # of a run that failed
 
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """One set-up at one global batch, run once a round."""
+    """One set-up at one global batch, run once per round."""
 
     setup: Setup
     batch_size: int
@@ -74,7 +73,7 @@ def run_job(job: Job, trainer: str, flags: Sequence[str], *, steps: str, threads
         error = execute(words, environment(job.setup, threads=threads), Path(folder, "log"), timeout_seconds)
         figures = None if error else read_figures(Path(folder, "run", "result.json"))
     if error is None and figures is None:
-        error = "ended well, but left no figures"
+        error = "exit code 0, but no figures in result.json"
     return {"setup": job.setup.name, "batch_size": job.batch_size, "scalings": list(job.scalings),
             "command": " ".join(words), "wall_seconds": time.perf_counter() - began, "error": error,
             "benchmark": figures}
@@ -88,14 +87,14 @@ def execute(words: Sequence[str], variables: dict[str, str], log: Path, timeout_
         try:
             code = process.wait(timeout=timeout_seconds)
         except subprocess.TimeoutExpired:
-            return f"no end after {timeout_seconds:.0f} s"
+            return f"still running after {timeout_seconds:.0f} s"
         finally:
             end_session(process)
-    return None if code == 0 else f"exit code {code}: {last_words(log.read_text(errors='replace'))}"
+    return None if code == 0 else f"exit code {code}: {error_in(log.read_text(errors='replace'))}"
 
 
 def end_session(process: "subprocess.Popen[bytes]") -> None:
-    """Have the process tree leave: asked first, then made to."""
+    """End the process tree: SIGTERM, then SIGKILL."""
     for number in (signal.SIGTERM, signal.SIGKILL):
         if process.poll() is not None:
             break
@@ -106,13 +105,13 @@ def end_session(process: "subprocess.Popen[bytes]") -> None:
             continue
 
 
-def last_words(log: str) -> str:
-    """What a failed run said: its own error line, or else the last exception of any rank."""
+def error_in(log: str) -> str:
+    """What a failed run printed: its own error line, or else the last exception of any rank."""
     lines = [line.strip() for line in log.splitlines() if line.strip()]
     errors = [line for line in lines if line.startswith("ERROR ")]
     exceptions = [line for line in lines if line.split(":")[0].endswith(("Error", "Exception", "Killed"))
                   and "ChildFailedError" not in line]
-    return (errors or exceptions[-1:] or lines[-1:] or ["without a word"])[0][:300]
+    return (errors or exceptions[-1:] or lines[-1:] or ["no output"])[0][:300]
 
 
 def read_figures(path: Path) -> dict[str, Any] | None:
@@ -141,7 +140,7 @@ def calibrate(jobs: Sequence[Job], *, steps: int | None, warmup_steps: int | Non
 
 def run_rounds(jobs: Sequence[Job], *, rounds: int, steps: str, trainer: str, flags: Sequence[str], threads: int,
                timeout_seconds: float) -> Iterator[dict[str, Any]]:
-    """Every job once a round, in rotating order; a job that failed once is not tried again."""
+    """Every job once per round, in rotating order; a job that failed once is not tried again."""
     failed = set()
     on_terminal = sys.stderr.isatty()
     with tqdm(total=rounds * len(jobs), unit="run", disable=not on_terminal, dynamic_ncols=True) as bar:

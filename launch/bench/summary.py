@@ -1,4 +1,4 @@
-"""From the figures of all rounds to one row a set-up: medians, spread, speed-ups, and what cannot be believed."""
+"""From the figures of all rounds to one row per set-up: medians, spread, speed-ups, and warnings."""
 
 import math
 from collections.abc import Sequence
@@ -46,6 +46,7 @@ def row_of(job: Job, runs: list[dict[str, Any]]) -> dict[str, Any]:
     if not good:
         return row
     figures = [run["benchmark"] for run in good]
+    gpus = job.setup.devices if job.setup.kind == "dp" else 1  # behind one rank; DataParallel's are taken to be alike
     rates = [one["samples_per_second"] for one in figures]
     row |= {
         "by_round": {str(run["round"]): run["benchmark"]["samples_per_second"] for run in good},
@@ -59,15 +60,10 @@ def row_of(job: Job, runs: list[dict[str, Any]]) -> dict[str, Any]:
         "step_seconds": {name: phase(figures, name) for name in ("data", "forward_backward", "communication",
                                                                  "optimizer")},
         "flops_per_second": median(rates) * figures[0]["flops_per_sample"],
-        "matrix_flops_per_second": median(sum(one["matrix_flops_per_second"]) * gpus_of(job.setup) for one in figures),
+        "matrix_flops_per_second": median(sum(one["matrix_flops_per_second"]) * gpus for one in figures),
     }
     row["utilisation"] = row["flops_per_second"] / row["matrix_flops_per_second"]
     return row
-
-
-def gpus_of(setup: Setup) -> int:
-    """How many devices stand behind one rank: DataParallel's GPUs are taken to be alike."""
-    return setup.devices if setup.kind == "dp" else 1
 
 
 def phase(figures: list[dict[str, Any]], name: str) -> float | None:

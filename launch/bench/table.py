@@ -69,7 +69,7 @@ def as_markdown(cells: Cells) -> str:
 
 
 def terminal_page(results: dict[str, Any]) -> str:
-    """All that a person needs from one benchmark.json."""
+    """One benchmark.json as text: speeds, phases of a step, warnings."""
     return "\n\n".join(part for part in (
         headline(results), as_text(speed_cells(results["rows"], results["baseline"])),
         "Where a step goes (per rank; * = the machine was busy)\n\n" + as_text(step_cells(results["rows"])),
@@ -80,18 +80,14 @@ def terminal_page(results: dict[str, Any]) -> str:
 
 def markdown_page(results: dict[str, Any]) -> str:
     """benchmark.md."""
+    missing = [f"{one['setup']} ({one['why']})" for one in results["not_run"]]
     return "\n\n".join([
         "# Benchmark", headline(results), f"    {results['command']}",
         as_markdown(speed_cells(results["rows"], results["baseline"])), "## Where a step goes",
         as_markdown(step_cells(results["rows"])), "![bars and scaling curves](benchmark.png)",
-        *([f"Not run: {'; '.join(f'{one_setup(one)}' for one in results['not_run'])}."] if results["not_run"] else []),
+        *([f"Not run: {'; '.join(missing)}."] if missing else []),
         *(f"**Warning:** {line}" for line in results["warnings"]),
     ]) + "\n"
-
-
-def one_setup(missing: dict[str, Any]) -> str:
-    """What was not run, and why."""
-    return f"{missing['setup']} ({missing['why']})"
 
 
 def headline(results: dict[str, Any]) -> str:

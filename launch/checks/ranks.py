@@ -31,7 +31,7 @@ def ranks_findings(launch: Launch, mine: list[Finding], *, device: str, backend:
     """The findings of all machines, `mine` being those of this rank's, then those about the ranks together.
 
     Returns:
-        Findings and one record a rank (rank, host, device, ...), the same on every rank.
+        Findings and one record per rank (rank, host, device, ...), the same on every rank.
     """
     try:
         with process_group("gloo", device="cpu", timeout_seconds=timeout_seconds) as world:
