@@ -10,9 +10,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from datasets.keyed_random import random_integers
-
-CROP_ROW, CROP_COLUMN, FLIP = 2, 3, 4  # purposes among the keyed random numbers
+from datasets.keyed_random import Purpose, random_integers
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,8 +58,8 @@ class Augmentation:
     def augment(self, prepared: Tensor, rows: Tensor, samples: Tensor, epoch: int) -> Tensor:
         """Some rows (B,) of prepared images, their random choices keyed by `samples` (B,)."""
         if self.shift:
-            down = random_integers(samples, 2 * self.shift + 1, self.seed, epoch, CROP_ROW)
-            right = random_integers(samples, 2 * self.shift + 1, self.seed, epoch, CROP_COLUMN)
+            down = random_integers(samples, 2 * self.shift + 1, self.seed, epoch, Purpose.CROP_ROW)
+            right = random_integers(samples, 2 * self.shift + 1, self.seed, epoch, Purpose.CROP_COLUMN)
             images = crop(prepared, rows, down, right, self.shift)
         else:
             images = prepared[rows]
@@ -80,8 +78,8 @@ class Augmentation:
     def flipped(self, samples: Tensor, epoch: int) -> Tensor:
         """Which samples are mirrored in this epoch: bool (B,)."""
         if self.flip == "random":
-            return random_integers(samples, 2, self.seed, epoch, FLIP) == 1
-        return (random_integers(samples, 2, self.seed, 0, FLIP) + epoch) % 2 == 1
+            return random_integers(samples, 2, self.seed, epoch, Purpose.FLIP) == 1
+        return (random_integers(samples, 2, self.seed, 0, Purpose.FLIP) + epoch) % 2 == 1
 
 
 def pad(images: Tensor, amount: int, mode: Literal["reflect", "zeros"]) -> Tensor:

@@ -19,10 +19,9 @@ from torchvision.datasets.folder import IMG_EXTENSIONS, make_dataset
 from datasets import synthetic
 from datasets.download import move_in_place
 from datasets.errors import DataError
-from datasets.keyed_random import random_bits
+from datasets.keyed_random import Purpose, random_bits
 from datasets.order import epoch_order
 
-SPLIT = 24  # this module's purpose among the keyed random numbers
 TEST_NAMES = ("test", "val", "valid", "validation")
 SYNTHETIC_TRAIN, SYNTHETIC_TEST = 2000, 500
 
@@ -148,7 +147,7 @@ def split(tree: ImageTree, fraction: float, *, seed: int) -> tuple[ImageTree, Im
         DataError: if a class has a single image.
     """
     chosen = torch.zeros(len(tree), dtype=torch.bool)
-    order = random_bits(torch.arange(len(tree)), seed, SPLIT)
+    order = random_bits(torch.arange(len(tree)), seed, Purpose.SPLIT)
     for label, name in enumerate(tree.class_names):
         members = (tree.targets == label).nonzero().flatten()
         if len(members) < 2:

@@ -6,6 +6,7 @@ Flood, 2014), in 64-bit integers that wrap.
 """
 
 import math
+from enum import IntEnum, unique
 
 import torch
 from torch import Tensor
@@ -13,6 +14,19 @@ from torch import Tensor
 WORD = (1 << 64) - 1
 GOLDEN = 0x9E3779B97F4A7C15  # 2**64 / golden ratio: spreads consecutive indices over all bits
 FIRST, SECOND = 0xBF58476D1CE4E5B9, 0x94D049BB133111EB  # splitmix64's multipliers
+
+
+@unique
+class Purpose(IntEnum):
+    """What random numbers are for: no two choices share a number. One that is changed changes every run."""
+
+    ORDER = 1
+    CROP_ROW, CROP_COLUMN, FLIP = 2, 3, 4
+    SYNTHETIC, SYNTHETIC_GRAIN = 5, 6
+    DIGITS, DIGITS_GRAIN = 7, 8
+    FEATURES, NOISE = 9, 10
+    WINDOW_AREA, WINDOW_RATIO, WINDOW_TOP, WINDOW_LEFT = 20, 21, 22, 23
+    SPLIT = 24
 
 
 def signed(word: int) -> int:
@@ -28,7 +42,7 @@ def mix(word: int) -> int:
 
 
 def key(*parts: int) -> int:
-    """One word that names a purpose, such as (seed, epoch, "flip"'s number)."""
+    """One word that names a choice, such as (seed, epoch, Purpose.FLIP)."""
     word = 0
     for part in parts:
         word = mix((word + GOLDEN + part) & WORD)

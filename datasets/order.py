@@ -11,9 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DistributedSampler
 
-from datasets.keyed_random import random_bits
-
-ORDER = 1  # this module's purpose among the keyed random numbers
+from datasets.keyed_random import Purpose, random_bits
 
 
 def epoch_order(num_samples: int, *, seed: int, epoch: int) -> Tensor:
@@ -22,7 +20,7 @@ def epoch_order(num_samples: int, *, seed: int, epoch: int) -> Tensor:
     Sorted by keyed random bits, not drawn by torch.randperm, whose result is not promised to stay the same over
     versions of torch.
     """
-    return torch.argsort(random_bits(torch.arange(num_samples), seed, epoch, ORDER), stable=True)
+    return torch.argsort(random_bits(torch.arange(num_samples), seed, epoch, Purpose.ORDER), stable=True)
 
 
 def evaluation_indices(num_samples: int, *, rank: int, world_size: int) -> range:

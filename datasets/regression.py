@@ -1,14 +1,12 @@
-"""Linear relations with noise, drawn from a seed: what a regression must recover is known."""
+"""Linear relations with noise, generated from a seed: what a regression must recover is known."""
 
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from datasets.keyed_random import random_normal, random_uniform
+from datasets.keyed_random import Purpose, random_normal, random_uniform
 from datasets.tensors import TensorDataset
-
-FEATURES, NOISE = 9, 10  # purposes among the keyed random numbers
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,17 +26,18 @@ class LinearRelation:
         """The bias that the least squares of many samples have."""
         return self.bias + self.uniform_noise / 2
 
-    def draw(self, first: int, *, seed: int) -> TensorDataset:
+    def generate(self, first: int, *, seed: int) -> TensorDataset:
         """`num_samples` samples from number `first` on: features float32 (N, F), targets float32 (N, 1)."""
         samples = torch.arange(first, first + self.num_samples)
-        features = random_normal(samples[:, None] * len(self.weights) + torch.arange(len(self.weights)), seed, FEATURES)
+        index = samples[:, None] * len(self.weights) + torch.arange(len(self.weights))
+        features = random_normal(index, seed, Purpose.FEATURES)
         targets = features @ torch.tensor(self.weights)[:, None] + self.bias
         return TensorDataset(inputs=features, targets=targets + self.noise(samples, seed)[:, None])
 
     def noise(self, samples: Tensor, seed: int) -> Tensor:
         """Of each sample, (N,)."""
-        return (self.normal_noise * random_normal(samples, seed, NOISE)
-                + self.uniform_noise * random_uniform(samples, seed, NOISE))
+        return (self.normal_noise * random_normal(samples, seed, Purpose.NOISE)
+                + self.uniform_noise * random_uniform(samples, seed, Purpose.NOISE))
 
 
 RELATIONS = {
@@ -50,4 +49,4 @@ RELATIONS = {
 def load(name: str, *, seed: int = 0) -> tuple[TensorDataset, TensorDataset]:
     """The training and test split of one of RELATIONS, of the same size."""
     relation = RELATIONS[name]
-    return relation.draw(0, seed=seed), relation.draw(10**6, seed=seed)
+    return relation.generate(0, seed=seed), relation.generate(10**6, seed=seed)

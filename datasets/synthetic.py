@@ -1,4 +1,4 @@
-"""Ten classes of 32x32 colour images drawn procedurally from a seed: no download, and not easy.
+"""Ten classes of 32x32 colour images generated procedurally from a seed: no download, and not easy.
 
 Each image shows one shape of random size, place, angle and colour before a random gradient, under grain. The
 class is the shape alone, so a network must learn edges and their arrangement: the accuracy climbs over a few epochs.
@@ -9,7 +9,7 @@ import math
 import torch
 from torch import Tensor
 
-from datasets.keyed_random import random_uniform
+from datasets.keyed_random import Purpose, random_uniform
 from datasets.tensors import TensorDataset
 
 CLASS_NAMES = ("disc", "ring", "square", "frame", "triangle", "cross", "saltire", "bars", "columns", "checks")
@@ -17,34 +17,33 @@ MEAN = (0.5, 0.5, 0.5)  # colours are uniform in [0, 1]
 STD = (0.25, 0.25, 0.25)
 SIZE = 32
 NUM_TRAIN, NUM_TEST = 10_000, 2_000
-SYNTHETIC = 5  # this module's purpose among the keyed random numbers
-DRAWN_AT_ONCE = 500  # of 10,000 at once, the intermediate results took a gigabyte in every rank
+GENERATED_AT_ONCE = 500  # of 10,000 at once, the intermediate results took a gigabyte in every rank
 NOISE = 0.1  # standard deviation, of the full range
 
 
 def load(*, seed: int = 0, num_train: int = NUM_TRAIN, num_test: int = NUM_TEST) -> tuple[TensorDataset, TensorDataset]:
-    """The training and test split; image i of a seed is the same however many are drawn."""
-    return draw(range(num_train), seed=seed), draw(range(10**6, 10**6 + num_test), seed=seed)
+    """The training and test split; image i of a seed is the same however many are generated."""
+    return generate(range(num_train), seed=seed), generate(range(10**6, 10**6 + num_test), seed=seed)
 
 
-def draw(samples: range, *, seed: int) -> TensorDataset:
+def generate(samples: range, *, seed: int) -> TensorDataset:
     """The images of these sample numbers; image i shows class i mod 10."""
     index = torch.arange(samples.start, samples.stop)
-    inputs = torch.cat([draw_some(part, seed) for part in index.split(DRAWN_AT_ONCE)])
+    inputs = torch.cat([generate_some(part, seed) for part in index.split(GENERATED_AT_ONCE)])
     return TensorDataset(inputs=inputs, targets=index % len(CLASS_NAMES), class_names=CLASS_NAMES)
 
 
-def draw_some(index: Tensor, seed: int) -> Tensor:
+def generate_some(index: Tensor, seed: int) -> Tensor:
     """The images of these sample numbers, uint8 (N, 3, 32, 32)."""
     labels = index % len(CLASS_NAMES)
-    traits = random_uniform(index[:, None] * 16 + torch.arange(16), seed, SYNTHETIC)  # (N, 16) in [0, 1)
+    traits = random_uniform(index[:, None] * 16 + torch.arange(16), seed, Purpose.SYNTHETIC)  # (N, 16) in [0, 1)
     images = background_of(traits)
     for label in range(len(CLASS_NAMES)):
         mine = labels == label
         mask = shape_mask(label, traits[mine])[:, None]
         images[mine] += mask * (traits[mine, 8:11, None, None] - images[mine])
     pixels = torch.arange(SIZE * SIZE).view(1, SIZE, SIZE)
-    noise = random_uniform(index[:, None, None, None] * SIZE * SIZE + pixels, seed, SYNTHETIC + 1) - 0.5
+    noise = random_uniform(index[:, None, None, None] * SIZE**2 + pixels, seed, Purpose.SYNTHETIC_GRAIN) - 0.5
     images = (images + NOISE * math.sqrt(12) * noise).clamp_(0, 1)  # the same noise in every channel: grain
     return images.mul_(255).round_().to(torch.uint8)
 

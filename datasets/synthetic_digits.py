@@ -1,4 +1,4 @@
-"""Ten digits of 28x28 pixels drawn procedurally from a seed, as a stand-in for MNIST that needs no download.
+"""Ten digits of 28x28 pixels generated procedurally from a seed, as a stand-in for MNIST that needs no download.
 
 Each digit is a line through a few points. Every image moves the points a little, then slants, turns, scales and shifts
 the whole, and draws it with a pen of random width, under grain.
@@ -9,15 +9,14 @@ import math
 import torch
 from torch import Tensor
 
-from datasets.keyed_random import random_uniform
+from datasets.keyed_random import Purpose, random_uniform
 from datasets.tensors import TensorDataset
 
 CLASS_NAMES = tuple("0123456789")
 SIZE = 28
 NUM_TRAIN, NUM_TEST = 10_000, 2_000
-DIGITS = 7  # this module's purpose among the keyed random numbers; 8 is its grain
-TRAITS = 32  # random numbers an image: 8 for the whole, the others for its points
-DRAWN_AT_ONCE = 500  # of 10,000 at once, the intermediate results take half a gigabyte
+TRAITS = 32  # random numbers per image: 8 for the whole, the others for its points
+GENERATED_AT_ONCE = 500  # of 10,000 at once, the intermediate results take half a gigabyte
 GRAIN = 0.15  # of the full range
 
 STROKES = (  # (x, y) in a unit square, y downwards
@@ -36,26 +35,27 @@ STROKES = (  # (x, y) in a unit square, y downwards
 
 
 def load(*, seed: int = 0, num_train: int = NUM_TRAIN, num_test: int = NUM_TEST) -> tuple[TensorDataset, TensorDataset]:
-    """The training and test split; image i of a seed is the same however many are drawn."""
-    return draw(range(num_train), seed=seed), draw(range(10**6, 10**6 + num_test), seed=seed)
+    """The training and test split; image i of a seed is the same however many are generated."""
+    return generate(range(num_train), seed=seed), generate(range(10**6, 10**6 + num_test), seed=seed)
 
 
-def draw(samples: range, *, seed: int) -> TensorDataset:
+def generate(samples: range, *, seed: int) -> TensorDataset:
     """The images of these sample numbers, white on black; image i shows the digit i mod 10."""
     index = torch.arange(samples.start, samples.stop)
-    inputs = torch.cat([draw_some(part, seed) for part in index.split(DRAWN_AT_ONCE)])
+    inputs = torch.cat([generate_some(part, seed) for part in index.split(GENERATED_AT_ONCE)])
     return TensorDataset(inputs=inputs, targets=index % len(CLASS_NAMES), class_names=CLASS_NAMES)
 
 
-def draw_some(index: Tensor, seed: int) -> Tensor:
+def generate_some(index: Tensor, seed: int) -> Tensor:
     """The images of these sample numbers, uint8 (N, 1, 28, 28)."""
     labels = index % len(CLASS_NAMES)
-    traits = random_uniform(index[:, None] * TRAITS + torch.arange(TRAITS), seed, DIGITS) - 0.5  # (N, TRAITS)
+    traits = random_uniform(index[:, None] * TRAITS + torch.arange(TRAITS), seed, Purpose.DIGITS) - 0.5  # (N, TRAITS)
     images = torch.empty(len(index), SIZE, SIZE)
     for label, stroke in enumerate(STROKES):
         mine = labels == label
         images[mine] = ink(torch.tensor(stroke), traits[mine])
-    grain = random_uniform(index[:, None, None] * SIZE**2 + torch.arange(SIZE**2).view(SIZE, SIZE), seed, DIGITS + 1)
+    pixels = torch.arange(SIZE**2).view(SIZE, SIZE)
+    grain = random_uniform(index[:, None, None] * SIZE**2 + pixels, seed, Purpose.DIGITS_GRAIN)
     images = (images + GRAIN * (grain - 0.5)).clamp_(0, 1)
     return images.mul_(255).round_().to(torch.uint8).unsqueeze(1)
 

@@ -157,9 +157,9 @@ def test_the_training_step_never_waits_for_the_device() -> None:
 
 
 def test_synthetic_images_do_not_depend_on_how_many_are_drawn() -> None:
-    few, many = synthetic.draw(range(20), seed=3), synthetic.draw(range(50), seed=3)
+    few, many = synthetic.generate(range(20), seed=3), synthetic.generate(range(50), seed=3)
     assert torch.equal(few.inputs, many.inputs[:20])
-    assert few.fingerprint() != synthetic.draw(range(20), seed=4).fingerprint()
+    assert few.fingerprint() != synthetic.generate(range(20), seed=4).fingerprint()
 
 
 @pytest.mark.slow

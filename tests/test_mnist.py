@@ -190,10 +190,10 @@ def test_cross_entropy_of_the_networks_outputs_is_the_tutorials_nll_loss() -> No
 
 
 def test_drawn_digits_depend_on_seed_and_number_alone() -> None:
-    few, many = digits.draw(range(20), seed=3), digits.draw(range(50), seed=3)
+    few, many = digits.generate(range(20), seed=3), digits.generate(range(50), seed=3)
     assert torch.equal(few.inputs, many.inputs[:20])
     assert few.targets[:12].tolist() == [0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 0, 1]
-    assert not torch.equal(few.inputs, digits.draw(range(20), seed=4).inputs)
+    assert not torch.equal(few.inputs, digits.generate(range(20), seed=4).inputs)
 
 
 def test_reading_idx_agrees_with_torchvision(mnist_data: Path) -> None:

@@ -72,7 +72,7 @@ def test_lenet_is_made_of_sigmoids_and_average_pooling() -> None:
 
 
 def test_whitening_makes_patches_uncorrelated_and_of_variance_one() -> None:
-    images = normalize(synthetic.draw(range(500), seed=0).inputs, synthetic.MEAN, synthetic.STD)
+    images = normalize(synthetic.generate(range(500), seed=0).inputs, synthetic.MEAN, synthetic.STD)
     model = models.WhiteNet(10)
     model.whiten(images, eps=0.0)
     outputs = nn.functional.conv2d(images, model.whitening.weight[:12]).movedim(1, -1).reshape(-1, 12)

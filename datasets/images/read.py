@@ -12,10 +12,9 @@ from PIL import Image, ImageOps
 from torch import Tensor
 from torchvision.transforms.v2 import functional as v2
 
-from datasets.keyed_random import random_uniform
+from datasets.keyed_random import Purpose, random_uniform
 
 FitName = Literal["squash", "crop"]
-AREA, RATIO, TOP, LEFT = 20, 21, 22, 23  # purposes among the keyed random numbers
 LARGEST_RATIO = 4 / 3  # width / height of a random window is at most this, and at least its inverse (torchvision's)
 
 # What Pillow's readers raise for files that are damaged, cut off or no image at all (tests/test_decode.py damages some)
@@ -40,7 +39,8 @@ def random_window(sample: int, *, seed: int, epoch: int, smallest_area: float) -
     """The window of a sample in an epoch: as torchvision's RandomResizedCrop draws one, but keyed."""
     index = torch.tensor(sample)
     area, ratio, top, left = (random_uniform(index, seed, epoch, purpose).item()
-                              for purpose in (AREA, RATIO, TOP, LEFT))
+                              for purpose in (Purpose.WINDOW_AREA, Purpose.WINDOW_RATIO, Purpose.WINDOW_TOP,
+                                              Purpose.WINDOW_LEFT))
     return Window(area=smallest_area + (1 - smallest_area) * area,
                   ratio=math.exp((2 * ratio - 1) * math.log(LARGEST_RATIO)), top=top, left=left)
 

@@ -30,7 +30,7 @@ def drawn_files() -> dict[str, bytes]:
     """The files of a tree by name, drawn once a session."""
     files = {}
     for split, first, count in (("train", 0, NUM_TRAIN), ("test", 10**6, NUM_TEST)):
-        drawn = synthetic.draw(range(first, first + count), seed=0)
+        drawn = synthetic.generate(range(first, first + count), seed=0)
         for sample, (image, label) in enumerate(zip(drawn.inputs, drawn.targets.tolist(), strict=True)):
             buffer = io.BytesIO()
             Image.fromarray(image.permute(1, 2, 0).numpy()).save(buffer, format="png")
