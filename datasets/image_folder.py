@@ -6,7 +6,6 @@ Only names are read here; decode.py reads the pixels, in loader workers (decoded
 
 import hashlib
 import os
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +16,7 @@ from torch import Tensor
 from torchvision.datasets.folder import IMG_EXTENSIONS, make_dataset
 
 from datasets import synthetic
-from datasets.download import move_in_place
+from datasets.download import move_in_place, temporary_folder
 from datasets.errors import DataError
 from datasets.keyed_random import Purpose, random_bits
 from datasets.order import epoch_order
@@ -162,25 +161,28 @@ def mixed(tree: ImageTree) -> ImageTree:
     return tree.subset(epoch_order(len(tree), seed=0, epoch=0))
 
 
-def write_synthetic(data_dir: Path, *, seed: int) -> Path:
-    """The drawn images of synthetic.py as a folder of PNG files: 2,000 to train on and 500 to test, in two seconds.
+def synthetic_folder(data_dir: Path, *, seed: int) -> Path:
+    """Where `write_synthetic` puts the images of a seed."""
+    return data_dir / f"synthetic-images-{seed}"
 
-    For one process a node; the folder appears whole. Returns it.
+
+def write_synthetic(folder: Path, *, seed: int) -> None:
+    """The images of synthetic.py as a folder of PNG files: 2,000 to train on and 500 to test, in two seconds.
+
+    For one process per node. The folder appears whole; nothing is done if it is there.
     """
-    folder = data_dir / f"synthetic-images-{seed}"
     if folder.is_dir():
-        return folder
+        return
     splits = zip(("train", "test"), synthetic.load(seed=seed, num_train=SYNTHETIC_TRAIN, num_test=SYNTHETIC_TEST),
                  strict=True)
     try:
-        data_dir.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=data_dir, prefix=".synthetic-") as temporary:
-            for split_name, drawn in splits:
-                for sample, (image, label) in enumerate(zip(drawn.inputs, drawn.targets.tolist(), strict=True)):
-                    path = Path(temporary) / "whole" / split_name / drawn.class_names[label] / f"{sample:05d}.png"
+        with temporary_folder(folder.parent, prefix=".synthetic-") as temporary:
+            for split_name, images in splits:
+                for sample, (image, label) in enumerate(zip(images.inputs, images.targets.tolist(), strict=True)):
+                    path = temporary / "whole" / split_name / images.class_names[label] / f"{sample:05d}.png"
                     path.parent.mkdir(parents=True, exist_ok=True)
                     Image.fromarray(image.permute(1, 2, 0).numpy()).save(path)
-            move_in_place(Path(temporary) / "whole", folder)
+            move_in_place(temporary / "whole", folder)
     except OSError as error:
-        raise DataError(f"--data-dir {data_dir}: cannot be written ({error.strerror}); choose one that can") from None
-    return folder
+        raise DataError(f"--data-dir {folder.parent}: cannot be written ({error.strerror}); choose one that "
+                        f"can") from None

@@ -106,6 +106,10 @@ def ignore_signals() -> None:
         signal.signal(number, signal.SIG_IGN)
 
 
+class Stopped(BaseException):
+    """All ranks agreed to stop."""
+
+
 class StopAgreement:
     """Tells all ranks of a stop at the same step, for one small all_reduce every half second rather than every step.
 

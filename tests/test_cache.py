@@ -21,11 +21,11 @@ from datasets.images.unreadable import BadImages
 from datasets.loaders import train_loader
 from datasets.order import ResumableSampler
 from launch.process_group import World
-from launch.stop import StopRequest
+from launch.stop import Stopped, StopRequest
 from tests.helpers.images import write_photos, write_tree
 from tests.helpers.processes import command, kill_session, read_json, session_pids, start
 from tests.helpers.server import forked
-from trainers.engine.once_per_node import finish_together
+from trainers.engine.once_per_node import once_per_node
 
 CPU = torch.device("cpu")
 
@@ -173,11 +173,11 @@ def test_a_stop_request_closes_the_work_of_all_ranks_and_an_error_is_raised():
 
     request = StopRequest()
     request.ask("SIGTERM")
-    assert not finish_together(World(), work(100), request)
+    with pytest.raises(Stopped):
+        once_per_node(World(), work(100), stop=request)
     assert closed == [100]
     with pytest.raises(DataError, match="broken"):
-        finish_together(World(), work(1), StopRequest())
-    assert finish_together(World(), None, StopRequest())
+        once_per_node(World(), work(1), stop=StopRequest())
 
 
 FLAGS = ["--batch-size", "12", "--epochs", "1", "--threads", "1", "--no-pictures"]

@@ -32,7 +32,7 @@ from launch.errors import UsageError
 from launch.process_group import World
 from trainers import models
 from trainers.engine.config import TrainConfig
-from trainers.engine.once_per_node import download_once
+from trainers.engine.once_per_node import once_per_node
 from trainers.engine.run.card import ModelCard
 from trainers.engine.session import entry_point, open_run, train_classifier
 
@@ -75,7 +75,8 @@ def load_data(config: CifarConfig, world: World) -> tuple[TensorDataset, TensorD
     """Training and test split; with --download one rank of each node fetches while the others wait."""
     if config.dataset == "synthetic":
         return synthetic.load(seed=config.seed)
-    download_once(config, world, cifar.download)
+    if config.download:
+        once_per_node(world, lambda: cifar.download(config.data_dir))
     return cifar.load(config.data_dir)
 
 

@@ -32,7 +32,7 @@ from launch.errors import UsageError
 from launch.process_group import World
 from trainers import models
 from trainers.engine.config import TrainConfig
-from trainers.engine.once_per_node import download_once
+from trainers.engine.once_per_node import once_per_node
 from trainers.engine.run.card import ModelCard
 from trainers.engine.session import entry_point, open_run, train_classifier
 
@@ -61,7 +61,8 @@ def load_data(config: FashionMnistConfig, world: World) -> tuple[TensorDataset, 
     """Training and test split."""
     if config.dataset == "synthetic":
         return digits.load(seed=config.seed)
-    download_once(config, world, fashion_mnist.download)
+    if config.download:
+        once_per_node(world, lambda: fashion_mnist.download(config.data_dir))
     return fashion_mnist.load(config.data_dir)
 
 

@@ -9,6 +9,7 @@
 """
 
 import sys
+from collections.abc import Generator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -16,7 +17,7 @@ from typing import Any, Literal
 if not __package__:  # run by path: our packages, not others of the same names
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from launch.stop import Stopped, catch_signals, ignore_signals, stop_request
+from launch.stop import catch_signals, ignore_signals
 
 if __name__ == "__main__":
     catch_signals()  # before torch is imported, which takes seconds
@@ -36,11 +37,11 @@ from datasets.loaders import check_size, evaluation_loader, train_loader
 from datasets.order import ResumableSampler
 from launch.command_line import nearest, run
 from launch.errors import UsageError, to_stderr
-from launch.process_group import World, barrier, from_main, gather
+from launch.process_group import World, from_main, gather
 from trainers import models
 from trainers.engine.checkpoints.weights import load_backbone
 from trainers.engine.config import TrainConfig
-from trainers.engine.once_per_node import finish_together
+from trainers.engine.once_per_node import once_per_node
 from trainers.engine.run.card import ModelCard
 from trainers.engine.run.progress import say
 from trainers.engine.session import entry_point, open_run, train_classifier
@@ -145,10 +146,8 @@ def load_data(config: ImageFolderConfig, world: World) -> tuple[ImageTree, Image
     """Training and test split: names and labels, no pixels yet."""
     folder = config.data_dir
     if config.dataset == "synthetic":
-        if world.local_rank == 0:
-            image_folder.write_synthetic(config.data_dir, seed=config.seed)
-        barrier(world)
-        folder = image_folder.write_synthetic(config.data_dir, seed=config.seed)
+        folder = image_folder.synthetic_folder(config.data_dir, seed=config.seed)
+        once_per_node(world, lambda: image_folder.write_synthetic(folder, seed=config.seed))
     train, test = image_folder.load(folder, validation_fraction=config.validation_fraction, seed=config.seed)
     if len(set(gather(world, train.listing_hash() + test.listing_hash()))) > 1:
         raise DataError(f"--data-dir {folder}: the ranks found different files in it; give every node the same folder")
@@ -221,11 +220,12 @@ def build_loaders(config: ImageFolderConfig, train: ImageTree, test: ImageTree, 
 
 def fill(cache: ImageCache, decoder: Decoder, bad_images: BadImages, world: World) -> None:
     """Build a cache that is not there, by one rank of each node while the others wait."""
-    builds = world.local_rank == 0 and not cache.exists()
-    if builds:
-        to_stderr(f"decoding {len(cache.tree):,} images into {cache.path} ({cache.num_bytes / 2**20:.0f} MiB)")
-    if not finish_together(world, cache.build(decoder, bad_images) if builds else None, stop_request()):
-        raise Stopped(stop_request().reason)
+    def build() -> Generator[int]:
+        if not cache.exists():
+            to_stderr(f"decoding {len(cache.tree):,} images into {cache.path} ({cache.num_bytes / 2**20:.0f} MiB)")
+            yield from cache.build(decoder, bad_images)
+
+    once_per_node(world, build())
 
 
 def cache_device(device: torch.device, num_bytes: int) -> torch.device:

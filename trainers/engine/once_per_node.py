@@ -1,33 +1,40 @@
-"""Long work that one rank of each node does before training, while the others wait: for as long as it takes."""
+"""Long work that one rank of each node does before training, while the others wait: downloads, folders, packs, caches.
 
+    once_per_node(world, lambda: cifar.download(data_dir))     # a function: it runs in a thread
+    once_per_node(world, cache.build(decoder, bad_images))     # a generator: it runs here, a bit at a time
+"""
+
+import threading
 import time
 from collections.abc import Callable, Generator
-from pathlib import Path
 from typing import Any
 
 from launch.errors import is_users
-from launch.process_group import World, barrier, gather
-from launch.stop import StopRequest
-from trainers.engine.config import TrainConfig
+from launch.process_group import World, gather
+from launch.stop import Stopped, StopRequest, stop_request
 
-SLICE_SECONDS = 0.5  # between two meetings of the ranks
+SLICE_SECONDS = 0.5  # between two exchanges of the ranks
 
 
-def finish_together(world: World, work: Generator[Any] | None, stop: StopRequest) -> bool:
-    """Run `work` to its end, on the ranks that have some; returns on all ranks together.
+def once_per_node(world: World, work: Callable[[], object] | Generator[Any], *,
+                  stop: StopRequest | None = None) -> None:
+    """Run `work` to its end on local rank 0 of every node; returns on all ranks together.
 
-    They meet twice a second, not once at the end: so the collective timeout need not allow for the whole work, a stop
-    is noticed while it goes on, and an error of one rank is raised on all.
+    The ranks exchange how far they are twice a second, not once at the end: so the collective timeout need not allow
+    for the whole work, a stop is noticed while it runs, and an error of one rank is raised on all.
 
-    Returns:
-        False if any rank was asked to stop; its work is then closed unfinished.
+    Raises:
+        Stopped: on all ranks, if any was asked to stop. A generator is closed; a function is left to end with the
+            process, so it must keep what it writes in a temporary folder until it is whole.
     """
-    done = work is None
+    stop = stop_request() if stop is None else stop
+    steps = work if isinstance(work, Generator) else in_thread(work)
+    done = world.local_rank != 0
     while True:
         error: Exception | None = None
-        if work is not None and not done:
+        if not done:
             try:
-                done = advance(work, world, seconds=SLICE_SECONDS)
+                done = advance(steps, world, seconds=SLICE_SECONDS)
             except Exception as problem:
                 if not is_users(problem):
                     raise
@@ -38,27 +45,37 @@ def finish_together(world: World, work: Generator[Any] | None, stop: StopRequest
             if problem is not None:
                 raise problem
         if any(stopped for _, stopped, _ in reports):
-            if work is not None:
-                work.close()
-            return False
+            steps.close()
+            stop.ask("another rank was asked to stop")
+            raise Stopped(stop.reason)
         if all(finished for finished, _, _ in reports):
-            return True
+            return
 
 
-def advance(work: Generator[Any], world: World, *, seconds: float) -> bool:
-    """Take items for a while, each a sign of life; whether that was the last of them."""
+def advance(steps: Generator[Any], world: World, *, seconds: float) -> bool:
+    """Take steps for a while, each a sign of life; whether the last one was among them."""
     until = time.monotonic() + seconds
-    for _ in work:
+    for _ in steps:
         world.watchdog.mark("data")
         if time.monotonic() > until:
             return False
     return True
 
 
-def download_once(config: TrainConfig, world: World, download: Callable[[Path], None]) -> None:
-    """With `--download`, have one rank of each node fetch the data while the others wait."""
-    if not config.download:
-        return
-    if world.local_rank == 0:
-        download(config.data_dir)
-    barrier(world)
+def in_thread(work: Callable[[], object]) -> Generator[None]:
+    """Run a function in a thread; yields while it lives, and raises what it raised."""
+    errors: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            work()
+        except BaseException as error:
+            errors.append(error)
+
+    thread = threading.Thread(target=run, name="once-per-node", daemon=True)
+    thread.start()
+    while thread.is_alive():
+        thread.join(SLICE_SECONDS / 5)
+        yield
+    if errors:
+        raise errors[0]
