@@ -15,18 +15,19 @@ from datasets.keyed_random import Purpose, random_integers
 
 @dataclass(frozen=True, kw_only=True)
 class Augmentation:
-    """What happens to a training image between the data set and the network."""
+    """What is done to a training image between the data set and the network."""
 
     seed: int
     mean: tuple[float, ...]
     """Per channel, in units of the full range [0, 1]."""
     std: tuple[float, ...]
     shift: int = 0
-    """The image is padded by so many pixels on each side and cropped back at a random place."""
+    """The image is padded by this many pixels on each side and cropped back at a random place."""
     padding: Literal["reflect", "zeros"] = "reflect"
     flip: Literal["random", "alternating"] | None = None
-    """random: half of the samples, drawn anew each epoch. alternating: half of them in the first epoch, and then each
-    sample the other way round every epoch, so that any two consecutive epochs show both sides (cifar10-airbench)."""
+    """random: half of the samples, chosen again in each epoch. alternating: half of them in the first epoch, and then
+    each sample the other way round every epoch, so that any two consecutive epochs show both sides (cifar10-airbench).
+    """
 
     def prepare(self, images: Tensor) -> Tensor:
         """Pad the whole data set once, (N, C, H, W) to (N, C, H + 2 shift, W + 2 shift), so that a crop is a gather."""
@@ -46,7 +47,7 @@ class Augmentation:
         return self.augment(prepared, samples, samples, epoch)
 
     def batch(self, images: Tensor, samples: Tensor, *, epoch: int) -> Tensor:
-        """The same result for images that are not in memory with all others.
+        """The same result for images that are not in memory with the rest of the data set.
 
         Args:
             images: uint8 (B, C, H, W), not prepared.
@@ -103,7 +104,7 @@ def crop(padded: Tensor, samples: Tensor, rows: Tensor, columns: Tensor, shift: 
 
 
 def normalize(images: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> Tensor:
-    """uint8 (B, C, H, W) to float32 with the given mean and std taken out of each channel."""
+    """uint8 (B, C, H, W) to float32: each channel less its mean, divided by its std."""
     scale = torch.tensor([1 / (255 * s) for s in std], device=images.device)[:, None, None]
     offset = torch.tensor([m / s for m, s in zip(mean, std, strict=True)], device=images.device)[:, None, None]
     return images.to(torch.float32).mul_(scale).sub_(offset)

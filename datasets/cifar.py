@@ -40,5 +40,5 @@ def in_memory(dataset: CIFAR10) -> TensorDataset:
 
 
 def download(data_dir: Path) -> None:
-    """Fetch CIFAR-10. For one process a node; others wait. Raises DataError as `fetch` does."""
+    """Fetch CIFAR-10. For one process per node; others wait. Raises DataError as `fetch` does."""
     fetch(lambda folder: CIFAR10(folder, download=True), data_dir, CIFAR10.base_folder, name="CIFAR-10")

@@ -14,7 +14,7 @@ SILENT_SECONDS = 60.0  # a server that says nothing for so long is given up; tor
 
 
 def fetch(download: Callable[[str], object], data_dir: Path, folder: str, *, name: str) -> None:
-    """Have `download` fill a temporary folder, then move what it made, called `folder`, in place whole.
+    """Have `download` fill a temporary folder, then move what it wrote, called `folder`, into place whole.
 
     For one process per node; others wait. Does nothing if the folder is there.
 

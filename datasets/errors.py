@@ -1,4 +1,4 @@
-"""The error for data that cannot be used, and how a cause is put into its one line."""
+"""The error for data that cannot be used, and the part of its cause that fits into its one line."""
 
 
 class DataError(Exception):

@@ -1,4 +1,4 @@
-"""The IDX files of MNIST and of the data sets made after it: a big-endian header and unsigned bytes, maybe gzipped."""
+"""The IDX files of MNIST and of the data sets in its format: a big-endian header and unsigned bytes, maybe gzipped."""
 
 import gzip
 import zlib

@@ -1,7 +1,8 @@
 """A folder of images by class, as torchvision's ImageFolder reads it: train/<class>/… and test/<class>/… (or val/).
 
 Without a test folder, or to keep it untouched while flags are tuned, one folder of classes is split by a fraction.
-Only names are read here; decode.py reads the pixels, in loader workers (decoded.py) or into a cache (image_cache.py).
+Only names are read here; images/read.py reads the pixels, in loader workers (images/loaders.py) or into a cache
+(images/cache.py).
 """
 
 import hashlib
@@ -40,7 +41,7 @@ class ImageTree:
         return len(self.names)
 
     def path(self, sample: int) -> Path:
-        """Where an image lies."""
+        """The path of an image."""
         return self.root / self.names[sample]
 
     def subset(self, samples: Tensor) -> "ImageTree":
@@ -88,7 +89,7 @@ def load(data_dir: Path, *, validation_fraction: float | None = None, seed: int 
         raise DataError(f"--data-dir {data_dir}: has no {missing}; add it, or split one folder with "
                         f"--validation-fraction 0.2")
     training = scan(train)
-    return training, mixed(scan(test, class_names=training.class_names))
+    return training, shuffled(scan(test, class_names=training.class_names))
 
 
 def scan(folder: Path, *, class_names: Sequence[str] | None = None) -> ImageTree:
@@ -124,7 +125,7 @@ def scan(folder: Path, *, class_names: Sequence[str] | None = None) -> ImageTree
 
 
 def find_images(path: Path) -> list[Path]:
-    """A file as it is, or all images in a folder and the folders below it, sorted.
+    """The file itself, or all images in a folder and the folders below it, sorted.
 
     Raises:
         DataError: if there is nothing of that name, or no image in the folder.
@@ -153,11 +154,11 @@ def split(tree: ImageTree, fraction: float, *, seed: int) -> tuple[ImageTree, Im
             raise DataError(f"--validation-fraction {fraction}: class {tree.root / name} has a single image; add more")
         num_chosen = min(max(1, round(fraction * len(members))), len(members) - 1)
         chosen[members[order[members].argsort()[:num_chosen]]] = True
-    return tree.subset((~chosen).nonzero().flatten()), mixed(tree.subset(chosen.nonzero().flatten()))
+    return tree.subset((~chosen).nonzero().flatten()), shuffled(tree.subset(chosen.nonzero().flatten()))
 
 
-def mixed(tree: ImageTree) -> ImageTree:
-    """The same images, not class by class: the first ones, which are drawn, then show what there is."""
+def shuffled(tree: ImageTree) -> ImageTree:
+    """The same images in a fixed random order, not class by class: the first ones are shown as examples."""
     return tree.subset(epoch_order(len(tree), seed=0, epoch=0))
 
 

@@ -1,8 +1,8 @@
 """Random numbers that are a hash of what they are for: (seed, epoch, purpose, sample index).
 
 The same on the CPU and the GPU, at any world size, with any number of workers, before and after a resume, because
-nothing is drawn in sequence and so nothing has to be saved. The hash is the finaliser of splitmix64 (Steele, Lea and
-Flood, 2014), in 64-bit integers that wrap.
+no number depends on the one before and so nothing has to be saved. The hash is the finaliser of splitmix64 (Steele,
+Lea and Flood, 2014), in 64-bit integers that wrap.
 """
 
 import math

@@ -1,7 +1,7 @@
 """From a data set to the batches of one rank: a training loader that can start anywhere, an unpadded evaluation one.
 
 Both yield (inputs, targets) on the rank's device, one micro-batch at a time, and hold the whole data set there as
-uint8. Data that must be decoded from files goes through DataLoader workers instead; see image_folder.py.
+uint8. Data that must be decoded from files goes through DataLoader workers instead; see images/loaders.py.
 """
 
 from collections.abc import Callable, Iterator

@@ -1,7 +1,7 @@
 """MNIST (LeCun, Cortes and Burges, 1998): 60,000 training and 10,000 test images of 28x28 pixels, handwritten digits.
 
 Read from the four IDX files, plain or gzipped, in `data_dir/MNIST/raw` (where torchvision puts them),
-`data_dir/MNIST` or `data_dir` itself, or else from `mnist.npz` in one of these, of either kind that goes around.
+`data_dir/MNIST` or `data_dir` itself, or else from `mnist.npz` in one of these, of either kind in common use.
 """
 
 import zipfile
@@ -46,7 +46,7 @@ def load(data_dir: Path) -> tuple[TensorDataset, TensorDataset]:
 
 
 def download(data_dir: Path) -> None:
-    """Fetch the four files. For one process a node; others wait. Raises DataError as `fetch` does."""
+    """Fetch the four files. For one process per node; others wait. Raises DataError as `fetch` does."""
     fetch(lambda folder: MNIST(folder, download=True), data_dir, "MNIST", name="MNIST")
 
 

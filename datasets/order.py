@@ -1,8 +1,8 @@
 """Which sample comes when: a pure function of (seed, epoch, position), whatever the number of ranks and workers.
 
 Optimizer step k of an epoch consumes order[k * G : (k + 1) * G], G the global batch; rank r takes every
-world_size-th of them. So a position in training is just (epoch, samples consumed), and a run may go on at another
-world size with no sample repeated or skipped.
+world_size-th of them. So a position in training is just (epoch, samples consumed), and a run may resume at
+another world size with no sample repeated or skipped.
 """
 
 from collections.abc import Iterator, Sized
@@ -17,7 +17,7 @@ from datasets.keyed_random import Purpose, random_bits
 def epoch_order(num_samples: int, *, seed: int, epoch: int) -> Tensor:
     """The epoch's order of all training samples: a permutation of range(num_samples), int64, on the CPU.
 
-    Sorted by keyed random bits, not drawn by torch.randperm, whose result is not promised to stay the same over
+    Sorted by keyed random bits, not from torch.randperm, whose result is not promised to stay the same over
     versions of torch.
     """
     return torch.argsort(random_bits(torch.arange(num_samples), seed, epoch, Purpose.ORDER), stable=True)
@@ -37,7 +37,7 @@ def evaluation_indices(num_samples: int, *, rank: int, world_size: int) -> range
 
 
 class ResumableSampler(DistributedSampler[int]):
-    """torch's DistributedSampler with a place to start in the epoch, and whole global batches only.
+    """torch's DistributedSampler with a position to start from in the epoch, and whole global batches only.
 
     What it changes: the order (`epoch_order`), the start (`set_position`), and that the incomplete last global batch
     is dropped, so that every step of every epoch has the same size.

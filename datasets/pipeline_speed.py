@@ -1,11 +1,11 @@
-"""How many images a second one way of loading and augmenting delivers; launch/benchmark.py --pipeline compares them.
+"""Images per second that one way of loading and augmenting delivers; launch/benchmark.py --pipeline compares them.
 
     python datasets/pipeline_speed.py pil:2          # torchvision's PIL transforms in a DataLoader with 2 workers
     python datasets/pipeline_speed.py v2:0           # its v2 transforms on tensors, sample by sample, no workers
     python datasets/pipeline_speed.py batch          # this project's augmentation of a whole batch
 
-All do the same to the same drawn 32x32 images: random crop after reflect padding by 2, random flip, normalise. One
-thread a process. Workers are running, and what they prefetched is used up, before the clock starts.
+All do the same to the same synthetic 32x32 images: random crop after reflect padding by 2, random flip, normalise. One
+thread per process. Workers are running, and what they prefetched is used up, before the clock starts.
 """
 
 import argparse

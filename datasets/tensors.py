@@ -1,4 +1,4 @@
-"""A labelled data set that lies in memory as two tensors, and the error for data that cannot be used."""
+"""A labelled data set in memory, as two tensors."""
 
 import hashlib
 from dataclasses import dataclass

@@ -2,7 +2,7 @@
 
     cache = ImageCache(tree, "train", folder, size=32, fit="squash")
     if not cache.exists():
-        for num_done in cache.build(decoder, bad_images): ...      # one rank a node; the others wait
+        for num_done in cache.build(decoder, bad_images): ...      # one rank per node; the others wait
     dataset = cache.open(bad_images)
 
 The name carries a fingerprint of the folder (names, sizes, modification times), the image size and the decoder's
@@ -34,11 +34,11 @@ from datasets.images.unreadable import BadImages
 from datasets.tensors import TensorDataset
 
 FORMAT = 1
-BATCH_SIZE = 8  # few, so that a builder of large images still shows often that it is alive
+BATCH_SIZE = 8  # few, so that progress is marked often also while large images are decoded
 
 
 class ImageCache:
-    """The cache of one split; `folder` may serve many."""
+    """The cache of one split; `folder` may hold many."""
 
     def __init__(self, tree: ImageTree, split: str, folder: Path, *, size: int, fit: FitName) -> None:
         what = f"{FORMAT} {tree.fingerprint(times=True)} {size} {fit} {PIL.__version__} {torchvision.__version__}"
@@ -61,7 +61,7 @@ class ImageCache:
         return self.record() is not None
 
     def record(self) -> dict[str, Any] | None:
-        """What was noted when it was built: the image in each row, and what was unreadable; None if there is none."""
+        """What was written when it was built: the image in each row, and what was unreadable; None if there is none."""
         try:
             record = json.loads(self.record_path.read_text())
             return record if self.path.stat().st_size == len(record["sources"]) * self.row_bytes else None
@@ -102,7 +102,7 @@ class ImageCache:
                 temporary.unlink()
 
     def make_room(self) -> None:
-        """Create the folder, remove what killed builders left in it, and see that the file will fit.
+        """Create the folder, remove what killed builders left in it, and make sure that the file will fit.
 
         Raises:
             DataError: if not.
@@ -118,7 +118,7 @@ class ImageCache:
                             f"{free / 2**20:.0f} MiB are free; choose another folder, or leave --cache out")
 
     def commit(self, record: dict[str, Any]) -> None:
-        """Write the record, which makes the cache count."""
+        """Write the record, which makes the cache valid."""
         temporary = self.record_path.with_name(f".{self.record_path.name}.{socket.gethostname()}.{os.getpid()}.tmp")
         with open(temporary, "w") as file:
             json.dump(record, file)
@@ -130,7 +130,7 @@ class ImageCache:
         """The images, mapped from the file: ranks that open the same one share its memory.
 
         Raises:
-            DataError: if more images were unreadable than may be skipped now, or the file has gone.
+            DataError: if more images were unreadable than may be skipped now, or the file is gone.
         """
         record = self.record()
         if record is None:

@@ -121,7 +121,7 @@ class Decoder:
             collate_fn=as_it_is,  # pyright: ignore[reportArgumentType]
             multiprocessing_context=worker_context() if workers else None, persistent_workers=workers > 0,
             worker_init_fn=WorkerStart(prepare_worker, workers_end) if workers else None,
-            generator=torch.Generator(),  # its own: drawing from torch's would alter the dropout of this step
+            generator=torch.Generator(),  # its own: numbers taken from torch's would alter the dropout of this step
         )
 
     def decode(self, keys: list[Key]) -> Iterator[DecodedBatch]:
@@ -160,7 +160,7 @@ class DecodedTrainLoader:
         """The rest of the epoch, in micro-batches of `rank_batch_size`.
 
         Before the last of several, which all ranks reach in the same step, they compare their bad images: not at the
-        start, since one rank may take a first batch alone, to show it.
+        start, since rank 0 alone may take a first batch, for --show-batch.
 
         Raises:
             DataError: for an unreadable image that may not be skipped, or a dead worker.

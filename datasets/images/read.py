@@ -17,7 +17,7 @@ from datasets.keyed_random import Purpose, random_uniform
 FitName = Literal["squash", "crop"]
 LARGEST_RATIO = 4 / 3  # width / height of a random window is at most this, and at least its inverse (torchvision's)
 
-# What Pillow's readers raise for files that are damaged, cut off or no image at all (tests/test_decode.py damages some)
+# What Pillow's readers raise for files that are damaged, cut off or no image at all (see tests/test_decoded.py)
 UNREADABLE = (OSError, ValueError, SyntaxError, EOFError, LookupError, TypeError, AttributeError, ArithmeticError,
               MemoryError, struct.error, Image.DecompressionBombError, Image.DecompressionBombWarning)
 
@@ -36,7 +36,7 @@ class Window(NamedTuple):
 
 
 def random_window(sample: int, *, seed: int, epoch: int, smallest_area: float) -> Window:
-    """The window of a sample in an epoch: as torchvision's RandomResizedCrop draws one, but keyed."""
+    """The window of a sample in an epoch: as torchvision's RandomResizedCrop chooses one, but keyed."""
     index = torch.tensor(sample)
     area, ratio, top, left = (random_uniform(index, seed, epoch, purpose).item()
                               for purpose in (Purpose.WINDOW_AREA, Purpose.WINDOW_RATIO, Purpose.WINDOW_TOP,
@@ -52,7 +52,7 @@ def read_image(path: str | Path, *, size: int, fit: FitName, window: Window | No
         path: any format that Pillow reads; of several frames the first.
         size: height and width of the result.
         fit: squash the whole image into the square, or crop its middle to a square first.
-        window: show only this part, whose own width and height are squashed; `fit` then plays no part.
+        window: show only this part, squashed into the square; `fit` is then ignored.
 
     Raises:
         BadImage: if it is no image, damaged, or larger than Pillow's limit on decompression bombs (89 megapixels).

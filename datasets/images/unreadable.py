@@ -1,4 +1,4 @@
-"""Unreadable images: the first one ends the run, unless it may skip some."""
+"""Unreadable images: the first one ends the run, unless some may be skipped."""
 
 from collections.abc import Callable, Iterable, Mapping
 
@@ -10,8 +10,8 @@ Exchange = Callable[[dict[str, str]], list[dict[str, str]]]
 class BadImages:
     """The distinct unreadable images of a run so far, as {path: reason}, and how many there may be.
 
-    A rank learns of another's at the end of an epoch, so the limit may be found passed only then; which images take
-    the place of bad ones does not depend on it.
+    A rank is told of another's at the end of an epoch, so the run may pass the limit until then; which images replace
+    bad ones does not depend on it.
     """
 
     def __init__(self, limit: int, *, exchange: Exchange = lambda mine: [mine],
@@ -20,7 +20,7 @@ class BadImages:
         self.known = dict(known or {})
 
     def add(self, found: Iterable[tuple[str, str]]) -> None:
-        """Take note of images, and log those that are new.
+        """Add images, and log those that are new.
 
         Raises:
             DataError: if there are now too many, naming the last.
@@ -34,7 +34,7 @@ class BadImages:
                      f"{len(self.known)} of at most {self.limit}")
 
     def share(self) -> None:
-        """Learn what the other ranks have found; called by all of them together.
+        """Add what the other ranks have found; called by all of them together.
 
         Raises:
             DataError: on all ranks, if together they have found too many.

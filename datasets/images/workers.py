@@ -1,6 +1,6 @@
-"""Processes that decode images beside the training process, out of the reach of a stop signal.
+"""Processes that decode images beside the training process, which stop signals do not reach.
 
-They are forked from a server that is started afresh (`forkserver`), not from the training process: a copy of that
+They are forked from a server that is a new process (`forkserver`), not from the training process: a copy of that
 would hold the sockets to the other ranks open, which then do not notice when it dies, and would copy its threads'
 locks in whatever state they are. It also makes a dead worker an error in the loader and nowhere else.
 """
@@ -30,7 +30,7 @@ def worker_context() -> multiprocessing.context.BaseContext:
     context.set_forkserver_preload(PRELOADED)
     with blocked_signals():
         resource_tracker.ensure_running()
-    with blocked_signals():  # anew: starting the tracker has unblocked two of them
+    with blocked_signals():  # again: starting the tracker has unblocked two of them
         forkserver.ensure_running()
     return context
 
@@ -38,7 +38,7 @@ def worker_context() -> multiprocessing.context.BaseContext:
 class WorkerStart:
     """What a worker does first, in the form that DataLoader calls and can send to it.
 
-    The server keeps workers company, so they would outlive a killed training process. Each therefore waits on a pipe
+    The workers' parent is the server, so they would outlive a killed training process. Each therefore waits on a pipe
     whose other end that process alone holds, and ends when it closes, however it died.
     """
 
