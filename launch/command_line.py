@@ -108,7 +108,5 @@ def run(main: Callable[[Any], Any], config_class: type, *,
         if launched_rank() == 0 if speaks is None else speaks:
             to_stderr(line)
         sys.exit(error.exit_code)  # pyright: ignore[reportAttributeAccessIssue]
-    except Stopped:
-        sys.exit(EXIT_PREEMPTED)
     except KeyboardInterrupt:
         sys.exit(130)  # 128 + SIGINT, as a shell reports it

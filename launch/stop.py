@@ -106,8 +106,9 @@ def ignore_signals() -> None:
         signal.signal(number, signal.SIG_IGN)
 
 
-class Stopped(BaseException):
-    """All ranks agreed to stop."""
+def signals_flag() -> str:
+    """What makes torchrun pass all of them on to its ranks; by default it knows nothing of SIGUSR1."""
+    return f"--signals-to-handle={','.join(number.name for number in SIGNALS)}"
 
 
 class StopAgreement:
