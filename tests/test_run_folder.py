@@ -157,4 +157,22 @@ def test_ranks_other_than_zero_write_nothing(tmp_path: Path) -> None:
     folder.append_metrics({"step": 1})
     folder.beat()
     folder.release()
+    folder.claim()
+    folder.set_aside()
+    folder.truncate_metrics(0, evaluated=True)
+    folder.write_bytes("weights.pt", b"weights")
+    folder.failed("lost", step=3)
     assert not (tmp_path / "r").exists()
+
+
+def test_how_a_run_failed_is_written_only_by_a_process_that_started_it(folder: RunFolder) -> None:
+    folder.failed("a usage error, before anything", step=0)
+    assert folder.read_json("status.json") is None
+    begin(folder)
+    folder.write_status("RUNNING", step=20, epoch=2)
+    folder.failed(CheckpointError("the disk\nis full"), step=7)
+    assert folder.read_json("status.json") == {"state": "FAILED", "step": 20, "epoch": 2,
+                                               "reason": "ERROR checkpoint: the disk is full"}
+    folder.failed(ValueError("a bug"), step=21)
+    status = folder.read_json("status.json") or {}
+    assert (status["step"], status["reason"]) == (21, "ValueError: a bug")

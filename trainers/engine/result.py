@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from trainers.engine.metrics import Evaluation
 from trainers.engine.parallel import num_parameters, parallel_name
 from trainers.engine.run import pictures
-from trainers.engine.run.folder import RunFolder, write_whole
+from trainers.engine.run.folder import RunFolder
 from trainers.engine.run.progress import say
 from trainers.engine.step import TrainStep
 from trainers.engine.task import Batch, EvaluationBatches
@@ -43,7 +43,7 @@ def finish(trainer: Trainer, evaluation: Evaluation, class_names: tuple[str, ...
     }
     folder.write_json("result.json", result)
     if save_weights and world.is_main:
-        write_whole(folder, "weights.pt", weights_file(step.evaluated_model))
+        folder.write_bytes("weights.pt", weights_file(step.evaluated_model))
     if world.is_main:
         say(result_text(evaluation, class_names, folder.path))
     return result
@@ -108,7 +108,7 @@ def draw_first_batch(folder: RunFolder, batch: Batch, to_image: ToImage, class_n
     images = to_image(inputs[: pictures.MOST_IMAGES].float().cpu())
     captions = [name_of(label, class_names) for label in targets[: len(images)].tolist()]
     title = f"first training batch: {len(images)} of this rank's {len(inputs)} images"
-    write_whole(folder, "first_batch.png", pictures.image_grid(images, captions, title=title))
+    folder.write_bytes("first_batch.png", pictures.image_grid(images, captions, title=title))
 
 
 @torch.no_grad()
@@ -121,4 +121,4 @@ def draw_predictions(folder: RunFolder, step: TrainStep, batch: Batch, to_image:
         labels = model(inputs.to(step.world.device)).argmax(1).tolist()
     true, predicted = ([name_of(label, class_names) for label in some] for some in (targets.tolist(), labels))
     png = pictures.predictions(to_image(inputs.float().cpu()), true, predicted, title="test images, as predicted")
-    write_whole(folder, "predictions.png", png)
+    folder.write_bytes("predictions.png", png)

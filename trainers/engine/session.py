@@ -34,7 +34,7 @@ from trainers.engine.precision import Precision
 from trainers.engine.result import ToImage, draw_first_batch, draw_result, finish
 from trainers.engine.resume import load_for_evaluation, resume
 from trainers.engine.run.card import ModelCard, write_card
-from trainers.engine.run.folder import RunFolder, describe
+from trainers.engine.run.folder import RunFolder
 from trainers.engine.run.progress import say
 from trainers.engine.run.report import Report
 from trainers.engine.schedule import schedule
@@ -94,7 +94,7 @@ def open_run(config: TrainConfig, trainer: str) -> Iterator[Run]:
             write_preempted(folder, stopped)
             raise
         except Exception as error:
-            folder.failed(describe(translated(error)), step=world.watchdog.step)
+            folder.failed(translated(error), step=world.watchdog.step)
             raise
         finally:
             folder.release()

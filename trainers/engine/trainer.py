@@ -194,8 +194,8 @@ class Trainer:
         loss, accuracy = self.sums.means(self.world)
         speed = self.history.lap_samples_per_second()
         self._write_line("train", loss, accuracy, speed)
-        progress.report(loss=loss, accuracy=accuracy, samples_per_second=speed,
-                        seconds_left=(last_step - self.step) * self.history.train_seconds / max(self.step, 1))
+        seconds_left = (last_step - self.step) * self.history.train_seconds / max(self.step, 1)
+        progress.show_figures(loss=loss, accuracy=accuracy, samples_per_second=speed, seconds_left=seconds_left)
 
     def _write_line(self, split: str, loss: float, accuracy: float | None, speed: float | None) -> None:
         line: dict[str, Any] = {
@@ -216,7 +216,7 @@ class Trainer:
         is_best = self.history.record(epoch=self.epoch, step=self.step, train_loss=loss, train_accuracy=accuracy,
                                       evaluation=evaluation)
         speed = self.step * train.global_batch_size / self.history.train_seconds
-        progress.note(epoch_text(self.history.epochs[-1], samples_per_second=speed))
+        progress.line_above(epoch_text(self.history.epochs[-1], samples_per_second=speed))
         self.report.curves(self.history.epochs, steps_per_epoch=train.steps_per_epoch)
         return is_best
 

@@ -16,18 +16,18 @@ from launch.files import read_object, replace_file
 from launch.machine import environment_record
 from trainers.engine.run.ownership import Ownership
 
-GROWING = ("epochs", "max_steps")  # a run that is DONE goes on when one of these grew
+GROWING = ("epochs", "max_steps")  # a run that is DONE continues when one of these grew
 
 
 class RunFolder:
-    """Rank 0's view of its run; on other ranks every writing method does nothing."""
+    """Rank 0's view of its run; on other ranks every method that writes does nothing."""
 
     def __init__(self, path: Path, *, is_main: bool) -> None:
         self.path = path
         self.is_main = is_main
         self.ownership = Ownership(path)
-        self.begun = False
-        """Whether this process has begun, or gone on with, the run: only then may it say how the run ended."""
+        self._started = False
+        """Whether this process started or resumed the run: only then may it write how the run ended."""
 
     @property
     def checkpoints(self) -> Path:
@@ -35,11 +35,13 @@ class RunFolder:
         return self.path / "checkpoints"
 
     def claim(self) -> None:
-        """Create the folder and become its owner. Rank 0 only, before data is loaded.
+        """Create the folder and become its owner, before data is loaded.
 
         Raises:
             CheckpointError: if it cannot be written, or another live process owns it.
         """
+        if not self.is_main:
+            return
         try:
             self.checkpoints.mkdir(parents=True, exist_ok=True)
             self.ownership.claim()
@@ -67,7 +69,7 @@ class RunFolder:
 
     @contextlib.contextmanager
     def _writing(self, name: str) -> Iterator[Path]:
-        """The path of a file to write, inside the fence; what the disk refuses becomes one line for the user."""
+        """The path of a file to write, behind the fence; what the disk refuses becomes one line for the user."""
         self.check_fence()
         try:
             yield self.path / name
@@ -79,33 +81,40 @@ class RunFolder:
         """The content of a JSON file of the folder, or None if it is missing or damaged."""
         return read_object(self.path / name)
 
-    def write_json(self, name: str, content: Mapping[str, Any]) -> None:
-        """Replace a JSON file of the folder.
+    def write_bytes(self, name: str, content: bytes) -> None:
+        """Replace a file of the folder.
 
         Raises:
             CheckpointError: if a later incarnation owns the run, or the disk refuses.
         """
         if self.is_main:
             with self._writing(name) as path:
-                replace_file(path, (json.dumps(finite(content), indent=2) + "\n").encode())
+                replace_file(path, content)
+
+    def write_json(self, name: str, content: Mapping[str, Any]) -> None:
+        """Replace a JSON file of the folder. A number that is not finite becomes null, as JSON has no NaN."""
+        self.write_bytes(name, (json.dumps(finite(content), indent=2) + "\n").encode())
 
     def write_status(self, state: str, *, step: int = 0, epoch: int = 0, reason: str = "") -> None:
         """Replace status.json: RUNNING, PREEMPTED, DONE or FAILED."""
         self.write_json("status.json", {"state": state, "step": step, "epoch": epoch, "reason": reason})
 
-    def failed(self, reason: str, *, step: int) -> None:
-        """FAILED and why, if this process started the run, no later incarnation owns it, and the disk is not full."""
-        if self.begun:
-            before = self.read_json("status.json") or {}
-            with contextlib.suppress(CheckpointError):
-                self.write_status("FAILED", step=max(step, before.get("step", 0)), epoch=before.get("epoch", 0),
-                                  reason=reason)
+    def failed(self, cause: Exception | str, *, step: int) -> None:
+        """FAILED and why; not if this process never started the run, or has lost it, or the disk is full."""
+        if not self._started:
+            return
+        before = self.read_json("status.json") or {}
+        if isinstance(cause, Exception):
+            cause = user_line(cause) or f"{type(cause).__name__}: {cause}"
+        with contextlib.suppress(CheckpointError):
+            self.write_status("FAILED", step=max(step, before.get("step", 0)), epoch=before.get("epoch", 0),
+                              reason=cause)
 
     def append_metrics(self, line: Mapping[str, Any]) -> None:
-        """Add one line to metrics.jsonl, in one write. A number that is not finite becomes null, as JSON has no NaN.
+        """Add one line to metrics.jsonl, in one write.
 
         Raises:
-            CheckpointError: as write_json.
+            CheckpointError: as write_bytes.
         """
         if self.is_main:
             with self._writing("metrics.jsonl") as path, open(path, "a") as file:
@@ -132,6 +141,8 @@ class RunFolder:
 
     def set_aside(self) -> None:
         """Start over in this folder: what an earlier run left is kept beside it, not overwritten."""
+        if not self.is_main:
+            return
         for name in ("checkpoints", "metrics.jsonl"):
             with self._writing(name) as path:
                 if path.exists() and (path.is_file() or any(path.iterdir())):
@@ -140,7 +151,7 @@ class RunFolder:
             path.mkdir(exist_ok=True)
 
     def begin(self, config: Mapping[str, Any], *, may_change: Collection[str], world: Mapping[str, Any]) -> bool:
-        """Record what is asked, unless the run is DONE and nothing more is asked of it.
+        """Record what is asked, unless the run is DONE and nothing more is asked of it. Through `from_main`.
 
         Returns:
             False if there is nothing left to do.
@@ -160,11 +171,11 @@ class RunFolder:
         self.write_json("config.json", config)
         self.write_json("environment.json", {**environment_record(), **world})
         self.write_status("RUNNING", step=status.get("step", 0), epoch=status.get("epoch", 0))
-        self.begun = True
+        self._started = True
         return True
 
     def _has_progress(self) -> bool:
-        """Whether there is a checkpoint to go on from; without one, nothing is altered by other flags."""
+        """Whether there is a checkpoint to resume from; without one, nothing is altered by other flags."""
         return any(self.checkpoints.glob("step-*.json"))
 
     def _check_unchanged(self, config: Mapping[str, Any], before: Mapping[str, Any],
@@ -192,22 +203,3 @@ def finite(content: Any) -> Any:
     if isinstance(content, list | tuple):
         return [finite(child) for child in content]
     return content
-
-
-def write_whole(folder: RunFolder, name: str, content: bytes) -> None:
-    """Replace a picture, or another file, of the run. Rank 0 only.
-
-    Raises:
-        CheckpointError: if a later incarnation owns the run, or the disk refuses.
-    """
-    folder.check_fence()
-    try:
-        replace_file(folder.path / name, content)
-    except OSError as error:
-        raise CheckpointError(f"{folder.path / name}: cannot be written ({error.strerror}); free some space, "
-                              f"then start the same command again") from None
-
-
-def describe(error: Exception) -> str:
-    """An error in one line, our own bugs too."""
-    return user_line(error) or f"{type(error).__name__}: {error}"[:500]

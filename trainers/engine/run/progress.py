@@ -33,8 +33,9 @@ class Progress:
             self._said_at = time.monotonic()
             self._line(f"step {self.step}/{self.total_steps}{self.figures}")
 
-    def report(self, *, loss: float, accuracy: float | None, samples_per_second: float, seconds_left: float) -> None:
-        """Take the figures of a report."""
+    def show_figures(self, *, loss: float, accuracy: float | None, samples_per_second: float,
+                     seconds_left: float) -> None:
+        """The figures to show beside the steps from here on."""
         percent = f"  accuracy {100 * accuracy:.2f} %" if accuracy is not None else ""
         self.figures = f"  loss {loss:.4f}{percent}  {samples_per_second:,.0f} samples/s"
         if self._bar is not None:
@@ -42,7 +43,7 @@ class Progress:
         else:
             self.figures += f"  ETA {seconds_left:.0f} s"
 
-    def note(self, text: str) -> None:
+    def line_above(self, text: str) -> None:
         """A line of its own, above the bar."""
         if self.shown:
             self._line(text)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from trainers.engine.metrics import Evaluation
 from trainers.engine.run import pictures
-from trainers.engine.run.folder import RunFolder, write_whole
+from trainers.engine.run.folder import RunFolder
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
@@ -55,8 +55,8 @@ class Report:
         if not self.draws or not epochs or not (always or waited * SHARE >= self._cost_seconds):
             return
         began = time.monotonic()
-        write_whole(self.folder, "curves.png", pictures.curves(epochs, steps_per_epoch=steps_per_epoch,
-                                                              title=self.folder.path.name))
+        png = pictures.curves(epochs, steps_per_epoch=steps_per_epoch, title=self.folder.path.name)
+        self.folder.write_bytes("curves.png", png)
         self._drawn_at = time.monotonic()
         self._cost_seconds = self._drawn_at - began
 
@@ -64,8 +64,8 @@ class Report:
         """Draw confusion_matrix.png, where there are classes."""
         if self.draws and evaluation.confusion_matrix is not None and evaluation.accuracy is not None:
             title = f"{100 * evaluation.accuracy:.2f} % of {evaluation.num_samples} test samples"
-            write_whole(self.folder, "confusion_matrix.png",
-                                    pictures.confusion_matrix(evaluation.confusion_matrix, class_names, title=title))
+            png = pictures.confusion_matrix(evaluation.confusion_matrix, class_names, title=title)
+            self.folder.write_bytes("confusion_matrix.png", png)
 
     def close(self) -> None:
         """Finish the event file."""
