@@ -60,6 +60,11 @@ def user_line(error: BaseException) -> str | None:
     return f"ERROR {error.kind}: {' '.join(str(error).split())}" if is_users(error) else None  # pyright: ignore
 
 
+def first_line(error: Exception) -> str:
+    """The first line of an error's message, or the name of its type."""
+    return str(error).strip().split("\n")[0] or type(error).__name__
+
+
 def launched_rank() -> int:
     """The rank that torchrun or srun gave this process; 0 when neither did, or what they gave is no number."""
     text = os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0"))

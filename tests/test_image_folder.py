@@ -31,7 +31,7 @@ from tests.helpers.processes import (
 )
 from tests.helpers.server import forked
 from trainers import models
-from trainers.engine.checkpoints.weights import load_backbone
+from trainers.engine.checkpoints.weights import load_weights
 from trainers.image_folder import RECIPES, ImageFolderConfig, check
 
 
@@ -202,16 +202,17 @@ def test_a_pretrained_backbone_keeps_all_but_a_head_of_another_size(tmp_path: Pa
     torch.save(trained_on_1000.state_dict(), path)
     model = models.build("torchvision/resnet18", num_classes=2)
     fresh_head = model.get_parameter("fc.weight").clone()
-    line = load_backbone(model, path)
+    flag: Any = {"flag": "--pretrained", "new_head": True}
+    line = load_weights(model, path, **flag)
     assert "fc, is new: 2 outputs instead of 1000" in line
     assert torch.equal(model.get_parameter("fc.weight"), fresh_head)
     for name, value in trained_on_1000.state_dict().items():
         assert name.startswith("fc.") or torch.equal(model.state_dict()[name], value)
-    assert "all of them" in load_backbone(models.build("torchvision/resnet18", num_classes=1000), path)
+    assert "all of them" in load_weights(models.build("torchvision/resnet18", num_classes=1000), path, **flag)
     with pytest.raises(CheckpointError, match=r"--pretrained .*does not fit"):
-        load_backbone(models.build("torchvision/resnet34", num_classes=2), path)
+        load_weights(models.build("torchvision/resnet34", num_classes=2), path, **flag)
     with pytest.raises(CheckpointError, match=r"--pretrained .*no such file"):
-        load_backbone(model, tmp_path / "absent.pth")
+        load_weights(model, tmp_path / "absent.pth", **flag)
 
 
 def test_an_image_size_that_a_network_cannot_take_is_a_usage_error():

@@ -13,8 +13,7 @@ OURS = ("launch", "datasets", "trainers")
 FILES = sorted(path for package in OURS for path in (ROOT / package).rglob("*.py"))
 COLLECTIVES = ("all_reduce", "all_gather", "all_gather_object", "broadcast", "broadcast_object_list", "barrier",
                "reduce", "gather", "scatter", "reduce_scatter", "all_to_all", "gather_object")
-MAY_COMMUNICATE = ("launch/process_group.py", "launch/stop.py", "trainers/engine/metrics.py",
-                   "trainers/engine/checkpoints/save.py")
+MAY_COMMUNICATE = ("launch/process_group.py", "launch/stop.py", "trainers/engine/metrics.py")
 
 
 def relative(path: Path) -> str:

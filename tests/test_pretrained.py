@@ -17,7 +17,7 @@ from tests.helpers.checkpoints import state_of
 from tests.helpers.processes import TINY, read_json
 from tests.helpers.server import forked
 from trainers import models
-from trainers.engine.checkpoints.weights import load_pretrained
+from trainers.engine.checkpoints.weights import load_weights
 
 
 def network(seed: int = 0, num_classes: int = 3) -> nn.Sequential:
@@ -77,7 +77,7 @@ FILES: dict[str, Callable[[nn.Module], Any]] = {
 def test_weights_are_found_in_files_of(tmp_path: Path, kind: str):
     source, target = network(seed=7), network(seed=8)
     torch.save(FILES[kind](source), tmp_path / "weights.pt")
-    load_pretrained(target, tmp_path / "weights.pt")
+    load_weights(target, tmp_path / "weights.pt", flag="--init-from")
     for name, value in source.state_dict().items():
         assert torch.equal(target.state_dict()[name], value.to(target.state_dict()[name].dtype)), name
 
@@ -107,7 +107,7 @@ def test_files_are_refused_with(tmp_path: Path, kind: str):
     path, model = tmp_path / "weights.pt", network(seed=8)
     torch.save(content, path)
     with pytest.raises(CheckpointError, match=f"--init-from {path}: .*{re.escape(message)}"):
-        load_pretrained(model, path)
+        load_weights(model, path, flag="--init-from")
     assert all(torch.equal(value, network(seed=8).state_dict()[name]) for name, value in model.state_dict().items())
 
 
@@ -118,12 +118,12 @@ def test_a_damaged_file_is_refused_in_one_line(tmp_path: Path, spoil: Callable[[
     torch.save(network().state_dict(), path)
     path.write_bytes(spoil(path.read_bytes()))
     with pytest.raises(CheckpointError, match=f"--init-from {path}: "):
-        load_pretrained(network(), path)
+        load_weights(network(), path, flag="--init-from")
 
 
 def test_a_missing_file_is_refused(tmp_path: Path):
     with pytest.raises(CheckpointError, match="no such file"):
-        load_pretrained(network(), tmp_path / "weights.pt")
+        load_weights(network(), tmp_path / "weights.pt", flag="--init-from")
 
 
 def test_a_head_of_another_size_is_an_error_before_training(tmp_path: Path):

@@ -39,7 +39,7 @@ from launch.command_line import nearest, run
 from launch.errors import UsageError, to_stderr
 from launch.process_group import World, from_main, gather
 from trainers import models
-from trainers.engine.checkpoints.weights import load_backbone
+from trainers.engine.checkpoints.weights import load_weights
 from trainers.engine.config import TrainConfig
 from trainers.engine.once_per_node import once_per_node
 from trainers.engine.run.card import ModelCard
@@ -166,7 +166,7 @@ def build_model(config: ImageFolderConfig, num_classes: int, world: World) -> nn
         raise UsageError(f"--image-size {size}: {config.model} cannot take 3 x {size} x {size} images "
                          f"({str(error).strip().splitlines()[0]}); try another size") from None
     if config.pretrained is not None:
-        line = load_backbone(model, config.pretrained)
+        line = load_weights(model, config.pretrained, flag="--pretrained", new_head=True)
         if world.is_main:
             say(line)
     return model.train()

@@ -1,6 +1,5 @@
 """result.json, the final summary and the pictures of a finished run, and its weights alone if asked for."""
 
-import hashlib
 import io
 import resource
 import sys
@@ -11,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from trainers.engine.checkpoints.snapshot import hash_tensors
 from trainers.engine.metrics import Evaluation
 from trainers.engine.parallel import num_parameters, parallel_name
 from trainers.engine.run import pictures
@@ -83,11 +83,7 @@ def result_text(evaluation: Evaluation, class_names: tuple[str, ...], path: Path
 
 def weights_sha256(model: nn.Module) -> str:
     """A hash of all parameters and buffers, by name: equal exactly when every bit is."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
+    return hash_tensors(sorted(model.state_dict().items()))
 
 
 def peak_memory_bytes(device: torch.device) -> int:

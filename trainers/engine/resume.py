@@ -1,11 +1,9 @@
 """Where a run goes on: which checkpoint, by `--resume` and what is on disk, and putting its weights into a trainer."""
 
-import hashlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch.optim.swa_utils import AveragedModel
 
 from launch.errors import CheckpointError, to_stderr
@@ -13,8 +11,8 @@ from launch.launcher import job_identity
 from launch.process_group import from_main
 from trainers.engine.checkpoints.files import committed, link_best, set_aside, step_of, sweep
 from trainers.engine.checkpoints.load import Newest, check_fits, load_or_fail, newest_good
-from trainers.engine.checkpoints.snapshot import tensors_in
-from trainers.engine.checkpoints.weights import load_pretrained
+from trainers.engine.checkpoints.snapshot import hash_tensors, tensors_in
+from trainers.engine.checkpoints.weights import load_weights
 from trainers.engine.config import TrainConfig
 from trainers.engine.metrics import equal_on_all_ranks
 from trainers.engine.run.folder import RunFolder
@@ -113,12 +111,9 @@ def check_same_on_all_ranks(trainer: Trainer, source: Path) -> None:
     Raises:
         CheckpointError: on every rank, if any differs.
     """
-    digest = hashlib.sha256()
     state = trainer.train_step.state()
-    for name, tensor in tensors_in([state["model"], state["ema"], state["optimizer"]]):
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
-    if not equal_on_all_ranks(digest.hexdigest(), trainer.world):
+    loaded = tensors_in([state["model"], state["ema"], state["optimizer"]])
+    if not equal_on_all_ranks(hash_tensors(loaded), trainer.world):
         raise CheckpointError(f"{source}: the ranks loaded different weights; let every node see the same folder")
 
 
@@ -151,6 +146,6 @@ def start_from_weights(trainer: Trainer, path: Path) -> str:
     Raises:
         CheckpointError: if they cannot be read or do not fit, or the ranks loaded different ones.
     """
-    part = load_pretrained(trainer.train_step.network, path)
+    taken = load_weights(trainer.train_step.network, path, flag="--init-from")
     check_same_on_all_ranks(trainer, path)
-    return f"from the weights in {path}{part}"
+    return f"from the {taken}"

@@ -16,9 +16,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from launch.errors import CheckpointError
+from launch.errors import CheckpointError, first_line
 from trainers.engine.checkpoints.files import committed, manifest_path
-from trainers.engine.checkpoints.save import FORMAT, file_sha256, first_line, manifest
+from trainers.engine.checkpoints.save import FORMAT, file_sha256, manifest
 from trainers.engine.checkpoints.snapshot import not_finite
 from trainers.engine.checkpoints.weights import first_three, model_differences
 
@@ -122,7 +122,7 @@ def load_or_fail(path: Path) -> dict[str, Any]:
 
 def check_fits(state: Mapping[str, Any], model: nn.Module, source: Path, *, config: Mapping[str, Any] | None = None,
                fingerprint: Mapping[str, Any] | None = None) -> None:
-    """Compare a checkpoint with the model, and the flags and data, that it is to go on with.
+    """Compare a checkpoint with the model, and the flags and data, of the run that is to resume from it.
 
     Raises:
         CheckpointError: with the first three differences.
@@ -139,5 +139,3 @@ def check_fits(state: Mapping[str, Any], model: nn.Module, source: Path, *, conf
     if differences:
         raise CheckpointError(f"{source}: does not fit this run: {first_three(differences)}; use the flags and data it "
                               f"was made with, or another --run-name")
-
-

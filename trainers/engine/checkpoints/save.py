@@ -1,8 +1,8 @@
-"""Checkpoints that are whole or absent, written in the background; see restore.py for the way back.
+"""Checkpoints that are whole or absent, written in the background; load.py reads them.
 
-Training hands over a snapshot; a thread writes a temporary file, fsyncs it, reads it back, renames it, fsyncs the
-folder, and then commits it by writing its manifest the same way. A file without a manifest was never finished. Only
-rank 0 writes; every rank calls, for the parts that are collective.
+Training hands over its state on rank 0; a thread writes a snapshot of it to a temporary file, fsyncs that, reads it
+back, renames it, fsyncs the folder, and then commits it by writing its manifest the same way. A file without a manifest
+was never finished. Nothing here is collective: the trainer collects what the other ranks add to the state.
 """
 
 import hashlib
@@ -19,7 +19,7 @@ from typing import Any, BinaryIO
 
 import torch
 
-from launch.errors import CheckpointError, NumericError
+from launch.errors import CheckpointError, NumericError, first_line
 from launch.files import replace_file, sync_folder
 from trainers.engine.checkpoints.files import checkpoint_path, keep_earlier, link_best, manifest_path, prune
 from trainers.engine.checkpoints.snapshot import Snapshot, not_finite, tree_bytes
@@ -34,7 +34,6 @@ class Checkpointer:
 
     def __init__(self, folder: RunFolder, *, keep: int) -> None:
         self.folder, self.keep = folder, keep
-        self.last_step: int | None = None
         self.num_saves, self.wait_seconds = 0, 0.0
         self._snapshot = Snapshot()
         self._copied = threading.Event()
@@ -47,7 +46,7 @@ class Checkpointer:
         self._under_way = self._thread.submit(self._snapshot.allocate, state)
 
     def save(self, state: Mapping[str, Any], *, is_best: bool = False) -> None:
-        """Begin to copy and write `state`; waits first for a save still under way. Rank 0 only.
+        """Start to copy and write `state`; waits first for a save still under way. Rank 0 only.
 
         `finish_copy` has to be called before the next optimizer step.
 
@@ -62,7 +61,6 @@ class Checkpointer:
         self._snapshot.begin(state)
         self._copied.clear()
         self._under_way = self._thread.submit(self._copy_and_write, is_best)
-        self.last_step = state["step"]
         self.num_saves += 1
         self.wait_seconds += time.perf_counter() - began
 
@@ -114,7 +112,7 @@ def write_checkpoint(folder: Path, state: Mapping[str, Any], *,
 
     Raises:
         CheckpointError: if what was read back differs from what was written, or `check_fence` says so.
-        NumericError: if a tensor is not finite: such a file could not be gone on from.
+        NumericError: if a tensor is not finite: a run could not resume from such a file.
         OSError: as the file system says. The temporary file is removed.
     """
     if name := not_finite(state):
@@ -144,7 +142,7 @@ def write_checkpoint(folder: Path, state: Mapping[str, Any], *,
 
 
 def manifest(state: Mapping[str, Any], *, size: int, sha256: str) -> bytes:
-    """The text that commits a checkpoint. Loading makes it anew from the file and compares, byte by byte."""
+    """The text that commits a checkpoint. Loading makes it again from the file and compares byte by byte."""
     facts = {"file": checkpoint_path(Path(), state["step"]).name, "size": size, "sha256": sha256,
              "step": state["step"], "epoch": state["epoch"], "format": FORMAT, "fingerprint": state["fingerprint"]}
     return (json.dumps(facts, indent=2) + "\n").encode()
@@ -203,13 +201,8 @@ def file_sha256(path: Path) -> str:
 
 def check_free_space(folder: Path, state: Any) -> None:
     """Raise CheckpointError if the file would not fit, before anything is copied."""
-    needed = tree_bytes(state) * 1.02 + 2**20  # the archive's own share is about 1 % at 100 kB a tensor
+    needed = tree_bytes(state) * 1.02 + 2**20  # the archive's own share is about 1 % at 100 kB per tensor
     free = shutil.disk_usage(folder).free
     if free < needed:
         raise CheckpointError(f"{folder}: a checkpoint needs {needed / 2**20:.0f} MiB and {free / 2**20:.0f} MiB are "
                               f"free; free some space, then start the same command again")
-
-
-def first_line(error: Exception) -> str:
-    """What an exception says first."""
-    return (str(error).splitlines() or [type(error).__name__])[0]

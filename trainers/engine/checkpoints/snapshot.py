@@ -8,7 +8,8 @@ memory in stream order, which nothing later can overtake, and the thread waits f
 """
 
 import ctypes
-from collections.abc import Iterator, Mapping
+import hashlib
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -105,6 +106,15 @@ def tensors_in(tree: Any, name: str = "") -> Iterator[tuple[str, Tensor]]:
     elif isinstance(tree, list | tuple):
         for position, child in enumerate(tree):
             yield from tensors_in(child, f"{name}[{position}]")
+
+
+def hash_tensors(named: Iterable[tuple[str, Tensor]]) -> str:
+    """A sha256 of tensors in the order given, and of their names: equal exactly when every bit is."""
+    digest = hashlib.sha256()
+    for name, tensor in named:
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 def tree_bytes(tree: Any) -> int:

@@ -1,4 +1,4 @@
-"""`--init-from PATH`: weights of a file made elsewhere, or here.
+"""`--init-from PATH` and `--pretrained PATH`: weights of a file made elsewhere, or here.
 
     torchvision's references   {"model": ..., "model_ema": ..., "args": argparse.Namespace}
     timm                       {"state_dict": ..., "state_dict_ema": ..., "args": argparse.Namespace}
@@ -18,8 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from launch.errors import CheckpointError
-from trainers.engine.checkpoints.save import first_line
+from launch.errors import CheckpointError, first_line
 from trainers.engine.checkpoints.snapshot import not_finite
 
 AUXILIARY = ("aux1.", "aux2.", "AuxLogits.")  # heads that GoogLeNet and Inception had in their own training only
@@ -27,30 +26,55 @@ AUXILIARY = ("aux1.", "aux2.", "AuxLogits.")  # heads that GoogLeNet and Incepti
 PARTS = ("ema", "state_dict_ema", "model_ema", "model", "state_dict", "model_state_dict", "MODEL_STATE")
 
 
-def load_pretrained(model: nn.Module, path: Path) -> str:
+def load_weights(model: nn.Module, path: Path, *, flag: str, new_head: bool = False) -> str:
     """Put the weights of a file into a model.
 
+    Args:
+        flag: the one that named the file, for messages.
+        new_head: whether the model keeps its own last layer where that of the file has another size.
+
     Returns:
-        The part of the file that they were taken from, as ` (ema)`; nothing for a plain state_dict.
+        What was taken, such as `weights in net.pt (ema)`.
 
     Raises:
         CheckpointError: if the file cannot be read, or its names or shapes differ from the model's.
     """
-    part, saved = weights_in(read(path), path)
+    source = f"{flag} {path}"
+    part, saved = weights_in(read(path, source), source)
     current = model.state_dict()
-    for name, tensor in current.items():  # files from before BatchNorm counted its batches
-        if name.endswith("num_batches_tracked"):
-            saved.setdefault(name, tensor)
-    if differences := model_differences(saved, current, compare_dtypes=False):
-        raise CheckpointError(f"--init-from {path}: does not fit the model: {first_three(differences)}; choose the "
-                              f"--model it was made with, with as many classes")
-    if name := not_finite(saved):
-        raise CheckpointError(f"--init-from {path}: {name} is not dense and finite; use another file")
-    model.load_state_dict(saved)
-    return f" ({part})" if part else ""
+    weights = {name: value for name, value in saved.items() if name in current or not name.startswith(AUXILIARY)}
+    for name, value in current.items():
+        if name.endswith("num_batches_tracked"):  # files from before BatchNorm counted its batches lack it
+            weights.setdefault(name, value)
+    taken = f"weights in {path}" + (f" ({part})" if part else "")
+    if new_head:
+        taken += replace_head(weights, model)
+    if differences := model_differences(weights, current, compare_dtypes=False):
+        classes = "" if new_head else ", with as many classes"
+        raise CheckpointError(f"{source}: does not fit the model: {first_three(differences)}; choose the --model it "
+                              f"was made with{classes}")
+    if name := not_finite(weights):
+        raise CheckpointError(f"{source}: {name} is not dense and finite; use another file")
+    model.load_state_dict(weights)
+    return taken
 
 
-def read(path: Path) -> Any:
+def replace_head(weights: dict[str, Tensor], model: nn.Module) -> str:
+    """Where the last layer has another size in a file's weights, put the model's own there; says whether it did."""
+    current = model.state_dict()
+    layer = list(dict(model.named_parameters()))[-1].rpartition(".")[0]  # the one that holds the last parameter
+    own = {name: value for name, value in current.items() if name.rpartition(".")[0] == layer}
+    resized = [name for name, value in own.items()
+               if name in weights and weights[name].ndim == value.ndim and weights[name].shape != value.shape]
+    if not resized:
+        return ", all of them"
+    before, outputs = len(weights[resized[0]]), len(own[resized[0]])
+    weights |= own
+    return f"; the last layer, {layer}, is new: {outputs} outputs instead of {before}"
+
+
+
+def read(path: Path, source: str) -> Any:
     """What torch.load returns, on the CPU, without running any code from the file.
 
     Raises:
@@ -60,16 +84,16 @@ def read(path: Path) -> Any:
         with torch.serialization.safe_globals([argparse.Namespace]):  # the flags in torchvision's and timm's files
             return torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
-        raise CheckpointError(f"--init-from {path}: no such file; give the path of a file of weights") from None
+        raise CheckpointError(f"{source}: no such file; give the path of a file of weights") from None
     except pickle.UnpicklingError as error:
-        raise CheckpointError(f"--init-from {path}: holds more than tensors and plain values "
-                              f"({first_line(error)[:150]}); save its state_dict() alone") from None
+        raise CheckpointError(f"{source}: holds more than tensors and plain values ({first_line(error)[:150]}); save "
+                              f"its state_dict() alone") from None
     except (OSError, RuntimeError, EOFError, KeyError, ValueError) as error:
-        raise CheckpointError(f"--init-from {path}: cannot be read ({first_line(error)[:150]}); get it again") from None
+        raise CheckpointError(f"{source}: cannot be read ({first_line(error)[:150]}); get it again") from None
 
 
-def weights_in(content: Any, path: Path) -> tuple[str, dict[str, Tensor]]:
-    """The weights in a file's content, by the names that an unwrapped model gives them, and the part they lie in.
+def weights_in(content: Any, source: str) -> tuple[str, dict[str, Tensor]]:
+    """The part of a file's content that holds the weights, and these by the names that an unwrapped model gives them.
 
     Raises:
         CheckpointError: if there are none.
@@ -78,7 +102,7 @@ def weights_in(content: Any, path: Path) -> tuple[str, dict[str, Tensor]]:
     found = content[part] if part else content
     if not isinstance(found, Mapping) or not found or not all(isinstance(value, Tensor) for value in found.values()):
         held = ", ".join(map(str, list(found)[:4])) if isinstance(found, Mapping) else type(found).__name__
-        raise CheckpointError(f"--init-from {path}: holds {held or 'nothing'}, not weights by name; save the model's "
+        raise CheckpointError(f"{source}: holds {held or 'nothing'}, not weights by name; save the model's "
                               f"state_dict()")
     weights = {str(name): value for name, value in found.items() if name != "n_averaged"}  # AveragedModel's counter
     while weights and all(name.startswith("module.") for name in strip_compiled(weights)):
@@ -109,42 +133,3 @@ def model_differences(saved: Mapping[str, Tensor], current: Mapping[str, Tensor]
         elif name in saved and compare_dtypes and saved[name].dtype != current[name].dtype:
             differences.append(f"{name} is {saved[name].dtype} in the checkpoint and {current[name].dtype} here")
     return differences
-
-
-def load_backbone(model: nn.Module, path: Path) -> str:
-    """Put the weights of a file into a model, except those of a last layer of another size.
-
-    Returns:
-        One line about what was taken.
-
-    Raises:
-        CheckpointError: if the file cannot be read, or differs in more than the last layer.
-    """
-    try:
-        _, saved = weights_in(read(path), path)
-    except CheckpointError as error:
-        raise CheckpointError(str(error).replace("--init-from", "--pretrained")) from None
-    weights = {name: value for name, value in saved.items() if not name.startswith(AUXILIARY)}
-    current = model.state_dict()
-    for name, value in current.items():
-        if name.endswith("num_batches_tracked"):  # which old files lack
-            weights.setdefault(name, value)
-    layer = head(model)
-    last = {name: value for name, value in current.items() if name.rpartition(".")[0] == layer}
-    sizes = [len(weights[name]) for name in last if name in weights]
-    replaced = any(name in weights and weights[name].shape != value.shape for name, value in last.items())
-    if replaced:
-        weights |= last
-    if differences := model_differences(weights, current, compare_dtypes=False):
-        raise CheckpointError(f"--pretrained {path}: does not fit the model: {first_three(differences)}; choose the "
-                              f"--model it was made with")
-    model.load_state_dict(weights)
-    if not replaced:
-        return f"weights from {path}, all of them"
-    outputs = len(next(iter(last.values())))
-    return f"weights from {path}; the last layer, {layer}, is new: {outputs} outputs instead of {sizes[0]}"
-
-
-def head(model: nn.Module) -> str:
-    """The name of the last layer, the one that holds the last parameter."""
-    return list(dict(model.named_parameters()))[-1].rpartition(".")[0]
