@@ -30,7 +30,7 @@ class RunRecord(Protocol):
     def beat(self) -> None:
         """The process lives; called twice a second, from the watchdog's thread."""
 
-    def failed(self, reason: str, *, step: int) -> None:
+    def failed(self, cause: Exception | str, *, step: int) -> None:
         """The process is about to be ended, from the watchdog's thread; there are two seconds to write it down."""
 
 

@@ -6,7 +6,7 @@ restart or a requeue keeps, come from here too. No device is touched, no connect
 
 import os
 import re
-import time
+import socket
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import datetime
@@ -15,6 +15,8 @@ from typing import Any, Literal
 
 from launch.errors import UsageError
 
+UUID = re.compile(r"[0-9a-f]{8}-[0-9a-f]{4}-4[0-9a-f]{3}-[0-9a-f]{4}-[0-9a-f]{12}")  # torchrun --standalone's run id
+INTERACTIVE_STEP = "4294967290"  # SLURM_STEP_ID of the shell that salloc opens on a node
 
 @dataclass(frozen=True, kw_only=True)
 class Launch:
@@ -154,47 +156,64 @@ def users_omp() -> bool:
 def job_identity() -> dict[str, Any]:
     """The scheduler's or launcher's name for this job, and how often it has restarted it."""
     restarts = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
-    if "SLURM_JOB_ID" in os.environ:
+    if job := slurm_job():
         requeues = int(os.environ.get("SLURM_RESTART_COUNT", "0"))
-        return {"job": f"slurm-{slurm_name()}", "restart": 1000 * requeues + restarts}  # each may hold many restarts
-    if "TORCHELASTIC_RUN_ID" in os.environ:
-        return {"job": f"torchrun-{torchrun_name()}", "restart": restarts}
-    return {"job": None, "restart": 0}
+        return {"job": f"slurm-{job}", "restart": 1000 * requeues + restarts}  # each may hold many restarts
+    run_id = os.environ.get("TORCHELASTIC_RUN_ID")
+    if run_id is None:
+        return {"job": None, "restart": 0}
+    return {"job": f"torchrun-{run_id if run_id != 'none' else start_time(os.getppid()) or now()}", "restart": restarts}
 
 
-def slurm_name() -> str:
-    """The Slurm job's id, or for an array task `<array job>_<task>`, which a requeue keeps."""
+def launcher_identity() -> dict[str, Any] | None:
+    """The torchrun agent that started this process; the processes of its restarts have the same. None without one."""
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
+        return None
+    agent = os.getppid()
+    return {"host": socket.gethostname(), "pid": agent, "started": start_time(agent)}
+
+
+def slurm_job() -> str | None:
+    """The id of the Slurm job that started this process, or an array task's `<array job>_<task>`; a requeue keeps it.
+
+    An interactive allocation is not such a job, for many commands are run in one: the shell of salloc, where Slurm gave
+    no task number or the number of its interactive step, and that of `srun --pty`.
+    """
+    interactive = os.environ.get("SLURM_STEP_ID") == INTERACTIVE_STEP or "SLURM_PTY_PORT" in os.environ
+    if "SLURM_JOB_ID" not in os.environ or "SLURM_PROCID" not in os.environ or interactive:
+        return None
     if "SLURM_ARRAY_TASK_ID" in os.environ:
         return f"{os.environ['SLURM_ARRAY_JOB_ID']}_{os.environ['SLURM_ARRAY_TASK_ID']}"
     return os.environ["SLURM_JOB_ID"]
 
 
-def torchrun_name() -> str:
-    """torchrun's run id, or, where none was given, the time at which torchrun was started: a restart keeps both."""
-    run_id = os.environ["TORCHELASTIC_RUN_ID"]
-    return run_id if run_id != "none" else start_time(os.getppid())
-
-
-def start_time(pid: int) -> str:
-    """When a process was started, as `20261121-041530`; the present time where /proc does not tell."""
-    try:
-        ticks = int(stat_of(pid)[19])
-        booted = int(re.search(r"^btime (\d+)", Path("/proc/stat").read_text(), re.MULTILINE)[1])  # pyright: ignore
-        started = booted + ticks // os.sysconf("SC_CLK_TCK")
-    except (OSError, ValueError, IndexError, TypeError):
-        started = int(time.time())
-    return datetime.fromtimestamp(started).strftime("%Y%m%d-%H%M%S")
+def given_run_id() -> str | None:
+    """The id that Slurm or the user (--rdzv-id) gave the job; one that torchrun --standalone made up is not given."""
+    run_id = os.environ.get("TORCHELASTIC_RUN_ID", "none")
+    return slurm_job() or (None if run_id == "none" or UUID.fullmatch(run_id) else run_id)
 
 
 def default_run_name(trainer: str, recipe: str) -> str:
-    """Trainer, recipe and an id: the Slurm job's, else torchrun's, else the time. A restart finds its folder again."""
-    if "SLURM_JOB_ID" in os.environ:
-        run_id = slurm_name()
-    elif "TORCHELASTIC_RUN_ID" in os.environ:
-        run_id = torchrun_name()
-    else:
-        run_id = f"{datetime.now():%Y%m%d-%H%M%S}-{os.getpid()}"
-    return "-".join(re.sub(r"[^A-Za-z0-9._-]", "_", part) for part in (trainer, recipe, run_id))
+    """Trainer, recipe and an id: the one that was given, else when torchrun was started, else the present time."""
+    run_id = given_run_id()
+    if run_id is None and "TORCHELASTIC_RUN_ID" in os.environ:
+        run_id = start_time(os.getppid()) or os.environ["TORCHELASTIC_RUN_ID"].replace("none", now())
+    return "-".join(re.sub(r"[^A-Za-z0-9._-]", "_", part) for part in (trainer, recipe, run_id or now()))
+
+
+def start_time(pid: int) -> str | None:
+    """When a process was started, as `20261121-041530`; None where /proc does not tell."""
+    try:
+        ticks = int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19])
+        booted = int(re.search(r"^btime (\d+)", Path("/proc/stat").read_text(), re.MULTILINE)[1])  # pyright: ignore
+    except (OSError, ValueError, IndexError, TypeError):
+        return None
+    return f"{datetime.fromtimestamp(booted + ticks // os.sysconf('SC_CLK_TCK')):%Y%m%d-%H%M%S}"
+
+
+def now() -> str:
+    """The present time, as `20261121-041530`."""
+    return f"{datetime.now():%Y%m%d-%H%M%S}"
 
 
 def parent_of(pid: int) -> int | None:

@@ -22,7 +22,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from launch.errors import UsageError
 from launch.failure import translated
-from launch.launcher import default_run_name, job_identity
+from launch.launcher import job_identity
 from launch.process_group import World, from_main, process_group
 from launch.stop import Stopped, signals_caught
 from trainers.engine.checkpoints.save import Checkpointer
@@ -35,6 +35,7 @@ from trainers.engine.result import ToImage, draw_first_batch, draw_result, finis
 from trainers.engine.resume import load_for_evaluation, resume
 from trainers.engine.run.card import ModelCard, write_card
 from trainers.engine.run.folder import RunFolder
+from trainers.engine.run.ownership import unnamed_run
 from trainers.engine.run.progress import say
 from trainers.engine.run.report import Report
 from trainers.engine.schedule import schedule
@@ -83,7 +84,7 @@ def open_run(config: TrainConfig, trainer: str) -> Iterator[Run]:
     with signals_caught() as stop, process_group(
             config.backend, device=config.device, timeout_seconds=config.timeout, threads=config.threads,
             deterministic=config.deterministic) as world:
-        name = from_main(world, lambda: config.run_name or default_run_name(trainer, config.recipe))
+        name = from_main(world, lambda: config.run_name or unnamed_run(config.output_dir, trainer, config.recipe))
         folder = RunFolder(config.output_dir / name, is_main=world.is_main)
         from_main(world, folder.claim)
         world.watchdog.attend(folder)

@@ -14,7 +14,7 @@ from typing import Any
 from launch.errors import CheckpointError, UsageError, user_line
 from launch.files import read_object, replace_file
 from launch.machine import environment_record
-from trainers.engine.run.ownership import Ownership
+from trainers.engine.run.ownership import Ownership, not_writable
 
 GROWING = ("epochs", "max_steps")  # a run that is DONE continues when one of these grew
 
@@ -46,8 +46,7 @@ class RunFolder:
             self.checkpoints.mkdir(parents=True, exist_ok=True)
             self.ownership.claim()
         except OSError as error:
-            raise CheckpointError(f"--output-dir {self.path.parent}: cannot be written ({error.strerror}: "
-                                  f"{error.filename}); choose a folder that can") from None
+            raise not_writable(self.path.parent, error) from None
 
     def beat(self) -> None:
         """Show that the owner lives."""

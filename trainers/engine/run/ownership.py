@@ -8,6 +8,7 @@ is a file of its own so that a late heartbeat of an old owner cannot undo the cl
 
 import contextlib
 import fcntl
+import itertools
 import json
 import os
 import socket
@@ -19,7 +20,7 @@ from typing import Any
 
 from launch.errors import CheckpointError
 from launch.files import read_object, replace_file
-from launch.launcher import job_identity
+from launch.launcher import default_run_name, given_run_id, job_identity, launcher_identity
 
 BEAT_SECONDS = 2.0  # how often an owner shows that it is alive
 
@@ -46,7 +47,7 @@ class Ownership:
         self._lock_file = open(self.path / "lock", "a+")
         locked = self._try_lock()
         previous = read_object(self.path / "owner.json") or {}  # after the lock: its holder may just have written it
-        mine = {"host": socket.gethostname(), "pid": os.getpid(), **job_identity()}
+        mine = this_process()
         if not is_restart_of(previous, mine) and (not locked or beats_from_elsewhere(self.path, previous)):
             raise CheckpointError(f"{self.path}: in use by pid {previous.get('pid')} on {previous.get('host')}; "
                                   f"wait for it, or choose another --run-name")
@@ -96,13 +97,53 @@ class Ownership:
         """Give the folder up, so that the next process need not wait for heartbeats to fail."""
         with self._writing:
             if self.incarnation and self.holds():
-                mine = {"host": socket.gethostname(), "pid": os.getpid(), **job_identity()}
                 with contextlib.suppress(OSError):  # then the next owner, if on another host, waits five seconds
-                    self._write_owner(mine, released=True)
+                    self._write_owner(this_process(), released=True)
             self.incarnation = 0
             if self._lock_file is not None:
                 self._lock_file.close()
                 self._lock_file = None
+
+
+def unnamed_run(output_dir: Path, trainer: str, recipe: str) -> str:
+    """The name of the run folder where the user gave none. Rank 0 only.
+
+    An id that Slurm or the user gave makes the same name in every start of the job. A time may be that of two launchers
+    started in the same second: the folder is created here, by one of them, and the other gets `-2`, `-3` ...; a restart
+    by the same torchrun knows its own by `launcher` in owner.json.
+
+    Raises:
+        CheckpointError: if the folder cannot be created.
+    """
+    name, launcher = default_run_name(trainer, recipe), launcher_identity()
+    if given_run_id() is not None:
+        return name
+    try:
+        output_dir.mkdir(parents=True, exist_ok=True)
+        for candidate in itertools.chain([name], (f"{name}-{number}" for number in itertools.count(2))):
+            owner_file = output_dir / candidate / "owner.json"
+            try:
+                owner_file.parent.mkdir()
+            except FileExistsError:
+                if launcher is not None and (read_object(owner_file) or {}).get("launcher") == launcher:
+                    break
+            else:
+                replace_file(owner_file, json.dumps({"incarnation": 0, "launcher": launcher}).encode())
+                break
+    except OSError as error:
+        raise not_writable(output_dir, error) from None
+    return candidate
+
+
+def not_writable(output_dir: Path, error: OSError) -> CheckpointError:
+    """The error for a run folder that cannot be created or claimed."""
+    return CheckpointError(f"--output-dir {output_dir}: cannot be written ({error.strerror}: {error.filename}); choose "
+                           f"a folder that can")
+
+
+def this_process() -> dict[str, Any]:
+    """What owner.json says of its writer."""
+    return {"host": socket.gethostname(), "pid": os.getpid(), **job_identity(), "launcher": launcher_identity()}
 
 
 def incarnation_of(owner: Mapping[str, Any]) -> int:

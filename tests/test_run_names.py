@@ -1,0 +1,127 @@
+"""The folder of a run without `--run-name`: a short name, one launcher's own, found again by its restarts."""
+
+import json
+import re
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from launch import launcher
+from launch.errors import CheckpointError
+from launch.files import read_object, replace_file
+from tests.helpers.processes import ROOT, TINY, execute, read_json
+from tests.helpers.server import NORMED, PREPARE, forked
+from trainers.engine.run.folder import RunFolder
+from trainers.engine.run.ownership import unnamed_run
+
+pytestmark = pytest.mark.timeout(240)
+
+BATCH = {"SLURM_JOB_ID": "17", "SLURM_PROCID": "0"}
+STANDALONE = {"TORCHELASTIC_RUN_ID": "3f2b8a10-5c1d-4e9a-9b7e-0a1b2c3d4e5f"}
+TIME = r"20\d{6}-\d{6}"
+UNNAMED = NORMED[: NORMED.index("--run-name")]
+
+
+@pytest.fixture
+def no_launcher(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
+    for name in ("SLURM_JOB_ID", "SLURM_PROCID", "SLURM_STEP_ID", "SLURM_PTY_PORT", "SLURM_ARRAY_TASK_ID",
+                 "TORCHELASTIC_RUN_ID"):
+        monkeypatch.delenv(name, raising=False)
+    return monkeypatch
+
+
+@pytest.mark.parametrize(("variables", "ending"), [
+    ({}, TIME),
+    (BATCH, "17"),
+    ({**BATCH, "SLURM_STEP_ID": "0"}, "17"),
+    ({**BATCH, "SLURM_STEP_ID": "0", "TORCHELASTIC_RUN_ID": "17-1"}, "17"),
+    ({**BATCH, "SLURM_ARRAY_JOB_ID": "12", "SLURM_ARRAY_TASK_ID": "5"}, "12_5"),
+    ({"SLURM_JOB_ID": "17"}, TIME),
+    ({**BATCH, "SLURM_STEP_ID": "4294967290"}, TIME),
+    ({**BATCH, "SLURM_STEP_ID": "0", "SLURM_PTY_PORT": "35017"}, TIME),
+    ({"TORCHELASTIC_RUN_ID": "my run"}, "my_run"),
+    ({"TORCHELASTIC_RUN_ID": "none"}, TIME),
+    (STANDALONE, TIME),
+    ({**STANDALONE, "SLURM_JOB_ID": "17"}, TIME),
+], ids=["python", "batch script", "srun", "torchrun in a batch script", "array task", "salloc", "salloc on a node",
+        "srun --pty", "--rdzv-id", "torchrun", "torchrun --standalone", "torchrun in salloc"])
+def test_a_run_is_named_after(no_launcher: pytest.MonkeyPatch, tmp_path: Path, variables: dict[str, str],
+                              ending: str) -> None:
+    for name, value in variables.items():
+        no_launcher.setenv(name, value)
+    assert re.fullmatch(f"cifar-fast-{ending}", unnamed_run(tmp_path, "cifar", "fast"))
+
+
+def test_runs_started_in_the_same_second_get_a_folder_each(no_launcher: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    no_launcher.setattr(launcher, "now", lambda: "20261125-093314")
+    with ThreadPoolExecutor(max_workers=8) as threads:
+        names = list(threads.map(lambda _: unnamed_run(tmp_path / "runs", "cifar", "fast"), range(24)))
+    name = "cifar-fast-20261125-093314"
+    assert sorted(names) == sorted([name, *(f"{name}-{number}" for number in range(2, 25))])
+
+
+@pytest.mark.parametrize("run_id", ["none", STANDALONE["TORCHELASTIC_RUN_ID"]], ids=["no id", "standalone"])
+def test_a_restart_finds_its_folder_and_another_launcher_does_not(no_launcher: pytest.MonkeyPatch, tmp_path: Path,
+                                                                 run_id: str) -> None:
+    no_launcher.setenv("TORCHELASTIC_RUN_ID", run_id)
+    name = unnamed_run(tmp_path, "cifar", "fast")
+    assert unnamed_run(tmp_path, "cifar", "fast") == name  # killed before it became the owner
+    folder = RunFolder(tmp_path / name, is_main=True)
+    folder.claim()
+    assert unnamed_run(tmp_path, "cifar", "fast") == name
+    folder.release()
+    assert unnamed_run(tmp_path, "cifar", "fast") == name
+    owner = read_object(tmp_path / name / "owner.json") or {}
+    assert owner["incarnation"] == 1
+    for change in ({"host": "elsewhere"}, {"pid": 1}, {"started": "20200101-000000"}):
+        other = {**owner, "launcher": {**owner["launcher"], **change}}
+        replace_file(tmp_path / name / "owner.json", json.dumps(other).encode())
+        assert unnamed_run(tmp_path, "cifar", "fast") == f"{name}-2"
+
+
+def test_a_folder_with_an_owner_of_an_earlier_version_is_nobody_elses(no_launcher: pytest.MonkeyPatch,
+                                                                     tmp_path: Path) -> None:
+    no_launcher.setenv("TORCHELASTIC_RUN_ID", "none")
+    name = unnamed_run(tmp_path, "cifar", "fast")
+    owner = {"incarnation": 1, "host": "h", "pid": 7, "job": None, "restart": 0, "released": True}
+    replace_file(tmp_path / name / "owner.json", json.dumps(owner).encode())
+    assert unnamed_run(tmp_path, "cifar", "fast") == f"{name}-2"
+    RunFolder(tmp_path / name, is_main=True).claim()
+    assert (read_object(tmp_path / name / "owner.json") or {})["incarnation"] == 2
+
+
+def test_without_proc_a_standalone_torchrun_still_names_its_restarts_alike(no_launcher: pytest.MonkeyPatch,
+                                                                          tmp_path: Path) -> None:
+    no_launcher.setattr(launcher, "start_time", lambda pid: None)
+    no_launcher.setenv("TORCHELASTIC_RUN_ID", STANDALONE["TORCHELASTIC_RUN_ID"])
+    name = unnamed_run(tmp_path, "cifar", "fast")
+    assert name == f"cifar-fast-{STANDALONE['TORCHELASTIC_RUN_ID']}"
+    assert unnamed_run(tmp_path, "cifar", "fast") == name
+
+
+def test_an_output_folder_that_is_a_file_is_one_line(no_launcher: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "runs").write_text("")
+    with pytest.raises(CheckpointError, match=r"--output-dir .*runs: cannot be written \(File exists: "):
+        unnamed_run(tmp_path / "runs", "cifar", "fast")
+
+
+def test_a_restart_by_torchrun_continues_the_unnamed_run(tmp_path: Path) -> None:
+    hook = PREPARE + 'if os.environ["TORCHELASTIC_RESTART_COUNT"] == "0": at(13, "data", kill, ranks=[1])'
+    words = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "--max-restarts=1",
+             str(ROOT / "tests" / "helpers" / "hooked.py"), *UNNAMED, "--output-dir", str(tmp_path / "runs")]
+    finished = execute(words, timeout=200, cwd=tmp_path, HOOK=hook)
+    assert finished.code == 0, finished.err[-2000:]
+    folders = list((tmp_path / "runs").iterdir())
+    assert [bool(re.fullmatch(f"cifar-blitz-{TIME}", folder.name)) for folder in folders] == [True]
+    assert "(from step-" in finished.out
+    assert read_json(folders[0] / "status.json")["state"] == "DONE"
+    assert read_json(folders[0] / "owner.json")["incarnation"] == 2
+
+
+def test_a_second_unnamed_run_by_python_is_another_run(tmp_path: Path) -> None:
+    for count in (1, 2):
+        finished = forked("cifar", *TINY, "--max-steps", 2, "--output-dir", tmp_path)
+        assert finished.code == 0, finished.err
+        assert len(list(tmp_path.glob("cifar-blitz-*"))) == count
