@@ -1,4 +1,4 @@
-"""What the network of a run says about images: classes with probabilities, a picture; or a program for elsewhere.
+"""Classify images with the network of a run: classes with probabilities, and a picture; or export the network.
 
     python trainers/predict.py --run runs/NAME cat.jpg dog.png          # some files
     python trainers/predict.py --run runs/NAME photos/                  # all images of a folder and the folders in it
@@ -6,7 +6,7 @@
     python trainers/predict.py --run runs/NAME photos/ --json           # for other programs
     python trainers/predict.py --run runs/NAME --export model.pt2       # a torch.export program, and ONNX beside it
 
-The weights are those of the best checkpoint, averaged ones if the run kept an average. Where an image's true class is
+The weights are those of the best checkpoint, their moving average if the run kept one. Where an image's true class is
 known (from the test set, or from a folder with the name of a class), it is compared.
 """
 
@@ -56,9 +56,9 @@ class PredictConfig:
     checkpoint: Path | None = None
     """Use this checkpoint of the run, not its best."""
     test_images: int | None = None
-    """Classify so many images of the run's test set."""
+    """Classify this many images of the run's test set."""
     data_dir: Path | None = None
-    """Where the test set lies. Default: where the run found it."""
+    """Folder of the test set. Default: the run's --data-dir."""
     batch_size: int = 64
     """Images at a time."""
     top: int = 3
@@ -131,7 +131,7 @@ def load_state(run: Path, checkpoint: Path | None) -> tuple[dict[str, Any], Path
 
 
 def pictures_of(config: PredictConfig, card: ModelCard) -> Iterator[Picture]:
-    """Everything that was asked for, read one at a time."""
+    """All images to classify, read one at a time."""
     for path in config.images:
         for file in find_images(path):
             parent = file.parent.name
@@ -141,7 +141,7 @@ def pictures_of(config: PredictConfig, card: ModelCard) -> Iterator[Picture]:
 
 
 def read_picture(path: Path, card: ModelCard, *, true_class: str | None) -> Picture:
-    """A file in the form that the network was trained on.
+    """An image file at the size and with the channels that the network was trained on.
 
     Raises:
         DataError: if it is no readable image.
@@ -162,7 +162,7 @@ def grey(pixels: Tensor) -> Tensor:
 
 
 def test_pictures(config: PredictConfig, card: ModelCard) -> Iterator[Picture]:
-    """The first images of the run's test set, loaded by the trainer that ran it."""
+    """The first images of the run's test set, loaded by the run's trainer."""
     assert config.run is not None
     trainer = importlib.import_module(f"trainers.{card.trainer}")
     settings = restore_config(typing.get_type_hints(trainer.main)["config"], config.run)
@@ -199,7 +199,7 @@ def restore_config(config_class: type, run: Path) -> Any:
 def classify(model: nn.Module, batch: list[Picture], card: ModelCard, device: torch.device) -> list[Prediction]:
     """Probabilities of a batch of images."""
     inputs = normalize(torch.stack([picture.pixels for picture in batch]).to(device), card.mean, card.std)
-    probabilities = model(inputs).float().softmax(1).cpu().tolist()  # log-probabilities come out as they went in
+    probabilities = model(inputs).float().softmax(1).cpu().tolist()  # of log-probabilities too
     return [Prediction(name=picture.name, probabilities=tuple(row), true_class=picture.true_class)
             for picture, row in zip(batch, probabilities, strict=True)]
 

@@ -1,9 +1,9 @@
-"""A trained network as a program that runs without this code: torch.export, and ONNX where its packages are installed.
+"""A trained network as a program that runs without this code: torch.export, and ONNX if its packages are installed.
 
     program = torch.export.load("model.pt2").module()     # in Python; AOTInductor compiles it for C++
     program(images)                                       # float32 (B, C, H, W), normalised; any B
 
-What was written is read back and run on random images, and must give what the model gives.
+Each file is read back and run on random images, and its outputs must be the model's.
 """
 
 import contextlib
@@ -33,11 +33,11 @@ def export(model: nn.Module, path: Path, *, image_shape: tuple[int, int, int]) -
         image_shape: channels, height and width of its inputs.
 
     Returns:
-        A line for each file, and one about ONNX where it is left out.
+        One line per file, and one about ONNX where it is left out.
 
     Raises:
         UsageError: if a file cannot be written.
-        CheckpointError: if a written program gives something else than the model.
+        CheckpointError: if the outputs of a written program are not the model's.
     """
     model = copy.deepcopy(model).cpu().eval()
     images = torch.randn(3, *image_shape, generator=torch.Generator().manual_seed(0))
@@ -83,7 +83,7 @@ def write_onnx(program: torch.export.ExportedProgram, path: Path, images: Tensor
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Without the exporter's running commentary."""
+    """Without the exporter's messages."""
     logging.disable(logging.WARNING)
     try:
         with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):

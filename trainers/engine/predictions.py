@@ -13,7 +13,7 @@ from trainers.engine.run.pictures import image_grid
 
 @dataclass(frozen=True, kw_only=True)
 class Prediction:
-    """What the network says of one image."""
+    """The probabilities that the network gives to the classes of one image."""
 
     name: str
     probabilities: tuple[float, ...]
@@ -27,14 +27,14 @@ class Prediction:
 
 
 def accuracy_of(predictions: Sequence[Prediction], class_names: tuple[str, ...]) -> float | None:
-    """The share of right ones among those whose class is known; None if none is."""
+    """The share of correct ones among those whose true class is known; None if none is."""
     known = [prediction for prediction in predictions if prediction.true_class is not None]
     right = sum(prediction.best(class_names, 1)[0][0] == prediction.true_class for prediction in known)
     return right / len(known) if known else None
 
 
 def as_lines(predictions: Sequence[Prediction], class_names: tuple[str, ...], *, top: int) -> str:
-    """For people: a line per image, and the accuracy where it is known."""
+    """For people: one line per image, and the accuracy where it is known."""
     width = max(len(prediction.name) for prediction in predictions)
     lines = []
     for prediction in predictions:

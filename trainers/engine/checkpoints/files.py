@@ -1,4 +1,4 @@
-"""The files of the checkpoint folder: their names, which of them count, which are kept and which are cleared away.
+"""The files of the checkpoint folder: their names, which of them count, which are kept and which are removed.
 
 A checkpoint is `step-00000400.pt` with its manifest `step-00000400.json`; without the manifest it does not count.
 """
@@ -79,7 +79,7 @@ def sweep(folder: Path) -> None:
 
 
 def set_aside(paths: Iterable[Path], reason: str) -> None:
-    """Rename checkpoints to `step-N.pt.<reason>`: they no longer count, and are nobody's to delete but the user's."""
+    """Rename checkpoints to `step-N.pt.<reason>`: they no longer count, and only the user may delete them."""
     for path in paths:
         for file in (manifest_path(path), path):  # the manifest first: from then on the other does not count
             if file.exists():

@@ -1,8 +1,8 @@
-"""Loading a checkpoint: nothing is believed until it has been checked, and a damaged file costs one warning.
+"""Loading a checkpoint: everything is checked before it is used, and a damaged file costs one warning.
 
 Order of checks: manifest, size, sha256 (torch.load itself does not verify its CRCs), the archive's own CRCs, torch.load
 with weights_only=True, the keys, that every tensor is dense and finite, and that the manifest is the one that saving
-this state would write. Then, against the run it is for: names, shapes and dtypes, data set and global batch.
+this state would write. Then, against the run that resumes: names, shapes and dtypes, data set and global batch.
 """
 
 import json

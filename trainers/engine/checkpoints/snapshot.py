@@ -1,8 +1,8 @@
-"""A copy of the training state that a thread can write to disk while training goes on.
+"""A copy of the training state that a thread can write to disk while training continues.
 
 The memory is kept from save to save: fresh memory costs a page fault for every 4 KiB, several times the copy itself.
 Parameters, their moving average and the optimizer's state change in the optimizer step only, so on a CPU they are
-copied by the thread while the next batch goes forward and backward, and training waits before that step if it must.
+copied by the thread during the next forward and backward pass, and training waits before that step if it must.
 Buffers, such as BatchNorm's, change in the forward pass and are copied at once. A GPU's tensors are queued into pinned
 memory in stream order, which nothing later can overtake, and the thread waits for the stream.
 """
@@ -22,7 +22,7 @@ Pair = tuple[Tensor, Tensor]
 
 
 class Snapshot:
-    """A copy of nested dicts and lists of tensors, in CPU memory that is used again."""
+    """A copy of nested dicts and lists of tensors, in CPU memory that is reused."""
 
     def __init__(self) -> None:
         self.tree: dict[str, Any] = {}

@@ -1,1 +1,1 @@
-"""The run folder `runs/<name>/`: ownership, report, progress, pictures, card."""
+"""The run folder `runs/<name>/`: folder, ownership, report, progress, pictures, card."""

@@ -1,4 +1,4 @@
-"""What must be known to use a run's weights: `model.json` in the run folder, one line in each trainer that writes it.
+"""What must be known to use a run's weights: `model.json` in the run folder, written by the image trainers.
 
     write_card(folder, ModelCard(trainer="cifar", model="net", class_names=..., mean=..., std=..., image_size=(32, 32)))
 """
@@ -15,7 +15,7 @@ FILE_NAME = "model.json"
 
 @dataclass(frozen=True, kw_only=True)
 class ModelCard:
-    """How to build the network of a run, and what it is fed."""
+    """How to build the network of a run, and what its inputs are."""
 
     trainer: str
     """File name of the trainer, without .py."""
@@ -39,7 +39,7 @@ class ModelCard:
 
 
 def write_card(folder: RunFolder, card: ModelCard) -> None:
-    """Write model.json, on rank 0."""
+    """Write model.json."""
     folder.write_json(FILE_NAME, asdict(card))
 
 

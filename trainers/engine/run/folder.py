@@ -1,4 +1,4 @@
-"""The run folder `runs/<name>/`: what was asked, how far it is, what came out.
+"""The run folder `runs/<name>/`: the config, status, metrics and results of a run.
 
 Rank 0 alone writes, only while it owns the folder (ownership.py), and every file but metrics.jsonl is replaced in one
 step, so that a reader never sees half of one.
@@ -49,7 +49,7 @@ class RunFolder:
             raise not_writable(self.path.parent, error) from None
 
     def beat(self) -> None:
-        """Show that the owner lives."""
+        """Show other hosts that the owner is alive."""
         if self.is_main:
             self.ownership.beat()
 
@@ -62,7 +62,7 @@ class RunFolder:
         self.ownership.check()
 
     def release(self) -> None:
-        """Give the run up."""
+        """Stop being the owner."""
         if self.is_main:
             self.ownership.release()
 
@@ -120,7 +120,7 @@ class RunFolder:
                 file.write(json.dumps(finite(line)) + "\n")
 
     def truncate_metrics(self, step: int, *, evaluated: bool) -> None:
-        """Drop the lines that a run resumed at `step` will write again, and any half-written one.
+        """Drop the lines that a run resumed at `step` will write again, and a half-written one.
 
         `evaluated`: whether the checkpoint was made after the evaluation at that step; if not, that line goes too.
         """
@@ -139,7 +139,7 @@ class RunFolder:
             replace_file(path, "".join(kept).encode())
 
     def set_aside(self) -> None:
-        """Start over in this folder: what an earlier run left is kept beside it, not overwritten."""
+        """Make room for a run from the start: what an earlier one left is renamed, not overwritten."""
         if not self.is_main:
             return
         for name in ("checkpoints", "metrics.jsonl"):
@@ -150,7 +150,7 @@ class RunFolder:
             path.mkdir(exist_ok=True)
 
     def begin(self, config: Mapping[str, Any], *, may_change: Collection[str], world: Mapping[str, Any]) -> bool:
-        """Record what is asked, unless the run is DONE and nothing more is asked of it. Through `from_main`.
+        """Record the config, unless the run is DONE and the config asks for no more. Call through `from_main`.
 
         Returns:
             False if there is nothing left to do.

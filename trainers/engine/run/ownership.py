@@ -1,8 +1,8 @@
 """Who may write to a run folder: one live process, and of two incarnations of a job the later one.
 
-`lock` is locked by the owner as long as it lives, `owner.json` says who it is and carries the fencing token: a
-number that every new owner raises. A process that was cut off while its job restarted elsewhere finds a higher number
-there and writes nothing more. `heartbeat.json` shows hosts that the file lock does not reach that the owner lives; it
+`lock` is locked by the owner as long as it lives. `owner.json` says who it is and holds the fencing token: a number
+that every new owner raises. A process that was cut off while its job restarted elsewhere finds a higher number there
+and writes nothing more. `heartbeat.json` shows that the owner is alive to hosts that the file lock does not reach; it
 is a file of its own so that a late heartbeat of an old owner cannot undo the claim of a new one.
 """
 
@@ -33,7 +33,7 @@ class Ownership:
         self.incarnation = 0
         """The fencing token; 0 while nothing is claimed."""
         self._lock_file: Any = None
-        self._writing = threading.Lock()  # the watchdog's thread beats while the main thread may give up
+        self._writing = threading.Lock()  # the watchdog's thread beats while the main thread may release
         self._beat_at = 0.0
         self._num_beats = 0
 
@@ -67,7 +67,7 @@ class Ownership:
         replace_file(self.path / "owner.json", (json.dumps(owner) + "\n").encode())
 
     def beat(self) -> None:
-        """Show other hosts that the owner lives, at most every two seconds; called from the watchdog's thread."""
+        """Show other hosts that the owner is alive, at most every two seconds; called from the watchdog's thread."""
         with self._writing:
             if not self.incarnation or time.monotonic() - self._beat_at < BEAT_SECONDS:
                 return
@@ -94,7 +94,7 @@ class Ownership:
                                   f"owns this run; this one writes nothing more")
 
     def release(self) -> None:
-        """Give the folder up, so that the next process need not wait for heartbeats to fail."""
+        """Stop being the owner, so that the next process need not wait for heartbeats to fail."""
         with self._writing:
             if self.incarnation and self.holds():
                 with contextlib.suppress(OSError):  # then the next owner, if on another host, waits five seconds
@@ -160,7 +160,7 @@ def is_restart_of(previous: Mapping[str, Any], mine: Mapping[str, Any]) -> bool:
 
 
 def beats_from_elsewhere(path: Path, previous: Mapping[str, Any]) -> bool:
-    """Whether an owner on another host, which a file lock may not reach, is seen to be alive. Waits if there is one."""
+    """Whether an owner on another host, which a file lock may not reach, still writes heartbeats. Waits for one."""
     if previous.get("released", True) or previous.get("host") == socket.gethostname():
         return False
     before = read_object(path / "heartbeat.json")

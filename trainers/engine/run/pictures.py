@@ -26,14 +26,14 @@ MOST_MARKERS = 50  # points of a curve up to which each is marked
 
 
 def new_figure(width: float, height: float) -> "Figure":
-    """An empty figure of so many inches."""
+    """An empty figure of that size in inches."""
     from matplotlib.figure import Figure
 
     return Figure(figsize=(width, height), layout="constrained")
 
 
 def as_png(figure: "Figure", *, dpi: int = 110) -> bytes:
-    """The file's content."""
+    """The figure as the content of a PNG file."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=dpi)
     return buffer.getvalue()

@@ -1,4 +1,4 @@
-"""What a person sees of a run: one bar on a terminal, plain lines elsewhere; on rank 0 only."""
+"""What a run prints: a progress bar on a terminal, plain lines elsewhere; on rank 0 only."""
 
 import contextlib
 import sys
@@ -13,7 +13,7 @@ LINE_SECONDS = 10.0  # between two plain lines
 
 
 class Progress:
-    """Steps done, with the loss, accuracy and speed of the last report; redrawn by time, not at every step."""
+    """Steps done, with the latest loss, accuracy and speed; redrawn by time, not at every step."""
 
     def __init__(self, *, shown: bool, total_steps: int, step: int) -> None:
         self.shown = shown
@@ -25,7 +25,7 @@ class Progress:
             self._bar = tqdm(total=total_steps, initial=step, unit="step", mininterval=0.5, dynamic_ncols=True)
 
     def advance(self) -> None:
-        """One more step; prints only when it is time to."""
+        """Count one more step; prints only when it is time to."""
         self.step += 1
         if self._bar is not None:
             self._bar.update()
@@ -35,7 +35,7 @@ class Progress:
 
     def show_figures(self, *, loss: float, accuracy: float | None, samples_per_second: float,
                      seconds_left: float) -> None:
-        """The figures to show beside the steps from here on."""
+        """Show these beside the number of steps from now on."""
         percent = f"  accuracy {100 * accuracy:.2f} %" if accuracy is not None else ""
         self.figures = f"  loss {loss:.4f}{percent}  {samples_per_second:,.0f} samples/s"
         if self._bar is not None:
@@ -44,7 +44,7 @@ class Progress:
             self.figures += f"  ETA {seconds_left:.0f} s"
 
     def line_above(self, text: str) -> None:
-        """A line of its own, above the bar."""
+        """Print a line above the bar."""
         if self.shown:
             self._line(text)
 
@@ -57,13 +57,13 @@ class Progress:
                 sys.stderr.flush()
 
     def close(self) -> None:
-        """Leave the bar as it is."""
+        """End the bar, which stays on the screen."""
         if self._bar is not None:
             self._bar.close()
 
 
 def epoch_text(line: dict[str, Any], *, samples_per_second: float) -> str:
-    """An epoch's figures for a person."""
+    """An epoch's figures in one line."""
     parts = [f"epoch {line['epoch']}: train loss {line['train_loss']:.4f}"]
     for name, value in (("train accuracy", line["train_accuracy"]), ("test accuracy", line["test_accuracy"])):
         if value is not None:

@@ -22,7 +22,7 @@ SCALARS = ("loss", "accuracy", "learning_rate", "samples_per_second")
 
 
 class Report:
-    """Writes for one run; on other ranks every method does nothing."""
+    """Writes for one run on rank 0; on other ranks every method does nothing."""
 
     def __init__(self, folder: RunFolder, *, pictures: bool = True, tensorboard: bool = False) -> None:
         self.folder, self.draws, self.tensorboard = folder, pictures and folder.is_main, tensorboard and folder.is_main
@@ -42,7 +42,7 @@ class Report:
             writer.add_scalar(f"gradient_norm/{name}", norm, line["step"])
 
     def _events(self, step: int) -> "SummaryWriter":
-        """The event file, opened at the first line: whatever a killed run wrote from that step on is struck out."""
+        """The event file, opened at the first line: what a killed run wrote from that step on is hidden."""
         if self._writer is None:
             from torch.utils.tensorboard import SummaryWriter
 
