@@ -32,6 +32,7 @@ import shlex
 import signal
 import sys
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -41,7 +42,7 @@ if not __package__:
 from launch.bench.compare import comparison_cells, differences, read_results
 from launch.bench.output import check_output_dir, write_pictures, write_results
 from launch.bench.pipeline import benchmark_pipeline
-from launch.bench.runs import Job, calibrate, plan, run_rounds
+from launch.bench.runs import Job, calibrate, plan, run_job, run_rounds
 from launch.bench.setups import Hardware, Setup, core_warnings, everything, parse_setup, why_not
 from launch.bench.summary import summarise, warnings_of
 from launch.bench.table import as_text, terminal_page
@@ -180,7 +181,8 @@ def measure_all(config: BenchmarkConfig, jobs: list[Job], results: dict[str, Any
     flags = ["--onednn", "--model", config.model, "--recipe", config.recipe, "--dataset", config.dataset,
              "--learning-rate", str(config.learning_rate), "--seed", str(config.seed)]
     flags += shlex.split(config.trainer_flags)
-    common = {"trainer": config.trainer, "flags": flags, "threads": config.threads, "timeout_seconds": config.timeout}
+    run_one = partial(run_job, trainer=config.trainer, flags=flags, threads=config.threads,
+                      timeout_seconds=config.timeout)
     runs: list[dict[str, Any]] = []
 
     def update() -> None:
@@ -190,13 +192,13 @@ def measure_all(config: BenchmarkConfig, jobs: list[Job], results: dict[str, Any
 
     try:
         warmup, steps = calibrate(jobs, steps=config.steps, warmup_steps=config.warmup_steps, seconds=config.seconds,
-                                  **common)
+                                  run=run_one)
         results["method"] = {
             "steps": steps, "warmup_steps": warmup, "rounds": config.rounds, "threads": config.threads,
             "seed": config.seed, "batch_size": config.batch_size,
             "rank_batch_size": config.rank_batch_size or config.batch_size,
         }
-        for result in run_rounds(jobs, rounds=config.rounds, steps=f"{warmup}:{steps}", **common):
+        for result in run_rounds(jobs, rounds=config.rounds, steps=f"{warmup}:{steps}", run=run_one):
             runs.append(result)
             update()
         results["complete"] = True

@@ -114,7 +114,7 @@ class JobFailure:
         """After an error, where this process hosts the store: keep it until the others know which rank failed first."""
         if self.heartbeats is None or not self.hosts_store or not self.has_left:
             return
-        before, began = self.heartbeats.counts(), time.monotonic()
+        before, began = self.heartbeats.last(), time.monotonic()
         while time.monotonic() - began < LINGER_SECONDS:
             last = self.heartbeats.last_known()
             silent = self.heartbeats.silent_since(before) if time.monotonic() - began > LINGER_SECONDS / 2 else []

@@ -64,25 +64,21 @@ class Heartbeats:
             return {rank: json.loads(self.store.get(f"beat/{rank}")) for rank in known}
         return {}
 
-    def counts(self) -> dict[int, int]:
-        """How many heartbeats every rank has sent."""
-        return {rank: beat[0] for rank, beat in self.last().items()}
-
     def last_known(self) -> dict[int, tuple[int, str]]:
         """The (step, phase) of every rank that has sent a heartbeat."""
         return {rank: (beat[1], beat[2]) for rank, beat in self.last().items()}
 
-    def silent_since(self, before: dict[int, int]) -> list[int]:
-        """Other ranks that have sent nothing since `counts` gave `before`, and did not leave of their own will."""
+    def silent_since(self, before: dict[int, list[Any]]) -> list[int]:
+        """Other ranks that have sent nothing since `last` gave `before`, and did not leave of their own will."""
         now = self.last()
         if not now:
             return [0] if self.rank else []  # the store's host
         return [rank for rank in range(self.world_size) if rank != self.rank
-                and (rank not in now or (now[rank][0] == before.get(rank) and now[rank][2] != "left"))]
+                and (rank not in now or (now[rank] == before.get(rank) and now[rank][2] != "left"))]
 
     def silent_after_a_while(self) -> list[int]:
         """Ranks whose heartbeat does not change for a while."""
-        before = self.counts()
+        before = self.last()
         time.sleep(STALE_SECONDS)
         return self.silent_since(before)
 

@@ -13,7 +13,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from launch.failure import JobFailure, RunRecord
 from launch.heartbeats import Heartbeats
@@ -37,7 +37,7 @@ class Watchdog:
         self.step, self.phase = 0, "start"
         self._changed_at = time.monotonic()
         self._heartbeats: Heartbeats | None = None
-        self._before: dict[int, int] | None = None  # heartbeats counted at half of the timeout
+        self._before: dict[int, list[Any]] | None = None  # heartbeats at half of the timeout
         self._stopping = threading.Event()
         self._threads: list[threading.Thread] = []
         self._answered_at: float | None = None  # when the store last did
@@ -120,7 +120,7 @@ class Watchdog:
         if idle < self.timeout_seconds / 2:
             self._before = None
         elif self._before is None:
-            self._before = self._heartbeats.counts()
+            self._before = self._heartbeats.last()
         elif idle > self.timeout_seconds:
             self._end_the_hang(self._heartbeats.silent_since(self._before))
 

@@ -52,10 +52,10 @@ def test_a_rank_that_sends_nothing_unreachable_and_one_that_has_left_is_not(stor
     ranks = [Heartbeats(store, rank=rank, world_size=4) for rank in range(4)]
     for rank in ranks[:3]:
         rank.send(5, "backward")
-    before = ranks[0].counts()
+    before = ranks[0].last()
     ranks[0].send(6, "backward")
     ranks[1].send(5, "left")
-    before_leaving = ranks[0].counts()
+    before_leaving = ranks[0].last()
     assert ranks[0].silent_since(before) == [2, 3]  # 2 says nothing more, 3 never did
     assert ranks[0].silent_since(before_leaving) == [2, 3]  # 1 has left of its own will
 

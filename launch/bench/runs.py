@@ -7,7 +7,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -122,15 +122,17 @@ def read_figures(path: Path) -> dict[str, Any] | None:
         return None
 
 
-def calibrate(jobs: Sequence[Job], *, steps: int | None, warmup_steps: int | None, seconds: float, trainer: str,
-              flags: Sequence[str], threads: int, timeout_seconds: float) -> tuple[int, int]:
-    """(warm-up, timed) steps, the same for every set-up: what the first that runs at all does in `seconds`."""
+def calibrate(jobs: Sequence[Job], *, steps: int | None, warmup_steps: int | None, seconds: float,
+              run: Callable[..., dict[str, Any]]) -> tuple[int, int]:
+    """(warm-up, timed) steps, the same for every set-up: what the first that runs at all does in `seconds`.
+
+    `run` takes a job and its steps, as run_job does.
+    """
     if steps is None:
         steps = FEWEST_STEPS
         for job in jobs:
             to_stderr("calibrating: how many steps to time")
-            figures = run_job(job, trainer, flags, steps=CALIBRATION, threads=threads,
-                              timeout_seconds=timeout_seconds)["benchmark"]
+            figures = run(job, steps=CALIBRATION)["benchmark"]
             if figures is not None:
                 steps = round(seconds * figures["steps"] / figures["seconds"])
                 break
@@ -138,8 +140,8 @@ def calibrate(jobs: Sequence[Job], *, steps: int | None, warmup_steps: int | Non
     return (max(5, steps // 5) if warmup_steps is None else warmup_steps), steps
 
 
-def run_rounds(jobs: Sequence[Job], *, rounds: int, steps: str, trainer: str, flags: Sequence[str], threads: int,
-               timeout_seconds: float) -> Iterator[dict[str, Any]]:
+def run_rounds(jobs: Sequence[Job], *, rounds: int, steps: str, run: Callable[..., dict[str, Any]]
+               ) -> Iterator[dict[str, Any]]:
     """Every job once per round, in rotating order; a job that failed once is not tried again."""
     failed = set()
     on_terminal = sys.stderr.isatty()
@@ -148,14 +150,13 @@ def run_rounds(jobs: Sequence[Job], *, rounds: int, steps: str, trainer: str, fl
             for job in rotated(jobs, number):
                 if job.key not in failed:
                     bar.set_description(f"round {number + 1}: {job.setup.name}, batch {job.batch_size}")
-                    result = {**run_job(job, trainer, flags, steps=steps, threads=threads,
-                                        timeout_seconds=timeout_seconds), "round": number}
+                    result = {**run(job, steps=steps), "round": number}
                     if result["error"]:
                         failed.add(job.key)
                     if result["error"] or not on_terminal:
                         bar.clear()
                         to_stderr(f"round {number + 1} of {rounds}, {job.setup.name}, batch {job.batch_size}: "
-                             f"{outcome(result)}")
+                                  f"{outcome(result)}")
                     yield result
                 bar.update()
 

@@ -9,7 +9,7 @@ import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from importlib import metadata
 from pathlib import Path
 
@@ -30,15 +30,8 @@ SLOW_FSYNC_SECONDS = 1.0  # a checkpoint waits for four
 
 def machine_findings(launch: Launch, output_dir: Path, environ: Mapping[str, str] = os.environ) -> list[Finding]:
     """The whole page for this process's machine, in the order in which things go wrong."""
-    parts: list[Callable[[], Finding | list[Finding]]] = [
-        versions_finding, device_findings, backends_finding, lambda: cores_finding(launch, environ),
-        shared_memory_finding, lambda: output_finding(output_dir),
-    ]
-    found = []
-    for part in parts:
-        result = part()
-        found += result if isinstance(result, list) else [result]
-    return found
+    return [versions_finding(), *device_findings(), backends_finding(), cores_finding(launch, environ),
+            shared_memory_finding(), output_finding(output_dir)]
 
 
 def versions_finding() -> Finding:
