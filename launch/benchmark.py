@@ -34,7 +34,7 @@ import sys
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 if not __package__:
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
@@ -49,6 +49,7 @@ from launch.bench.table import as_text, terminal_page
 from launch.command_line import nearest, run
 from launch.errors import UsageError, say, to_stderr
 from launch.files import ROOT
+from launch.rules import MOST_SECONDS, Above, AtLeast
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,29 +66,29 @@ class BenchmarkConfig:
     """The trainer's --recipe."""
     dataset: str = "synthetic"
     """The trainer's --dataset."""
-    learning_rate: float = 0.01
+    learning_rate: Annotated[float, AtLeast(0)] = 0.01
     """High enough to expose a set-up that learns something else, and too low for rounding errors to grow."""
     trainer_flags: str = ""
     """More flags for every command, as one string after =, as in --trainer-flags="--width 64 --optimizer adam"."""
-    batch_size: int = 128
+    batch_size: Annotated[int, AtLeast(1)] = 128
     """GLOBAL batch of strong scaling."""
-    rank_batch_size: int | None = None
+    rank_batch_size: Annotated[int | None, AtLeast(1)] = None
     """Batch per device of weak scaling. Default: --batch-size."""
     scaling: Literal["strong", "weak", "both"] = "both"
     """strong: more devices share one batch. weak: each device brings its own."""
     baseline: str | None = None
     """What speed-ups refer to, one of --setups. Default: the slowest that uses one device."""
-    threads: int = 1
+    threads: Annotated[int, AtLeast(1, most=1024)] = 1
     """Threads per rank, unless a set-up has +threads=T."""
-    rounds: int = 7
+    rounds: Annotated[int, AtLeast(1)] = 7
     """How often each set-up is run."""
-    seconds: float = 2.5
+    seconds: Annotated[float, Above(0, most=MOST_SECONDS)] = 2.5
     """About how long each timed window takes on the first set-up; gives the number of steps, the same for all."""
-    steps: int | None = None
+    steps: Annotated[int | None, AtLeast(1)] = None
     """Steps to time, instead of --seconds."""
-    warmup_steps: int | None = None
+    warmup_steps: Annotated[int | None, AtLeast(0)] = None
     """Steps to leave out. Default: a fifth of the timed ones, at least 5."""
-    seed: int = 0
+    seed: Annotated[int, AtLeast(-2**63, most=2**64 - 1)] = 0
     """Of weights and samples, the same for every set-up."""
     output_dir: Path = Path("benchmark")
     """Where benchmark.json, .md and .png are written."""
@@ -97,7 +98,7 @@ class BenchmarkConfig:
     """Show this benchmark.json, run nothing."""
     pipeline: bool = False
     """Compare ways to load and augment images instead of set-ups."""
-    timeout: float = 1800
+    timeout: Annotated[float, Above(0, most=MOST_SECONDS)] = 1800
     """Seconds after which a run is ended as failed."""
 
 
@@ -138,16 +139,11 @@ def check(config: BenchmarkConfig) -> None:
     Raises:
         UsageError: naming the flag and its rule.
     """
-    trainers = sorted(path.stem for path in (ROOT / "trainers").glob("*.py") if path.stem != "__init__")
+    trainers = sorted(path.stem for path in (ROOT / "trainers").glob("*.py")  # those with TrainConfig's --measure
+                      if "from trainers.engine.config import" in path.read_text())
     if config.trainer not in trainers:
         raise UsageError(f"--trainer {config.trainer}: there is none of that name{nearest(config.trainer, trainers)}; "
                          f"choose from {', '.join(trainers)}")
-    for name in ("batch_size", "rank_batch_size", "threads", "rounds", "steps", "seconds", "timeout"):
-        value = getattr(config, name)
-        if value is not None and value <= 0:
-            raise UsageError(f"--{name.replace('_', '-')} {value}: must be positive")
-    if config.warmup_steps is not None and config.warmup_steps < 0:
-        raise UsageError(f"--warmup-steps {config.warmup_steps}: must not be negative")
 
 
 def jobs_of(config: BenchmarkConfig, setups: list[Setup], hardware: Hardware

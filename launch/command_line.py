@@ -1,19 +1,23 @@
-"""From a config dataclass to checked flags, and from an error to one line and an exit code.
+"""From a config dataclass to flags, checked numbers and --help; from an error to one line and an exit code.
 
 A trainer ends with
 
     if __name__ == "__main__":
         run(main, CifarConfig, recipes=RECIPES)
 
-`parse` derives the flags from the dataclass (hyphens or underscores, field docstrings as help) and `run` turns
-whatever goes wrong into `ERROR <kind>: <flag or file> <value>: <rule>; <remedy>` on stderr, from one rank.
+`parse` derives the flags from the dataclass (hyphens or underscores, field docstrings as help) and holds every number
+to the rule beside its field (rules.py). `run` turns whatever goes wrong into
+`ERROR <kind>: <flag or file> <value>: <rule>; <remedy>` on stderr, from one rank.
 """
 
 import contextlib
 import difflib
+import inspect
 import io
 import re
+import shutil
 import sys
+import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, NoReturn
@@ -21,7 +25,10 @@ from typing import Any, NoReturn
 import tyro
 
 from launch.errors import EXIT_DONE, EXIT_PREEMPTED, UsageError, launched_rank, to_stderr, user_line
+from launch.rules import check_numbers
 from launch.stop import Stopped
+
+HELP_COLUMN = 27  # where the explanations of --help stand
 
 
 def parse(config_class: type, *, recipes: Mapping[str, Mapping[str, Any]] | None = None,
@@ -29,10 +36,10 @@ def parse(config_class: type, *, recipes: Mapping[str, Mapping[str, Any]] | None
     """A config from command-line flags; `--recipe NAME` first replaces the defaults by those of the recipe.
 
     Raises:
-        UsageError: for flags that do not parse, naming the nearest that exists.
+        UsageError: for flags that do not parse, naming the nearest that exists; for a number out of its range.
         SystemExit: with code 0, after `--help` was printed (by rank 0 alone).
     """
-    args = list(sys.argv[1:] if args is None else args)
+    args = in_new_spelling(sys.argv[1:] if args is None else args, getattr(config_class, "OLD_SPELLINGS", {}))
     default = config_class()
     if recipes:
         name = recipe_named_in(args, default.recipe)
@@ -42,13 +49,25 @@ def parse(config_class: type, *, recipes: Mapping[str, Mapping[str, Any]] | None
     printed, complaint = io.StringIO(), io.StringIO()
     try:
         with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(complaint):
-            return tyro.cli(config_class, args=args, default=default, compact_help=False)
+            config = tyro.cli(config_class, args=args, default=default, compact_help=False)
     except SystemExit as stop:
         if stop.code in (0, None):
             if launched_rank() == 0:
-                sys.stdout.write(printed.getvalue())
+                width = max(60, min(120, shutil.get_terminal_size().columns))
+                sys.stdout.write(grouped_help(printed.getvalue(), config_class, width=width))
             raise
         raise UsageError(plain_text(complaint.getvalue())) from None
+    check_numbers(config)
+    return config
+
+
+def in_new_spelling(args: Sequence[str], old: Mapping[str, Sequence[str]]) -> list[str]:
+    """The words of a command line with `old` flags replaced, where they stand without a value."""
+    words: list[str] = []
+    for position, word in enumerate(args):
+        bare = position + 1 == len(args) or args[position + 1].startswith("-")
+        words += old.get(word.replace("_", "-"), [word]) if bare else [word]
+    return words
 
 
 def recipe_named_in(args: Sequence[str], default: str) -> str:
@@ -66,6 +85,44 @@ def nearest(name: str, known: Sequence[str] | Mapping[str, Any]) -> str:
     """`; did you mean X?` for a mistyped name, or nothing when none is close."""
     close = difflib.get_close_matches(name, list(known), n=1)
     return f"; did you mean {close[0]}?" if close else ""
+
+
+def grouped_help(text: str, config_class: type, *, width: int) -> str:
+    """tyro's --help with each flag under the `TITLE` of the class that had it first, the command's own flags on top.
+
+    Two commands of the module's docstring stand at its end.
+    """
+    text = "\n".join(line.rstrip() for line in text.splitlines() if not re.match(r" \S", line))  # without tyro's titles
+    usage, *flags = re.split(r"\n(?=  \S)", text)
+    own = usage.split()[1]  # the path of the command
+    bases = [(base, base.__dict__.get("TITLE", own)) for base in config_class.__mro__]
+    titles = {name: title for base, title in bases for name in inspect.get_annotations(base)}
+    groups: dict[str, list[str]] = {own: [], **{title: [] for _, title in bases}}
+    for flag in flags:
+        header, _, explained = re.sub(r"\{None\}\|", "", flag).strip().partition("  ")
+        header, _, rest = header.partition("\n")
+        explained = re.sub(r" \(default: (None)?\)$", "", " ".join(f"{rest} {explained}".split()))
+        lines = textwrap.wrap(explained, width - HELP_COLUMN, break_on_hyphens=False) or [""]
+        head = f"  {header}".ljust(HELP_COLUMN - 1)
+        head = f"{head} {lines.pop(0)}" if len(head) < HELP_COLUMN else head
+        names = [name.replace("-", "_") for name in re.findall(r"--([\w-]+)", header)]
+        title = next((titles[name] for name in names if name in titles), own)
+        groups[title].append("\n".join([head.rstrip(), *(" " * HELP_COLUMN + line for line in lines)]))
+    first = usage.split("\n\n")[:2]
+    parts = [f"{title}:\n" + "\n".join(blocks) for title, blocks in groups.items() if blocks]
+    return "\n\n".join([*first, *parts, examples(sys.modules[config_class.__module__].__doc__ or "", width)]) + "\n"
+
+
+def examples(docstring: str, width: int) -> str:
+    """The first two commands of a module's docstring, what each is for above it."""
+    commands = re.findall(r"^    ((?:python|torchrun) .*)$", docstring.replace("\\\n", ""), re.MULTILINE)
+    lines = ["Examples:"]
+    for command in commands[:2]:
+        words, _, purpose = command.partition("  ")
+        wrapped = textwrap.wrap(" ".join(words.split()), width - 4, break_on_hyphens=False, subsequent_indent="    ")
+        purpose = purpose.strip().removeprefix("#").strip()
+        lines += [f"  # {purpose}"] * bool(purpose) + ["  " + " \\\n  ".join(wrapped)]
+    return "\n".join(lines)
 
 
 def plain_text(boxed: str) -> str:

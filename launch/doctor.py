@@ -15,7 +15,7 @@ import socket
 import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 if not __package__:
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
@@ -30,6 +30,7 @@ from launch.checks.ranks import ranks_findings
 from launch.command_line import run
 from launch.errors import DeviceError, UsageError, say
 from launch.launcher import Launch, read_launch
+from launch.rules import MOST_SECONDS, Above
 
 COLORS = {"OK": "\x1b[32m", "WARN": "\x1b[33m", "FAIL": "\x1b[1;31m"}
 RESET = "\x1b[0m"
@@ -45,7 +46,7 @@ class DoctorConfig:
     """The --device that training would be given."""
     backend: Literal["auto", "gloo", "nccl"] = "auto"
     """The --backend that training would be given."""
-    timeout: float = 60
+    timeout: Annotated[float, Above(0, most=MOST_SECONDS)] = 60
     """Seconds to wait for the other ranks."""
     json: bool = False
     """Print one JSON object instead: ok, host, findings (check, state, text, fix, host), ranks."""

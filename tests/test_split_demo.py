@@ -1,11 +1,11 @@
 """trainers/split_demo.py against the sizes that the DataParallel tutorial prints."""
 
 import re
-from typing import Any
 
 import pytest
 import torch
 
+from launch.command_line import parse
 from launch.errors import UsageError
 from tests.helpers.processes import train
 from trainers import split_demo
@@ -78,7 +78,7 @@ def test_ddp_without_a_launcher_ends_with_code_2_and_one_line() -> None:
     assert done.errors[0].startswith("ERROR usage: --parallel ddp")
 
 
-@pytest.mark.parametrize("flags", [{"replicas": 2}, {"parallel": "dp", "replicas": 0}])
-def test_replicas_that_cannot_be_are_named(flags: dict[str, Any]) -> None:
-    with pytest.raises(UsageError, match=f"--replicas {flags['replicas']}"):
-        split_demo.check(split_demo.SplitConfig(**flags))
+@pytest.mark.parametrize("flags", [["--replicas=2"], ["--parallel=dp", "--replicas=0"]])
+def test_replicas_that_cannot_be_are_named(flags: list[str]) -> None:
+    with pytest.raises(UsageError, match=f"--replicas {flags[-1][-1]}"):
+        split_demo.check(parse(split_demo.SplitConfig, args=flags))

@@ -10,7 +10,7 @@
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 if not __package__:  # run by path: our packages, not others of the same names
     sys.path[0] = str(Path(__file__).resolve().parents[1])
@@ -24,37 +24,30 @@ import torch
 from torch import nn
 
 from datasets import cifar, synthetic
-from datasets.augment import Augmentation, normalize
+from datasets.augment import Augmentation
 from datasets.loaders import evaluation_loader, train_loader
 from datasets.tensors import TensorDataset
-from launch.command_line import nearest, run
+from launch.command_line import run
 from launch.errors import UsageError
 from launch.process_group import World
+from launch.rules import AtLeast
 from trainers import models
-from trainers.engine.config import TrainConfig
+from trainers.engine.config import ImageConfig
 from trainers.engine.once_per_node import once_per_node
 from trainers.engine.run.card import ModelCard
 from trainers.engine.session import entry_point, open_run, train_classifier
 
 
 @dataclass(frozen=True, kw_only=True)
-class CifarConfig(TrainConfig):
+class CifarConfig(ImageConfig):
     """Train an image classifier on CIFAR-10."""
 
     recipe: str = "fast"
     """fast: over 90 % in 10 epochs. blitz: the 60-minute tutorial's. Other flags override its settings."""
     dataset: Literal["cifar10", "synthetic"] = "cifar10"
     """cifar10 is read from --data-dir; synthetic is drawn from the seed."""
-    width: int | None = None
+    width: Annotated[int | None, AtLeast(1, most=65536)] = None
     """Channels of the model's first trained convolution. Default: the model's own."""
-    shift: int = 0
-    """Random crop: pixels of padding on each side."""
-    padding: Literal["reflect", "zeros"] = "reflect"
-    """What the padding shows."""
-    flip: Literal["random", "alternating"] | None = None
-    """Mirror half of the images; alternating shows each side every other epoch."""
-    half_statistics: bool = False
-    """Normalise with mean and std 0.5 in every channel, as the tutorial does, not with the data set's own."""
 
 
 RECIPES: dict[str, dict[str, Any]] = {
@@ -64,7 +57,7 @@ RECIPES: dict[str, dict[str, Any]] = {
         "flip": "alternating", "ema_decay": 0.98, "precision": "bf16", "channels_last": True,
     },
     "blitz": {
-        "model": "net", "epochs": 2, "batch_size": 4, "learning_rate": 0.001, "momentum": 0.9, "half_statistics": True,
+        "model": "net", "epochs": 2, "batch_size": 4, "learning_rate": 0.001, "momentum": 0.9, "normalize": "half",
         "onednn": False,
         "seed": 1,  # two epochs at batch 4 scatter: 52.4, 56.1, 55.8 and 53.6 % with seeds 0 to 3
     },
@@ -80,11 +73,10 @@ def load_data(config: CifarConfig, world: World) -> tuple[TensorDataset, TensorD
     return cifar.load(config.data_dir)
 
 
-def statistics(config: CifarConfig) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Mean and std per channel that images are normalised with."""
-    if config.half_statistics:
-        return (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)
-    return (cifar.MEAN, cifar.STD) if config.dataset == "cifar10" else (synthetic.MEAN, synthetic.STD)
+def augmentation(config: CifarConfig) -> Augmentation:
+    """What happens to a training image."""
+    source = cifar if config.dataset == "cifar10" else synthetic
+    return Augmentation(**config.augmentation((source.MEAN, source.STD)))
 
 
 def build_model(config: CifarConfig, train: TensorDataset) -> nn.Module:
@@ -92,25 +84,18 @@ def build_model(config: CifarConfig, train: TensorDataset) -> nn.Module:
     torch.manual_seed(config.seed)
     model = models.build(config.model, num_classes=len(train.class_names), width=config.width)
     if isinstance(model, models.WhiteNet):
-        model.whiten(normalize(train.inputs[:5000], *statistics(config)))
+        model.whiten(augmentation(config).normalize(train.inputs[:5000]))
     return model
 
 
 def check(config: CifarConfig) -> None:
     """Find mistakes in the flags before ranks wait for each other."""
     config.check()
-    if config.model not in models.names():
-        raise UsageError(f"--model {config.model}: unknown; choose net, whitenet, resnet9, resnet18 or a classifier of "
-                         f"torchvision.models{nearest(config.model, models.names())}")
+    config.check_shift(32)
+    models.check_name(config.model, models.names(), choices="net, whitenet, resnet9, resnet18 or a classifier of "
+                                                            "torchvision.models")
     if config.width is not None and config.model not in models.OURS:
         raise UsageError(f"--width {config.width}: {config.model} has no width to set; leave it out")
-
-
-def augmentation(config: CifarConfig) -> Augmentation:
-    """What is done to a training image."""
-    mean, std = statistics(config)
-    return Augmentation(seed=config.seed, mean=mean, std=std, shift=config.shift, padding=config.padding,
-                        flip=config.flip)
 
 
 def describe(config: CifarConfig, class_names: tuple[str, ...], images: Augmentation) -> ModelCard:

@@ -12,7 +12,7 @@ import sys
 from collections.abc import Generator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 if not __package__:  # run by path: our packages, not others of the same names
     sys.path[0] = str(Path(__file__).resolve().parents[1])
@@ -35,12 +35,13 @@ from datasets.images.read import FitName
 from datasets.images.unreadable import BadImages
 from datasets.loaders import check_size, evaluation_loader, train_loader
 from datasets.order import ResumableSampler
-from launch.command_line import nearest, run
+from launch.command_line import run
 from launch.errors import UsageError, to_stderr
 from launch.process_group import World, from_main, gather
+from launch.rules import Above, AtLeast
 from trainers import models
 from trainers.engine.checkpoints.weights import load_weights
-from trainers.engine.config import TrainConfig
+from trainers.engine.config import IMAGENET, ImageConfig
 from trainers.engine.once_per_node import once_per_node
 from trainers.engine.run.card import ModelCard
 from trainers.engine.run.progress import say
@@ -49,16 +50,11 @@ from trainers.engine.task import EvaluationBatches, TrainBatches
 from trainers.engine.trainer import Run
 
 OUR_MODELS = ("cheatsheet", "net", "resnet9")  # other names are torchvision's, resnet18 too
-STATISTICS: dict[str, tuple[tuple[float, ...], tuple[float, ...]]] = {
-    "none": ((0.0, 0.0, 0.0), (1.0, 1.0, 1.0)),
-    "half": ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),
-    "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),  # torchvision's weights expect these
-}
 CACHE_ON_GPU = 0.5  # the largest share of a GPU's memory that cached images may take; others stay in the file
 
 
 @dataclass(frozen=True, kw_only=True)
-class ImageFolderConfig(TrainConfig):
+class ImageFolderConfig(ImageConfig):
     """Train an image classifier on a folder of images by class."""
 
     recipe: str = "fast"
@@ -68,29 +64,25 @@ class ImageFolderConfig(TrainConfig):
     """folder is --data-dir; synthetic is drawn from the seed and written below it."""
     data_dir: Path = Path("data")
     """Folder that holds train/ and test/ (or val/), each with one folder per class."""
-    validation_fraction: float | None = None
+    validation_fraction: Annotated[float | None, Above(0, below=1, such_as=0.2)] = None
     """Test on this share of the training images (or of one folder of classes), set apart; no test folder is used."""
     model: str = "cheatsheet"
     """cheatsheet, net, resnet9 or a classifier of torchvision.models."""
     pretrained: Path | None = None
     """Start from the weights in a file; a head for other classes is replaced by a new one."""
-    image_size: int | None = None
+    image_size: Annotated[int | None, AtLeast(1, most=8192)] = None
     """Height and width that the network sees. Default: 32 for our networks, 224 for torchvision's."""
     fit: FitName = "squash"
     """How images become square: squash them, or crop their middle."""
     normalize: Literal["none", "half", "imagenet"] = "imagenet"
-    """Mean and std taken out of each channel; none leaves [0, 1]."""
-    random_crop: float | None = None
+    """Mean and std taken out of each channel: none leaves [0, 1], half is 0.5 and 0.5."""
+    random_crop: Annotated[float | None, Above(0, below=1, such_as=0.35)] = None
     """Train on random parts of the images, with at least this share of their area, such as 0.35."""
-    shift: int = 0
-    """Train on images shifted by up to this many pixels."""
-    flip: Literal["random", "alternating"] | None = None
-    """Mirror half of the images; alternating shows each side every other epoch."""
     cache: bool = False
     """Decode every image once, into a file that all ranks of a node share, and train from memory."""
     cache_dir: Path | None = None
     """Folder of the cache, local to the node. Default: .cache inside --data-dir."""
-    skip_bad: int = 0
+    skip_bad: Annotated[int, AtLeast(0)] = 0
     """Unreadable images that a run may leave out; in training the next readable one takes the place."""
 
 
@@ -111,20 +103,9 @@ RECIPES: dict[str, dict[str, Any]] = {
 def check(config: ImageFolderConfig) -> None:
     """Find mistakes in the flags before ranks wait for each other."""
     config.check()
-    if network(config) not in models.names():
-        known = [*OUR_MODELS, *(name.removeprefix("torchvision/") for name in models.names())]
-        raise UsageError(f"--model {config.model}: unknown; choose {', '.join(OUR_MODELS)} or a classifier of "
-                         f"torchvision.models{nearest(config.model, known)}")
-    for flag, value in (("validation-fraction", config.validation_fraction), ("random-crop", config.random_crop)):
-        if value is not None and not 0 < value < 1:
-            raise UsageError(f"--{flag} {value}: must lie between 0 and 1")
-    if config.image_size is not None and config.image_size < 1:
-        raise UsageError(f"--image-size {config.image_size}: must be at least 1")
-    for flag, value in (("skip-bad", config.skip_bad), ("shift", config.shift)):
-        if value < 0:
-            raise UsageError(f"--{flag} {value}: must not be negative")
-    if config.shift >= image_size(config):
-        raise UsageError(f"--shift {config.shift}: must be below the image size of {image_size(config)}")
+    models.check_name(config.model, [*OUR_MODELS, *models.torchvision_names()],
+                      choices=f"{', '.join(OUR_MODELS)} or a classifier of torchvision.models")
+    config.check_shift(image_size(config))
     if config.cache and config.random_crop is not None:
         raise UsageError(f"--random-crop {config.random_crop}: needs the images at full size, which --cache does not "
                          f"keep; use --shift, or leave --cache out")
@@ -187,9 +168,8 @@ def remember_bad_images(config: ImageFolderConfig, run: Run) -> BadImages:
 
 
 def augmentation(config: ImageFolderConfig) -> Augmentation:
-    """What is done to a decoded training image."""
-    mean, std = STATISTICS[config.normalize]
-    return Augmentation(seed=config.seed, mean=mean, std=std, shift=config.shift, flip=config.flip)
+    """What happens to a decoded training image."""
+    return Augmentation(**config.augmentation(IMAGENET))
 
 
 def build_loaders(config: ImageFolderConfig, train: ImageTree, test: ImageTree, run: Run
@@ -237,9 +217,9 @@ def cache_device(device: torch.device, num_bytes: int) -> torch.device:
 
 def describe(config: ImageFolderConfig, class_names: tuple[str, ...]) -> ModelCard:
     """What predict.py must know."""
-    mean, std = STATISTICS[config.normalize]
-    return ModelCard(trainer="image_folder", model=network(config), class_names=class_names, mean=mean, std=std,
-                     image_size=(image_size(config), image_size(config)), fit=config.fit)
+    images = augmentation(config)
+    return ModelCard(trainer="image_folder", model=network(config), class_names=class_names, mean=images.mean,
+                     std=images.std, image_size=(image_size(config), image_size(config)), fit=config.fit)
 
 
 @entry_point

@@ -3,14 +3,14 @@
     python trainers/mnist.py --data-dir data                                          # the tutorial's network, 10/20
     python trainers/mnist.py --channels 32 64 --hidden 100                            # its widened variant
     torchrun --standalone --nproc_per_node=2 trainers/mnist.py --recipe fast          # over 99 % in seconds
-    python trainers/mnist.py --run-name digits --epochs 7                             # again, with more: goes on
+    python trainers/mnist.py --run-name digits --epochs 7                             # again, with more epochs: resumes
     python trainers/mnist.py --dataset synthetic --epochs 2                           # no data at hand
 """
 
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 if not __package__:  # run by path: our packages, not others of the same names
     sys.path[0] = str(Path(__file__).resolve().parents[1])
@@ -28,18 +28,19 @@ from datasets import synthetic_digits as digits
 from datasets.augment import Augmentation
 from datasets.loaders import evaluation_loader, train_loader
 from datasets.tensors import TensorDataset
-from launch.command_line import nearest, run
+from launch.command_line import run
 from launch.errors import UsageError
 from launch.process_group import World
+from launch.rules import AtLeast
 from trainers import models
-from trainers.engine.config import TrainConfig
+from trainers.engine.config import ImageConfig
 from trainers.engine.once_per_node import once_per_node
 from trainers.engine.run.card import ModelCard
 from trainers.engine.session import entry_point, open_run, train_classifier
 
 
 @dataclass(frozen=True, kw_only=True)
-class MnistConfig(TrainConfig):
+class MnistConfig(ImageConfig):
     """Train a classifier of handwritten digits on MNIST."""
 
     recipe: str = "tutorial"
@@ -48,16 +49,16 @@ class MnistConfig(TrainConfig):
     """mnist is read from --data-dir, IDX files or mnist.npz; synthetic digits are drawn from the seed."""
     model: str = "mnistnet"
     """mnistnet, lenet or softmax."""
-    channels: tuple[int, int] | None = None
+    channels: Annotated[tuple[int, int] | None, AtLeast(1, most=65536)] = None
     """Of mnistnet's two convolutions. Default: 10 20."""
-    hidden: int | None = None
+    hidden: Annotated[int | None, AtLeast(1, most=65536)] = None
     """Of mnistnet, between its two last layers. Default: 50."""
-    dropout: float | None = None
+    dropout: Annotated[float | None, AtLeast(0, below=1)] = None
     """Of mnistnet: share of channels and of hidden units that a training step leaves out. Default: 0.5."""
-    normalize: bool = False
-    """Take the training set's mean and std out of the images, which else lie in 0 to 1."""
-    shift: int = 0
-    """Random crop: pixels of black padding on each side."""
+    normalize: Literal["none", "half", "dataset"] = "none"
+    """Mean and std taken out of the images: none leaves [0, 1], half is 0.5 and 0.5, dataset those of MNIST."""
+    padding: Literal["reflect", "zeros"] = "zeros"
+    """What the padding shows."""
 
 
 RECIPES: dict[str, dict[str, Any]] = {
@@ -65,7 +66,7 @@ RECIPES: dict[str, dict[str, Any]] = {
     "fast": {
         "epochs": 4, "batch_size": 256, "learning_rate": 0.15, "momentum": 0.9, "nesterov": True,
         "weight_decay": 0.0005, "schedule": "onecycle", "channels": (16, 32), "hidden": 64, "dropout": 0.0,
-        "normalize": True, "precision": "bf16", "channels_last": True,
+        "normalize": "dataset", "precision": "bf16", "channels_last": True,
     },
 }
 
@@ -77,6 +78,11 @@ def load_data(config: MnistConfig, world: World) -> tuple[TensorDataset, TensorD
     if config.download:
         once_per_node(world, lambda: mnist.download(config.data_dir))
     return mnist.load(config.data_dir)
+
+
+def augmentation(config: MnistConfig) -> Augmentation:
+    """What happens to a training image."""
+    return Augmentation(**config.augmentation((mnist.MEAN, mnist.STD)))
 
 
 def network_options(config: MnistConfig) -> dict[str, Any]:
@@ -94,24 +100,10 @@ def build_model(config: MnistConfig, train: TensorDataset) -> nn.Module:
 def check(config: MnistConfig) -> None:
     """Find mistakes in the flags before ranks wait for each other."""
     config.check()
-    if config.model not in models.GREY:
-        raise UsageError(f"--model {config.model}: unknown; choose {', '.join(models.GREY)}"
-                         f"{nearest(config.model, models.GREY)}")
+    config.check_shift(28)
+    models.check_name(config.model, models.GREY)
     for name in network_options(config) if config.model != "mnistnet" else ():
         raise UsageError(f"--{name}: {config.model} has none to set; leave it out, or use --model mnistnet")
-    for name, smallest in (("channels", config.channels and min(config.channels)), ("hidden", config.hidden)):
-        if smallest is not None and smallest < 1:
-            raise UsageError(f"--{name} {smallest}: must be at least 1")
-    if config.dropout is not None and not 0 <= config.dropout < 1:
-        raise UsageError(f"--dropout {config.dropout}: must be at least 0 and below 1")
-    if config.shift < 0:
-        raise UsageError(f"--shift {config.shift}: must not be negative")
-
-
-def augmentation(config: MnistConfig) -> Augmentation:
-    """What is done to a training image."""
-    mean, std = (mnist.MEAN, mnist.STD) if config.normalize else ((0.0,), (1.0,))
-    return Augmentation(seed=config.seed, mean=mean, std=std, shift=config.shift, padding="zeros")
 
 
 def describe(config: MnistConfig, class_names: tuple[str, ...], images: Augmentation) -> ModelCard:

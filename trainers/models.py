@@ -4,7 +4,7 @@
 """
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 import torch
@@ -12,6 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision import models as torchvision_models
 from torchvision.models.resnet import BasicBlock
+
+from launch.command_line import nearest
+from launch.errors import UsageError
 
 
 class Net(nn.Module):
@@ -229,8 +232,23 @@ def names() -> list[str]:
 
     `torchvision/resnet18` is always torchvision's, where one of ours has the name too.
     """
-    theirs = torchvision_models.list_models(module=torchvision_models)
+    theirs = torchvision_names()
     return [*OURS, *(name for name in theirs if name not in OURS), *(f"torchvision/{name}" for name in theirs)]
+
+
+def torchvision_names() -> list[str]:
+    """The classifiers of torchvision.models."""
+    return torchvision_models.list_models(module=torchvision_models)
+
+
+def check_name(name: str, known: Collection[str], *, choices: str | None = None) -> None:
+    """Find a mistyped `--model`.
+
+    Raises:
+        UsageError: if it is not among the known ones, with `choices`, or them all, and the nearest.
+    """
+    if name not in known:
+        raise UsageError(f"--model {name}: unknown; choose {choices or ', '.join(known)}{nearest(name, list(known))}")
 
 
 def build(name: str, *, num_classes: int, **options: Any) -> nn.Module:

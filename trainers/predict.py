@@ -35,6 +35,7 @@ from launch.errors import CheckpointError, UsageError, to_stderr
 from launch.launcher import read_launch
 from launch.machine import choose_device
 from launch.process_group import World
+from launch.rules import AtLeast
 from trainers import models
 from trainers.engine.checkpoints.load import Damaged, check_fits, load_or_fail, load_verified, newest_good
 from trainers.engine.export import export
@@ -55,13 +56,13 @@ class PredictConfig:
     """Run folder, such as runs/NAME."""
     checkpoint: Path | None = None
     """Use this checkpoint of the run, not its best."""
-    test_images: int | None = None
+    test_images: Annotated[int | None, AtLeast(1)] = None
     """Classify this many images of the run's test set."""
     data_dir: Path | None = None
     """Folder of the test set. Default: the run's --data-dir."""
-    batch_size: int = 64
+    batch_size: Annotated[int, AtLeast(1)] = 64
     """Images at a time."""
-    top: int = 3
+    top: Annotated[int, AtLeast(1)] = 3
     """Classes shown per image, most probable first."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto: a GPU if there is one."""
@@ -88,9 +89,6 @@ def check(config: PredictConfig) -> None:
         raise UsageError("--run: missing; give the folder of a run, such as runs/NAME")
     if not config.images and config.test_images is None and config.export is None:
         raise UsageError("no images given; name files or folders, or use --test-images 32")
-    for name, value in (("test-images", config.test_images), ("batch-size", config.batch_size), ("top", config.top)):
-        if value is not None and value < 1:
-            raise UsageError(f"--{name} {value}: must be at least 1")
 
 
 def load_model(run: Path, card: ModelCard, checkpoint: Path | None, device: torch.device) -> tuple[nn.Module, Path]:
@@ -184,7 +182,7 @@ def restore_config(config_class: type, run: Path) -> Any:
     Raises:
         CheckpointError: if it is missing or damaged.
     """
-    saved = RunFolder(run, is_main=False).read_json("config.json")
+    saved = RunFolder(run, is_main=False).read_config()
     if not isinstance(saved, dict):
         raise CheckpointError(f"--run {run}: has no readable config.json; name image files, not --test-images")
     values: dict[str, Any] = {}

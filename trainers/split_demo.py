@@ -10,7 +10,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 if not __package__:  # run by path: our packages, not others of the same names
     sys.path[0] = str(Path(__file__).resolve().parents[1])
@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from launch.command_line import run
 from launch.errors import UsageError
 from launch.process_group import World, gather, process_group
+from launch.rules import AtLeast
 from trainers.engine.parallel import ParallelName, choose_parallel, parallelize
 from trainers.engine.run.progress import say
 
@@ -33,7 +34,7 @@ class SplitConfig:
 
     parallel: ParallelName = "auto"
     """auto: ddp under torchrun or srun, else none. dp: DataParallel over the GPUs of one process."""
-    replicas: int | None = None
+    replicas: Annotated[int | None, AtLeast(1, most=1024)] = None
     """Of dp. Default: one for each GPU. Where there are fewer GPUs, the split is worked out and not run."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto: this rank's GPU if there is one."""
@@ -98,8 +99,6 @@ def check(config: SplitConfig) -> None:
     """Find mistakes in the flags."""
     if config.replicas is not None and config.parallel != "dp":
         raise UsageError(f"--replicas {config.replicas}: only DataParallel has replicas; add --parallel dp")
-    if config.replicas is not None and config.replicas < 1:
-        raise UsageError(f"--replicas {config.replicas}: must be at least 1")
 
 
 def main(config: SplitConfig) -> int:

@@ -23,9 +23,11 @@ from launch.errors import UsageError
 from launch.files import ROOT
 from launch.launcher import usable_cores
 from launch.machine import processor
+from launch.rules import AtLeast, check_number
 
 Kind = Literal["cpu", "gpu", "dp", "ddp"]
 Precision = Literal["fp32", "bf16", "fp16"]
+COUNT = AtLeast(1, most=1024)  # devices of a set-up, threads of a rank
 KINDS = ("cpu", "gpu", "dp", "ddp")
 OPTIONS = ("bf16", "fp16", "channels-last", "compile", "gloo", "threads=2")
 
@@ -87,7 +89,8 @@ def parse_setup(text: str) -> Setup:
         known = f"{', '.join(f'{kind}:N' for kind in KINDS if kind != 'gpu')} or gpu:1"
         raise UsageError(f"--setups {text}: unknown; must be {known}, with options such as +bf16"
                          f"{nearest(head.partition(':')[0], KINDS)}")
-    setup = Setup(name=text, kind=cast(Kind, match[1]), devices=int(match[2]))
+    check_number(f"--setups {text}: {match[1]}", devices := int(match[2][:20]), COUNT)
+    setup = Setup(name=text, kind=cast(Kind, match[1]), devices=devices)
     for option in options:
         setup = with_option(setup, option)
     if setup.gloo and setup.kind != "ddp":
@@ -103,7 +106,8 @@ def with_option(setup: Setup, option: str) -> Setup:
     """
     threads = re.fullmatch(r"threads=([1-9]\d*)", option)
     if threads:
-        return replace(setup, threads=int(threads[1]))
+        check_number(f"--setups {setup.name}: threads", count := int(threads[1][:20]), COUNT)
+        return replace(setup, threads=count)
     match option:
         case "bf16" | "fp16":
             return replace(setup, precision=option)

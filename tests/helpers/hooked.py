@@ -12,6 +12,7 @@ import os
 import select
 import signal
 import sys
+import typing
 from pathlib import Path
 from typing import Any
 
@@ -30,9 +31,7 @@ def train(trainer: str, hook: str) -> None:
     """Be that trainer, as if started by its path. Does not return."""
     module = importlib.import_module(f"trainers.{trainer}")
     hooks.install(trainer, hook)
-    config_class = next(value for name, value in vars(module).items()
-                        if name.endswith("Config") and name != "TrainConfig")
-    run(module.main, config_class, recipes=module.RECIPES)
+    run(module.main, typing.get_type_hints(module.main)["config"], recipes=module.RECIPES)
 
 
 def serve() -> dict[str, Any]:

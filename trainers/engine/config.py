@@ -1,16 +1,19 @@
 """The flags that every trainer shares. A trainer's own config inherits from TrainConfig and adds its own.
 
-Each field is a flag (`--batch-size` or `--batch_size`), its docstring the help, None means off.
+Each field is a flag (`--batch-size` or `--batch_size`), its docstring the help, None means off. The range of a number
+stands beside it (launch/rules.py), and `TITLE` is the group in --help of the flags of a class.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import tyro
 
 from launch.errors import UsageError
 from launch.launcher import read_launch
+from launch.rules import LARGEST, MOST_SECONDS, Above, AtLeast, check_numbers
 from trainers.engine.parallel import ParallelName
 from trainers.engine.precision import PrecisionName
 from trainers.engine.schedule import ScheduleName
@@ -24,95 +27,140 @@ MAY_CHANGE = frozenset({
     "cache", "cache_dir", "skip_bad",  # of image_folder.py: how images are read, and what is forgiven
 })
 
+Statistics = tuple[tuple[float, ...], tuple[float, ...]]  # mean and std per channel, in units of the full range [0, 1]
+IMAGENET: Statistics = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))  # torchvision's weights expect these
+
 
 @dataclass(frozen=True, kw_only=True)
-class TrainConfig:
-    """Flags shared by all trainers."""
+class DataFlags:
+    """What is read, and in which portions."""
 
-    recipe: str = "default"
-    """Named set of defaults, which other flags override."""
+    TITLE: ClassVar = "Data"
+
     data_dir: Path = Path("data")
     """Folder of the data sets, torchvision's root."""
     download: bool = False
     """Fetch the data set if it is not there: one rank per node does, the others wait."""
-    output_dir: Path = Path("runs")
-    """Folder of the run folders."""
-    run_name: str | None = None
-    """Folder of this run inside --output-dir; a run of that name goes on where it was. Default: trainer, recipe, id."""
-    epochs: int = 10
-    """Passes over the training set."""
-    max_steps: int | None = None
-    """Stop after so many optimizer steps, even within an epoch."""
-    batch_size: int = 512
+    batch_size: Annotated[int, AtLeast(1)] = 512
     """GLOBAL batch: samples per optimizer step, summed over all ranks and accumulation steps."""
-    accumulation_steps: int = 1
+    accumulation_steps: Annotated[int, AtLeast(1)] = 1
     """Micro-batches whose gradients are added up before each optimizer step."""
+    workers: Annotated[int, AtLeast(0, most=1024)] = 0
+    """DataLoader workers per rank, for data that is decoded from files."""
+    seed: Annotated[int, AtLeast(-2**63, most=2**64 - 1)] = 0  # what torch.manual_seed takes
+    """Of weights, order, augmentation and dropout."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelFlags:
+    """What is trained, and from which weights."""
+
+    TITLE: ClassVar = "Model"
+
     model: str = "net"
     """Network, by name."""
+    init_from: Path | None = None
+    """Start from the weights of a file: ours, torchvision's references', timm's or a plain state_dict."""
+    freeze: tuple[str, ...] = ()
+    """Parts of the model that are not trained: names, prefixes or patterns with *. Frozen BatchNorm stays fixed."""
+    ema_decay: Annotated[float | None, Above(0, below=1, such_as=0.999)] = None
+    """Keep an exponential moving average of the weights, and evaluate that."""
+    precision: PrecisionName = "fp32"
+    """Autocast type; fp32 turns autocast off."""
+    compile: bool = False
+    """torch.compile the model."""
+    channels_last: bool = False
+    """Keep images and convolutions in NHWC memory order."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizationFlags:
+    """How it is trained, and for how long."""
+
+    TITLE: ClassVar = "Optimization"
+
+    epochs: Annotated[int, AtLeast(1)] = 10
+    """Passes over the training set."""
+    max_steps: Annotated[int | None, AtLeast(1)] = None
+    """Stop after so many optimizer steps, even within an epoch."""
     optimizer: Literal["sgd", "adam", "adamw", "rmsprop", "muon"] = "sgd"
     """Update rule (torch.optim). muon updates weight matrices, and AdamW the rest."""
-    learning_rate: Annotated[float, tyro.conf.arg(aliases=["--lr"])] = 0.1
+    learning_rate: Annotated[float, tyro.conf.arg(aliases=["--lr"]), AtLeast(0)] = 0.1
     """Peak rate, at the global batch size."""
-    momentum: float = 0.9
+    momentum: Annotated[float, AtLeast(0, below=1)] = 0.9
     """Of sgd, rmsprop and muon."""
     nesterov: bool = False
     """Nesterov's momentum, for sgd."""
-    weight_decay: float = 0.0
+    weight_decay: Annotated[float, AtLeast(0)] = 0.0
     """L2 penalty, decoupled in adamw and muon."""
-    norm_bias_lr_scale: float = 1.0
+    norm_bias_lr_scale: Annotated[float, Above(0)] = 1.0
     """Factor on the learning rate of normalisation biases."""
     schedule: ScheduleName = "constant"
     """Learning-rate curve over the run."""
-    warmup_steps: int = 0
+    warmup_steps: Annotated[int, AtLeast(0)] = 0
     """Steps over which the rate first rises linearly."""
-    label_smoothing: float = 0.0
+    label_smoothing: Annotated[float, AtLeast(0, below=1)] = 0.0
     """Share of the target probability that is spread over all classes."""
-    class_weights: tuple[float, ...] = ()
+    class_weights: Annotated[tuple[float, ...], AtLeast(0)] = ()
     """A factor on the loss of each class's samples, one per class; to make up for rare classes."""
-    clip_grad_norm: float | None = None
+    clip_grad_norm: Annotated[float | None, Above(0)] = None
     """Largest allowed norm of all gradients together, after unscaling."""
-    ema_decay: float | None = None
-    """Keep an exponential moving average of the weights, and evaluate that."""
-    freeze: tuple[str, ...] = ()
-    """Parts of the model that are not trained: names, prefixes or patterns with *. Frozen BatchNorm stays fixed."""
-    precision: PrecisionName = "fp32"
-    """Autocast type; fp32 turns autocast off."""
+    max_bad_steps: Annotated[int, AtLeast(1)] = 10
+    """Consecutive steps with a non-finite loss after which the run stops."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DistributionFlags:
+    """What it runs on."""
+
+    TITLE: ClassVar = "Distribution"
+
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto: this rank's GPU if there is one."""
     backend: Literal["auto", "gloo", "nccl"] = "auto"
     """auto: nccl on GPUs, gloo on CPUs."""
     parallel: ParallelName = "auto"
     """auto: ddp under torchrun or srun, else none. dp: DataParallel over the GPUs of one process."""
-    compile: bool = False
-    """torch.compile the model."""
-    channels_last: bool = False
-    """Keep images and convolutions in NHWC memory order."""
-    workers: int = 0
-    """DataLoader workers per rank, for data that is decoded from files."""
-    threads: int | None = None
+    threads: Annotated[int | None, AtLeast(1, most=1024)] = None
     """Threads per rank. Default: OMP_NUM_THREADS, else usable cores / ranks on the node."""
-    seed: int = 0
-    """Of weights, order, augmentation and dropout."""
     onednn: bool = True
     """oneDNN's CPU kernels; without, `net` is 1.3 times faster at batch 4, and twice as slow at 128."""
     deterministic: bool = False
     """Only deterministic kernels: bit-identical GPU runs, slower."""
-    eval_every: int = 1
-    """Epochs between evaluations; the last epoch is always evaluated."""
-    checkpoint_every: int | None = None
-    """Steps between checkpoints. Default: one an epoch. The last step is always saved."""
-    keep_checkpoints: int = 2
+    timeout: Annotated[float, Above(0, most=MOST_SECONDS)] = 300
+    """Seconds that a collective may take before the rank that hangs is named and the job ends."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SavingFlags:
+    """What is kept, and what a run starts from."""
+
+    TITLE: ClassVar = "Saving and resuming"
+
+    output_dir: Path = Path("runs")
+    """Folder of the run folders."""
+    run_name: str | None = None
+    """Folder of this run inside --output-dir; a run of that name resumes. Default: trainer, recipe, id."""
+    checkpoint_every: Annotated[int | None, AtLeast(1)] = None
+    """Steps between checkpoints. Default: one per epoch. The last step is always saved."""
+    keep_checkpoints: Annotated[int, AtLeast(1)] = 2
     """How many of the newest to keep, besides the best."""
     resume: str = "auto"
     """auto: from the newest checkpoint of the run, if any. never: start over. Or the path of a checkpoint."""
-    init_from: Path | None = None
-    """Start from the weights of a file: ours, torchvision's references', timm's or a plain state_dict."""
+    save_weights: bool = False
+    """Write the final weights alone, a plain state_dict, to weights.pt in the run folder."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReportingFlags:
+    """What a run shows."""
+
+    TITLE: ClassVar = "Reporting"
+
+    eval_every: Annotated[int, AtLeast(1)] = 1
+    """Epochs between evaluations; the last epoch is always evaluated."""
     evaluate: Path | None = None
     """Evaluate this checkpoint, train nothing."""
-    timeout: float = 300
-    """Seconds that a collective may take before the rank that hangs is named and the job ends."""
-    max_bad_steps: int = 10
-    """Consecutive steps with a non-finite loss after which the run stops."""
     tensorboard: bool = False
     """Write TensorBoard event files to the run folder."""
     pictures: bool = True
@@ -121,11 +169,16 @@ class TrainConfig:
     """Add the norm of each layer's gradient to every reported training line, and to TensorBoard."""
     show_batch: bool = False
     """Draw the first training batch as the network sees it into the run folder."""
-    save_weights: bool = False
-    """Write the final weights alone, a plain state_dict, to weights.pt in the run folder."""
-
     measure: str | None = None
     """Time so many steps after leaving others out, WARMUP:STEPS, write the figures to result.json, and stop."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig(DataFlags, ModelFlags, OptimizationFlags, DistributionFlags, SavingFlags, ReportingFlags):
+    """Flags shared by all trainers."""
+
+    recipe: str = "default"
+    """Named set of defaults, which other flags override."""
 
     def rank_batch_size(self) -> int:
         """Samples per rank per micro-batch, from the launcher's world size.
@@ -156,28 +209,57 @@ class TrainConfig:
         Raises:
             UsageError: naming the flag and its rule.
         """
-        for name in ("epochs", "batch_size", "accumulation_steps", "eval_every", "keep_checkpoints", "max_bad_steps",
-                     "max_steps", "checkpoint_every", "threads"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise UsageError(f"--{name.replace('_', '-')} {value}: must be at least 1")
-        for name in ("learning_rate", "momentum", "weight_decay", "label_smoothing", "warmup_steps", "workers"):
-            if getattr(self, name) < 0:
-                raise UsageError(f"--{name.replace('_', '-')} {getattr(self, name)}: must not be negative")
-        if self.ema_decay is not None and not 0 < self.ema_decay < 1:
-            raise UsageError(f"--ema-decay {self.ema_decay}: must lie between 0 and 1, such as 0.999")
-        if any(not 0 <= weight < float("inf") for weight in self.class_weights):
-            raise UsageError(f"--class-weights {' '.join(map(str, self.class_weights))}: must not be negative")
-        if self.label_smoothing >= 1:
-            raise UsageError(f"--label-smoothing {self.label_smoothing}: must be below 1")
+        check_numbers(self)  # of a config that no command line made
         if self.measure is not None:
             measured_steps(self.measure)
         if self.compile and self.parallel == "dp":  # nn.Module.compile keeps the original's bound method in each copy
             raise UsageError("--compile with --parallel dp: DataParallel's copies of a compiled model would all run "
                              "the original; leave --compile out, or use torchrun and --parallel ddp")
-        if self.timeout <= 0:
-            raise UsageError(f"--timeout {self.timeout}: must be positive")
         self.rank_batch_size()
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageConfig(TrainConfig):
+    """Flags shared by the trainers of image classifiers."""
+
+    TITLE: ClassVar = "Data"
+    OLD_SPELLINGS: ClassVar = {  # of flags without a value
+        "--normalize": ("--normalize", "dataset"), "--no-normalize": ("--normalize", "none"),
+        "--half-statistics": ("--normalize", "half"), "--no-half-statistics": ("--normalize", "dataset"),
+    }
+
+    normalize: Literal["none", "half", "dataset", "imagenet"] = "dataset"
+    """Mean and std taken out of each channel: none leaves [0, 1], half is 0.5 and 0.5, dataset those of the training
+    images."""
+    shift: Annotated[int, AtLeast(0, most=8191)] = 0
+    """Random crop: pixels of padding on each side."""
+    padding: Literal["reflect", "zeros"] = "reflect"
+    """What the padding shows."""
+    flip: Literal["random", "alternating"] | None = None
+    """Mirror half of the images; alternating shows each side every other epoch."""
+
+    def check_shift(self, image_size: int) -> None:
+        """Raise a UsageError if an image could be shifted out of itself, where reflected padding ends too."""
+        if self.shift >= image_size:
+            raise UsageError(f"--shift {self.shift}: must be below the image size of {image_size}")
+
+    def augmentation(self, dataset: Statistics) -> dict[str, Any]:
+        """The arguments of Augmentation; `dataset` is what `--normalize dataset` stands for."""
+        zero, half, one = ((value,) * len(dataset[0]) for value in (0.0, 0.5, 1.0))
+        known = {"none": (zero, one), "half": (half, half), "dataset": dataset, "imagenet": IMAGENET}
+        mean, std = known[self.normalize]
+        return {"seed": self.seed, "mean": mean, "std": std, "shift": self.shift, "padding": self.padding,
+                "flip": self.flip}
+
+
+def translated(saved: Mapping[str, Any]) -> dict[str, Any]:
+    """A saved config in the flags of today: `normalize` and `half_statistics` were true or false once."""
+    config = dict(saved)
+    if isinstance(config.get("normalize"), bool):
+        config["normalize"] = "dataset" if config["normalize"] else "none"
+    if "half_statistics" in config:
+        config["normalize"] = "half" if config.pop("half_statistics") else "dataset"
+    return config
 
 
 def measured_steps(text: str) -> tuple[int, int]:
@@ -187,6 +269,7 @@ def measured_steps(text: str) -> tuple[int, int]:
         UsageError: if it is anything else, or no step would be timed.
     """
     warmup, _, steps = text.partition(":")
-    if not (warmup.isdecimal() and steps.isdecimal() and int(steps) > 0):
-        raise UsageError(f"--measure {text}: must be WARMUP:STEPS, such as 20:100")
-    return int(warmup), int(steps)
+    numbers = [int(part[:20]) if part.isdecimal() else -1 for part in (warmup, steps)]
+    if not (0 <= numbers[0] <= LARGEST and 0 < numbers[1] <= LARGEST):
+        raise UsageError(f"--measure {text}: must be WARMUP:STEPS, such as 20:100, each at most {LARGEST:,}")
+    return numbers[0], numbers[1]

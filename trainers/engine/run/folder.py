@@ -14,6 +14,7 @@ from typing import Any
 from launch.errors import CheckpointError, UsageError, user_line
 from launch.files import read_object, replace_file
 from launch.machine import environment_record
+from trainers.engine.config import translated
 from trainers.engine.run.ownership import Ownership, not_writable
 
 GROWING = ("epochs", "max_steps")  # a run that is DONE continues when one of these grew
@@ -79,6 +80,11 @@ class RunFolder:
     def read_json(self, name: str) -> dict[str, Any] | None:
         """The content of a JSON file of the folder, or None if it is missing or damaged."""
         return read_object(self.path / name)
+
+    def read_config(self) -> dict[str, Any] | None:
+        """The flags that the run was started with, in the spelling of today; None as above."""
+        saved = self.read_json("config.json")
+        return None if saved is None else translated(saved)
 
     def write_bytes(self, name: str, content: bytes) -> None:
         """Replace a file of the folder.
@@ -159,7 +165,7 @@ class RunFolder:
             UsageError: if a flag that alters the run differs from what the run was started with, or if only an
                 evaluation is asked for, whose result would replace that of the run.
         """
-        before, status = self.read_json("config.json"), self.read_json("status.json") or {}
+        before, status = self.read_config(), self.read_json("status.json") or {}
         if config.get("evaluate") is not None and self._has_progress():
             raise UsageError(f"--evaluate {config['evaluate']}: {self.path} holds a training run, whose result this "
                              f"would replace; give the evaluation another --run-name")

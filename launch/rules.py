@@ -1,0 +1,82 @@
+"""The range of a number stands beside its field, and one function holds every config to it.
+
+    clip_grad_norm: Annotated[float | None, Above(0)] = None
+    class_weights: Annotated[tuple[float, ...], AtLeast(0)] = ()        # for each of them
+"""
+
+from collections.abc import Iterator
+from dataclasses import KW_ONLY, dataclass, fields
+from typing import Any, get_type_hints
+
+from launch.errors import UsageError
+
+LARGEST = 2**31 - 1  # of a C int
+MOST_SECONDS = LARGEST // 1000  # poll() takes milliseconds as a C int
+
+
+@dataclass(frozen=True)
+class AtLeast:
+    """Numbers from `low` to `most`, without `below` itself. NaN and infinity are in no range."""
+
+    low: float
+    _: KW_ONLY
+    most: float = LARGEST
+    below: float | None = None
+    such_as: float | None = None
+    """A value that works, for the message."""
+
+    def includes(self, number: float) -> bool:
+        """Whether a number is in the range. NaN is not: it compares false with everything."""
+        return self.low <= number <= self.most and (self.below is None or number < self.below)
+
+    def text(self) -> str:
+        """The rule in words."""
+        end = f"at most {self.most:,}" if self.below is None else f"below {self.below}"
+        return f"must be {self.start()} and {end}" + ("" if self.such_as is None else f"; try {self.such_as}")
+
+    def start(self) -> str:
+        """The lower end in words."""
+        return f"at least {self.low:,}"
+
+
+class Above(AtLeast):
+    """The same without `low` itself."""
+
+    def includes(self, number: float) -> bool:
+        """Whether a number is in the range."""
+        return number > self.low and super().includes(number)
+
+    def start(self) -> str:
+        """The lower end in words."""
+        return f"above {self.low:,}"
+
+
+def check_number(flag: str, number: float, rule: AtLeast) -> None:
+    """Hold one number to its rule.
+
+    Raises:
+        UsageError: `FLAG NUMBER: rule`.
+    """
+    if not rule.includes(number):
+        raise UsageError(f"{flag} {number}: {rule.text()}")
+
+
+def rules_of(config_class: type) -> Iterator[tuple[str, AtLeast]]:
+    """Each field that has a rule, with it."""
+    hints = get_type_hints(config_class, include_extras=True)
+    for field in fields(config_class):
+        for note in getattr(hints[field.name], "__metadata__", ()):
+            if isinstance(note, AtLeast):
+                yield field.name, note
+
+
+def check_numbers(config: Any) -> None:
+    """Hold the numbers of a config to the rules beside their fields; None is off, and each number of a tuple counts.
+
+    Raises:
+        UsageError: naming the first flag that breaks its rule.
+    """
+    for name, rule in rules_of(type(config)):
+        value = getattr(config, name)
+        for number in value if isinstance(value, tuple) else () if value is None else (value,):
+            check_number(f"--{name.replace('_', '-')}", number, rule)
