@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from tests.helpers.processes import SHARED
-from tests.helpers.server import Server, common_server
+from tests.helpers.server import common_server
 from tests.helpers.slurm import Cluster, start_cluster
 
 LONGEST = ["test_slurm_faults", "test_slurm_stops", "test_slurm", "test_cifar", "test_resume_exact",
@@ -78,12 +78,6 @@ def fashion_mnist(real_data: Path) -> Path:
 @pytest.fixture(scope="session")
 def cats_dogs(real_data: Path) -> Path:
     return unpack("cats-dogs", real_data) / "cats-dogs"
-
-
-@pytest.fixture(scope="session")
-def server() -> Server:
-    """The process that forks trainers."""
-    return common_server()
 
 
 @pytest.fixture(scope="session")

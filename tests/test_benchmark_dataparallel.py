@@ -9,7 +9,8 @@ from torch.nn.parallel import DataParallel
 
 from launch.errors import UsageError
 from launch.process_group import World
-from tests.helpers.processes import TINY, read_json, train
+from tests.helpers.processes import TINY, read_json
+from tests.helpers.server import run
 from trainers.engine.config import TrainConfig
 from trainers.engine.dropout import default_generators
 from trainers.engine.parallel import choose_parallel, gradient_sync, parallelize, unwrap
@@ -56,7 +57,7 @@ def test_on_the_cpu_dropout_has_one_generator_even_when_wrapped():
 def test_without_gpus_dp_says_so_and_trains_as_none(tmp_path: Path):
     results = {}
     for parallel in ("none", "dp"):
-        done = train("cifar", *TINY, "--device", "cpu", "--parallel", parallel, "--output-dir", tmp_path, "--run-name",
+        done = run("cifar", *TINY, "--device", "cpu", "--parallel", parallel, "--output-dir", tmp_path, "--run-name",
                      parallel, "--no-pictures")
         assert done.code == 0, done.err
         assert ("DataParallel has nothing to split" in done.out) == (parallel == "dp")
@@ -70,13 +71,13 @@ def test_without_gpus_dp_says_so_and_trains_as_none(tmp_path: Path):
 @pytest.mark.timeout(240)
 def test_on_two_gpus_dp_trains_like_one_and_its_checkpoint_loads_anywhere(tmp_path: Path):
     for parallel in ("none", "dp"):
-        done = train("cifar", *TINY, "--parallel", parallel, "--output-dir", tmp_path, "--run-name", parallel)
+        done = run("cifar", *TINY, "--parallel", parallel, "--output-dir", tmp_path, "--run-name", parallel)
         assert done.code == 0, done.err
     one, split = (read_json(tmp_path / name / "result.json") for name in ("none", "dp"))
     assert split["parallel"] == "dp"
     assert split["loss"] == pytest.approx(one["loss"], rel=1e-3)
     checkpoint = next((tmp_path / "dp" / "checkpoints").glob("step-*.pt"))
-    done = train("cifar", *TINY, "--device", "cpu", "--evaluate", checkpoint, "--output-dir", tmp_path, "--run-name",
+    done = run("cifar", *TINY, "--device", "cpu", "--evaluate", checkpoint, "--output-dir", tmp_path, "--run-name",
                  "again")
     assert done.code == 0, done.err
     assert read_json(tmp_path / "again" / "result.json")["accuracy"] == pytest.approx(split["accuracy"], abs=0.01)

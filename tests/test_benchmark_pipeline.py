@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from launch.bench.pipeline import pipeline_cells, row, variants
-from tests.helpers.processes import ROOT, execute, read_json
+from tests.helpers.processes import PROGRAMS, ROOT, execute, read_json
 
 
 def test_pipelines_are_compared_without_workers_and_with_up_to_one_a_core():
@@ -18,21 +18,7 @@ def test_pipelines_are_compared_without_workers_and_with_up_to_one_a_core():
 @pytest.mark.parametrize("variant", ["pil:0", "v2:1", "batch"])
 def test_every_input_pipeline_gives_the_same_kind_of_batch(variant: str):
     """Float batches of the same shape, mean and spread: else their speeds could not be compared."""
-    script = f"""
-import sys
-sys.path.insert(0, {str(ROOT)!r})
-from datasets import pipeline_speed, synthetic
-train, _ = synthetic.load(num_train=1000, num_test=10)
-kind, _, workers = {variant!r}.partition(":")
-batches = pipeline_speed.whole_batches(train, 500) if kind == "batch" else \\
-    getattr(pipeline_speed, kind + "_batches")(train, 500, int(workers))
-images, labels = next(batches)
-assert images.shape == (500, 3, 32, 32) and str(images.dtype) == "torch.float32", (images.shape, images.dtype)
-whole = (train.inputs / 255 - 0.5) / 0.25
-assert abs(images.mean() - whole.mean()) < 0.1 and abs(images.std() - whole.std()) < 0.1, (images.mean(), images.std())
-assert len(labels) == 500
-"""
-    done = execute([sys.executable, "-c", script], timeout=100)
+    done = execute([sys.executable, str(PROGRAMS / "pipeline_batch.py"), variant], timeout=100)
     assert done.code == 0, done.err
 
 

@@ -14,19 +14,21 @@ from launch.bench.runs import plan
 from launch.bench.setups import parse_setup
 from launch.bench.summary import summarise
 from launch.errors import UsageError
-from tests.helpers.processes import ROOT, TINY, Finished, execute, kill_session, read_json, start, train
+from tests.helpers.hooks import gradients_apart
+from tests.helpers.processes import ROOT, TINY, Ended, execute, kill_session, read_json, start
+from tests.helpers.server import run
 from trainers.engine.config import TrainConfig, measured_steps
 
 BENCHMARK = [sys.executable, str(ROOT / "launch" / "benchmark.py")]
 QUICK = ["--steps", "10", "--warmup-steps", "2", "--rounds", "1", "--batch-size", "64"]
 
 
-def benchmark(*flags: Any, timeout: float = 150) -> Finished:
+def benchmark(*flags: Any, timeout: float = 150) -> Ended:
     return execute([*BENCHMARK, *map(str, flags)], timeout=timeout)
 
 
 def measured(folder: Path, *flags: Any, ranks: int | None = None) -> dict[str, Any]:
-    done = train("cifar", *TINY, "--measure", "2:10", "--output-dir", folder, "--run-name", "a", *flags, ranks=ranks)
+    done = run("cifar", *TINY, "--measure", "2:10", "--output-dir", folder, "--run-name", "a", *flags, ranks=ranks)
     assert done.code == 0, done.err
     return read_json(folder / "a" / "result.json")["benchmark"]
 
@@ -156,7 +158,7 @@ def test_a_measured_run_accounts_for_its_steps(tmp_path: Path):
 def test_measuring_leaves_the_training_as_it_is(tmp_path: Path):
     """The timed steps of a measured run are the steps of a run that only trains."""
     found = measured(tmp_path, "--measure", "0:20")
-    done = train("cifar", *TINY, "--output-dir", tmp_path, "--run-name", "plain")
+    done = run("cifar", *TINY, "--output-dir", tmp_path, "--run-name", "plain")
     assert done.code == 0, done.err
     lines = [json.loads(line) for line in (tmp_path / "plain" / "metrics.jsonl").read_text().splitlines()]
     last = [line for line in lines if line["split"] == "train" and line["step"] == 20][-1]
@@ -166,27 +168,16 @@ def test_measuring_leaves_the_training_as_it_is(tmp_path: Path):
 @pytest.mark.slow
 @pytest.mark.timeout(200)
 def test_ranks_that_do_not_average_their_gradients_are_marked_wrong(tmp_path: Path):
-    script = tmp_path / "train_apart.py"
-    script.write_text(f"""
-import sys
-sys.path.insert(0, {str(ROOT)!r})
-from launch.command_line import run
-from trainers import cifar
-from trainers.engine import trainer
-trainer.gradient_sync = lambda model, last: model.no_sync()
-run(cifar.main, cifar.CifarConfig, recipes=cifar.RECIPES)
-""")
     flags = [*TINY, "--measure", "2:30", "--output-dir", str(tmp_path)]
-    words = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    broken = execute([sys.executable, *words, str(script), *flags, "--run-name", "broken"], timeout=100)
+    broken = run("cifar", *flags, "--run-name", "broken", ranks=2, hook=gradients_apart())
     assert broken.code == 0, broken.err
-    assert train("cifar", *flags, "--run-name", "alone").code == 0
-    assert train("cifar", *flags, "--run-name", "right", ranks=2).code == 0
+    assert run("cifar", *flags, "--run-name", "alone").code == 0
+    assert run("cifar", *flags, "--run-name", "right", ranks=2).code == 0
     jobs = plan([parse_setup("cpu:1"), parse_setup("cpu:2")], batch_size=60, rank_batch_size=60, scaling="strong")
     for name, verdict in (("right", "same"), ("broken", "WRONG")):
         runs = [{"setup": job.setup.name, "batch_size": 60, "round": 0, "error": None,
-                 "benchmark": read_json(tmp_path / run / "result.json")["benchmark"]}
-                for job, run in zip(jobs, ("alone", name), strict=True)]
+                 "benchmark": read_json(tmp_path / folder / "result.json")["benchmark"]}
+                for job, folder in zip(jobs, ("alone", name), strict=True)]
         rows = summarise(jobs, runs, baseline=None)["rows"]
         assert rows[1]["verdict"] == verdict, (runs[0]["benchmark"], runs[1]["benchmark"])
 

@@ -23,8 +23,8 @@ from datasets.order import ResumableSampler
 from launch.process_group import World
 from launch.stop import Stopped, StopRequest
 from tests.helpers.images import write_photos, write_tree
-from tests.helpers.processes import command, kill_session, read_json, session_pids, start
-from tests.helpers.server import forked
+from tests.helpers.processes import read_json
+from tests.helpers.server import run, start
 from trainers.engine.once_per_node import once_per_node
 
 CPU = torch.device("cpu")
@@ -185,7 +185,7 @@ FLAGS = ["--batch-size", "12", "--epochs", "1", "--threads", "1", "--no-pictures
 
 def run_on_two_ranks(tree: Path, folder: Path, name: str, *more: str) -> tuple[Any, str]:
     """result.json and what was written to stderr."""
-    finished = forked("image_folder", "--data-dir", tree, "--output-dir", folder, "--run-name", name, *FLAGS, *more,
+    finished = run("image_folder", "--data-dir", tree, "--output-dir", folder, "--run-name", name, *FLAGS, *more,
                       ranks=2)
     assert finished.code == 0, finished.err
     return read_json(folder / name / "result.json"), finished.err
@@ -216,23 +216,17 @@ def test_a_build_outlasts_the_collective_timeout_and_a_stop_leaves_nothing_of_it
     tree = write_photos(tmp_path / "photos", count=150)
     flags = ["--data-dir", tree, "--output-dir", tmp_path, "--cache", "--timeout", "8", *FLAGS, "--max-steps", "2"]
     began = time.monotonic()
-    finished = forked("image_folder", *flags, "--run-name", "slow", ranks=2)
+    finished = run("image_folder", *flags, "--run-name", "slow", ranks=2)
     assert finished.code == 0, finished.err
     assert time.monotonic() - began > 8
     shutil.rmtree(tree / ".cache")
-    process = start(command("image_folder", [str(flag) for flag in [*flags, "--run-name", "stopped"]], ranks=2,
-                            torchrun=["--signals-to-handle", "SIGTERM,SIGINT,SIGUSR1"]))
-    try:
-        until = time.monotonic() + 90
-        while not list((tree / ".cache").glob(".*.tmp")) if (tree / ".cache").exists() else True:
-            assert time.monotonic() < until
-            time.sleep(0.1)
-        os.killpg(process.pid, signal.SIGTERM)
-        out, err = process.communicate(timeout=60)
-    finally:
-        if process.poll() is None:
-            kill_session(process)
-    assert "ERROR" not in out + err
+    with start("image_folder", *flags, "--run-name", "stopped", folder=tmp_path, ranks=2, launcher="torchrun",
+               options=("--signals-to-handle", "SIGTERM,SIGINT,SIGUSR1")) as job:
+        job.wait_until(lambda: bool(list((tree / ".cache").glob(".*.tmp"))), timeout=90)
+        job.signal(signal.SIGTERM)
+        ended = job.wait(60)
+        left = job.alive()
+    assert "ERROR" not in ended.out + ended.err
     assert read_json(tmp_path / "stopped" / "status.json")["state"] == "PREEMPTED"
     assert not list((tree / ".cache").iterdir())
-    assert not session_pids(process.pid)
+    assert not left

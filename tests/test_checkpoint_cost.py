@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import nn
 
-from tests.helpers.processes import read_json, train
+from tests.helpers.processes import read_json
+from tests.helpers.server import run
 from trainers.engine.checkpoints.save import Checkpointer
 from trainers.engine.checkpoints.snapshot import tree_bytes
 from trainers.engine.run.folder import RunFolder
@@ -92,8 +93,8 @@ def test_training_waits_at_most_10_ms_for_96_mebibytes(tmp_path: Path):
 
 @pytest.mark.slow
 def test_training_waits_at_most_3_and_a_half_percent_of_a_run_at_the_default_interval(tmp_path: Path):
-    finished = train("cifar", "--dataset", "synthetic", "--epochs", 3, "--threads", 1, "--no-pictures", "--output-dir",
-                     tmp_path, "--run-name", "run", timeout=280)
+    finished = run("cifar", "--dataset", "synthetic", "--epochs", 3, "--threads", 1, "--no-pictures", "--output-dir",
+                     tmp_path, "--run-name", "run", timeout=280, launcher="python")
     assert finished.code == 0, finished.err
     result = read_json(tmp_path / "run" / "result.json")
     share = result["checkpoint_wait_seconds"] / result["total_seconds"]

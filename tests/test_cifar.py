@@ -4,43 +4,41 @@ import ast
 import re
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from datasets import cifar, synthetic
 from tests.helpers.processes import (
+    PROGRAMS,
     ROOT,
     TINY,
-    Finished,
     execute,
     largest_difference,
     metrics,
     newest_checkpoint,
     read_json,
-    train,
 )
-from tests.helpers.server import forked
+from tests.helpers.server import run
 
 CLASSES = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
 
 
-def checked(run: Path, *flags: object, ranks: int | None = None, timeout: float = 120,
-            start: Callable[..., Finished] = forked) -> Path:
-    """Train into `run` and return it, having made sure that it ended well. `start=train` is by torchrun, or python."""
-    done = start("cifar", *flags, "--output-dir", run.parent, "--run-name", run.name, ranks=ranks, timeout=timeout)
+def checked(folder: Path, *flags: object, **how: Any) -> Path:
+    """Train into the run folder and return it, having made sure that it ended well."""
+    done = run("cifar", *flags, "--output-dir", folder.parent, "--run-name", folder.name, **how)
     assert done.code == 0, done.err
-    assert read_json(run / "status.json")["state"] == "DONE"
-    return run
+    assert read_json(folder / "status.json")["state"] == "DONE"
+    return folder
 
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
     """The same 20 steps on one, two and three ranks."""
     folder = tmp_path_factory.mktemp("runs")
-    return {ranks: checked(folder / f"on-{ranks}", *TINY, ranks=ranks, start=forked if ranks == 3 else train)
+    return {ranks: checked(folder / f"on-{ranks}", *TINY, ranks=ranks, launcher="fork" if ranks == 3 else "torchrun")
             for ranks in (1, 2, 3)}
 
 
@@ -54,7 +52,7 @@ def test_ranks_reach_the_weights_of_one_rank_with_the_same_global_batch(runs: di
 def test_a_plain_process_ends_with_the_weights_of_one_rank_under_torchrun(
     runs: dict[int, Path], tmp_path: Path
 ) -> None:
-    plain = checked(tmp_path / "plain", *TINY, start=train)
+    plain = checked(tmp_path / "plain", *TINY, launcher="python")
     assert read_json(plain / "result.json")["weights_sha256"] == read_json(runs[1] / "result.json")["weights_sha256"]
 
 
@@ -62,10 +60,10 @@ def test_every_test_sample_is_counted_once_on_one_two_and_three_ranks(runs: dict
     checkpoint = sorted((runs[2] / "checkpoints").glob("step-*.pt"))[-1]
     matrices = []
     for ranks in (1, 2, 3):
-        run = checked(tmp_path / f"evaluated-{ranks}", *TINY, "--evaluate", checkpoint, ranks=ranks)
-        matrices.append(read_json(run / "result.json")["confusion_matrix"])
+        trained = checked(tmp_path / f"evaluated-{ranks}", *TINY, "--evaluate", checkpoint, ranks=ranks)
+        matrices.append(read_json(trained / "result.json")["confusion_matrix"])
         assert sum(map(sum, matrices[-1])) == synthetic.NUM_TEST
-        assert not (run / "metrics.jsonl").exists()
+        assert not (trained / "metrics.jsonl").exists()
     assert matrices[0] == matrices[1] == matrices[2]
 
 
@@ -80,22 +78,22 @@ def test_a_result_says_what_the_confusion_matrix_says(runs: dict[int, Path]) -> 
 
 
 def test_the_run_folder_holds_what_the_design_says(runs: dict[int, Path]) -> None:
-    run = runs[2]
-    names = {path.name for path in run.iterdir()}
+    trained = runs[2]
+    names = {path.name for path in trained.iterdir()}
     assert {"config.json", "environment.json", "status.json", "metrics.jsonl", "result.json", "checkpoints"} <= names
-    state = newest_checkpoint(run)
+    state = newest_checkpoint(trained)
     assert {"format", "model", "optimizer", "scaler", "ema", "step", "epoch", "samples_consumed", "best", "history",
             "config", "fingerprint"} <= state.keys()
     assert not [name for name in state["model"] if name.startswith(("module.", "_orig_mod."))]
-    assert read_json(run / "config.json")["batch_size"] == 60
-    assert read_json(run / "environment.json")["torch"] == torch.__version__
-    assert metrics(run, "split")[-1] == ("test",)
+    assert read_json(trained / "config.json")["batch_size"] == 60
+    assert read_json(trained / "environment.json")["torch"] == torch.__version__
+    assert metrics(trained, "split")[-1] == ("test",)
 
 
 def test_accumulation_reaches_the_weights_of_one_batch_and_the_summary_says_its_arithmetic(
     runs: dict[int, Path], tmp_path: Path
 ) -> None:
-    done = forked("cifar", *TINY, "--output-dir", tmp_path, "--run-name", "run", "--accumulation-steps", 3, ranks=2)
+    done = run("cifar", *TINY, "--output-dir", tmp_path, "--run-name", "run", "--accumulation-steps", 3, ranks=2)
     assert largest_difference(newest_checkpoint(tmp_path / "run")["model"], newest_checkpoint(runs[1])["model"]) < 1e-5
     assert "60 = 10 per rank x 2 ranks x 3 accumulation" in done.out
     assert "62,006 parameters" in done.out
@@ -112,8 +110,8 @@ def test_accumulation_reaches_the_weights_of_one_batch_and_the_summary_says_its_
     pytest.param(["--model", "mobilenet_v3_small", "--optimizer", "muon"], marks=pytest.mark.slow),
 ], ids=["many", "resnet18", "torchvision"])
 def test_flags_train_on_two_ranks(tmp_path: Path, flags: list[object]) -> None:
-    run = checked(tmp_path / "run", *TINY, "--max-steps", 3, *flags, ranks=2)
-    assert read_json(run / "result.json")["steps"] == 3
+    trained = checked(tmp_path / "run", *TINY, "--max-steps", 3, *flags, ranks=2)
+    assert read_json(trained / "result.json")["steps"] == 3
 
 
 @pytest.mark.slow
@@ -127,22 +125,14 @@ def test_frozen_layers_stay_and_the_others_move(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_a_model_compiled_by_torch_saves_the_same_names(tmp_path: Path, runs: dict[int, Path]) -> None:
-    run = checked(tmp_path / "compiled", *TINY, "--max-steps", 2, "--compile", timeout=200, start=train)
-    assert newest_checkpoint(run)["model"].keys() == newest_checkpoint(runs[1])["model"].keys()
+    trained = checked(tmp_path / "compiled", *TINY, "--max-steps", 2, "--compile", timeout=200, launcher="python")
+    assert newest_checkpoint(trained)["model"].keys() == newest_checkpoint(runs[1])["model"].keys()
 
 
 def test_only_rank_0_opens_files_for_writing(tmp_path: Path) -> None:
-    tracer = tmp_path / "tracer"
-    tracer.mkdir()
-    (tracer / "sitecustomize.py").write_text(
-        "import os, sys\n"
-        "def hook(event, args):\n"
-        "    if event == 'open' and isinstance(args[0], str) and os.environ.get('WATCHED', '?') in args[0]:\n"
-        "        if args[2] & (os.O_WRONLY | os.O_RDWR | os.O_CREAT) and os.environ.get('RANK', '0') != '0':\n"
-        "            os.write(2, f'WROTE {args[0]}\\n'.encode())\n"
-        "sys.addaudithook(hook)\n")
     out = tmp_path / "out"
-    done = train("cifar", *TINY, "--output-dir", out, ranks=2, PYTHONPATH=str(tracer), WATCHED=str(out))
+    done = run("cifar", *TINY, "--output-dir", out, ranks=2, launcher="torchrun", WATCHED=str(out),
+               PYTHONPATH=str(PROGRAMS / "report_writes"))
     assert done.code == 0, done.err
     assert list(out.iterdir())
     assert "WROTE" not in done.err
@@ -164,8 +154,8 @@ def test_synthetic_images_do_not_depend_on_how_many_are_drawn() -> None:
 
 @pytest.mark.slow
 def test_the_quickstart_network_climbs_over_its_epochs(tmp_path: Path) -> None:
-    run = checked(tmp_path / "climb", "--dataset", "synthetic", "--epochs", 5, "--threads", 1, ranks=2, timeout=300)
-    accuracies = [accuracy for split, accuracy in metrics(run, "split", "accuracy") if split == "test"]
+    trained = checked(tmp_path / "climb", "--dataset", "synthetic", "--epochs", 5, "--threads", 1, ranks=2, timeout=300)
+    accuracies = [accuracy for split, accuracy in metrics(trained, "split", "accuracy") if split == "test"]
     assert accuracies[0] < 0.6
     assert accuracies[-1] > 0.9
 
@@ -182,37 +172,14 @@ def test_the_means_and_deviations_are_those_of_the_training_images(cifar10: Path
 @pytest.mark.slow
 def test_real_test_images_are_all_counted_at_one_two_and_three_ranks(cifar10: Path, tmp_path: Path) -> None:
     real = ["--data-dir", cifar10, "--recipe", "blitz", "--max-steps", 300, "--threads", 1]
-    run = checked(tmp_path / "trained", *real)
-    matrices = [read_json(run / "result.json")["confusion_matrix"]]
+    trained = checked(tmp_path / "trained", *real)
+    matrices = [read_json(trained / "result.json")["confusion_matrix"]]
     for ranks in (2, 3):
         evaluated = checked(tmp_path / f"at-{ranks}", *real, "--batch-size", 12, "--evaluate",
-                            run / "checkpoints" / "best.pt", ranks=ranks)
+                            trained / "checkpoints" / "best.pt", ranks=ranks)
         matrices.append(read_json(evaluated / "result.json")["confusion_matrix"])
     assert sum(map(sum, matrices[0])) == 10_000
     assert matrices[0] == matrices[1] == matrices[2]
-
-
-TUTORIAL = """
-import sys, time, torch, torchvision, torchvision.transforms as transforms
-from torch import nn, optim
-sys.path.insert(0, sys.argv[1])
-from trainers.models import Net
-transform = transforms.Compose([transforms.ToTensor(), transforms.Normalize((0.5,) * 3, (0.5,) * 3)])
-dataset = torchvision.datasets.CIFAR10(sys.argv[2], train=True, transform=transform)
-loader = torch.utils.data.DataLoader(dataset, batch_size=4, shuffle=True, num_workers=2)
-net, criterion = Net(10), nn.CrossEntropyLoss()
-optimizer = optim.SGD(net.parameters(), lr=0.001, momentum=0.9)
-start, running_loss = time.perf_counter(), 0.0
-for index, (inputs, labels) in enumerate(loader):
-    optimizer.zero_grad()
-    loss = criterion(net(inputs), labels)
-    loss.backward()
-    optimizer.step()
-    running_loss += loss.item()
-    if index == 3999:
-        break
-print((time.perf_counter() - start) / 4000)
-"""
 
 
 @pytest.mark.long
@@ -220,13 +187,13 @@ print((time.perf_counter() - start) / 4000)
 def test_blitz_reaches_the_tutorials_accuracy_in_two_fifths_of_its_time(cifar10: Path, tmp_path: Path) -> None:
     ratios = []
     for attempt in range(3):  # interleaved: the machine's speed drifts
-        tutorial = execute([sys.executable, "-c", TUTORIAL, str(ROOT), str(cifar10)], timeout=120)
-        run = checked(tmp_path / f"short-{attempt}", "--recipe", "blitz", "--data-dir", cifar10, "--max-steps", 4000,
-                      start=train)
-        ratios.append(float(tutorial.out) / (read_json(run / "result.json")["train_seconds"] / 4000))
+        tutorial = execute([sys.executable, str(PROGRAMS / "cifar_tutorial.py"), str(cifar10)], timeout=120)
+        trained = checked(tmp_path / f"short-{attempt}", "--recipe", "blitz", "--data-dir", cifar10, "--max-steps",
+                          4000, launcher="python")
+        ratios.append(float(tutorial.out) / (read_json(trained / "result.json")["train_seconds"] / 4000))
     print(f"the tutorial's loop takes {sorted(ratios)} times as long a step")
-    run = checked(tmp_path / "whole", "--recipe", "blitz", "--data-dir", cifar10, timeout=600)
-    assert 0.53 <= read_json(run / "result.json")["accuracy"] <= 0.58
+    trained = checked(tmp_path / "whole", "--recipe", "blitz", "--data-dir", cifar10, timeout=600)
+    assert 0.53 <= read_json(trained / "result.json")["accuracy"] <= 0.58
     assert sorted(ratios)[1] >= 2.5
 
 
@@ -234,8 +201,9 @@ def test_blitz_reaches_the_tutorials_accuracy_in_two_fifths_of_its_time(cifar10:
 @pytest.mark.timeout(1500)
 def test_fast_reaches_ninety_per_cent_on_two_ranks_of_one_thread(cifar10: Path, tmp_path: Path) -> None:
     began = time.monotonic()
-    run = checked(tmp_path / "fast", "--data-dir", cifar10, "--threads", 1, ranks=2, timeout=1400, start=train)
-    result = read_json(run / "result.json")
+    trained = checked(tmp_path / "fast", "--data-dir", cifar10, "--threads", 1, ranks=2, timeout=1400,
+                      launcher="torchrun")
+    result = read_json(trained / "result.json")
     print(f"{result['accuracy']:.4f} in {result['train_seconds']:.0f} s of {time.monotonic() - began:.0f} s")
     assert result["accuracy"] >= 0.90
     assert sum(map(sum, result["confusion_matrix"])) == 10_000

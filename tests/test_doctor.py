@@ -12,17 +12,17 @@ from launch.checks.job import job_findings, port_finding
 from launch.checks.machine import as_numbers, cores_finding, required_versions
 from launch.checks.ranks import gathered, rank_devices_finding
 from launch.launcher import Launch, usable_cores
-from tests.helpers.processes import ROOT, Finished, execute
+from tests.helpers.processes import PROGRAMS, ROOT, Ended, execute
 
 DOCTOR = str(ROOT / "launch" / "doctor.py")
 
 
-def doctor(*flags: str, ranks: int | None = None, **variables: str) -> Finished:
+def doctor(*flags: str, ranks: int | None = None, **variables: str) -> Ended:
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"] if ranks else []
     return execute([sys.executable, *launcher, DOCTOR, *flags], timeout=90, **variables)
 
 
-def findings(finished: Finished) -> dict[str, dict[str, str]]:
+def findings(finished: Ended) -> dict[str, dict[str, str]]:
     return {finding["check"]: finding for finding in json.loads(finished.out)["findings"]}
 
 
@@ -73,18 +73,8 @@ def test_two_ranks_are_mapped_timed_and_found_to_run_the_same_code(tmp_path: Pat
 
 @pytest.mark.timeout(120)
 def test_a_rank_that_runs_other_code_is_named(tmp_path: Path):
-    script = tmp_path / "doctor_of_two_checkouts.py"
-    script.write_text(f"""
-import os, sys
-sys.path.insert(0, {str(ROOT)!r})
-import launch.checks.ranks as ranks
-from launch.doctor import DoctorConfig, main
-true_hash = ranks.code_hash
-ranks.code_hash = lambda: "edited" if os.environ["RANK"] == "1" else true_hash()
-sys.exit(main(DoctorConfig(output_dir={str(tmp_path)!r}, device="cpu", json=True)))
-""")
     finished = execute([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2",
-                        str(script)], timeout=90)
+                        str(PROGRAMS / "doctor_of_two_checkouts.py"), str(tmp_path)], timeout=90)
     found = findings(finished)["code"]
     assert finished.code != 0
     assert found["state"] == "FAIL"

@@ -7,9 +7,10 @@ import pytest
 
 from datasets import fashion_mnist
 from datasets.errors import DataError
-from tests.helpers.processes import largest_difference, metrics, newest_checkpoint
-from tests.helpers.server import forked
-from tests.helpers.workload import accuracies, finished, write_idx
+from tests.helpers.comparing import finished
+from tests.helpers.images import write_idx
+from tests.helpers.processes import accuracies, largest_difference, metrics, newest_checkpoint
+from tests.helpers.server import run
 
 
 def training_figures(run: Path) -> tuple[float, float]:
@@ -32,17 +33,17 @@ def test_two_ranks_reach_the_weights_of_one_after_twenty_steps(tmp_path: Path, r
 def test_softmax_regression_says_and_holds_the_books_figures(
     fashion_mnist_data: Path, tmp_path: Path
 ) -> None:
-    done = forked("fashion_mnist", "--data-dir", fashion_mnist_data, "--no-pictures", "--threads", "1", "--output-dir",
-                 tmp_path, "--run-name", "softmax", timeout=220)
+    done = run("fashion_mnist", "--data-dir", fashion_mnist_data, "--no-pictures", "--threads", "1", "--output-dir",
+               tmp_path, "--run-name", "softmax", timeout=220)
     assert done.code == 0, done.err
-    run, lines = tmp_path / "softmax", [line for line in done.err.splitlines() if line.startswith("epoch ")]
+    folder, lines = tmp_path / "softmax", [line for line in done.err.splitlines() if line.startswith("epoch ")]
     assert len(lines) == 10
     assert all(words in lines[-1] for words in ("train loss", "train accuracy", "test accuracy", "samples/s"))
-    loss, accuracy = training_figures(run)
+    loss, accuracy = training_figures(folder)
     assert loss < 0.5
     assert accuracy > 0.7
-    assert len(accuracies(run)) == 10
-    assert accuracies(run)[-1] > 70
+    assert len(accuracies(folder)) == 10
+    assert accuracies(folder)[-1] > 70
 
 
 @pytest.fixture

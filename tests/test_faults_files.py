@@ -8,33 +8,33 @@ from pathlib import Path
 
 import pytest
 
-from tests.helpers.comparing import outcome, run
+from tests.helpers.comparing import outcome, run_in
 from tests.helpers.faults import Fault, assert_ends_as_specified, cases, check
+from tests.helpers.hooks import at, clock_jumps, fill, kill, limit_file_size, sleep_for, slow_steps, small_data, touch
 from tests.helpers.processes import newest_checkpoint, read_json
-from tests.helpers.server import NORMED, Job, Server
+from tests.helpers.server import NORMED, run, start
 
 pytestmark = pytest.mark.timeout(120)
 
-CUT = 'at(13, "data", kill)'
-LIMIT = "import resource\nresource.setrlimit(resource.RLIMIT_FSIZE, ({0}, {0}))\n"  # a write past it fails: EFBIG
+CUT = at(13, "data", kill)
 STREAMS = [
     Fault(name="stdout-closed", streams=(("out", None),)),
     Fault(name="stderr-closed", streams=(("err", None),)),
     Fault(name="both-closed", streams=(("out", None), ("err", None))),
-    Fault(name="clock-jumps-forward", hook="clock_jumps(3, 86400)"),
-    Fault(name="clock-jumps-back", ranks=2, hook="clock_jumps(3, -86400)"),
-    Fault(name="disk-full-for-a-checkpoint", hook=LIMIT.format(20000), codes=(4,), state="FAILED", resumes=True,
+    Fault(name="clock-jumps-forward", hook=clock_jumps(3, 86400)),
+    Fault(name="clock-jumps-back", ranks=2, hook=clock_jumps(3, -86400)),
+    Fault(name="disk-full-for-a-checkpoint", hook=limit_file_size(20000), codes=(4,), state="FAILED", resumes=True,
           error="ERROR checkpoint: .*checkpoints: cannot be written"),
-    Fault(name="disk-full-for-everything", hook=LIMIT.format(600), codes=(4,), state=None,
+    Fault(name="disk-full-for-everything", hook=limit_file_size(600), codes=(4,), state=None,
           error="ERROR checkpoint: .*config.json: cannot be written"),
 ]
 
 
 @pytest.fixture(scope="module")
-def cut_run(server: Server, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def cut_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run that was killed at step 13, to be copied and spoilt."""
     folder = tmp_path_factory.mktemp("cut")
-    assert run(server, folder, hook=CUT, ranks=1).codes == [-9]
+    assert run_in(folder, hook=CUT, ranks=1).codes == [-9]
     for path in (folder / "r" / "checkpoints").glob("step-*.pt"):
         if not path.with_suffix(".json").exists():
             path.unlink()  # of step 12, still being saved at the kill; the tests are to spoil whole ones
@@ -50,25 +50,24 @@ def spoilt(cut_run: Path, tmp_path: Path) -> Path:
 
 
 @pytest.fixture(scope="module")
-def whole(server: Server, tmp_path_factory: pytest.TempPathFactory) -> dict[str, object]:
+def whole(tmp_path_factory: pytest.TempPathFactory) -> dict[str, object]:
     """What the run computes when nothing happens to it."""
     folder = tmp_path_factory.mktemp("whole")
-    assert run(server, folder).codes == [0]
+    assert run_in(folder).codes == [0]
     return outcome(folder)
 
 
 @pytest.mark.parametrize("fault", cases(STREAMS, default={
     "both-closed", "clock-jumps-back", "disk-full-for-a-checkpoint"}))
-def test_a_run_whose_surroundings_fail_goes_on_or_says_why_not(server: Server, tmp_path: Path, fault: Fault) -> None:
-    assert_ends_as_specified(server, fault, tmp_path)
+def test_a_run_whose_surroundings_fail_goes_on_or_says_why_not(tmp_path: Path, fault: Fault) -> None:
+    assert_ends_as_specified(fault, tmp_path)
 
 
-def test_a_reader_of_stdout_that_goes_away_does_not_end_the_run(server: Server, tmp_path: Path) -> None:
+def test_a_reader_of_stdout_that_goes_away_does_not_end_the_run(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe")
     reader = os.open(tmp_path / "pipe", os.O_RDONLY | os.O_NONBLOCK)
-    with Job(server, "cifar", [*NORMED, "--output-dir", tmp_path], folder=tmp_path,
-             hook='at(2, "data", lambda: open("ready", "w").close())\nsleep_for(0.5)()',
-             streams={"out": str(tmp_path / "pipe")}) as job:
+    with start("cifar", *NORMED, "--output-dir", tmp_path, folder=tmp_path, streams={"out": str(tmp_path / "pipe")},
+               hook=[at(2, "data", touch("ready")), sleep_for(0.5)]) as job:
         job.wait_until(lambda: (tmp_path / "ready").exists())
         os.close(reader)
         check(job.wait(), Fault(name="reader"))
@@ -101,56 +100,56 @@ def spoil(folder: Path, what: str) -> None:
     "metrics", "config.json", "newest",
     *(pytest.param(what, marks=pytest.mark.slow)
       for what in ("status.json", "owner.json", "environment", "temporary", "stale lock"))])
-def test_a_damaged_run_folder_is_gone_on_with_exactly(server: Server, spoilt: Path, whole: dict[str, object],
+def test_a_damaged_run_folder_is_gone_on_with_exactly(spoilt: Path, whole: dict[str, object],
                                                       what: str) -> None:
     spoil(spoilt / "r", what)
-    ended = run(server, spoilt)
+    ended = run_in(spoilt)
     check(ended, Fault(name=what))
     assert ("WARNING checkpoint" in ended.err) == (what == "newest")
     assert outcome(spoilt) == whole
 
 
-def test_a_run_without_a_whole_checkpoint_is_not_silently_started_over(server: Server, spoilt: Path) -> None:
+def test_a_run_without_a_whole_checkpoint_is_not_silently_started_over(spoilt: Path) -> None:
     for path in (spoilt / "r" / "checkpoints").glob("step-*.pt"):
         path.write_bytes(path.read_bytes()[:-7])
-    check(run(server, spoilt), Fault(name="all damaged", codes=(4,), error="ERROR checkpoint: .*none is whole"))
+    check(run_in(spoilt), Fault(name="all damaged", codes=(4,), error="ERROR checkpoint: .*none is whole"))
     assert list((spoilt / "r" / "checkpoints").glob("step-*.pt"))
 
 
-def test_resuming_with_other_flags_is_refused_and_the_run_left_as_it_was(server: Server, spoilt: Path) -> None:
+def test_resuming_with_other_flags_is_refused_and_the_run_left_as_it_was(spoilt: Path) -> None:
     before = (spoilt / "r" / "status.json").read_bytes()
-    check(run(server, spoilt, "--lr", "0.5", "--momentum", "0.1"), Fault(
+    check(run_in(spoilt, "--lr", "0.5", "--momentum", "0.1"), Fault(
         name="flags", codes=(2,), error=r"ERROR usage: --learning-rate 0.5 \(was 0.05\), --momentum 0.1 \(was 0.9\)"))
     assert (spoilt / "r" / "status.json").read_bytes() == before
 
 
-def test_data_that_changed_since_the_checkpoint_is_refused(server: Server, spoilt: Path) -> None:
-    other = "trainers.cifar.synthetic.load = lambda seed: load(seed=seed + 1, num_train=600, num_test=200)"
-    check(run(server, spoilt, hook=other), Fault(name="data", codes=(4,), error="ERROR checkpoint: .*dataset was"))
+def test_data_that_changed_since_the_checkpoint_is_refused(spoilt: Path) -> None:
+    ended = run_in(spoilt, hook=small_data(add_to_seed=1))
+    check(ended, Fault(name="data", codes=(4,), error="ERROR checkpoint: .*dataset was"))
 
 
-def test_a_checkpoint_of_another_model_is_refused_with_the_differences(server: Server, spoilt: Path) -> None:
+def test_a_checkpoint_of_another_model_is_refused_with_the_differences(spoilt: Path) -> None:
     path = sorted((spoilt / "r" / "checkpoints").glob("step-*.pt"))[-1]
-    ended = run(server, spoilt, "--run-name", "other", "--model", "net", "--resume", str(path))
+    ended = run_in(spoilt, "--run-name", "other", "--model", "net", "--resume", str(path))
     check(ended, Fault(name="model", codes=(4,), error="ERROR checkpoint: .*step-.*and .* more"))
 
 
-def test_a_second_process_on_a_run_is_told_who_has_it(server: Server, tmp_path: Path) -> None:
+def test_a_second_process_on_a_run_is_told_who_has_it(tmp_path: Path) -> None:
     flags = [*NORMED, "--output-dir", tmp_path]
-    with Job(server, "cifar", flags, folder=tmp_path / "1", hook="slow_steps(0.3)") as first:
+    with start("cifar", *flags, folder=tmp_path / "1", hook=slow_steps(0.3)) as first:
         first.wait_for_line("parameters")
-        with Job(server, "cifar", flags, folder=tmp_path / "2", ranks=2) as second:
-            check(second.wait(), Fault(name="second", ranks=2, codes=(4,),
-                                       error=f"ERROR checkpoint: .*in use by pid {first.pids[0]} on "))
+        second = run("cifar", *flags, folder=tmp_path / "2", ranks=2, timeout=60)
+        check(second, Fault(name="second", ranks=2, codes=(4,),
+                            error=f"ERROR checkpoint: .*in use by pid {first.pids[0]} on "))
         check(first.wait(), Fault(name="first"))
     assert read_json(tmp_path / "r" / "status.json")["state"] == "DONE"
 
 
 @pytest.mark.parametrize("where", ["file", "/proc/none"])
-def test_an_output_folder_that_cannot_be_made_is_named(server: Server, tmp_path: Path, where: str) -> None:
+def test_an_output_folder_that_cannot_be_made_is_named(tmp_path: Path, where: str) -> None:
     (tmp_path / "file").write_text("no folder")
     fault = Fault(name=where, ranks=2, codes=(4,), error="ERROR checkpoint: --output-dir .*: cannot be written")
-    check(run(server, tmp_path, "--output-dir", str(tmp_path / where), ranks=2), fault)
+    check(run_in(tmp_path, "--output-dir", str(tmp_path / where), ranks=2), fault)
 
 
 @pytest.fixture
@@ -164,17 +163,17 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     subprocess.run(["umount", folder], check=True)
 
 
-def test_a_full_disk_is_named_and_the_last_checkpoint_kept(server: Server, small_disk: Path) -> None:
+def test_a_full_disk_is_named_and_the_last_checkpoint_kept(small_disk: Path) -> None:
     fault = Fault(name="full", codes=(4,), error="ERROR checkpoint: .*free")
-    check(run(server, small_disk.parent / "logs", "--output-dir", small_disk,
-              hook=f'at(9, "data", lambda: fill("{small_disk}/filler"))'), fault)
+    check(run_in(small_disk.parent / "logs", "--output-dir", small_disk,
+              hook=at(9, "data", fill(str(small_disk / "filler")))), fault)
     assert newest_checkpoint(small_disk / "r")["step"] in (3, 6, 9)
     (small_disk / "filler").unlink()
-    assert run(server, small_disk.parent / "logs", "--output-dir", small_disk).codes == [0]
+    assert run_in(small_disk.parent / "logs", "--output-dir", small_disk).codes == [0]
 
 
-def test_a_run_folder_on_a_disk_that_became_read_only_is_named(server: Server, small_disk: Path) -> None:
-    assert run(server, small_disk.parent / "logs", "--output-dir", small_disk, hook=CUT).codes == [-9]
+def test_a_run_folder_on_a_disk_that_became_read_only_is_named(small_disk: Path) -> None:
+    assert run_in(small_disk.parent / "logs", "--output-dir", small_disk, hook=CUT).codes == [-9]
     subprocess.run(["mount", "-o", "remount,ro", small_disk], check=True)
-    check(run(server, small_disk.parent / "logs", "--output-dir", small_disk),
+    check(run_in(small_disk.parent / "logs", "--output-dir", small_disk),
           Fault(name="read-only", codes=(4,), error="ERROR checkpoint: --output-dir .*Read-only"))

@@ -5,9 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.helpers.comparing import run
+from tests.helpers.comparing import run_in
 from tests.helpers.faults import Fault, assert_ends_as_specified, cases, check
-from tests.helpers.server import Server
 
 pytestmark = pytest.mark.timeout(60)
 
@@ -43,14 +42,14 @@ FLAGS = [
 
 @pytest.mark.parametrize("fault", cases(FLAGS, default={
     "batch-not-divisible", "data-set-smaller-than-a-batch", "unknown-flag", "no-CUDA-device", "data-missing"}))
-def test_a_mistake_is_told_in_one_line_before_anything_is_trained(server: Server, tmp_path: Path, fault: Fault) -> None:
-    assert_ends_as_specified(server, fault, tmp_path)
+def test_a_mistake_is_told_in_one_line_before_anything_is_trained(tmp_path: Path, fault: Fault) -> None:
+    assert_ends_as_specified(fault, tmp_path)
     assert not (tmp_path / "runs" / "r" / "metrics.jsonl").exists()
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("damage", ["flipped", "truncated", "removed"])
-def test_one_damaged_file_of_the_real_data_is_noticed(server: Server, tmp_path: Path, cifar10: Path,
+def test_one_damaged_file_of_the_real_data_is_noticed(tmp_path: Path, cifar10: Path,
                                                       damage: str) -> None:
     shutil.copytree(cifar10 / "cifar-10-batches-py", tmp_path / "data" / "cifar-10-batches-py")
     path = tmp_path / "data" / "cifar-10-batches-py" / "data_batch_3"
@@ -59,5 +58,5 @@ def test_one_damaged_file_of_the_real_data_is_noticed(server: Server, tmp_path: 
     path.write_bytes(data if damage == "flipped" else data[:-100])
     if damage == "removed":
         path.unlink()
-    ended = run(server, tmp_path, "--dataset", "cifar10", "--data-dir", tmp_path / "data", ranks=2)
+    ended = run_in(tmp_path, "--dataset", "cifar10", "--data-dir", tmp_path / "data", ranks=2)
     check(ended, Fault(name=damage, ranks=2, codes=(3,), error="ERROR data: --data-dir .*: CIFAR-10 is damaged"))

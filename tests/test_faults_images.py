@@ -6,10 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from tests.helpers.comparing import IMAGES, image_tree, run
+from tests.helpers.comparing import run_in
 from tests.helpers.faults import Fault, check, check_nothing_left
+from tests.helpers.images import image_tree
 from tests.helpers.processes import read_json
-from tests.helpers.server import Job, Server
+from tests.helpers.server import IMAGES, start
 
 pytestmark = pytest.mark.timeout(120)
 
@@ -20,28 +21,28 @@ def spoil_an_image(folder: Path) -> Path:
     return path
 
 
-def test_an_unreadable_image_is_named(server: Server, tmp_path: Path) -> None:
+def test_an_unreadable_image_is_named(tmp_path: Path) -> None:
     path = spoil_an_image(image_tree(tmp_path / "images"))
-    ended = run(server, tmp_path, "--data-dir", tmp_path / "images", trainer="image_folder", ranks=2)
+    ended = run_in(tmp_path, "--data-dir", tmp_path / "images", trainer="image_folder", ranks=2)
     assert set(ended.codes) <= {3, 6}
     assert 3 in ended.codes
     check(ended, Fault(name="image", codes=tuple(ended.codes), ranks=2, error=f"ERROR data: .*{path.name}"))
     assert read_json(tmp_path / "r" / "status.json")["state"] == "FAILED"
 
 
-def test_an_unreadable_image_is_left_out_and_logged_where_that_is_allowed(server: Server, tmp_path: Path) -> None:
+def test_an_unreadable_image_is_left_out_and_logged_where_that_is_allowed(tmp_path: Path) -> None:
     path = spoil_an_image(image_tree(tmp_path / "images"))
     flags = ("--data-dir", tmp_path / "images", "--skip-bad", "1")
-    ended = run(server, tmp_path, *flags, trainer="image_folder", ranks=2)
+    ended = run_in(tmp_path, *flags, trainer="image_folder", ranks=2)
     check(ended, Fault(name="image", ranks=2))
     assert path.name in ended.err
     assert read_json(tmp_path / "r" / "status.json")["state"] == "DONE"
 
 
-def test_a_killed_loader_worker_ends_the_run_and_is_named(server: Server, tmp_path: Path) -> None:
+def test_a_killed_loader_worker_ends_the_run_and_is_named(tmp_path: Path) -> None:
     flags = [*IMAGES, "--data-dir", image_tree(tmp_path / "images"), "--workers", "1", "--epochs", "500",
              "--output-dir", tmp_path]
-    with Job(server, "image_folder", flags, folder=tmp_path) as job:
+    with start("image_folder", *flags, folder=tmp_path) as job:
         job.wait_for_line("epoch 0:")
         for pid in job.alive():
             if pid not in job.pids and is_worker(pid):

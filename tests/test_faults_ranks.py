@@ -9,45 +9,57 @@ from pathlib import Path
 import pytest
 
 from tests.helpers.faults import Fault, assert_ends_as_specified, cases, check, check_lines, check_nothing_left
-from tests.helpers.processes import read_json
-from tests.helpers.server import NORMED, Job, Server, free_port, slack, variables_of
+from tests.helpers.hooks import (
+    Hook,
+    at,
+    bad_loss_from,
+    kill,
+    list_files,
+    rank_without_a_gpu,
+    run_out_of_memory,
+    say,
+    silent_after,
+    sleep_for,
+    stop,
+    taken_over,
+)
+from tests.helpers.processes import read_json, wait_until
+from tests.helpers.server import NORMED, free_port, run, slack, start, variables_of
 
 pytestmark = pytest.mark.timeout(150)
 
 LOST = {"ranks": 2, "resumes": True}
 FAULTS = [
-    Fault(name="rank-1-killed", hook='at(13, "backward", kill, ranks=[1])', codes=(6, -9), state="FAILED",
+    Fault(name="rank-1-killed", hook=at(13, "backward", kill, ranks=[1]), codes=(6, -9), state="FAILED",
           error="ERROR distributed: rank 1 of 2: exited silently at about step 13", **LOST),
-    Fault(name="rank-0-killed", hook='at(13, "data", kill, ranks=[0])', codes=(-9, 6), state="RUNNING",
+    Fault(name="rank-0-killed", hook=at(13, "data", kill, ranks=[0]), codes=(-9, 6), state="RUNNING",
           error="ERROR distributed: rank 0 of 2: exited silently at about step 13", **LOST),
-    Fault(name="rank-1-killed-in-the-evaluation", hook='at(10, "evaluate", kill, ranks=[1])', codes=(6, -9),
+    Fault(name="rank-1-killed-in-the-evaluation", hook=at(10, "evaluate", kill, ranks=[1]), codes=(6, -9),
           state="FAILED", error="ERROR distributed: rank 1 of 2", **LOST),
-    Fault(name="all-ranks-killed", hook='at(13, "optimizer", kill)', codes=(-9,), state="RUNNING", **LOST),
-    Fault(name="loss-not-finite-on-one-rank", ranks=2, hook="bad_loss_from(4, ranks=[1])", codes=(7,), state="FAILED",
+    Fault(name="all-ranks-killed", hook=at(13, "optimizer", kill), codes=(-9,), state="RUNNING", **LOST),
+    Fault(name="loss-not-finite-on-one-rank", ranks=2, hook=bad_loss_from(4, ranks=[1]), codes=(7,), state="FAILED",
           flags=("--max-bad-steps", "3"), error="ERROR numeric: step .*: the loss is not finite", resumes=True),
-    Fault(name="loss-not-finite-on-all-ranks", ranks=2, hook="bad_loss_from(4)", codes=(7,), state="FAILED",
+    Fault(name="loss-not-finite-on-all-ranks", ranks=2, hook=bad_loss_from(4), codes=(7,), state="FAILED",
           error="ERROR numeric: step", resumes=True),
-    Fault(name="loss-not-finite-in-the-last-step", hook="bad_loss_from(19)", codes=(7,), state="FAILED",
+    Fault(name="loss-not-finite-in-the-last-step", hook=bad_loss_from(19), codes=(7,), state="FAILED",
           error="ERROR numeric: step 20", resumes=True),
     Fault(name="memory-used-up-on-one-rank", ranks=2, codes=(6, 5), state="FAILED", resumes=True,
-          hook='at(7, "forward", raise_error(MemoryError("full")), ranks=[1])', error="ERROR device: memory: full"),
-    Fault(name="taken-over-by-a-later-incarnation", ranks=2, hook='at(11, "data", taken_over, ranks=[0])', codes=(4, 6),
+          hook=at(7, "forward", run_out_of_memory("full"), ranks=[1]), error="ERROR device: memory: full"),
+    Fault(name="taken-over-by-a-later-incarnation", ranks=2, hook=at(11, "data", taken_over(), ranks=[0]), codes=(4, 6),
           state="RUNNING", error="ERROR checkpoint: .*a later incarnation, pid 1 on elsewhere, owns this run"),
 ]
 
 
 @pytest.mark.parametrize("fault", cases(FAULTS, default={
     "rank-0-killed", "loss-not-finite-on-one-rank", "loss-not-finite-in-the-last-step"}))
-def test_a_rank_that_fails_is_named_once_and_every_rank_ends(server: Server, tmp_path: Path, fault: Fault) -> None:
-    assert_ends_as_specified(server, fault, tmp_path)
+def test_a_rank_that_fails_is_named_once_and_every_rank_ends(tmp_path: Path, fault: Fault) -> None:
+    assert_ends_as_specified(fault, tmp_path)
 
 
-def test_a_process_that_was_taken_over_writes_nothing_more(server: Server, tmp_path: Path) -> None:
-    snapshot = ('each(taken_over, lambda: open("before.txt", "w").write(str(sorted((str(path), path.stat().st_mtime_ns)'
-                ' for path in __import__("pathlib").Path("runs").rglob("*") if path.is_file()))))')
-    fault = Fault(name="fence", hook=f'at(12, "data", {snapshot})', codes=(4,), state="RUNNING",
-                  error="a later incarnation")
-    assert_ends_as_specified(server, fault, tmp_path)
+def test_a_process_that_was_taken_over_writes_nothing_more(tmp_path: Path) -> None:
+    fault = Fault(name="fence", hook=at(12, "data", taken_over(), list_files("runs", into="before.txt")), codes=(4,),
+                  state="RUNNING", error="a later incarnation")
+    assert_ends_as_specified(fault, tmp_path)
     after = sorted((str(path.relative_to(tmp_path)), path.stat().st_mtime_ns)
                    for path in (tmp_path / "runs").rglob("*") if path.is_file())
     before = (tmp_path / "before.txt").read_text()
@@ -58,19 +70,18 @@ def test_a_process_that_was_taken_over_writes_nothing_more(server: Server, tmp_p
 
 
 @pytest.mark.parametrize(("action", "stack"), [
-    pytest.param("stop", "", id="stopped", marks=pytest.mark.slow),
-    pytest.param("sleep_for(60)", "hooks.py", id="sleeping")])
-def test_a_rank_that_hangs_is_named_with_its_step_and_phase(server: Server, tmp_path: Path, action: str,
-                                                            stack: str) -> None:
+    pytest.param(stop, "", id="stopped", marks=pytest.mark.slow),
+    pytest.param(sleep_for(60), "hooks.py", id="sleeping")])
+def test_a_rank_that_hangs_is_named_with_its_step_and_phase(tmp_path: Path, action: Hook, stack: str) -> None:
     flags = [*NORMED, "--timeout", "5", "--output-dir", tmp_path]
-    with Job(server, "cifar", flags, folder=tmp_path, ranks=2,
-             hook=f'at(7, "data", each(lambda: print("hangs", flush=True), {action}), ranks=[1])') as job:
+    hangs = at(7, "data", say("hangs"), action, ranks=[1])
+    with start("cifar", *flags, folder=tmp_path, ranks=2, hook=hangs) as job:
         job.wait_for_line("hangs")
         before = time.monotonic()
         ended = job.wait(30)
         assert time.monotonic() - before < 5 + 2 * slack()
         check_nothing_left(job)
-    assert ended.codes == [6, -9 if action == "stop" else 6]
+    assert ended.codes == [6, -9 if action == stop else 6]
     check_lines(ended, "ERROR distributed: rank 1 of 2: no progress for 5 s at step 7, "
                        + ("phase data" if stack else "(phase|last seen)"))
     assert read_json(tmp_path / "r" / "status.json")["state"] == "FAILED"
@@ -78,15 +89,12 @@ def test_a_rank_that_hangs_is_named_with_its_step_and_phase(server: Server, tmp_
     assert bool(stack) == ("most recent call first" in ended.err)
 
 
-def test_a_rank_whose_store_falls_silent_with_its_host_ends_too(server: Server, tmp_path: Path) -> None:
+def test_a_rank_whose_store_falls_silent_with_its_host_ends_too(tmp_path: Path) -> None:
     flags = [*NORMED, "--timeout", "3", "--output-dir", tmp_path]  # rank 0 hosts the store: as if its cable was pulled
-    with Job(server, "cifar", flags, folder=tmp_path, ranks=2, hook="import launch.watchdog\n"
-             'launch.watchdog.SILENT_SECONDS = 2\nat(7, "data", stop, ranks=[0])') as job:
+    hook = [silent_after(2), at(7, "data", stop, ranks=[0])]
+    with start("cifar", *flags, folder=tmp_path, ranks=2, hook=hook) as job:
         job.wait_until(lambda: len(job.alive()) == 2)
-        deadline = time.monotonic() + 30
-        while job.pids[1] not in server.codes:
-            server.read(0.05)
-            assert time.monotonic() < deadline, job.text("err")
+        wait_until(lambda: job.codes()[1] is not None, 30, lambda: job.text("err"), every=0.05)
         job.signal(signal.SIGKILL, 0)
         ended = job.wait(5)
         check_nothing_left(job)
@@ -95,68 +103,61 @@ def test_a_rank_whose_store_falls_silent_with_its_host_ends_too(server: Server, 
                        "step 7")
 
 
-def test_a_rank_that_never_comes_is_named(server: Server, tmp_path: Path) -> None:
+def test_a_rank_that_never_comes_is_named(tmp_path: Path) -> None:
     variables = variables_of(0, 2, str(free_port()))
     flags = [*NORMED, "--timeout", "3", "--output-dir", tmp_path]
-    with Job(server, "cifar", flags, folder=tmp_path, **variables) as job:
-        ended = job.wait(30)
+    ended = run("cifar", *flags, folder=tmp_path, timeout=30, **variables)
     assert ended.codes == [6]
     check_lines(ended, "ERROR distributed: rank 0 of 2 .*not all ranks met within 3 s .missing: rank 1")
     assert not (tmp_path / "r").exists()
 
 
 @pytest.mark.slow
-def test_a_rank_whose_rank_0_never_comes_says_so(server: Server, tmp_path: Path) -> None:
+def test_a_rank_whose_rank_0_never_comes_says_so(tmp_path: Path) -> None:
     variables = variables_of(1, 2, str(free_port()))
     flags = [*NORMED, "--timeout", "3", "--output-dir", tmp_path]
-    with Job(server, "cifar", flags, folder=tmp_path, **variables) as job:
-        ended = job.wait(30)
+    ended = run("cifar", *flags, folder=tmp_path, timeout=30, **variables)
     assert ended.codes == [6]
     check_lines(ended, "ERROR distributed: rank 1 of 2 .*Connection refused")
 
 
 @pytest.mark.slow
-def test_a_stop_signal_is_heard_while_a_rank_is_awaited(server: Server, tmp_path: Path) -> None:
+def test_a_stop_signal_is_heard_while_a_rank_is_awaited(tmp_path: Path) -> None:
     variables = variables_of(0, 2, str(free_port()))
-    with Job(server, "cifar", [*NORMED, "--output-dir", tmp_path], folder=tmp_path, hook="print('up', flush=True)",
-             **variables) as job:
+    with start("cifar", *NORMED, "--output-dir", tmp_path, folder=tmp_path, hook=say("up"), **variables) as job:
         job.wait_for_line("up")
         job.signal(signal.SIGTERM)
         check(job.wait(20), Fault(name="stopped", codes=(75,)))
 
 
-def test_a_port_that_is_taken_is_named(server: Server, tmp_path: Path) -> None:
+def test_a_port_that_is_taken_is_named(tmp_path: Path) -> None:
     with socket.socket() as holder:
         holder.bind(("localhost", 0))
         holder.listen()
         fault = Fault(name="port", codes=(6,), state=None, error=f"ERROR distributed: .*:{holder.getsockname()[1]} .*"
                       "EADDRINUSE.*MASTER_PORT", variables=(
                           ("RANK", "0"), ("WORLD_SIZE", "1"), ("MASTER_PORT", str(holder.getsockname()[1]))))
-        assert_ends_as_specified(server, fault, tmp_path)
+        assert_ends_as_specified(fault, tmp_path)
 
 
 @pytest.mark.parametrize(("name", "value"), [("RANK", "first"), ("WORLD_SIZE", "")])
-def test_launcher_variables_that_are_no_numbers_are_a_usage_error(server: Server, tmp_path: Path, name: str,
+def test_launcher_variables_that_are_no_numbers_are_a_usage_error(tmp_path: Path, name: str,
                                                                  value: str) -> None:
     variables = {"RANK": "0", "WORLD_SIZE": "1", **{name: value}}
     fault = Fault(name="variables", codes=(2,), state=None, error="ERROR usage: launcher variables: invalid",
                   variables=tuple(variables.items()))
-    assert_ends_as_specified(server, fault, tmp_path)
+    assert_ends_as_specified(fault, tmp_path)
 
 
-def test_a_rank_without_a_device_is_named_and_the_other_ends(server: Server, tmp_path: Path) -> None:
-    hook = ("import torch\ntorch.cuda.is_available = lambda: True\ntorch.cuda.device_count = lambda: 2\n"
-            "import launch.process_group as group\nchosen = group.choose_device\n"
-            "group.choose_device = lambda device, launch: chosen('auto', launch) if launch.rank == 2 "
-            "else chosen('cpu', launch)\n")
-    ended = assert_ends_as_specified(server, Fault(name="device", ranks=3, hook=hook, codes=(6, 6, 5), state=None,
-                                 error="ERROR device: --device auto: local rank 2 of 3 has no GPU, 2 are visible"),
-                   tmp_path)
+def test_a_rank_without_a_device_is_named_and_the_other_ends(tmp_path: Path) -> None:
+    fault = Fault(name="device", ranks=3, hook=rank_without_a_gpu(2, num_gpus=2), codes=(6, 6, 5), state=None,
+                  error="ERROR device: --device auto: local rank 2 of 3 has no GPU, 2 are visible")
+    ended = assert_ends_as_specified(fault, tmp_path)
     assert ended.seconds < 30
 
 
-def test_the_status_of_a_run_that_lost_a_rank_says_so(server: Server, tmp_path: Path) -> None:
-    fault = Fault(name="killed", ranks=2, hook='at(13, "backward", kill, ranks=[1])', codes=(6, -9), state="FAILED",
+def test_the_status_of_a_run_that_lost_a_rank_says_so(tmp_path: Path) -> None:
+    fault = Fault(name="killed", ranks=2, hook=at(13, "backward", kill, ranks=[1]), codes=(6, -9), state="FAILED",
                   error="rank 1 of 2")
-    assert_ends_as_specified(server, fault, tmp_path)
+    assert_ends_as_specified(fault, tmp_path)
     assert read_json(tmp_path / "runs" / "r" / "status.json")["reason"] == "ERROR distributed: another rank was lost"

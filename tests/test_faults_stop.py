@@ -6,27 +6,28 @@ from pathlib import Path
 
 import pytest
 
-from tests.helpers.comparing import IMAGES, image_tree
 from tests.helpers.faults import Fault, assert_ends_as_specified, cases, check, check_nothing_left
+from tests.helpers.hooks import at, on_ranks, send, sleep_for
+from tests.helpers.images import image_tree
 from tests.helpers.processes import newest_checkpoint, read_json
-from tests.helpers.server import NORMED, Job, Server, slack
+from tests.helpers.server import IMAGES, NORMED, slack, start
 
 pytestmark = pytest.mark.timeout(120)
 
 STOPPED = {"codes": (75,), "state": "PREEMPTED", "resumes": True}
 STOPS = [
-    Fault(name="SIGTERM-to-rank-0-in-training", ranks=2, hook='at(7, "backward", send(15), ranks=[0])', **STOPPED),
-    Fault(name="SIGTERM-to-rank-1-in-training", ranks=2, hook='at(7, "forward", send(15), ranks=[1])', **STOPPED),
-    Fault(name="SIGUSR1-to-one-rank", ranks=2, hook='at(7, "data", send(10), ranks=[1])', **STOPPED),
-    Fault(name="SIGINT-to-one-process", hook='at(7, "optimizer", send(2))', **STOPPED),
-    Fault(name="SIGTERM-in-the-evaluation", ranks=2, hook='at(10, "evaluate", send(15), ranks=[1])', **STOPPED),
-    Fault(name="SIGTERM-in-the-last-evaluation", hook='at(20, "evaluate", send(15))', **STOPPED),
-    Fault(name="SIGTERM-while-saving", ranks=2, hook='at(3, "checkpoint", send(15), ranks=[0])', **STOPPED),
-    Fault(name="SIGTERM-at-start-up", ranks=2, hook="send(15)()", **STOPPED),
-    Fault(name="SIGTERM-to-one-rank-at-start-up", ranks=2, hook="if launched_rank() == 1: send(15)()", **STOPPED),
-    Fault(name="two-SIGTERMs", hook='at(7, "data", each(send(15), sleep_for(1.2), send(15)))', **STOPPED),
-    Fault(name="two-SIGINTs-at-once", hook='at(7, "data", each(send(2), send(2)))', **STOPPED),
-    Fault(name="a-second-SIGINT-a-second-later", hook='at(7, "data", each(send(2), sleep_for(1.2), send(2)))',
+    Fault(name="SIGTERM-to-rank-0-in-training", ranks=2, hook=at(7, "backward", send(15), ranks=[0]), **STOPPED),
+    Fault(name="SIGTERM-to-rank-1-in-training", ranks=2, hook=at(7, "forward", send(15), ranks=[1]), **STOPPED),
+    Fault(name="SIGUSR1-to-one-rank", ranks=2, hook=at(7, "data", send(10), ranks=[1]), **STOPPED),
+    Fault(name="SIGINT-to-one-process", hook=at(7, "optimizer", send(2)), **STOPPED),
+    Fault(name="SIGTERM-in-the-evaluation", ranks=2, hook=at(10, "evaluate", send(15), ranks=[1]), **STOPPED),
+    Fault(name="SIGTERM-in-the-last-evaluation", hook=at(20, "evaluate", send(15)), **STOPPED),
+    Fault(name="SIGTERM-while-saving", ranks=2, hook=at(3, "checkpoint", send(15), ranks=[0]), **STOPPED),
+    Fault(name="SIGTERM-at-start-up", ranks=2, hook=send(15), **STOPPED),
+    Fault(name="SIGTERM-to-one-rank-at-start-up", ranks=2, hook=on_ranks([1], send(15)), **STOPPED),
+    Fault(name="two-SIGTERMs", hook=at(7, "data", send(15), sleep_for(1.2), send(15)), **STOPPED),
+    Fault(name="two-SIGINTs-at-once", hook=at(7, "data", send(2), send(2)), **STOPPED),
+    Fault(name="a-second-SIGINT-a-second-later", hook=at(7, "data", send(2), sleep_for(1.2), send(2)),
           codes=(130,), state="RUNNING", resumes=True),
 ]
 
@@ -34,17 +35,17 @@ STOPS = [
 @pytest.mark.parametrize("fault", cases(STOPS, default={
     "SIGTERM-to-rank-1-in-training", "SIGTERM-in-the-last-evaluation", "SIGTERM-to-one-rank-at-start-up",
     "a-second-SIGINT-a-second-later"}))
-def test_a_stop_signal_ends_the_run_at_a_step_it_can_go_on_from(server: Server, tmp_path: Path, fault: Fault) -> None:
-    assert_ends_as_specified(server, fault, tmp_path)
+def test_a_stop_signal_ends_the_run_at_a_step_it_can_go_on_from(tmp_path: Path, fault: Fault) -> None:
+    assert_ends_as_specified(fault, tmp_path)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow),
                                     pytest.param(signal.SIGUSR1, marks=pytest.mark.slow)],
                          ids=lambda number: number.name)
-def test_a_signal_to_the_whole_process_group_stops_all_ranks_within_seconds(server: Server, tmp_path: Path,
+def test_a_signal_to_the_whole_process_group_stops_all_ranks_within_seconds(tmp_path: Path,
                                                                            number: signal.Signals) -> None:
     flags = [*NORMED, "--epochs", "500", "--output-dir", tmp_path]
-    with Job(server, "cifar", flags, folder=tmp_path, ranks=2) as job:
+    with start("cifar", *flags, folder=tmp_path, ranks=2) as job:
         job.wait_for_line("epoch 1:")
         job.signal(number)
         asked_at = time.monotonic()
@@ -56,11 +57,10 @@ def test_a_signal_to_the_whole_process_group_stops_all_ranks_within_seconds(serv
     assert status["step"] == newest_checkpoint(tmp_path / "r")["step"] > 10
 
 
-def test_a_signal_to_the_process_group_leaves_loader_workers_alive_until_the_ranks_have_saved(server: Server,
-                                                                                            tmp_path: Path) -> None:
+def test_a_signal_to_the_process_group_leaves_loader_workers_alive_until_the_ranks_have_saved(tmp_path: Path) -> None:
     flags = [*IMAGES, "--data-dir", image_tree(tmp_path / "images"), "--workers", "2", "--epochs", "500",
              "--output-dir", tmp_path]
-    with Job(server, "image_folder", flags, folder=tmp_path) as job:
+    with start("image_folder", *flags, folder=tmp_path) as job:
         job.wait_for_line("epoch 0:")
         job.signal(signal.SIGTERM)
         check(job.wait(20), Fault(name="group", codes=(75,)))

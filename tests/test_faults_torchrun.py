@@ -2,58 +2,32 @@
 
 import os
 import signal
-import subprocess
-import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.helpers.faults import check_lines
-from tests.helpers.processes import (
-    ROOT,
-    Finished,
-    kill_session,
-    metrics,
-    newest_checkpoint,
-    read_json,
-    session_pids,
-    start,
-    wait_until,
-)
-from tests.helpers.server import NORMED, PREPARE, slack
+from tests.helpers.faults import check_lines, check_nothing_left
+from tests.helpers.hooks import at, kill, on_first_start, sleep_for, touch
+from tests.helpers.processes import Ended, metrics, newest_checkpoint, read_json, wait_until
+from tests.helpers.server import NORMED, Job, start
 
 pytestmark = pytest.mark.timeout(150)
 
-SIGNALS = ["--signals-to-handle=SIGTERM,SIGINT,SIGUSR1"]
-FIRST_TIME = 'if os.environ["TORCHELASTIC_RESTART_COUNT"] == "0": '
+SIGNALS = ("--signals-to-handle=SIGTERM,SIGINT,SIGUSR1",)
 
 
-@contextmanager
-def torchrun(folder: Path, *flags: Any, options: list[str] | None = None, hook: str = "",
-             ranks: int = 2) -> Iterator[subprocess.Popen[str]]:
-    """A trainer with a fault in it, under torchrun; whatever is left of it at the end is killed."""
-    words = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}",
-             *(options or []), str(ROOT / "tests" / "helpers" / "hooked.py"), *NORMED, "--output-dir", str(folder),
-             *map(str, flags)]
-    process = start(words, cwd=folder, HOOK=PREPARE + hook)
-    try:
-        yield process
-    finally:
-        if session_pids(process.pid):
-            kill_session(process)
+def torchrun(folder: Path, *flags: Any, **how: Any) -> Job:
+    """Two ranks under torchrun; whatever is left of them at the end is killed."""
+    return start("cifar", *NORMED, "--output-dir", folder, *flags, folder=folder, ranks=2, launcher="torchrun", **how)
 
 
-def finish(process: subprocess.Popen[str], timeout: float = 60) -> Finished:
-    out, err = process.communicate(timeout=timeout)
-    deadline = time.monotonic() + 5 * slack()
-    while session_pids(process.pid):
-        assert time.monotonic() < deadline, "left behind after five seconds"
-        time.sleep(0.05)
-    return Finished(process.returncode, out, err)
+def finish(job: Job, timeout: float = 60) -> Ended:
+    job.wait(timeout)
+    check_nothing_left(job)
+    return job.wait()  # with what ranks wrote after their torchrun had gone
 
 
 def wait_for_steps(run: Path, step: int) -> None:
@@ -61,20 +35,20 @@ def wait_for_steps(run: Path, step: int) -> None:
                and max((line[0] for line in metrics(run, "step")), default=0) >= step, 60, every=0.05)
 
 
-def ours(finished: Finished) -> Finished:
+def ours(ended: Ended) -> Ended:
     """Without the report that torchrun prints about ranks that failed, which has a traceback of its own."""
-    lines = [line for line in finished.err.splitlines() if "[rank" in line or line.startswith(("ERROR", "WARNING"))]
-    return Finished(finished.code, finished.out, "\n".join(lines))
+    lines = [line for line in ended.err.splitlines() if "[rank" in line or line.startswith(("ERROR", "WARNING"))]
+    return replace(ended, err="\n".join(lines))
 
 
 @pytest.mark.parametrize("number", [pytest.param(signal.SIGTERM, marks=pytest.mark.slow), signal.SIGUSR1,
                                     pytest.param(signal.SIGINT, marks=pytest.mark.slow)],
                          ids=lambda number: number.name)
 def test_a_signal_to_torchrun_stops_the_run_with_nothing_lost(tmp_path: Path, number: signal.Signals) -> None:
-    with torchrun(tmp_path, "--epochs", 500, options=SIGNALS) as process:
+    with torchrun(tmp_path, "--epochs", 500, options=SIGNALS) as job:
         wait_for_steps(tmp_path / "r", 12)
-        process.send_signal(number)
-        finished = finish(process)
+        job.signal(number, 0)
+        finished = finish(job)
     check_lines(ours(finished), "")
     status = read_json(tmp_path / "r" / "status.json")
     assert (status["state"], status["step"]) == ("PREEMPTED", newest_checkpoint(tmp_path / "r")["step"])
@@ -82,34 +56,31 @@ def test_a_signal_to_torchrun_stops_the_run_with_nothing_lost(tmp_path: Path, nu
 
 @pytest.mark.slow
 def test_control_c_in_a_terminal_reaches_torchrun_and_ranks_and_stops_once(tmp_path: Path) -> None:
-    with torchrun(tmp_path, "--epochs", 500) as process:
+    with torchrun(tmp_path, "--epochs", 500) as job:
         wait_for_steps(tmp_path / "r", 12)
-        for pid in session_pids(process.pid):
+        for pid in job.alive():
             os.kill(pid, signal.SIGINT)
-        finished = finish(process)
+        finished = finish(job)
     check_lines(ours(finished), "")
     assert read_json(tmp_path / "r" / "status.json")["state"] == "PREEMPTED"
 
 
 def test_ranks_whose_torchrun_was_killed_end_within_five_seconds(tmp_path: Path) -> None:
-    with torchrun(tmp_path, "--epochs", 500) as process:
+    with torchrun(tmp_path, "--epochs", 500) as job:
         wait_for_steps(tmp_path / "r", 12)
-        process.kill()
-        finished = finish(process)
+        job.signal(signal.SIGKILL, 0)
+        finished = finish(job)
     check_lines(finished, "ERROR distributed: rank 0 of 2: its launcher died at step")
     assert read_json(tmp_path / "r" / "status.json")["state"] == "FAILED"
 
 
 @pytest.mark.slow
 def test_ranks_whose_torchrun_was_killed_while_they_start_end_too(tmp_path: Path) -> None:
-    with torchrun(tmp_path, hook='open(f"up-{launched_rank()}", "w").close()\nsleep_for(2)()') as process:
-        deadline = time.monotonic() + 60
-        while not all((tmp_path / f"up-{rank}").exists() for rank in range(2)):
-            assert time.monotonic() < deadline
-            time.sleep(0.05)
-        process.kill()
+    with torchrun(tmp_path, hook=[touch("up-{rank}"), sleep_for(2)]) as job:
+        job.wait_until(lambda: all((tmp_path / f"up-{rank}").exists() for rank in range(2)))
+        job.signal(signal.SIGKILL, 0)
         time.sleep(2)
-        finished = finish(process)
+        finished = finish(job)
     assert len(finished.errors) == 1
     assert "Traceback" not in finished.err
     assert not (tmp_path / "r" / "metrics.jsonl").exists()
@@ -117,17 +88,17 @@ def test_ranks_whose_torchrun_was_killed_while_they_start_end_too(tmp_path: Path
 
 @pytest.mark.slow
 def test_a_killed_rank_ends_the_run_under_torchrun(tmp_path: Path) -> None:
-    with torchrun(tmp_path, hook='at(13, "backward", kill, ranks=[1])') as process:
-        finished = finish(process)
+    with torchrun(tmp_path, hook=at(13, "backward", kill, ranks=[1])) as job:
+        finished = finish(job)
     assert finished.code == 1
     check_lines(ours(finished), "ERROR distributed: rank 1 of 2: exited silently at about step 13")
     assert read_json(tmp_path / "r" / "status.json")["state"] == "FAILED"
 
 
 def test_torchrun_restarts_after_a_killed_rank_and_the_run_goes_on_from_its_checkpoint(tmp_path: Path) -> None:
-    hook = FIRST_TIME + 'at(13, "data", kill, ranks=[1])'
-    with torchrun(tmp_path, options=["--max-restarts=3"], hook=hook) as process:
-        finished = finish(process, timeout=100)
+    hook = on_first_start(at(13, "data", kill, ranks=[1]))
+    with torchrun(tmp_path, options=("--max-restarts=3",), hook=hook) as job:
+        finished = finish(job, timeout=100)
     assert finished.code == 0, finished.err[-2000:]
     assert len(finished.errors) == 1
     assert "(from step-" in finished.out

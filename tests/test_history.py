@@ -6,8 +6,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.helpers.comparing import run_in
+from tests.helpers.hooks import at, send
 from tests.helpers.processes import metrics, newest_checkpoint, read_json
-from tests.helpers.server import NORMED, Job, Server
 from trainers.engine.history import History
 from trainers.engine.metrics import Evaluation
 
@@ -46,12 +47,10 @@ def test_the_speed_is_that_since_the_last_report_and_a_resumed_run_begins_with_i
 
 
 @pytest.mark.timeout(120)
-def test_an_interrupted_last_evaluation_is_made_up_for_and_every_epoch_is_recorded_once(server: Server,
-                                                                                      tmp_path: Path) -> None:
-    for code, flags, hook, evaluated in [(75, [], f'at(20, "evaluate", send({int(signal.SIGTERM)}))', [10]),
-                                         (0, [], "", [10, 20]), (0, ["--epochs", "3"], "", [10, 20, 30])]:
-        with Job(server, "cifar", [*NORMED, "--output-dir", tmp_path, *flags], folder=tmp_path, hook=hook) as job:
-            assert job.wait().codes == [code]
+def test_an_interrupted_last_evaluation_is_made_up_for_and_every_epoch_is_recorded_once(tmp_path: Path) -> None:
+    for code, flags, hook, evaluated in [(75, [], at(20, "evaluate", send(signal.SIGTERM)), [10]),
+                                         (0, [], (), [10, 20]), (0, ["--epochs", "3"], (), [10, 20, 30])]:
+        assert run_in(tmp_path, *flags, hook=hook).codes == [code]
         assert [step for split, step in metrics(tmp_path / "r", "split", "step") if split == "test"] == evaluated
     epochs = newest_checkpoint(tmp_path / "r")["history"]["epochs"]
     assert [(line["epoch"], line["step"]) for line in epochs] == [(0, 10), (1, 20), (2, 30)]

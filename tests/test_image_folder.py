@@ -3,7 +3,6 @@
 import os
 import re
 import signal
-import subprocess
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,19 +16,13 @@ from launch.errors import CheckpointError, UsageError
 from tests.helpers.images import FLAGS, NUM_TEST, write_bomb, write_tree
 from tests.helpers.processes import (
     ROOT,
-    command,
-    execute,
-    kill_session,
     largest_difference,
     metrics,
     newest_checkpoint,
     read_json,
-    session_pids,
-    start,
-    train,
     wait_until,
 )
-from tests.helpers.server import forked
+from tests.helpers.server import Job, run, start
 from trainers import models
 from trainers.engine.checkpoints.weights import load_weights
 from trainers.image_folder import RECIPES, ImageFolderConfig, check
@@ -51,7 +44,7 @@ def flags(tree: Path, folder: Path, name: str) -> list[Any]:
 
 
 def trained(tree: Path, folder: Path, name: str, *more: Any, ranks: int | None = None) -> Path:
-    finished = forked("image_folder", *flags(tree, folder, name), *more, ranks=ranks)
+    finished = run("image_folder", *flags(tree, folder, name), *more, ranks=ranks)
     assert finished.code == 0, finished.err
     return folder / name
 
@@ -66,21 +59,17 @@ def fingerprint_of(run: Path) -> tuple[Any, ...]:
 @pytest.mark.timeout(240)
 def test_two_workers_give_the_weights_of_none_even_when_the_run_is_stopped_mid_epoch(reference: Path, tree: Path,
                                                                                      tmp_path: Path):
-    words = command("image_folder", [str(word) for word in flags(tree, tmp_path, "run")] + ["--workers", "2"])
-    process = start([*words, "--checkpoint-every", "1"])
-    try:
-        wait_until(lambda: any((tmp_path / "run" / "checkpoints").glob("step-*.json")), 90)
-        os.killpg(process.pid, signal.SIGTERM)  # to the workers too, as a scheduler does
-        out, err = process.communicate(timeout=60)
-    finally:
-        if process.poll() is None:
-            kill_session(process)
-    assert process.returncode == 75, out + err
-    assert "ERROR" not in out + err
+    words = [*flags(tree, tmp_path, "run"), "--workers", "2", "--checkpoint-every", "1"]
+    with start("image_folder", *words, folder=tmp_path, launcher="python") as job:
+        job.wait_until(lambda: any((tmp_path / "run" / "checkpoints").glob("step-*.json")), timeout=90)
+        job.signal(signal.SIGTERM)  # to the workers too, as a scheduler does
+        ended = job.wait(60)
+        wait_until(lambda: not job.alive(), 10)
+    assert ended.code == 75, ended.out + ended.err
+    assert "ERROR" not in ended.out + ended.err
     stopped = read_json(tmp_path / "run" / "status.json")
     assert (stopped["state"], stopped["step"] < 20) == ("PREEMPTED", True)
-    wait_until(lambda: not session_pids(process.pid), 10)
-    resumed = execute([*words, "--checkpoint-every", "1"])
+    resumed = run("image_folder", *words)
     assert resumed.code == 0, resumed.err
     assert f"step {stopped['step']}" in resumed.out
     assert fingerprint_of(tmp_path / "run") == fingerprint_of(reference)
@@ -98,37 +87,30 @@ def test_two_ranks_with_a_worker_each_reach_the_weights_of_one_without(reference
 @pytest.mark.slow
 @pytest.mark.timeout(150)
 def test_a_rank_killed_outright_leaves_no_workers_behind(tree: Path, tmp_path: Path):
-    process = start(command("image_folder", [str(word) for word in flags(tree, tmp_path, "run")]
-                            + ["--workers", "2", "--epochs", "100000"]))
-    try:
-        wait_until(lambda: has_begun(tmp_path / "run"), 90)
-        wait_until(lambda: len(workers_of(process)) >= 2, 20)  # the first step needs only one of them
-        process.kill()
-        assert process.wait(5) == -signal.SIGKILL  # it did not end by itself before
-        wait_until(lambda: not workers_of(process), 5)
-        wait_until(lambda: not session_pids(process.pid), 20)  # their server takes its interpreter down first
-    finally:
-        kill_session(process)
+    with start("image_folder", *flags(tree, tmp_path, "run"), "--workers", "2", "--epochs", "100000", folder=tmp_path,
+               launcher="python") as job:
+        job.wait_until(lambda: has_begun(tmp_path / "run"), timeout=90)
+        job.wait_until(lambda: len(workers_of(job)) >= 2, timeout=20)  # the first step needs only one of them
+        job.signal(signal.SIGKILL, 0)
+        assert job.wait(5).code == -signal.SIGKILL  # it did not end by itself before
+        wait_until(lambda: not workers_of(job), 5)
+        wait_until(lambda: not job.alive(), 20)  # their server takes its interpreter down first
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(150)
 def test_a_killed_worker_ends_the_run_with_one_data_error(tree: Path, tmp_path: Path):
-    process = start(command("image_folder", [str(word) for word in flags(tree, tmp_path, "run")]
-                            + ["--workers", "1", "--epochs", "100000"]))
-    try:
-        wait_until(lambda: has_begun(tmp_path / "run"), 90)
-        os.kill(workers_of(process)[0], signal.SIGKILL)
-        out, err = process.communicate(timeout=60)
-    finally:
-        if process.poll() is None:
-            kill_session(process)
-    assert process.returncode == 3
-    errors = [line for line in (out + err).splitlines() if "ERROR" in line or "Traceback" in line]
+    with start("image_folder", *flags(tree, tmp_path, "run"), "--workers", "1", "--epochs", "100000", folder=tmp_path,
+               launcher="python") as job:
+        job.wait_until(lambda: has_begun(tmp_path / "run"), timeout=90)
+        os.kill(workers_of(job)[0], signal.SIGKILL)
+        ended = job.wait(60)
+        wait_until(lambda: not job.alive(), 10)
+    assert ended.code == 3
+    errors = [line for line in (ended.out + ended.err).splitlines() if "ERROR" in line or "Traceback" in line]
     assert len(errors) == 1
     assert errors[0].startswith("ERROR data: --workers 1: ")
     assert read_json(tmp_path / "run" / "status.json")["state"] == "FAILED"
-    wait_until(lambda: not session_pids(process.pid), 10)
 
 
 @pytest.mark.timeout(150)
@@ -147,7 +129,8 @@ def test_an_unreadable_image_is_skipped_when_that_is_allowed(tmp_path: Path):
 def test_an_unreadable_image_ends_the_run_with_one_line_that_names_it(ranks: int | None, tmp_path: Path):
     tree = write_tree(tmp_path / "images")
     bad = write_bomb(sorted((tree / "train" / "ring").iterdir())[3], side=20_000)
-    refused = train("image_folder", *flags(tree, tmp_path, "refused"), ranks=ranks)
+    refused = run("image_folder", *flags(tree, tmp_path, "refused"), ranks=ranks,
+                  launcher="python" if ranks is None else "torchrun")
     assert refused.code == (3 if ranks is None else 1)  # torchrun's is always 1
     assert len(refused.errors) == 1
     assert refused.errors[0].startswith(f"ERROR data: {bad}: ")
@@ -161,9 +144,9 @@ def has_begun(run: Path) -> bool:
     return (run / "metrics.jsonl").exists() and bool(metrics(run))
 
 
-def workers_of(process: subprocess.Popen[str]) -> list[int]:
+def workers_of(job: Job) -> list[int]:
     """The loader workers that have begun."""
-    return [pid for pid in session_pids(process.pid) if name_of(pid) == "pt_data_worker"]
+    return [pid for pid in job.alive() if name_of(pid) == "pt_data_worker"]
 
 
 def name_of(pid: int) -> str:
@@ -179,7 +162,7 @@ def test_an_empty_class_folder_is_named_with_exit_code_3(tmp_path: Path):
     tree = write_tree(tmp_path / "images")
     (tree / "train" / "zebra").mkdir()
     (tree / "train" / "zebra" / "notes.txt").write_text("no image")
-    finished = forked("image_folder", *flags(tree, tmp_path, "run"))
+    finished = run("image_folder", *flags(tree, tmp_path, "run"))
     assert finished.code == 3
     assert len(finished.errors) == 1
     assert str(tree / "train" / "zebra") in finished.errors[0]
@@ -227,8 +210,8 @@ def test_an_image_size_that_a_network_cannot_take_is_a_usage_error():
 @pytest.mark.slow
 @pytest.mark.timeout(280)
 def test_the_cheat_sheet_network_tells_cats_from_dogs(cats_dogs: Path, tmp_path: Path):
-    finished = forked("image_folder", "--data-dir", cats_dogs, "--cache", "--cache-dir", tmp_path / "cache",
-                      "--output-dir", tmp_path, "--run-name", "run", "--threads", "1", timeout=270)
+    finished = run("image_folder", "--data-dir", cats_dogs, "--cache", "--cache-dir", tmp_path / "cache",
+                   "--output-dir", tmp_path, "--run-name", "run", "--threads", "1", timeout=270)
     assert finished.code == 0, finished.err
     result = read_json(tmp_path / "run" / "result.json")
     assert result["num_samples"] == 2000

@@ -11,9 +11,10 @@ from datasets import idx, mnist
 from datasets import synthetic_digits as digits
 from datasets.download import fetch
 from datasets.errors import DataError
-from tests.helpers.processes import largest_difference, metrics, newest_checkpoint, read_json
-from tests.helpers.server import forked
-from tests.helpers.workload import accuracies, finished, write_idx
+from tests.helpers import server
+from tests.helpers.comparing import finished
+from tests.helpers.images import write_idx
+from tests.helpers.processes import accuracies, largest_difference, metrics, newest_checkpoint, read_json
 from trainers import models
 
 MEASURED = {  # percent after each epoch: the tutorial's own script, measured here, mean of three seeds
@@ -145,7 +146,7 @@ def test_damaged_data_ends_the_trainer_with_code_3_and_one_line(
 ) -> None:
     write_files(tmp_path, arrays)
     damage(tmp_path, "truncated")
-    done = forked("mnist", "--data-dir", tmp_path, "--output-dir", tmp_path / "runs", timeout=100)
+    done = server.run("mnist", "--data-dir", tmp_path, "--output-dir", tmp_path / "runs", timeout=100)
     assert done.code == 3
     assert len(done.errors) == 1
     assert done.errors[0].startswith("ERROR data: ")

@@ -9,26 +9,14 @@ from pathlib import Path
 import pytest
 
 from launch.node import unreachable
-from tests.helpers.processes import ROOT, execute, start
+from tests.helpers.processes import PROGRAMS, ROOT, execute, start
 from tests.helpers.server import free_port
-
-SAVES_SLOWLY = """import pathlib, signal, sys, time
-stop = []
-signal.signal(signal.SIGTERM, lambda *_: stop.append(1))
-pathlib.Path(sys.argv[1], "started").touch()
-while not stop:
-    time.sleep(0.05)
-time.sleep(2)
-pathlib.Path(sys.argv[1], "saved").touch()
-"""
 
 
 @pytest.mark.timeout(90)
 def test_a_stop_signal_that_comes_again_and_again_does_not_interrupt_the_saving(tmp_path: Path):
-    script = tmp_path / "saves.py"
-    script.write_text(SAVES_SLOWLY)
     process = start([sys.executable, "launch/node.py", "--nodes", "1", "--rendezvous", "localhost:1", "--id", "1", "--",
-                     "--nproc-per-node=1", str(script), str(tmp_path)], cwd=ROOT)
+                     "--nproc-per-node=1", str(PROGRAMS / "save_slowly.py"), str(tmp_path)], cwd=ROOT)
     deadline = time.monotonic() + 60
     while not (tmp_path / "started").exists():
         assert time.monotonic() < deadline
@@ -41,22 +29,7 @@ def test_a_stop_signal_that_comes_again_and_again_does_not_interrupt_the_saving(
 
 
 def test_a_child_that_has_ended_but_was_not_collected_does_not_count():
-    script = f"""
-import sys; sys.path[0] = {str(ROOT)!r}
-import os
-from launch.node import has_children
-print(has_children(os.getpid()))
-reader, writer = os.pipe()
-if (child := os.fork()) == 0:
-    os.close(writer)
-    os.read(reader, 1)
-    os._exit(0)
-print(has_children(os.getpid()))
-os.close(writer)
-os.waitid(os.P_PID, child, os.WEXITED | os.WNOWAIT)  # ended, and still in the table
-print(has_children(os.getpid()))
-"""
-    assert execute([sys.executable, "-c", script]).out.split() == ["False", "True", "False"]
+    assert execute([sys.executable, str(PROGRAMS / "child_in_the_table.py")]).out.split() == ["False", "True", "False"]
 
 
 @pytest.mark.timeout(60)

@@ -12,9 +12,9 @@ from PIL import Image
 
 from datasets.errors import DataError
 from launch.errors import CheckpointError, UsageError
+from tests.helpers import server
 from tests.helpers.images import NUM_TEST, write_tree
 from tests.helpers.processes import TINY, execute, read_json
-from tests.helpers.server import forked
 from trainers import models
 from trainers.engine import export
 from trainers.engine.checkpoints.load import load_verified
@@ -33,9 +33,9 @@ def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def finished_run(tree: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Two epochs with averaged weights, cropped and not squashed: what predict must find out by itself."""
     folder = tmp_path_factory.mktemp("runs")
-    finished = forked("image_folder", "--data-dir", tree, "--output-dir", folder, "--run-name", "run", "--batch-size",
-                     "12", "--epochs", "2", "--fit", "crop", "--normalize", "half", "--ema-decay", "0.8",
-                     "--image-size", "40", "--threads", "1", "--no-pictures")
+    finished = server.run("image_folder", "--data-dir", tree, "--output-dir", folder, "--run-name", "run",
+                          "--batch-size", "12", "--epochs", "2", "--fit", "crop", "--normalize", "half", "--ema-decay",
+                          "0.8", "--image-size", "40", "--threads", "1", "--no-pictures")
     assert finished.code == 0, finished.err
     return folder / "run"
 
@@ -182,7 +182,7 @@ def test_a_checkpoint_of_another_model_ends_with_one_line_and_code_4(run: Path, 
 def test_runs_of_the_other_image_trainers_can_predict_too(trainer: str, tree: Path, tmp_path: Path,
                                                           capsys: pytest.CaptureFixture[str]):
     flags = TINY if trainer == "cifar" else ["--dataset", "synthetic", "--max-steps", "40", "--threads", "1"]
-    finished = forked(trainer, *flags, "--output-dir", tmp_path, "--run-name", "run")
+    finished = server.run(trainer, *flags, "--output-dir", tmp_path, "--run-name", "run")
     assert finished.code == 0, finished.err
     said = as_json(capsys, tmp_path / "run", test_images=10_000)
     assert said["accuracy"] == pytest.approx(read_json(tmp_path / "run" / "result.json")["accuracy"], abs=1e-3)

@@ -13,9 +13,9 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
 from launch.errors import CheckpointError
+from tests.helpers import server
 from tests.helpers.checkpoints import state_of
 from tests.helpers.processes import TINY, read_json
-from tests.helpers.server import forked
 from trainers import models
 from trainers.engine.checkpoints.weights import load_weights
 
@@ -128,8 +128,8 @@ def test_a_missing_file_is_refused(tmp_path: Path):
 
 def test_a_head_of_another_size_is_an_error_before_training(tmp_path: Path):
     torch.save(models.build("net", num_classes=7, width=None).state_dict(), tmp_path / "seven.pt")
-    finished = forked("cifar", *TINY, "--output-dir", tmp_path, "--run-name", "run", "--init-from",
-                     tmp_path / "seven.pt")
+    finished = server.run("cifar", *TINY, "--output-dir", tmp_path, "--run-name", "run", "--init-from",
+                          tmp_path / "seven.pt")
     assert finished.code == 4
     assert len(finished.errors) == 1
     assert "fc3.weight is (7, 84) in the checkpoint and (10, 84) in the model; fc3.bias is (7,)" in finished.errors[0]
@@ -138,7 +138,7 @@ def test_a_head_of_another_size_is_an_error_before_training(tmp_path: Path):
 
 def test_a_run_starts_from_the_weights_and_nothing_else_of_a_file(tmp_path: Path):
     def run(name: str, *flags: object) -> dict[str, Any]:
-        finished = forked("cifar", *TINY, "--output-dir", tmp_path, "--run-name", name, *flags)
+        finished = server.run("cifar", *TINY, "--output-dir", tmp_path, "--run-name", name, *flags)
         assert finished.code == 0, finished.err
         return read_json(tmp_path / name / "result.json")
 

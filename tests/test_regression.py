@@ -8,8 +8,8 @@ import torch
 from datasets import regression
 from datasets.errors import DataError
 from launch.errors import UsageError
+from tests.helpers.comparing import finished
 from tests.helpers.processes import largest_difference, metrics, newest_checkpoint, read_json
-from tests.helpers.workload import finished
 from trainers.regression import choose_loss, my_mse
 
 D2L = ("--no-pictures", "--max-steps", "20")

@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from launch.errors import UsageError
+from tests.helpers.comparing import finished
 from tests.helpers.processes import largest_difference, newest_checkpoint
-from tests.helpers.workload import finished
 from trainers.engine.run import pictures, report
 from trainers.engine.run.folder import RunFolder
 from trainers.engine.run.report import Report

@@ -2,7 +2,6 @@
 
 import json
 import shutil
-import sys
 from pathlib import Path
 
 import pytest
@@ -10,9 +9,10 @@ import torch
 from torch import nn
 
 from launch.errors import CheckpointError
+from tests.helpers import server
 from tests.helpers.checkpoints import state_of
-from tests.helpers.processes import ROOT, TINY, Finished, execute, metrics, read_json
-from tests.helpers.server import forked
+from tests.helpers.hooks import change_folder
+from tests.helpers.processes import TINY, Ended, metrics, read_json
 from trainers.engine.checkpoints import save as checkpoint
 from trainers.engine.checkpoints.files import manifest_path
 from trainers.engine.checkpoints.load import Damaged, check_fits, load_or_fail, load_verified, newest_good
@@ -24,8 +24,8 @@ STEPS = ["--checkpoint-every", "4", "--keep-checkpoints", "3"]
 LONGER = [*TINY, *STEPS, "--max-steps", "16"]
 
 
-def run_tiny(output_dir: Path, name: str, *flags: object, ranks: int | None = None) -> Finished:
-    return forked("cifar", *TINY, *STEPS, "--max-steps", 12, "--output-dir", output_dir, "--run-name", name, *flags,
+def run_tiny(output_dir: Path, name: str, *flags: object, ranks: int | None = None) -> Ended:
+    return server.run("cifar", *TINY, *STEPS, "--max-steps", 12, "--output-dir", output_dir, "--run-name", name, *flags,
                   ranks=ranks)
 
 
@@ -111,9 +111,8 @@ def test_ranks_that_would_load_different_weights_stop_before_training(original: 
     state = load_verified(other / "step-00000012.pt")
     state["model"]["conv1.bias"] += 1
     write_checkpoint(other, state)
-    script = f"cd node$RANK; exec {sys.executable} {ROOT}/trainers/cifar.py {' '.join(LONGER)} --run-name run"
-    finished = execute([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2",
-                        "--no-python", "bash", "-c", script], cwd=tmp_path)
+    finished = server.run("cifar", *LONGER, "--run-name", "run", folder=tmp_path, ranks=2, launcher="torchrun",
+                          hook=change_folder("node{rank}"))
     assert finished.code == 1
     assert len(finished.errors) == 1
     assert "the ranks loaded different weights" in finished.errors[0]

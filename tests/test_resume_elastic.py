@@ -7,31 +7,12 @@ from pathlib import Path
 
 import pytest
 
-from tests.helpers.comparing import outcome, run
+from tests.helpers.comparing import outcome, run_in
+from tests.helpers.hooks import at, log_images, log_steps, send, slow_steps
 from tests.helpers.processes import largest_difference, newest_checkpoint, read_json
-from tests.helpers.server import NORMED, Job, Server, slack
+from tests.helpers.server import NORMED, slack, start
 
 PLAIN = ["--model", "net", "--lr", "0.02"]  # neither BatchNorm nor dropout, which depend on the samples of a rank
-LOG_IMAGES = """
-import zlib
-original = TrainStep.to_device
-def logged(self, inputs, targets):
-    if getattr(self.model, "module", self.model).training:
-        with open(f"samples-{self.world.rank}.txt", "a") as file:
-            for place, image in enumerate(inputs):
-                position = place * self.world.world_size + self.world.rank
-                file.write(f"{self.world.watchdog.step} {position} {zlib.crc32(image.numpy().tobytes())}\\n")
-    return original(self, inputs, targets)
-TrainStep.to_device = logged
-"""
-
-LOG_STEPS = """
-original_step = TrainStep.__call__
-def train_step(self, *args, **kwargs):
-    original_step(self, *args, **kwargs)
-    open(f"step-{self.world.rank}.txt", "w").write(str(self.world.watchdog.step))
-TrainStep.__call__ = train_step
-"""
 
 
 def images_seen(folder: Path) -> dict[tuple[int, int], str]:
@@ -46,29 +27,28 @@ def images_seen(folder: Path) -> dict[tuple[int, int], str]:
 
 
 @pytest.mark.timeout(300)
-def test_a_run_stopped_on_two_ranks_goes_on_with_the_same_samples_on_one_three_or_four(server: Server,
-                                                                                      tmp_path: Path) -> None:
-    assert run(server, tmp_path / "2", *PLAIN, ranks=2, hook=LOG_IMAGES).codes == [0, 0]
+def test_a_run_stopped_on_two_ranks_goes_on_with_the_same_samples_on_one_three_or_four(tmp_path: Path) -> None:
+    assert run_in(tmp_path / "2", *PLAIN, ranks=2, hook=log_images()).codes == [0, 0]
     expected = images_seen(tmp_path / "2")
     assert sorted(expected) == [(step, position) for step in range(20) for position in range(60)]
     for ranks in (1, 3, 4):
         folder = tmp_path / str(ranks)
-        stopped = run(server, folder, *PLAIN, ranks=2, hook=LOG_IMAGES + 'at(7, "backward", send(15), ranks=[1])')
+        stopped = run_in(folder, *PLAIN, ranks=2, hook=[log_images(), at(7, "backward", send(15), ranks=[1])])
         assert stopped.codes == [75, 75], stopped.err
         assert 0 < newest_checkpoint(folder / "r")["step"] < 20
-        assert run(server, folder, *PLAIN, ranks=ranks, hook=LOG_IMAGES).codes == [0] * ranks
+        assert run_in(folder, *PLAIN, ranks=ranks, hook=log_images()).codes == [0] * ranks
         assert images_seen(folder) == expected
         assert largest_difference(newest_checkpoint(folder / "r")["model"],
                                   newest_checkpoint(tmp_path / "2" / "r")["model"]) < 1e-5
 
 
-def check_stops(server: Server, folder: Path, *, number: int, seed: int) -> None:
+def check_stops(folder: Path, *, number: int, seed: int) -> None:
     """Stop a run at random moments: each time the checkpoint holds every step that was computed."""
     chance = random.Random(seed)
     flags = [*NORMED, "--epochs", "60", "--output-dir", folder]
     for _ in range(number):
-        with Job(server, "cifar", flags, folder=folder, ranks=2,
-                 hook=LOG_STEPS + "slow_steps(0.04)") as job:  # 24 s in all: more than all the stops take
+        hook = [log_steps(), slow_steps(0.04)]  # 24 s in all: more than all the stops take
+        with start("cifar", *flags, folder=folder, ranks=2, hook=hook) as job:
             job.wait_for_line("parameters")
             time.sleep(chance.uniform(0.0, 0.6))
             number = chance.choice([signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
@@ -81,17 +61,17 @@ def check_stops(server: Server, folder: Path, *, number: int, seed: int) -> None
         computed = {int((folder / f"step-{rank}.txt").read_text()) for rank in range(2)}
         assert status["state"] == "PREEMPTED"
         assert computed == {status["step"]} == {newest_checkpoint(folder / "r")["step"]}
-    assert run(server, folder, "--epochs", "60", ranks=2).codes == [0, 0]
+    assert run_in(folder, "--epochs", "60", ranks=2).codes == [0, 0]
 
 
 @pytest.mark.timeout(240)
-def test_a_stop_at_a_random_moment_loses_no_step(server: Server, tmp_path: Path) -> None:
-    check_stops(server, tmp_path, number=2, seed=1)
+def test_a_stop_at_a_random_moment_loses_no_step(tmp_path: Path) -> None:
+    check_stops(tmp_path, number=2, seed=1)
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
-def test_twenty_stops_at_random_moments_lose_no_step_and_change_nothing(server: Server, tmp_path: Path) -> None:
-    check_stops(server, tmp_path / "stopped", number=20, seed=2)
-    assert run(server, tmp_path / "whole", "--epochs", "60", ranks=2).codes == [0, 0]
+def test_twenty_stops_at_random_moments_lose_no_step_and_change_nothing(tmp_path: Path) -> None:
+    check_stops(tmp_path / "stopped", number=20, seed=2)
+    assert run_in(tmp_path / "whole", "--epochs", "60", ranks=2).codes == [0, 0]
     assert outcome(tmp_path / "stopped") == outcome(tmp_path / "whole")

@@ -11,7 +11,7 @@ import pytest
 
 from launch.errors import CheckpointError, UsageError
 from launch.files import read_object, replace_file
-from tests.helpers.processes import ROOT
+from tests.helpers.processes import PROGRAMS
 from trainers.engine.run import ownership
 from trainers.engine.run.folder import RunFolder
 
@@ -42,11 +42,8 @@ def test_every_owner_raises_the_fencing_token(tmp_path: Path) -> None:
 
 
 def test_a_folder_locked_by_another_process_is_refused_and_names_it(tmp_path: Path) -> None:
-    script = (f"import sys; sys.path[0] = {str(ROOT)!r}\nfrom pathlib import Path\n"
-              f"from trainers.engine.run.folder import RunFolder\n"
-              f"folder = RunFolder(Path({str(tmp_path / 'r')!r}), is_main=True)\nfolder.claim()\n"
-              f"print('claimed', flush=True)\nsys.stdin.read()\n")
-    with subprocess.Popen([sys.executable, "-c", script], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
+    words = [sys.executable, str(PROGRAMS / "claim.py"), str(tmp_path / "r")]
+    with subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
         assert other.stdout is not None
         assert other.stdout.readline() == b"claimed\n"
         with pytest.raises(CheckpointError, match=f"in use by pid {other.pid} on {socket.gethostname()}"):

@@ -9,18 +9,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.helpers.processes import ROOT, TINY, read_json, train, wait_until
+from tests.helpers.processes import PROGRAMS, ROOT, TINY, read_json, wait_until
+from tests.helpers.server import run
 from tests.helpers.slurm import Cluster, state_of
 
 pytestmark = [pytest.mark.slurm, pytest.mark.timeout(240)]
 TWO_BY_TWO = ("--nodes=2", "--ntasks-per-node=2", "--cpus-per-task=1")
 ONE = ("--nodes=1", "--ntasks-per-node=1", "--cpus-per-task=1")
-SHOW_TASK = """import json, os, sys
-from pathlib import Path
-names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "SLURM_PROCID", "CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS")
-rank = os.environ.get("RANK", os.environ["SLURM_PROCID"])
-Path(sys.argv[1], rank).write_text(json.dumps({name: os.environ.get(name) for name in names}))
-"""
 
 
 def shown(folder: Path) -> list[dict[str, str]]:
@@ -31,7 +26,7 @@ def test_torchrun_on_two_nodes_and_plain_srun_train_to_the_weights_of_four_ranks
         cluster: Cluster, tmp_path: Path):
     jobs = [cluster.submit(name, "trainers/cifar.py", *TINY, "--output-dir", tmp_path, "--run-name", name,
                            log=tmp_path / f"{name}.log", options=TWO_BY_TWO) for name in ("multi_node", "per_rank")]
-    alone = train("cifar", *TINY, "--output-dir", tmp_path, "--run-name", "alone", ranks=4)
+    alone = run("cifar", *TINY, "--output-dir", tmp_path, "--run-name", "alone", ranks=4)
     assert alone.code == 0, alone.err
     expected = read_json(tmp_path / "alone" / "result.json")
     for job, name in zip(jobs, ("multi_node", "per_rank"), strict=True):
@@ -44,15 +39,14 @@ def test_torchrun_on_two_nodes_and_plain_srun_train_to_the_weights_of_four_ranks
 
 
 def test_a_rank_is_started_for_each_gpu_and_a_plain_task_sees_one_gpu(cluster: Cluster, tmp_path: Path):
-    script = tmp_path / "show.py"
-    script.write_text(SHOW_TASK)
     asked = {"multi_node": ("--nodes=2", "--gpus-per-node=2", "--cpus-per-gpu=3"),
              "per_rank": ("--nodes=2", "--ntasks-per-node=2", "--gpus-per-task=1", "--cpus-per-task=3"),
              "single_node": ("--ntasks-per-node=3", "--cpus-per-task=2")}
     jobs = {}
     for name, options in asked.items():
         (tmp_path / name).mkdir()
-        jobs[name] = cluster.submit(name, script, tmp_path / name, log=tmp_path / f"{name}.log", options=options)
+        jobs[name] = cluster.submit(name, PROGRAMS / "show_task.py", tmp_path / name, log=tmp_path / f"{name}.log",
+                                    options=options)
     for job in jobs.values():
         assert job.wait() == "COMPLETED", job.text()
     under_torchrun, plain, single = (shown(tmp_path / name) for name in asked)
@@ -107,9 +101,9 @@ def test_paths_with_spaces_work_and_shell_characters_in_names_are_not_executed(c
 def environment_for_anyone(folder: Path) -> Path:
     """A file to source, with which an ordinary user runs this test's packages: /root is closed to them."""
     python = shutil.which("python3", path="/usr/bin")
-    same = python and subprocess.run([python, "-c", "import sys; print(sys.version_info[:2])"], capture_output=True,
-                                     text=True).stdout.strip() == str(sys.version_info[:2])
-    if not same:
+    major, minor = sys.version_info[:2]
+    version = subprocess.run([python, "--version"], capture_output=True, text=True).stdout if python else ""
+    if not version.startswith(f"Python {major}.{minor}."):
         pytest.skip(f"needs a Python {sys.version_info[:2]} in /usr/bin, which an ordinary user may run")
     (folder / "bin").mkdir()
     (folder / "bin" / "python").symlink_to(str(python))

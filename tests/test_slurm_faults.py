@@ -7,24 +7,23 @@ from pathlib import Path
 
 import pytest
 
-from tests.helpers.processes import TINY, largest_difference, newest_checkpoint, read_json, wait_until
-from tests.helpers.server import forked
-from tests.helpers.slurm import Cluster, Job, own_jobs, slow_trainer, state_of, step_of
+from tests.helpers.processes import PROGRAMS, TINY, largest_difference, newest_checkpoint, read_json, wait_until
+from tests.helpers.server import HOOKED, run
+from tests.helpers.slurm import Cluster, Job, own_jobs, slowed, state_of, step_of
 
 __all__ = ["own_jobs"]  # a fixture
 pytestmark = [pytest.mark.slurm, pytest.mark.usefixtures("own_jobs"), pytest.mark.timeout(600)]
 TWO_BY_TWO = ("--nodes=2", "--ntasks-per-node=2", "--cpus-per-task=1")
 STEPS = ["--max-steps", "80", "--checkpoint-every", "10"]
 SHORT = ["--timeout", "25"]
-LISTEN = "import socket, sys, time; s = socket.create_server(('', int(sys.argv[1]))); print('up', flush=True); " \
-         "time.sleep(300)"
+LISTEN = str(PROGRAMS / "listen.py")
 
 
 @pytest.fixture(scope="module")
 def never_stopped(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The run folder of 80 steps on 4 ranks of one machine that nothing happens to."""
     folder = tmp_path_factory.mktemp("never-stopped")
-    done = forked("cifar", *TINY, *STEPS, "--output-dir", folder, "--run-name", "run", ranks=4)
+    done = run("cifar", *TINY, *STEPS, "--output-dir", folder, "--run-name", "run", ranks=4)
     assert done.code == 0, done.err
     return folder / "run"
 
@@ -48,9 +47,9 @@ def mended(cluster: Cluster) -> Iterator[None]:
 def test_a_job_that_loses_a_node_goes_on_elsewhere_from_its_last_checkpoint_and_leaves_nothing_running(
         cluster: Cluster, tmp_path: Path, never_stopped: Path, part: str, broken: int,
         step_seconds: float):
-    job = cluster.submit("multi_node", slow_trainer(tmp_path), *TINY, *STEPS, *SHORT, "--output-dir", tmp_path,
+    job = cluster.submit("multi_node", HOOKED, *TINY, *STEPS, *SHORT, "--output-dir", tmp_path,
                          "--run-name", "run", log=tmp_path / "log", options=("--exclude=node[4-5]", *TWO_BY_TWO),
-                         STEP_SECONDS=str(step_seconds))
+                         **slowed(step_seconds))
     run = tmp_path / "run"
     wait_until(lambda: step_of(run) >= 20, 120, job.text)
     node, saved_at = job.nodes()[broken], step_of(run)
@@ -70,8 +69,8 @@ def test_a_job_that_loses_a_node_goes_on_elsewhere_from_its_last_checkpoint_and_
 @pytest.mark.usefixtures("mended")
 def test_an_elastic_run_goes_on_with_one_node_and_takes_the_other_in_again(
         cluster: Cluster, tmp_path: Path, never_stopped: Path):
-    array = cluster.submit("elastic", slow_trainer(tmp_path), *TINY, *STEPS, *SHORT, "--output-dir", tmp_path,
-                           "--run-name", "run", log=tmp_path / "log-%a", STEP_SECONDS="0.6",
+    array = cluster.submit("elastic", HOOKED, *TINY, *STEPS, *SHORT, "--output-dir", tmp_path,
+                           "--run-name", "run", log=tmp_path / "log-%a", **slowed(0.6),
                            options=("--array=0-1", "--exclude=node[3-5]", "--exclusive", "--ntasks-per-node=1"))
     first, second = (Job(cluster, f"{array.key}_{task}", tmp_path / f"log-{task}") for task in (0, 1))
     text = lambda: first.text() + second.text()  # noqa: E731
@@ -97,7 +96,7 @@ def test_an_elastic_run_goes_on_with_one_node_and_takes_the_other_in_again(
 def taken_port(cluster: Cluster) -> Iterator[int]:
     """A port on which something else listens on node1."""
     port = 9731
-    listener = subprocess.Popen([str(cluster.script), "on", "node1", "python3", "-c", LISTEN, str(port)], text=True,
+    listener = subprocess.Popen([str(cluster.script), "on", "node1", "python3", LISTEN, str(port)], text=True,
                                 stdout=subprocess.PIPE, env=cluster.environment())
     assert listener.stdout is not None
     assert listener.stdout.readline() == "up\n"

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from tests.helpers.processes import TINY, read_json, wait_until
-from tests.helpers.server import forked
-from tests.helpers.slurm import Cluster, Job, own_jobs, slow_trainer, state_of, step_of
+from tests.helpers.server import HOOKED, run
+from tests.helpers.slurm import Cluster, Job, own_jobs, slowed, state_of, step_of
 
 __all__ = ["own_jobs"]  # a fixture
 pytestmark = [pytest.mark.slurm, pytest.mark.usefixtures("own_jobs"), pytest.mark.timeout(600)]
@@ -22,15 +22,15 @@ STEPS = ["--max-steps", "80", "--checkpoint-every", "10"]
 def never_stopped(tmp_path_factory: pytest.TempPathFactory) -> str:
     """weights_sha256 of 80 steps on 4 ranks that nobody stops."""
     folder = tmp_path_factory.mktemp("never-stopped")
-    done = forked("cifar", *TINY, *STEPS, "--output-dir", folder, "--run-name", "run", ranks=4)
+    done = run("cifar", *TINY, *STEPS, "--output-dir", folder, "--run-name", "run", ranks=4)
     assert done.code == 0, done.err
     return read_json(folder / "run" / "result.json")["weights_sha256"]
 
 
 def submit_slow(cluster: Cluster, folder: Path, *options: str, step_seconds: float = 0.15, **variables: str) -> Job:
-    return cluster.submit("preemptible", slow_trainer(folder), *TINY, *STEPS, "--output-dir", folder, "--run-name",
+    return cluster.submit("preemptible", HOOKED, *TINY, *STEPS, "--output-dir", folder, "--run-name",
                           "run", log=folder / "log", options=("--exclude=node[4-5]", *TWO_BY_TWO, *options),
-                          STEP_SECONDS=str(step_seconds), **variables)
+                          **slowed(step_seconds), **variables)
 
 
 @pytest.fixture(scope="module")

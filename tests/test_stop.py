@@ -10,7 +10,7 @@ import time
 import pytest
 
 from launch.stop import MOST_STEPS, POLL_SECONDS, StopAgreement, Stopped, StopRequest, signals_caught, stop_request
-from tests.helpers.processes import ROOT, execute
+from tests.helpers.processes import PROGRAMS, execute
 
 pytestmark = pytest.mark.timeout(60)
 
@@ -32,29 +32,11 @@ def test_two_interrupts_at_once_are_one_since_torchrun_repeats_the_terminals() -
 
 
 def test_handlers_are_installed_before_torch_is_imported() -> None:
-    script = f"""
-import sys; sys.path[0] = {str(ROOT)!r}
-from launch.stop import catch_signals
-catch_signals()
-assert not any(name in sys.modules for name in ("torch", "numpy", "tyro")), "slow imports come first"
-import os, signal
-os.kill(os.getpid(), signal.SIGTERM)
-from launch.stop import stop_request
-print(stop_request().reason, stop_request().launcher == os.getppid())
-"""
-    assert execute([sys.executable, "-c", script]).out.split() == ["SIGTERM", "True"]
+    assert execute([sys.executable, str(PROGRAMS / "catch_signals.py"), "early"]).out.split() == ["SIGTERM", "True"]
 
 
 def test_a_second_interrupt_a_second_later_ends_the_process_at_once() -> None:
-    script = f"""
-import sys; sys.path[0] = {str(ROOT)!r}
-import time
-from launch.stop import catch_signals
-catch_signals()
-print("up", flush=True)
-time.sleep(60)
-"""
-    process = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE)
+    process = subprocess.Popen([sys.executable, str(PROGRAMS / "catch_signals.py"), "wait"], stdout=subprocess.PIPE)
     assert process.stdout is not None
     assert process.stdout.readline() == b"up\n"
     os.kill(process.pid, signal.SIGINT)
@@ -66,19 +48,7 @@ time.sleep(60)
 
 
 def test_a_signal_that_comes_while_a_finished_process_is_taken_down_does_not_change_its_exit_code() -> None:
-    script = f"""
-import sys; sys.path[0] = {str(ROOT)!r}
-import os, signal
-from launch.stop import catch_signals
-catch_signals()
-class Late:
-    def __del__(self, kill=os.kill, pid=os.getpid(), numbers=(signal.SIGUSR1, signal.SIGTERM, signal.SIGINT)):
-        for number in numbers:
-            kill(pid, number)
-        os.write(1, b"late")
-late = Late()  # deleted after Python has given back the default handlers
-"""
-    ended = execute([sys.executable, "-c", script])
+    ended = execute([sys.executable, str(PROGRAMS / "catch_signals.py"), "late"])
     assert (ended.code, ended.out) == (0, "late")
 
 

@@ -1,4 +1,4 @@
-"""What the tests of resuming share: runs that are never stopped, and the comparison of every bit with them."""
+"""Runs that are compared: started with the flags that many tests share, and what they computed, to the last bit."""
 
 import hashlib
 import json
@@ -7,22 +7,23 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image
 
-from tests.helpers.processes import metrics, newest_checkpoint, read_json
-from tests.helpers.server import NORMED, Ended, Job, Server
-
-IMAGES = ["--model", "normed", "--batch-size", "12", "--lr", "0.02", "--epochs", "2", "--schedule", "constant",
-          "--shift", "2", "--flip", "random", "--random-crop", "0.5", "--threads", "1", "--checkpoint-every", "3",
-          "--no-pictures", "--run-name", "r"]
+from tests.helpers.processes import Ended, metrics, newest_checkpoint, read_json
+from tests.helpers.server import IMAGES, NORMED, run
 
 
-def run(server: Server, folder: Path, *flags: Any, trainer: str = "cifar", ranks: int = 1, hook: str = "",
-        timeout: float = 120) -> Ended:
-    """A run in `folder`, to its end or to where it is killed."""
-    base = NORMED if trainer == "cifar" else IMAGES
-    with Job(server, trainer, [*base, "--output-dir", folder, *flags], folder=folder, ranks=ranks, hook=hook) as job:
-        return job.wait(timeout)
+def run_in(folder: Path, *flags: Any, trainer: str = "cifar", ranks: int = 1, **how: Any) -> Ended:
+    """A run of NORMED or IMAGES in `folder`, to its end or to where it is killed; one rank without a launcher."""
+    flags = (*(NORMED if trainer == "cifar" else IMAGES), "--output-dir", folder, *flags)
+    return run(trainer, *flags, folder=folder, ranks=None if ranks == 1 else ranks, **how)
+
+
+def finished(trainer: str, folder: Path, *flags: Any, **how: Any) -> Path:
+    """Train into the run folder and return it, having made sure that it ended well; one thread per rank."""
+    ended = run(trainer, *flags, "--threads", "1", "--output-dir", folder.parent, "--run-name", folder.name, **how)
+    assert ended.code == 0, ended.err
+    assert read_json(folder / "status.json")["state"] == "DONE"
+    return folder
 
 
 def outcome(folder: Path) -> dict[str, Any]:
@@ -58,16 +59,3 @@ def walk(tree: Any, name: str = "") -> Iterator[tuple[str, torch.Tensor]]:
     elif isinstance(tree, list | tuple):
         for number, child in enumerate(tree):
             yield from walk(child, f"{name}.{number}")
-
-
-def image_tree(folder: Path, *, num_train: int = 120, num_test: int = 40) -> Path:
-    """Two classes of small noisy images: train/<class>/*.png and test/<class>/*.png."""
-    generator = torch.Generator().manual_seed(1)
-    for split, number in (("train", num_train), ("test", num_test)):
-        for index in range(number):
-            label = index % 2
-            pixels = torch.randint(0, 128, (36, 36, 3), generator=generator) + 100 * label
-            path = folder / split / "ab"[label] / f"{index:04}.png"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            Image.fromarray(pixels.to(torch.uint8).numpy()).save(path)
-    return folder

@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 
-from tests.helpers.processes import newest_checkpoint, read_json
-from tests.helpers.server import NORMED, Ended, Job, Server, slack
+from tests.helpers.hooks import Hooks
+from tests.helpers.processes import Ended, newest_checkpoint, read_json
+from tests.helpers.server import NORMED, Job, run, slack, start
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -17,7 +18,7 @@ class Fault:
     """A fault, and how the run must end."""
 
     name: str
-    hook: str = ""
+    hook: Hooks = ()
     """What goes wrong inside the process; see hooks.py."""
     flags: tuple[str, ...] = ()
     ranks: int = 1
@@ -44,27 +45,27 @@ def cases(faults: list[Fault], *, default: set[str]) -> list[Any]:
             for fault in faults]
 
 
-def assert_ends_as_specified(server: Server, fault: Fault, folder: Path) -> Ended:
+def assert_ends_as_specified(fault: Fault, folder: Path) -> Ended:
     """Run a trainer with the fault and check how it ends."""
     flags: list[Any] = [*NORMED, "--output-dir", folder / "runs", *fault.flags]
-    with Job(server, "cifar", flags, folder=folder, ranks=fault.ranks, hook=fault.hook, streams=dict(fault.streams),
-             **dict(fault.variables)) as job:
+    ranks = None if fault.ranks == 1 else fault.ranks
+    with start("cifar", *flags, folder=folder, ranks=ranks, hook=fault.hook, streams=dict(fault.streams),
+               **dict(fault.variables)) as job:
         ended = job.wait(60)
         check(ended, fault)
         check_nothing_left(job)
-    run = folder / "runs" / "r"
+    made = folder / "runs" / "r"
     if fault.state is None:
-        assert not (run / "status.json").exists()
+        assert not (made / "status.json").exists()
     else:
-        status = read_json(run / "status.json")
+        status = read_json(made / "status.json")
         assert status["state"] == fault.state, status
         if fault.state == "PREEMPTED" and status["step"]:
-            assert newest_checkpoint(run)["step"] == status["step"]
+            assert newest_checkpoint(made)["step"] == status["step"]
     if fault.resumes:
-        with Job(server, "cifar", flags, folder=folder, ranks=fault.ranks) as job:
-            again = job.wait(60)
+        again = run("cifar", *flags, folder=folder, ranks=ranks, timeout=60)
         assert again.codes == [0] * fault.ranks, again.err
-        assert read_json(run / "status.json")["state"] == "DONE"
+        assert read_json(made / "status.json")["state"] == "DONE"
     return ended
 
 
@@ -75,7 +76,7 @@ def check(ended: Ended, fault: Fault) -> None:
     check_lines(ended, fault.error)
 
 
-def check_lines(ended: Any, error: str) -> None:
+def check_lines(ended: Ended, error: str) -> None:
     """Exactly one ERROR line that matches, or none; and no traceback."""
     assert "Traceback (most recent call last)" not in ended.out + ended.err, ended.err[-3000:]
     if not error:

@@ -1,4 +1,4 @@
-"""A trainer with a fault in it, for torchrun: `torchrun … hooked.py FLAGS`; TRAINER and HOOK are variables.
+"""A trainer with a fault in it, for torchrun: `torchrun … hooked.py FLAGS`; TRAINER and HOOKS are variables.
 
 The same script also is the server that forks such trainers (see server.py): `python hooked.py --serve`. A fork of a
 process that has imported torch starts in milliseconds instead of seconds; it is a real process all the same.
@@ -27,10 +27,10 @@ from launch.command_line import run  # noqa: E402
 from tests.helpers import hooks  # noqa: E402
 
 
-def train(trainer: str, hook: str) -> None:
+def train(trainer: str, hooks_in_json: str) -> None:
     """Be that trainer, as if started by its path. Does not return."""
     module = importlib.import_module(f"trainers.{trainer}")
-    hooks.install(trainer, hook)
+    hooks.install(trainer, hooks_in_json)
     run(module.main, typing.get_type_hints(module.main)["config"], recipes=module.RECIPES)
 
 
@@ -103,5 +103,5 @@ if __name__ == "__main__":
         request = serve()
         become(request)
         catch_signals()
-        train(request["trainer"], request["hook"])
-    train(os.environ.get("TRAINER", "cifar"), os.environ.get("HOOK", ""))
+        train(request["trainer"], request["hooks"])
+    train(os.environ.get("TRAINER", "cifar"), os.environ.get("HOOKS", "[]"))

@@ -1,25 +1,80 @@
 """Faults for a real trainer process, placed at an exact step and phase. Only tests import this.
 
-A hook is a line of Python such as `at(7, "backward", kill)` or `at(3, "data", sleep_for(60), ranks=[1])`. Phases are
-those that the training loop announces to its watchdog: data, forward, backward, optimizer, reduce, checkpoint,
-evaluate, main.
+A test calls one of these functions and gets a `Hook`: its name and arguments, which go to the process as JSON. There
+the function itself is looked up and run, before training begins. Phases are those that the training loop announces to
+its watchdog: data, forward, backward, optimizer, reduce, checkpoint, evaluate, main.
+
+    hook=at(7, "backward", kill, ranks=[1])     # in a test
 """
 
 import contextlib
+import functools
+import inspect
+import json
 import os
 import signal
 import time
-from collections.abc import Callable, Collection
+import zlib
+from collections.abc import Callable, Collection, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+import launch.process_group
+import launch.watchdog
+from datasets import synthetic
 from launch.errors import launched_rank
 from launch.files import read_object, replace_file
 from launch.watchdog import Watchdog
 from trainers import models
+from trainers.engine import step as engine_step
 from trainers.engine.run import ownership
 from trainers.engine.step import TrainStep
+
+FUNCTIONS: dict[str, Callable[..., None]] = {}
+
+
+@dataclass(frozen=True)
+class Hook:
+    """A function of this file by its name, with arguments; some of these may be hooks themselves."""
+
+    name: str
+    arguments: list[Any]
+    options: dict[str, Any]
+
+    def __call__(self) -> None:
+        """Run it, in the process it was sent to."""
+        FUNCTIONS[self.name](*self.arguments, **self.options)
+
+
+Hooks = Hook | Iterable[Hook]
+
+
+def hook(function: Callable[..., None]) -> Callable[..., Hook]:
+    """Make calls of a function, in tests, describe the call instead; a wrong argument is noticed there and then."""
+    FUNCTIONS[function.__name__] = function
+
+    @functools.wraps(function)
+    def describe(*arguments: Any, **options: Any) -> Hook:
+        inspect.signature(function).bind(*arguments, **options)
+        return Hook(function.__name__, list(arguments), options)
+    return describe
+
+
+def to_json(hooks: Hooks) -> str:
+    """One hook, or several that are run one after the other."""
+    return json.dumps([hooks] if isinstance(hooks, Hook) else list(hooks), default=vars)
+
+
+def from_json(text: str) -> list[Hook]:
+    """What `to_json` wrote."""
+    return json.loads(text, object_hook=lambda found: Hook(**found) if found.keys() == vars(EMPTY).keys() else found)
+
+
+EMPTY = Hook("", [], {})
 
 
 class Normed(nn.Module):
@@ -36,55 +91,157 @@ class Normed(nn.Module):
         return self.head(self.features(images).flatten(1))
 
 
-def install(trainer: str, hook: str) -> None:
-    """Add the network to those that `--model` knows, for any trainer, and run the hook."""
+CLAIMED: list[ownership.Ownership] = []
+
+
+def install(trainer: str, hooks: str) -> None:
+    """In a trainer's process: add the network to those that `--model` knows, and run the hooks."""
     models.OURS["normed"] = Normed
     if trainer == "image_folder":
         from trainers import image_folder
 
         image_folder.OUR_MODELS = (*image_folder.OUR_MODELS, "normed")
-    exec(hook, globals())
+    claim = ownership.Ownership.claim
+
+    def remember_claim(self: ownership.Ownership) -> None:
+        claim(self)
+        CLAIMED.append(self)
+
+    ownership.Ownership.claim = remember_claim
+    for each in from_json(hooks):
+        each()
 
 
-def at(step: int, phase: str, action: Callable[[], None], *, ranks: Collection[int] | None = None) -> None:
-    """Run `action` once, when the training loop reaches that phase of that step (completed steps, from 0)."""
+@hook
+def at(step: int, phase: str, *actions: Hook, ranks: Collection[int] | None = None) -> None:
+    """Run the actions once, when the training loop reaches that phase of that step (completed steps, from 0)."""
     original, fired = Watchdog.mark, []
 
     def mark(self: Watchdog, where: str, now: int | None = None) -> None:
         original(self, where, now)
         if self.step >= step and where == phase and not fired and (ranks is None or launched_rank() in ranks):
             fired.append(True)
-            action()
+            for action in actions:
+                action()
 
     Watchdog.mark = mark
 
 
-def send(number: int) -> Callable[[], None]:
+@hook
+def on_ranks(ranks: Collection[int], action: Hook) -> None:
+    """Run the action at once, on these ranks only."""
+    if launched_rank() in ranks:
+        action()
+
+
+@hook
+def on_first_start(action: Hook) -> None:
+    """Run the action unless torchrun has restarted the ranks."""
+    if os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
+        action()
+
+
+@hook
+def send(number: int) -> None:
     """Send this process a signal."""
-    return lambda: os.kill(os.getpid(), number)
+    os.kill(os.getpid(), number)
 
 
-kill = send(signal.SIGKILL)
-stop = send(signal.SIGSTOP)
+kill = send(int(signal.SIGKILL))
+stop = send(int(signal.SIGSTOP))
 
 
-def each(*actions: Callable[[], None]) -> Callable[[], None]:
-    """Run several actions one after the other."""
-    return lambda: [action() for action in actions] and None
-
-
-def sleep_for(seconds: float) -> Callable[[], None]:
+@hook
+def sleep_for(seconds: float) -> None:
     """Sleep, as a loader does that waits for a file system."""
-    return lambda: time.sleep(seconds)
+    time.sleep(seconds)
 
 
-def raise_error(error: Exception) -> Callable[[], None]:
-    """Raise it."""
-    def action() -> None:
-        raise error
-    return action
+@hook
+def say(text: str) -> None:
+    """Print a line, for a test that waits for it."""
+    print(text, flush=True)
 
 
+@hook
+def touch(name: str) -> None:
+    """Make an empty file in the job's folder; `{rank}` stands for this process's rank."""
+    Path(name.format(rank=launched_rank())).touch()
+
+
+@hook
+def change_folder(name: str) -> None:
+    """Go on in another folder, as on a node of its own; `{rank}` stands for this process's rank."""
+    os.chdir(name.format(rank=launched_rank()))
+
+
+@hook
+def list_files(below: str, into: str) -> None:
+    """Write down every file below a folder with the time it was last written."""
+    found = sorted((str(path), path.stat().st_mtime_ns) for path in Path(below).rglob("*") if path.is_file())
+    Path(into).write_text(str(found))
+
+
+@hook
+def fill(path: str) -> None:
+    """Write to a file until the disk is full."""
+    with contextlib.suppress(OSError), open(path, "wb", buffering=0) as file:
+        while True:
+            file.write(bytes(1 << 14))
+
+
+@hook
+def run_out_of_memory(text: str) -> None:
+    """Raise what Python raises then."""
+    raise MemoryError(text)
+
+
+@hook
+def limit_file_size(num_bytes: int) -> None:
+    """Have every write beyond so many bytes of a file fail (EFBIG), as a quota does."""
+    import resource
+
+    resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, num_bytes))
+
+
+@hook
+def clock_jumps(at_call: int, seconds: float) -> None:
+    """Have time.time() jump, as an adjusted system clock does."""
+    real, calls = time.time, []
+
+    def jumped() -> float:
+        calls.append(1)
+        return real() + (seconds if len(calls) > at_call else 0)
+
+    time.time = jumped
+
+
+@hook
+def small_data(add_to_seed: int = 0) -> None:
+    """Synthetic data of 600 training and 200 test images; with another seed, other images."""
+    synthetic.load = lambda *, seed=0, **sizes: LOAD(seed=seed + add_to_seed, **{**SMALL, **sizes})
+
+
+LOAD, SMALL = synthetic.load, {"num_train": 600, "num_test": 200}
+
+
+@hook
+def silent_after(seconds: float) -> None:
+    """Give up sooner on a host of the rendezvous that does not answer."""
+    launch.watchdog.SILENT_SECONDS = seconds  # pyright: ignore[reportAttributeAccessIssue]
+
+
+@hook
+def rank_without_a_gpu(rank: int, num_gpus: int) -> None:
+    """Have the ranks before this one find a device, and this one none, on a host of so many GPUs."""
+    choose = launch.process_group.choose_device
+    torch.cuda.is_available = lambda: True
+    torch.cuda.device_count = lambda: num_gpus
+    launch.process_group.choose_device = lambda device, launched: choose(
+        "auto" if launched.rank == rank else "cpu", launched)
+
+
+@hook
 def bad_loss_from(step: int, *, ranks: Collection[int] | None = None) -> None:
     """Make the loss NaN from that step on."""
     original = TrainStep.forward
@@ -97,28 +254,22 @@ def bad_loss_from(step: int, *, ranks: Collection[int] | None = None) -> None:
     TrainStep.forward = forward
 
 
+@hook
+def gradients_apart() -> None:
+    """Have no rank average its gradients with the others'."""
+    engine_step.gradient_sync = lambda model, last: model.no_sync()
+
+
+@hook
 def taken_over() -> None:
     """Do to this process's run what a later incarnation on another node does: raise the fencing token."""
     for claimed in CLAIMED:
         owner = read_object(claimed.path / "owner.json") or {}
         later = {**owner, "incarnation": owner["incarnation"] + 1, "host": "elsewhere", "pid": 1}
-        replace_file(claimed.path / "owner.json", str(later).replace("'", '"').replace("None", "null")
-                     .replace("False", "false").encode())
+        replace_file(claimed.path / "owner.json", json.dumps(later).encode())
 
 
-CLAIMED: list[ownership.Ownership] = []
-original_claim = ownership.Ownership.claim
-
-
-def remember_claim(self: ownership.Ownership) -> None:
-    """Note which folder this process owns."""
-    original_claim(self)
-    CLAIMED.append(self)
-
-
-ownership.Ownership.claim = remember_claim
-
-
+@hook
 def slow_steps(seconds: float) -> None:
     """Make every step take that much longer."""
     original = TrainStep.__call__
@@ -130,19 +281,29 @@ def slow_steps(seconds: float) -> None:
     TrainStep.__call__ = train_step
 
 
-def clock_jumps(at_call: int, seconds: float) -> None:
-    """Have time.time() jump, as an adjusted system clock does."""
-    real, calls = time.time, []
+@hook
+def log_steps() -> None:
+    """Keep the number of computed steps in step-RANK.txt."""
+    original = TrainStep.__call__
 
-    def jumped() -> float:
-        calls.append(1)
-        return real() + (seconds if len(calls) > at_call else 0)
+    def train_step(self: TrainStep, *args: object, **kwargs: object) -> None:
+        original(self, *args, **kwargs)  # pyright: ignore[reportArgumentType]
+        Path(f"step-{self.world.rank}.txt").write_text(str(self.world.watchdog.step))
 
-    time.time = jumped
+    TrainStep.__call__ = train_step
 
 
-def fill(path: str) -> None:
-    """Write to a file until the disk is full."""
-    with contextlib.suppress(OSError), open(path, "wb", buffering=0) as file:
-        while True:
-            file.write(bytes(1 << 14))
+@hook
+def log_images() -> None:
+    """Append step, position in the global batch and checksum of every augmented image to samples-RANK.txt."""
+    original = TrainStep.to_device
+
+    def to_device(self: TrainStep, inputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        if getattr(self.model, "module", self.model).training:
+            with open(f"samples-{self.world.rank}.txt", "a") as file:
+                for place, image in enumerate(inputs):
+                    position = place * self.world.world_size + self.world.rank
+                    file.write(f"{self.world.watchdog.step} {position} {zlib.crc32(image.numpy().tobytes())}\n")
+        return original(self, inputs, targets)
+
+    TrainStep.to_device = to_device

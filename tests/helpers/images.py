@@ -1,11 +1,14 @@
-"""Small folders of images for tests, and starting the image-folder trainer on them."""
+"""Small folders and files of images for tests."""
 
 import functools
+import gzip
 import io
 import struct
 import zlib
 from pathlib import Path
 
+import numpy as np
+import torch
 from PIL import Image
 
 from datasets import synthetic
@@ -60,3 +63,24 @@ def write_photos(folder: Path, *, count: int) -> Path:
             for index in range(1, number):
                 (place / f"{index:04d}.png").hardlink_to(first)
     return folder
+
+
+def image_tree(folder: Path, *, num_train: int = 120, num_test: int = 40) -> Path:
+    """Two classes of small noisy images: train/<class>/*.png and test/<class>/*.png."""
+    generator = torch.Generator().manual_seed(1)
+    for split, number in (("train", num_train), ("test", num_test)):
+        for index in range(number):
+            label = index % 2
+            pixels = torch.randint(0, 128, (36, 36, 3), generator=generator) + 100 * label
+            path = folder / split / "ab"[label] / f"{index:04}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(pixels.to(torch.uint8).numpy()).save(path)
+    return folder
+
+
+def write_idx(path: Path, array: np.ndarray) -> None:
+    """An IDX file of unsigned bytes, gzipped if its name says so."""
+    header = struct.pack(f">I{array.ndim}I", 0x0800 | array.ndim, *array.shape)
+    content = header + array.astype(np.uint8).tobytes()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(gzip.compress(content) if path.suffix == ".gz" else content)

@@ -1,9 +1,8 @@
-"""What many tests need: starting real trainers and torchruns with a time limit, and reading what they wrote."""
+"""What many tests need: starting any command with a time limit (trainers: server.py), and reading what runs wrote."""
 
 import json
 import os
 import subprocess
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,24 +12,32 @@ from typing import Any
 import torch
 
 ROOT = Path(__file__).resolve().parents[2]
+PROGRAMS = ROOT / "tests" / "helpers" / "programs"
 SHARED = Path(os.environ.get("TRAINERS_SHARED", ROOT.parent / "shared"))
 
-# A run of a few seconds: the smallest network on the drawn data set.
+# A run of a few seconds: the smallest network on the synthetic data set.
 TINY = ["--dataset", "synthetic", "--recipe", "blitz", "--batch-size", "60", "--lr", "0.02", "--epochs", "1",
         "--max-steps", "20", "--threads", "1", "--no-pictures"]
 
 
 @dataclass(frozen=True)
-class Finished:
-    """A process that has ended."""
+class Ended:
+    """What has been run and has ended: the ranks of a job, or one process."""
 
-    code: int
+    codes: list[int]
+    """Of every rank; one where a launcher or a single process was started."""
     out: str
     err: str
+    seconds: float = 0.0
+
+    @property
+    def code(self) -> int:
+        """The first exit code that is not 0."""
+        return next(filter(None, self.codes), 0)
 
     @property
     def errors(self) -> list[str]:
-        """The lines that begin with ERROR, from either stream."""
+        """The lines that begin with ERROR, from either stream of any rank."""
         return [line for line in (self.out + self.err).splitlines() if line.startswith("ERROR")]
 
 
@@ -42,32 +49,15 @@ def environment(**variables: str) -> dict[str, str]:
     return {**kept, "PYTHONUNBUFFERED": "1", **variables}
 
 
-def command(trainer: str, flags: list[str], *, ranks: int | None = None,
-            torchrun: list[str] | None = None) -> list[str]:
-    """The command line of a trainer: under python, or under torchrun when `ranks` is given."""
-    script = [str(ROOT / "trainers" / f"{trainer}.py"), *map(str, flags)]
-    if ranks is None:
-        return [sys.executable, *script]
-    return [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}",
-            *(torchrun or []), *script]
-
-
-def train(trainer: str, *flags: Any, ranks: int | None = None, torchrun: list[str] | None = None, timeout: float = 120,
-          cwd: Path | None = None, **variables: str) -> Finished:
-    """Run a trainer to its end. Raises subprocess.TimeoutExpired past the limit, after killing its whole session."""
-    return execute(command(trainer, [str(flag) for flag in flags], ranks=ranks, torchrun=torchrun), timeout=timeout,
-                   cwd=cwd, **variables)
-
-
-def execute(words: list[str], *, timeout: float = 120, cwd: Path | None = None, **variables: str) -> Finished:
-    """Run any command to its end, in a session of its own that is killed past the time limit."""
+def execute(words: list[str], *, timeout: float = 120, cwd: Path | None = None, **variables: str) -> Ended:
+    """Run any command that is no trainer to its end, in a session of its own that is killed past the time limit."""
     process = start(words, cwd=cwd, **variables)
     try:
         out, err = process.communicate(timeout=timeout)
     except subprocess.TimeoutExpired:
         kill_session(process)
         raise
-    return Finished(process.returncode, out, err)
+    return Ended([process.returncode], out, err)
 
 
 def start(words: list[str], *, cwd: Path | None = None, **variables: str) -> subprocess.Popen[str]:
@@ -76,24 +66,22 @@ def start(words: list[str], *, cwd: Path | None = None, **variables: str) -> sub
                             cwd=cwd, env=environment(**variables), start_new_session=True)
 
 
-def session_pids(session: int) -> list[int]:
-    """The live processes of a session that `start` made (zombies are not alive)."""
+def members(leader: int) -> list[int]:
+    """The live processes of the session or process group that a process leads (zombies are not alive)."""
     pids = []
     for entry in Path("/proc").iterdir():
-        if not entry.name.isdigit():
-            continue
         try:
             fields = (entry / "stat").read_text().rpartition(")")[2].split()
         except OSError:
             continue
-        if int(fields[3]) == session and fields[0] not in "ZX":
+        if entry.name.isdigit() and leader in (int(fields[2]), int(fields[3])) and fields[0] not in "ZX":
             pids.append(int(entry.name))
     return pids
 
 
 def kill_session(process: subprocess.Popen[str]) -> None:
     """SIGKILL every process of a session that `start` made, and collect its leader."""
-    for pid in session_pids(process.pid):
+    for pid in members(process.pid):
         try:
             os.kill(pid, 9)
         except ProcessLookupError:
@@ -120,6 +108,11 @@ def metrics(run: Path, *names: str) -> list[tuple[Any, ...]]:
     names = names or ("split", "step", "epoch", "loss", "accuracy", "learning_rate")
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     return [tuple(line[name] for name in names) for line in lines]
+
+
+def accuracies(run: Path) -> list[float]:
+    """Percent on the test set after each epoch."""
+    return [100 * accuracy for split, accuracy in metrics(run, "split", "accuracy") if split == "test"]
 
 
 def newest_checkpoint(run: Path) -> dict[str, Any]:

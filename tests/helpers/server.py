@@ -1,9 +1,11 @@
-"""Jobs of real trainer processes that start in milliseconds: forked from one server that has imported torch.
+"""Starting trainers: real processes, most of them forked in milliseconds from one server that has imported torch.
 
-    with Job(server, "cifar", [*NORMED, "--output-dir", folder], folder=folder, ranks=2,
-             hook='at(7, "backward", kill)') as job:
-        ended = job.wait()                   # codes by rank, out, err
-    done = forked("mnist", *flags, ranks=2)  # for tests of what is trained and not of how it is launched
+    ended = run("mnist", *flags, ranks=2)                       # to its end: codes by rank, out, err
+    with start("cifar", *NORMED, "--output-dir", folder, folder=folder, ranks=2, hook=at(7, "backward", kill)) as job:
+        job.wait_for_line("epoch 0:")                           # and signal it, look at it
+        ended = job.wait()
+
+Where the launcher is what is tested, `launcher` is "torchrun", or "python" for a new interpreter.
 """
 
 import contextlib
@@ -18,54 +20,37 @@ import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import dataclass
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from tests.helpers.processes import ROOT, Finished, environment
+from tests.helpers.hooks import Hook, Hooks, small_data, to_json
+from tests.helpers.processes import ROOT, Ended, environment, members
 
-# Two epochs of ten steps on 600 drawn images: BatchNorm, dropout and augmentation, checkpoints in mid-epoch.
+HOOKED = ROOT / "tests" / "helpers" / "hooked.py"
+# Two epochs of ten steps on 600 synthetic images: BatchNorm, dropout and augmentation, checkpoints in mid-epoch.
 NORMED = ["--dataset", "synthetic", "--recipe", "blitz", "--model", "normed", "--batch-size", "60", "--lr", "0.05",
           "--epochs", "2", "--shift", "2", "--flip", "random", "--threads", "1", "--checkpoint-every", "3",
           "--no-pictures", "--run-name", "r"]
-SMALL = "trainers.cifar.synthetic.load = partial(load, num_train=600, num_test=200)"
-PREPARE = f"""
-import trainers.cifar
-from functools import partial
-from datasets.synthetic import load
-{SMALL}
-"""
-
-
-@dataclass(frozen=True)
-class Ended:
-    """A job whose ranks have all ended."""
-
-    codes: list[int]
-    out: str
-    err: str
-    seconds: float
-
-    @property
-    def errors(self) -> list[str]:
-        """The lines that begin with ERROR, from either stream of any rank."""
-        return [line for line in (self.out + self.err).splitlines() if line.startswith("ERROR")]
+# The same on files of images.
+IMAGES = ["--model", "normed", "--batch-size", "12", "--lr", "0.02", "--epochs", "2", "--schedule", "constant",
+          "--shift", "2", "--flip", "random", "--random-crop", "0.5", "--threads", "1", "--checkpoint-every", "3",
+          "--no-pictures", "--run-name", "r"]
 
 
 class Server:
     """The process that forks trainers."""
 
     def __init__(self) -> None:
-        self.process = subprocess.Popen([sys.executable, str(ROOT / "tests" / "helpers" / "hooked.py"), "--serve"],
-                                        stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment(), cwd=ROOT,
-                                        start_new_session=True)
+        self.process = subprocess.Popen([sys.executable, str(HOOKED), "--serve"], stdin=subprocess.PIPE,
+                                        stdout=subprocess.PIPE, env=environment(), cwd=ROOT, start_new_session=True)
         self.codes: dict[int, int] = {}
         self.pids: dict[int, int] = {}
         self._num_requests = 0
         self._pending = b""
 
-    def fork(self, request: dict[str, Any]) -> int:
-        """Start one process; returns its id."""
+    def fork(self, request: dict[str, Any]) -> "Forked":
+        """Start one process."""
         self._num_requests += 1
         number = self._num_requests
         assert self.process.stdin is not None
@@ -76,7 +61,7 @@ class Server:
             self.read(0.05)
             assert time.monotonic() < deadline
             assert self.process.poll() is None
-        return self.pids[number]
+        return Forked(self, self.pids[number])
 
     def read(self, seconds: float) -> None:
         """Take in what the server says, waiting at most so long."""
@@ -97,87 +82,16 @@ class Server:
         self.process.communicate(timeout=10)
 
 
-class Job:
-    """The ranks of one job, in a process group of their own. As a context manager it leaves nothing behind."""
+class Forked:
+    """A process of the server, with those methods of subprocess.Popen that a job needs."""
 
-    def __init__(self, server: Server, trainer: str, flags: list[Any], *, folder: Path, ranks: int = 1, hook: str = "",
-                 prepare: str = PREPARE, streams: dict[str, str | None] | None = None, **variables: str) -> None:
-        self.server, self.folder, self.began = server, folder, time.monotonic()
-        folder.mkdir(parents=True, exist_ok=True)
-        self.names = {"out": str(folder / "out.txt"), "err": str(folder / "err.txt"), **(streams or {})}
-        for name in self.names.values():
-            if name is not None and Path(name).is_file():
-                Path(name).unlink()
-        self.pids: list[int] = []
-        port = str(free_port())
-        for rank in range(ranks):
-            launched = variables_of(rank, ranks, port) if ranks > 1 else {}
-            self.pids.append(server.fork({
-                "group": self.pids[0] if self.pids else None, "environment": environment(**{**launched, **variables}),
-                "trainer": trainer, "flags": list(map(str, flags)), "hook": prepare + hook, "folder": str(folder),
-                **self.names}))
+    def __init__(self, server: Server, pid: int) -> None:
+        self.server, self.pid = server, pid
 
-    def __enter__(self) -> "Job":
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        for pid in self.alive():
-            with contextlib.suppress(ProcessLookupError):  # it has ended since
-                os.kill(pid, signal.SIGKILL)
-
-    def wait(self, timeout: float = 60) -> Ended:
-        """Until every rank has ended.
-
-        Raises:
-            TimeoutError: past the limit.
-        """
-        deadline = time.monotonic() + timeout
-        while any(pid not in self.server.codes for pid in self.pids):
-            self.server.read(0.05)
-            if time.monotonic() > deadline:
-                for pid in self.pids:
-                    if pid not in self.server.codes:
-                        os.kill(pid, signal.SIGUSR2)  # it shows its stack
-                time.sleep(1)
-                raise TimeoutError(f"still alive after {timeout} s: {self.alive()}; {self.text('err')[-4000:]}")
-        return Ended([self.server.codes[pid] for pid in self.pids], self.text("out"), self.text("err"),
-                     time.monotonic() - self.began)
-
-    def text(self, stream: str) -> str:
-        """What all ranks have written to a stream so far."""
-        name = self.names[stream]
-        return Path(name).read_text() if name is not None and Path(name).is_file() else ""
-
-    def signal(self, number: int, rank: int | None = None) -> None:
-        """Signal one rank, or the whole process group with its loader workers."""
-        if rank is None:
-            os.killpg(self.pids[0], number)
-        else:
-            os.kill(self.pids[rank], number)
-
-    def alive(self) -> list[int]:
-        """The live processes of the group, loader workers too (zombies are not alive)."""
-        found = []
-        for entry in Path("/proc").iterdir():
-            try:
-                fields = (entry / "stat").read_text().rpartition(")")[2].split()
-            except (OSError, IndexError):
-                continue
-            if entry.name.isdigit() and int(fields[2]) == self.pids[0] and fields[0] not in "ZX":
-                found.append(int(entry.name))
-        return found
-
-    def wait_for_line(self, text: str, *, timeout: float = 60) -> None:
-        """Until some rank has written that text."""
-        self.wait_until(lambda: text in self.text("out") + self.text("err"), timeout=timeout)
-
-    def wait_until(self, condition: Any, *, timeout: float = 60) -> None:
-        """Until a condition holds; fails if a rank ends or time runs out before."""
-        deadline = time.monotonic() + timeout
-        while not condition():
-            self.server.read(0.01)
-            assert time.monotonic() < deadline, self.text("err")[-2000:]
-            assert all(pid not in self.server.codes for pid in self.pids), self.text("err")[-2000:]
+    def poll(self) -> int | None:
+        """Its exit code; None while it runs."""
+        self.server.read(0)
+        return self.server.codes.get(self.pid)
 
 
 @functools.cache
@@ -186,22 +100,130 @@ def common_server() -> Server:
     return Server()
 
 
-def forked(trainer: str, *flags: Any, ranks: int | None = None, timeout: float = 120, **variables: str) -> Finished:
-    """Like support.train, in processes that need not import torch first; without a torchrun around the ranks.
+class Job:
+    """The ranks of one job, or the one process that launches them. As a context manager it leaves nothing behind."""
 
-    Returns:
-        With the exit code of the first rank that did not return 0.
+    def __init__(self, processes: list[Any], out: str | None, err: str | None) -> None:
+        self.processes, self.names, self.began = processes, {"out": out, "err": err}, time.monotonic()
+        self.pids: list[int] = [process.pid for process in processes]
+
+    def __enter__(self) -> "Job":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for pid in self.alive():
+            with contextlib.suppress(ProcessLookupError):  # it has ended since
+                os.kill(pid, signal.SIGKILL)
+        for process in self.processes:
+            if isinstance(process, subprocess.Popen):
+                process.wait(10)
+
+    def codes(self) -> list[int | None]:
+        """The exit code of every process so far; None for one that runs."""
+        return [process.poll() for process in self.processes]
+
+    def wait(self, timeout: float = 60) -> Ended:
+        """Until every process has ended.
+
+        Raises:
+            TimeoutError: past the limit.
+        """
+        deadline = time.monotonic() + timeout
+        while None in (codes := self.codes()):
+            time.sleep(0.02)
+            if time.monotonic() > deadline:
+                for process in self.processes:
+                    if isinstance(process, Forked) and process.poll() is None:
+                        os.kill(process.pid, signal.SIGUSR2)  # it shows its stack
+                time.sleep(1)
+                raise TimeoutError(f"still alive after {timeout} s: {self.alive()}; {self.text('err')[-4000:]}")
+        return Ended([code for code in codes if code is not None], self.text("out"), self.text("err"),
+                     time.monotonic() - self.began)
+
+    def text(self, stream: str) -> str:
+        """What all ranks have written to a stream so far."""
+        name = self.names[stream]
+        return Path(name).read_text() if name is not None and Path(name).is_file() else ""
+
+    def signal(self, number: int, process: int | None = None) -> None:
+        """Signal one process (a rank, or the launcher), or the whole process group with its loader workers."""
+        if process is None:
+            os.killpg(self.pids[0], number)
+        else:
+            os.kill(self.pids[process], number)
+
+    def alive(self) -> list[int]:
+        """The live processes of the job, loader workers too (zombies are not alive)."""
+        return members(self.pids[0])
+
+    def wait_for_line(self, text: str, *, timeout: float = 60) -> None:
+        """Until some rank has written that text."""
+        self.wait_until(lambda: text in self.text("out") + self.text("err"), timeout=timeout)
+
+    def wait_until(self, condition: Callable[[], bool], *, timeout: float = 60) -> None:
+        """Until a condition holds; fails if a process ends or time runs out before."""
+        deadline = time.monotonic() + timeout
+        while not condition():
+            time.sleep(0.01)
+            assert time.monotonic() < deadline, self.text("err")[-2000:]
+            assert self.codes() == [None] * len(self.pids), self.text("err")[-2000:]
+
+
+def run(trainer: str, *flags: Any, folder: Path | None = None, timeout: float = 120, **how: Any) -> Ended:
+    """Run a trainer to its end; `how` is what `start` takes.
 
     Raises:
         TimeoutError: past the limit; nothing is left running.
     """
-    if ranks == 1:  # a process group of one
-        variables = {**variables_of(0, 1, str(free_port())), **variables}
-    with (tempfile.TemporaryDirectory() as folder,
-          Job(common_server(), trainer, list(flags), folder=Path(folder), ranks=ranks or 1, prepare="",
-              **variables) as job):
-        ended = job.wait(timeout)
-    return Finished(next(filter(None, ended.codes), 0), ended.out, ended.err)
+    with (tempfile.TemporaryDirectory() as own,
+          start(trainer, *flags, folder=Path(own) if folder is None else folder, **how) as job):
+        return job.wait(timeout)
+
+
+def start(trainer: str, *flags: Any, folder: Path, ranks: int | None = None, hook: Hooks = (),
+          launcher: Literal["fork", "python", "torchrun"] = "fork", options: tuple[str, ...] = (),
+          streams: dict[str, str | None] | None = None, **variables: str) -> Job:
+    """Start a trainer with these flags, in `folder`, which takes its output too.
+
+    Args:
+        ranks: None for a process that no launcher started, which is not the same as one rank.
+        hook: what goes wrong in it; see hooks.py.
+        options: of torchrun.
+        streams: a file for "out" or "err", or None for a closed one.
+        variables: of the environment.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    out, err = ({name: str(folder / f"{name}.txt") for name in ("out", "err")} | (streams or {})).values()
+    for name in (out, err):
+        if name is not None and Path(name).is_file():
+            Path(name).unlink()
+    words = list(map(str, flags))
+    hooks = [hook] if isinstance(hook, Hook) else list(hook)
+    if "normed" in words:  # the network of NORMED, which is trained on 600 images
+        hooks.insert(0, small_data())
+    if launcher == "fork":
+        return Job(fork_ranks(trainer, words, ranks, to_json(hooks), variables, folder, out, err), out, err)
+    script = HOOKED if hooks else ROOT / "trainers" / f"{trainer}.py"
+    launched = [] if launcher == "python" else ["-m", "torch.distributed.run", "--standalone",
+                                                f"--nproc-per-node={ranks}", *options]
+    with open(str(out), "wb") as out_file, open(str(err), "wb") as err_file:
+        process = subprocess.Popen(
+            [sys.executable, *launched, str(script), *words], stdin=subprocess.DEVNULL, stdout=out_file,
+            stderr=err_file, cwd=folder, start_new_session=True,
+            env=environment(**({"TRAINER": trainer, "HOOKS": to_json(hooks)} if hooks else {}), **variables))
+    return Job([process], out, err)
+
+
+def fork_ranks(trainer: str, flags: list[str], ranks: int | None, hooks: str, variables: dict[str, str], folder: Path,
+               out: str | None, err: str | None) -> list[Forked]:
+    """The ranks of a job in a process group of their own, without a launcher around them."""
+    port, forked = str(free_port()), []
+    for rank in range(ranks or 1):
+        launched = {} if ranks is None else variables_of(rank, ranks, port)
+        forked.append(common_server().fork({
+            "group": forked[0].pid if forked else None, "environment": environment(**{**launched, **variables}),
+            "trainer": trainer, "flags": flags, "hooks": hooks, "folder": str(folder), "out": out, "err": err}))
+    return forked
 
 
 def slack() -> float:

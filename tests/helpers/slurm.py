@@ -21,7 +21,8 @@ from typing import Any
 
 import pytest
 
-from tests.helpers.processes import ROOT, SHARED, Finished, environment, read_json, wait_until
+from tests.helpers.hooks import slow_steps, to_json
+from tests.helpers.processes import ROOT, SHARED, Ended, environment, read_json, wait_until
 
 NODES = 5  # two for a job that waits for its time limit; two for another, and one for its restart when one is lost
 CONF = """KillWait=10
@@ -30,22 +31,6 @@ AuthInfo=cred_expire=5
 SchedulerParameters=batch_sched_delay=1,sched_interval=2,bf_interval=2
 """
 ENDED = {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "PREEMPTED", "OUT_OF_MEMORY", "BOOT_FAIL"}
-SLOW_TRAINER = """import os, sys, time
-sys.path.insert(0, {root!r})
-from launch.stop import catch_signals
-if __name__ == "__main__":
-    catch_signals()
-from trainers.engine.step import TrainStep
-from trainers import cifar
-from launch.command_line import run
-step = TrainStep.__call__
-def slow_step(self, *args, **kwargs):
-    time.sleep(float(os.environ["STEP_SECONDS"]))
-    step(self, *args, **kwargs)
-TrainStep.__call__ = slow_step
-if __name__ == "__main__":
-    run(cifar.main, cifar.CifarConfig, recipes=cifar.RECIPES)
-"""
 
 
 @dataclass(frozen=True)
@@ -98,13 +83,13 @@ class Cluster:
         """What the cluster script needs to find this cluster."""
         return environment(SLURM_RIG_DIR=self.folder, **variables)
 
-    def call(self, *words: Any, cwd: Path = ROOT, timeout: float = 60, **variables: str) -> Finished:
+    def call(self, *words: Any, cwd: Path = ROOT, timeout: float = 60, **variables: str) -> Ended:
         """The cluster script with some arguments."""
         found = subprocess.run([str(self.script), *map(str, words)], cwd=cwd, timeout=timeout, text=True,
                                capture_output=True, stdin=subprocess.DEVNULL, env=self.environment(**variables))
-        return Finished(found.returncode, found.stdout, found.stderr)
+        return Ended([found.returncode], found.stdout, found.stderr)
 
-    def run(self, *words: Any, **options: Any) -> Finished:
+    def run(self, *words: Any, **options: Any) -> Ended:
         """A command on the login node."""
         return self.call("run", *words, **options)
 
@@ -157,11 +142,9 @@ def state_of(run: Path) -> str:
     return json.loads(path.read_text())["state"] if path.exists() else ""
 
 
-def slow_trainer(folder: Path) -> Path:
-    """cifar.py with a pause of STEP_SECONDS in every step: the same weights, and time to stop it in the middle."""
-    path = folder / "cifar.py"
-    path.write_text(SLOW_TRAINER.format(root=str(ROOT)))
-    return path
+def slowed(seconds: float) -> dict[str, str]:
+    """Variables for HOOKED, the trainer with hooks: a pause in every step; the same weights, and time to stop it."""
+    return {"HOOKS": to_json(slow_steps(seconds))}
 
 
 def start_cluster() -> Iterator[Cluster]:
