@@ -1,7 +1,9 @@
 """The input pipelines that launch/benchmark.py --pipeline compares."""
 
+import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -14,12 +16,27 @@ def test_pipelines_are_compared_without_workers_and_with_up_to_one_a_core():
     assert pipeline_cells([row("pil:0", [1.0, 3.0, 2.0]), row("batch", [8.0])])[2][1:] == ["8", "8 - 8", "4.00"]
 
 
-@pytest.mark.timeout(120)
-@pytest.mark.parametrize("variant", ["pil:0", "v2:1", "batch"])
-def test_every_input_pipeline_gives_the_same_kind_of_batch(variant: str):
-    """Float batches of the same shape, mean and spread: else their speeds could not be compared."""
-    done = execute([sys.executable, str(PROGRAMS / "pipeline_batch.py"), variant], timeout=100)
+VARIANTS = ["pil:0", "v2:1", "batch"]
+
+
+@pytest.fixture(scope="module")
+def first_batches() -> dict[str, dict[str, Any]]:
+    """What the first batch of each pipeline is like, and all images normalised, from one process."""
+    done = execute([sys.executable, str(PROGRAMS / "first_batches.py"), *VARIANTS], timeout=100)
     assert done.code == 0, done.err
+    return json.loads(done.out)
+
+
+@pytest.mark.timeout(120)
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_every_input_pipeline_gives_the_same_kind_of_batch(first_batches: dict[str, dict[str, Any]], variant: str):
+    """Float batches of the same shape, mean and spread: else their speeds could not be compared."""
+    batch, whole = first_batches[variant], first_batches["whole"]
+    assert batch["shape"] == [500, 3, 32, 32]
+    assert batch["dtype"] == "torch.float32"
+    assert abs(batch["mean"] - whole["mean"]) < 0.1
+    assert abs(batch["std"] - whole["std"]) < 0.1
+    assert batch["labels"] == 500
 
 
 @pytest.mark.long

@@ -60,7 +60,7 @@ def fingerprint_of(run: Path) -> tuple[Any, ...]:
 def test_two_workers_give_the_weights_of_none_even_when_the_run_is_stopped_mid_epoch(reference: Path, tree: Path,
                                                                                      tmp_path: Path):
     words = [*flags(tree, tmp_path, "run"), "--workers", "2", "--checkpoint-every", "1"]
-    with start("image_folder", *words, folder=tmp_path, launcher="python") as job:
+    with start("image_folder", *words, folder=tmp_path) as job:
         job.wait_until(lambda: any((tmp_path / "run" / "checkpoints").glob("step-*.json")), timeout=90)
         job.signal(signal.SIGTERM)  # to the workers too, as a scheduler does
         ended = job.wait(60)

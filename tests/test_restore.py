@@ -111,9 +111,10 @@ def test_ranks_that_would_load_different_weights_stop_before_training(original: 
     state = load_verified(other / "step-00000012.pt")
     state["model"]["conv1.bias"] += 1
     write_checkpoint(other, state)
-    finished = server.run("cifar", *LONGER, "--run-name", "run", folder=tmp_path, ranks=2, launcher="torchrun",
+    finished = server.run("cifar", *LONGER, "--run-name", "run", folder=tmp_path, ranks=2,
                           hook=change_folder("node{rank}"))
-    assert finished.code == 1
+    assert set(finished.codes) <= {4, 6}
+    assert 4 in finished.codes
     assert len(finished.errors) == 1
     assert "the ranks loaded different weights" in finished.errors[0]
 

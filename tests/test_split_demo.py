@@ -50,7 +50,7 @@ def test_the_worked_out_split_is_what_the_tutorial_prints(
 
 @pytest.mark.timeout(120)
 def test_without_gpus_dataparallel_is_worked_out_and_says_so() -> None:
-    done = run("split_demo", "--parallel", "dp", "--replicas", 8, "--device", "cpu", launcher="python", timeout=100)
+    done = run("split_demo", "--parallel", "dp", "--replicas", 8, "--device", "cpu", timeout=100)
     assert done.code == 0, done.err
     assert done.out.startswith("worked out, not run")
     assert sizes(done.out) == (TUTORIAL[8], OUTSIDE)
@@ -63,7 +63,7 @@ def test_one_process_sees_whole_batches(capsys: pytest.CaptureFixture[str]) -> N
 
 @pytest.mark.timeout(180)
 def test_three_ranks_are_printed_rank_by_rank_and_cover_every_batch() -> None:
-    done = run("split_demo", "--device", "cpu", ranks=3, launcher="torchrun", timeout=160)
+    done = run("split_demo", "--device", "cpu", ranks=3, timeout=160)
     assert done.code == 0, done.err
     parts, outside = sizes(done.out)
     assert outside == OUTSIDE
@@ -72,7 +72,7 @@ def test_three_ranks_are_printed_rank_by_rank_and_cover_every_batch() -> None:
 
 @pytest.mark.timeout(120)
 def test_ddp_without_a_launcher_ends_with_code_2_and_one_line() -> None:
-    done = run("split_demo", "--parallel", "ddp", launcher="python", timeout=100)
+    done = run("split_demo", "--parallel", "ddp", timeout=100)
     assert done.code == 2
     assert len(done.errors) == 1
     assert done.errors[0].startswith("ERROR usage: --parallel ddp")

@@ -31,7 +31,7 @@ def train(trainer: str, hooks_in_json: str) -> None:
     """Be that trainer, as if started by its path. Does not return."""
     module = importlib.import_module(f"trainers.{trainer}")
     hooks.install(trainer, hooks_in_json)
-    run(module.main, typing.get_type_hints(module.main)["config"], recipes=module.RECIPES)
+    run(module.main, typing.get_type_hints(module.main)["config"], recipes=getattr(module, "RECIPES", None))
 
 
 def serve() -> dict[str, Any]:

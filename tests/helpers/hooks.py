@@ -13,6 +13,7 @@ import inspect
 import json
 import os
 import signal
+import sys
 import time
 import zlib
 from collections.abc import Callable, Collection, Iterable
@@ -194,6 +195,17 @@ def fill(path: str) -> None:
 def run_out_of_memory(text: str) -> None:
     """Raise what Python raises then."""
     raise MemoryError(text)
+
+
+@hook
+def tell_writes(below: str) -> None:
+    """Print a line for every file below a folder that a rank other than 0 opens for writing."""
+    def tell(event: str, arguments: tuple[Any, ...]) -> None:
+        writes = event == "open" and arguments[2] & (os.O_WRONLY | os.O_RDWR | os.O_CREAT)
+        if writes and isinstance(arguments[0], str) and below in arguments[0] and launched_rank() != 0:
+            os.write(2, f"WROTE {arguments[0]}\n".encode())
+
+    sys.addaudithook(tell)
 
 
 @hook
