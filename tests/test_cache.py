@@ -101,7 +101,7 @@ def test_a_cache_of_other_data_is_not_taken_for_this_one(change: str, tree: Imag
     assert not cache_of(again, tmp_path / "cache", size=image_size).exists()
 
 
-def test_a_cut_off_cache_is_built_anew(tree: ImageTree, tmp_path: Path):
+def test_a_cut_off_cache_is_built_again(tree: ImageTree, tmp_path: Path):
     cache = cache_of(tree, tmp_path / "cache")
     build(cache)
     os.truncate(cache.path, 1000)

@@ -227,7 +227,7 @@ def test_an_unreadable_image_is_replaced_by_the_next_one_and_counts_stay_exact(t
     assert len(lines) == 1  # it came up in both epochs
     assert str(trees[0].path(7)) in lines[0]
     changed = [step for step in range(20) if not torch.equal(with_one[step][0], good[step][0])]
-    assert len(changed) == 2  # once an epoch
+    assert len(changed) == 2  # once per epoch
     spoil(trees[0].path(8))
     with pytest.raises(DataError, match="--skip-bad 2"):
         epochs(loader(trees, skip_bad=1))
@@ -264,7 +264,7 @@ def test_a_killed_worker_is_one_data_error_in_the_loader(trees: tuple[ImageTree,
         list(batches)
 
 
-def test_a_training_image_is_cropped_anew_each_epoch_and_a_test_image_never(trees: tuple[ImageTree, ImageTree]):
+def test_a_training_image_is_cropped_again_each_epoch_and_a_test_image_never(trees: tuple[ImageTree, ImageTree]):
     decoding = Decoding({"train": trees[0], "test": trees[1]}, size=24, fit="squash", seed=5, smallest_area=0.4,
                         skip_bad=0)
     first, again, later = (decoding[Key("train", [3, 4], epoch)].images for epoch in (0, 0, 1))

@@ -1,4 +1,4 @@
-"""Run folders, checkpoints, disks and streams in every bad state: a run goes on or says in one line why it cannot."""
+"""Run folders, checkpoints, disks and streams in every bad state: a run continues or says in one line why it cannot."""
 
 import os
 import shutil
@@ -100,7 +100,7 @@ def spoil(folder: Path, what: str) -> None:
     "metrics", "config.json", "newest",
     *(pytest.param(what, marks=pytest.mark.slow)
       for what in ("status.json", "owner.json", "environment", "temporary", "stale lock"))])
-def test_a_damaged_run_folder_is_gone_on_with_exactly(spoilt: Path, whole: dict[str, object],
+def test_a_damaged_run_folder_is_resumed_exactly(spoilt: Path, whole: dict[str, object],
                                                       what: str) -> None:
     spoil(spoilt / "r", what)
     ended = run_in(spoilt)

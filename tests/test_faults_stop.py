@@ -1,4 +1,4 @@
-"""Stop signals: to one rank, to all, at any moment. Nothing is lost, and the same command goes on."""
+"""Stop signals: to one rank, to all, at any moment. Nothing is lost, and the same command continues."""
 
 import signal
 import time

@@ -89,7 +89,7 @@ def test_two_ranks_with_a_worker_each_reach_the_weights_of_one_without(reference
 def test_a_rank_killed_outright_leaves_no_workers_behind(tree: Path, tmp_path: Path):
     with start("image_folder", *flags(tree, tmp_path, "run"), "--workers", "2", "--epochs", "100000", folder=tmp_path,
                launcher="python") as job:
-        job.wait_until(lambda: has_begun(tmp_path / "run"), timeout=90)
+        job.wait_until(lambda: has_started(tmp_path / "run"), timeout=90)
         job.wait_until(lambda: len(workers_of(job)) >= 2, timeout=20)  # the first step needs only one of them
         job.signal(signal.SIGKILL, 0)
         assert job.wait(5).code == -signal.SIGKILL  # it did not end by itself before
@@ -102,7 +102,7 @@ def test_a_rank_killed_outright_leaves_no_workers_behind(tree: Path, tmp_path: P
 def test_a_killed_worker_ends_the_run_with_one_data_error(tree: Path, tmp_path: Path):
     with start("image_folder", *flags(tree, tmp_path, "run"), "--workers", "1", "--epochs", "100000", folder=tmp_path,
                launcher="python") as job:
-        job.wait_until(lambda: has_begun(tmp_path / "run"), timeout=90)
+        job.wait_until(lambda: has_started(tmp_path / "run"), timeout=90)
         os.kill(workers_of(job)[0], signal.SIGKILL)
         ended = job.wait(60)
         wait_until(lambda: not job.alive(), 10)
@@ -139,13 +139,13 @@ def test_an_unreadable_image_ends_the_run_with_one_line_that_names_it(ranks: int
     assert read_json(tmp_path / "refused" / "status.json")["state"] == "FAILED"
 
 
-def has_begun(run: Path) -> bool:
+def has_started(run: Path) -> bool:
     """Whether a step has been reported."""
     return (run / "metrics.jsonl").exists() and bool(metrics(run))
 
 
 def workers_of(job: Job) -> list[int]:
-    """The loader workers that have begun."""
+    """The loader workers that have started."""
     return [pid for pid in job.alive() if name_of(pid) == "pt_data_worker"]
 
 

@@ -70,7 +70,7 @@ def sampler(num_samples: int, *, rank: int = 0, world_size: int = 1) -> Resumabl
 
 @settings(deadline=None)
 @given(st.integers(0, 8), st.sampled_from([1, 2, 3, 4]), st.sampled_from([1, 2, 3, 4]))
-def test_an_epoch_begun_at_one_world_size_ends_at_another_with_no_sample_repeated(
+def test_an_epoch_started_at_one_world_size_ends_at_another_with_no_sample_repeated(
     steps_done: int, before: int, after: int
 ) -> None:
     seen: list[int] = []

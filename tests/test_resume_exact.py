@@ -49,7 +49,7 @@ def check_kill_and_resume(folder: Path, expected: dict[str, Any], step: int, *, 
     resumed = run_in(folder, ranks=ranks)
     assert resumed.codes == [0] * ranks, resumed.err
     if step > 10:
-        assert "(from step-" in resumed.out  # it did go on from a checkpoint
+        assert "(from step-" in resumed.out  # it did resume from a checkpoint
     assert outcome(folder) == expected
 
 
