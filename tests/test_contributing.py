@@ -37,17 +37,20 @@ def test_what_a_batch_goes_through_names_files_and_functions_that_exist() -> Non
 
 
 def blocks() -> list[str]:
-    """The pieces of Python in the text about what can be added: a data set, a model, a trainer."""
+    """The pieces of Python in the text about what can be added: a purpose, a data set, a model, a trainer."""
     return re.findall(r"```python\n(.*?)```", section("How to add a data set, a model, a trainer"), flags=re.DOTALL)
 
 
 @pytest.fixture(scope="module")
 def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A copy of our packages to which the three pieces have been added as the text says."""
+    """A copy of our packages to which the four pieces have been added as the text says."""
     folder = tmp_path_factory.mktemp("tree")
     for package in ("launch", "datasets", "trainers"):
         shutil.copytree(ROOT / package, folder / package, ignore=shutil.ignore_patterns("__pycache__"))
-    data_set, model, trainer = blocks()
+    purpose, data_set, model, trainer = blocks()
+    keyed_random = folder / "datasets" / "keyed_random.py"
+    before, definition, after = keyed_random.read_text().partition("\n\n\ndef signed(")
+    keyed_random.write_text(f"{before}\n{purpose}{definition}{after}")
     (folder / "datasets" / "stripes.py").write_text(data_set)
     with open(folder / "trainers" / "models.py", "a") as file:
         file.write(f"\n\n{model}")

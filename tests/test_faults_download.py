@@ -13,8 +13,9 @@ from typing import Any
 import numpy as np
 import pytest
 
+from tests.helpers.hooks import Hook, download_mnist_from
 from tests.helpers.processes import read_json
-from tests.helpers.server import Job, Server, slack
+from tests.helpers.server import slack, start
 
 FLAGS = ["--download", "--batch-size", "60", "--epochs", "1", "--threads", "1", "--no-pictures", "--run-name", "r"]
 FILES = {"train-images-idx3": (300, 28, 28), "train-labels-idx1": (300,), "t10k-images-idx3": (60, 28, 28),
@@ -43,8 +44,8 @@ class Mirror:
                 self.send_header("Content-Length", str(len(content)))
                 self.end_headers()
                 mirror.asked.set()
-                for start in range(0, len(content), size := len(content) // 10 + 1):
-                    self.wfile.write(content[start : start + size])
+                for first in range(0, len(content), size := len(content) // 10 + 1):
+                    self.wfile.write(content[first : first + size])
                     time.sleep(seconds / 40)  # four files, each in ten pieces
 
             do_HEAD = do_GET
@@ -57,12 +58,10 @@ class Mirror:
         threading.Thread(target=self.server.serve_forever, daemon=True).start()
 
     @property
-    def hook(self) -> str:
+    def hook(self) -> Hook:
         """Has torchvision fetch from here."""
-        resources = [(name, hashlib.md5(content).hexdigest()) for name, content in self.files.items()]
-        return ("import torchvision.datasets as t\n"
-                f"t.MNIST.mirrors, t.MNIST.resources = ['http://127.0.0.1:{self.server.server_port}/'], {resources}\n"
-                "import torchvision.datasets.utils as u\nu._get_redirect_url = lambda url, max_hops=3: url")
+        checksums = {name: hashlib.md5(content).hexdigest() for name, content in self.files.items()}
+        return download_mnist_from(f"http://127.0.0.1:{self.server.server_port}/", checksums)
 
 
 @pytest.fixture
@@ -74,9 +73,9 @@ def slow_mirror() -> Iterator[Mirror]:
 
 
 @pytest.mark.timeout(120)
-def test_a_download_slower_than_the_timeout_is_no_hang(server: Server, slow_mirror: Mirror, tmp_path: Path):
+def test_a_download_slower_than_the_timeout_is_no_hang(slow_mirror: Mirror, tmp_path: Path):
     flags = ["--data-dir", tmp_path / "data", "--output-dir", tmp_path, "--timeout", "3", *FLAGS]
-    with Job(server, "mnist", flags, folder=tmp_path, ranks=2, prepare="", hook=slow_mirror.hook) as job:
+    with start("mnist", *flags, folder=tmp_path, ranks=2, hook=slow_mirror.hook) as job:
         job.wait_until(slow_mirror.asked.is_set)
         began = time.monotonic()
         ended = job.wait(90)
@@ -88,10 +87,9 @@ def test_a_download_slower_than_the_timeout_is_no_hang(server: Server, slow_mirr
 
 @pytest.mark.timeout(120)
 @pytest.mark.parametrize("rank", [0, 1])
-def test_a_stop_during_a_download_ends_all_ranks_within_seconds(rank: int, server: Server, slow_mirror: Mirror,
-                                                                tmp_path: Path):
+def test_a_stop_during_a_download_ends_all_ranks_within_seconds(rank: int, slow_mirror: Mirror, tmp_path: Path):
     flags = ["--data-dir", tmp_path / "data", "--output-dir", tmp_path, "--timeout", "60", *FLAGS]
-    with Job(server, "mnist", flags, folder=tmp_path, ranks=2, prepare="", hook=slow_mirror.hook) as job:
+    with start("mnist", *flags, folder=tmp_path, ranks=2, hook=slow_mirror.hook) as job:
         job.wait_until(slow_mirror.asked.is_set)
         job.signal(signal.SIGTERM, rank)
         began = time.monotonic()

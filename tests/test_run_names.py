@@ -2,7 +2,6 @@
 
 import json
 import re
-import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -11,8 +10,9 @@ import pytest
 from launch import launcher
 from launch.errors import CheckpointError
 from launch.files import read_object, replace_file
-from tests.helpers.processes import ROOT, TINY, execute, read_json
-from tests.helpers.server import NORMED, PREPARE, forked
+from tests.helpers.hooks import at, kill, on_first_start
+from tests.helpers.processes import TINY, read_json
+from tests.helpers.server import NORMED, run
 from trainers.engine.run.folder import RunFolder
 from trainers.engine.run.ownership import unnamed_run
 
@@ -108,10 +108,8 @@ def test_an_output_folder_that_is_a_file_is_one_line(no_launcher: pytest.MonkeyP
 
 
 def test_a_restart_by_torchrun_continues_the_unnamed_run(tmp_path: Path) -> None:
-    hook = PREPARE + 'if os.environ["TORCHELASTIC_RESTART_COUNT"] == "0": at(13, "data", kill, ranks=[1])'
-    words = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "--max-restarts=1",
-             str(ROOT / "tests" / "helpers" / "hooked.py"), *UNNAMED, "--output-dir", str(tmp_path / "runs")]
-    finished = execute(words, timeout=200, cwd=tmp_path, HOOK=hook)
+    finished = run("cifar", *UNNAMED, "--output-dir", tmp_path / "runs", ranks=2, launcher="torchrun", timeout=200,
+                   options=("--max-restarts=1",), hook=on_first_start(at(13, "data", kill, ranks=[1])))
     assert finished.code == 0, finished.err[-2000:]
     folders = list((tmp_path / "runs").iterdir())
     assert [bool(re.fullmatch(f"cifar-blitz-{TIME}", folder.name)) for folder in folders] == [True]
@@ -122,6 +120,6 @@ def test_a_restart_by_torchrun_continues_the_unnamed_run(tmp_path: Path) -> None
 
 def test_a_second_unnamed_run_by_python_is_another_run(tmp_path: Path) -> None:
     for count in (1, 2):
-        finished = forked("cifar", *TINY, "--max-steps", 2, "--output-dir", tmp_path)
+        finished = run("cifar", *TINY, "--max-steps", 2, "--output-dir", tmp_path)
         assert finished.code == 0, finished.err
         assert len(list(tmp_path.glob("cifar-blitz-*"))) == count

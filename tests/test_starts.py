@@ -12,13 +12,13 @@ from launch.bench.setups import command, parse_setup
 from launch.bench.setups import environment as benchmark_environment
 from launch.launcher import threads_per_rank
 from launch.stop import signals_flag
-from tests.helpers.processes import ROOT, Finished, execute
+from tests.helpers.processes import PROGRAMS, ROOT, Ended, execute
 
 BOX = "Setting OMP_NUM_THREADS environment variable"  # of torchrun, where the variable is not set
 DOCTOR = [str(ROOT / "launch" / "doctor.py"), "--json", "--device", "cpu", "--output-dir"]
 
 
-def threads(doctor: Finished) -> list[int]:
+def threads(doctor: Ended) -> list[int]:
     return [rank["threads"] for rank in json.loads(doctor.out)["ranks"]]
 
 
@@ -61,6 +61,5 @@ def test_the_readme_names_the_signals_that_a_rank_stops_at() -> None:
 
 @pytest.mark.parametrize("module", ["launch.errors", "launch.launcher", "launch.stop"])
 def test_what_must_start_fast_imports_neither_torch_nor_tyro(module: str) -> None:
-    done = execute([sys.executable, "-c", f"import sys, {module}\nprint({{'torch', 'tyro'}} & set(sys.modules))"],
-                   cwd=ROOT)
+    done = execute([sys.executable, str(PROGRAMS / "slow_imports.py"), module])
     assert done.out.strip() == "set()", done.err
