@@ -15,7 +15,7 @@ from datasets.augment import Augmentation
 from datasets.errors import DataError
 from datasets.image_folder import ImageTree
 from datasets.images.cache import GatherThenAugment, ImageCache
-from datasets.images.loaders import DecodedTrainLoader, Decoder
+from datasets.images.loaders import DecodedTrainLoader, Decoder, Decoding
 from datasets.images.read import read_image
 from datasets.images.unreadable import BadImages
 from datasets.loaders import train_loader
@@ -40,7 +40,7 @@ def cache_of(tree: ImageTree, folder: Path, *, size: int = 24, split: str = "tra
 
 
 def build(cache: ImageCache, *, skip_bad: int = 0) -> None:
-    decoder = Decoder({cache.split: cache.tree}, size=cache.size, skip_bad=skip_bad)
+    decoder = Decoder(Decoding(splits={cache.split: cache.tree}, size=cache.size, skip_bad=skip_bad))
     assert list(cache.build(decoder, BadImages(skip_bad)))[-1] <= len(cache.tree)
 
 
@@ -63,8 +63,8 @@ def test_training_from_a_cache_sees_the_bits_that_decoding_each_time_sees(tree: 
     cached = train_loader(cache.open(BadImages(0)), GatherThenAugment(augmentation), batch_size=12, rank_batch_size=6,
                           rank=1, world_size=2, seed=2, device=CPU)
     sampler = ResumableSampler(tree, global_batch_size=12, rank=1, world_size=2, seed=2)
-    decoded = DecodedTrainLoader(tree, Decoder({"train": tree}, size=24), augmentation, sampler, BadImages(0),
-                                 rank_batch_size=6, device=CPU)
+    decoder = Decoder(Decoding(splits={"train": tree}, size=24))
+    decoded = DecodedTrainLoader(tree, decoder, augmentation, sampler, BadImages(0), rank_batch_size=6, device=CPU)
     pairs = list(zip(cached.batches(1, 24), decoded.batches(1, 24), strict=True))
     assert len(pairs) == 8
     for (inputs, targets), (other_inputs, other_targets) in pairs:
@@ -146,7 +146,7 @@ def test_a_disk_that_is_too_full_or_refuses_is_a_data_error(tree: ImageTree, tmp
 
 def test_what_a_killed_builder_left_is_swept_and_what_a_live_one_writes_is_not(tree: ImageTree, tmp_path: Path):
     cache = cache_of(tree, tmp_path / "cache")
-    builder = cache.build(Decoder({"train": tree}, size=24), BadImages(0))
+    builder = cache.build(Decoder(Decoding(splits={"train": tree}, size=24)), BadImages(0))
     next(builder)
     mine, = (tmp_path / "cache").iterdir()
     left = mine.with_name(mine.name.replace(f".{os.getpid()}.", ".999999999."))

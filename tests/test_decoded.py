@@ -148,8 +148,8 @@ def trees(tmp_path_factory: pytest.TempPathFactory) -> tuple[ImageTree, ImageTre
 
 def loader(trees: tuple[ImageTree, ImageTree], *, workers: int = 0, rank: int = 0, world_size: int = 1,
            skip_bad: int = 0, bad_images: BadImages | None = None) -> DecodedTrainLoader:
-    decoder = Decoder({"train": trees[0], "test": trees[1]}, size=24, seed=5, smallest_area=0.4, skip_bad=skip_bad,
-                      workers=workers)
+    decoder = Decoder(Decoding(splits={"train": trees[0], "test": trees[1]}, size=24, seed=5, smallest_area=0.4,
+                               skip_bad=skip_bad), workers=workers)
     augmentation = Augmentation(seed=5, mean=(0.5,) * 3, std=(0.5,) * 3, shift=2, flip="random")
     sampler = ResumableSampler(trees[0], global_batch_size=12, rank=rank, world_size=world_size, seed=5)
     return DecodedTrainLoader(trees[0], decoder, augmentation, sampler, bad_images or BadImages(skip_bad),
@@ -201,7 +201,7 @@ def test_loading_draws_no_random_number_that_dropout_would_miss(workers: int, tr
 
 def test_every_test_image_is_decoded_once_on_three_ranks(trees: tuple[ImageTree, ImageTree]):
     test = trees[1]
-    decoder = Decoder({"test": test}, size=24)
+    decoder = Decoder(Decoding(splits={"test": test}, size=24))
     seen = [image for rank in range(3) for images, _ in
             DecodedEvaluationLoader(test, decoder, lambda images: images, BadImages(0), rank=rank, world_size=3,
                                     device=CPU, batch_size=4) for image in images]
@@ -236,8 +236,9 @@ def test_an_unreadable_image_is_replaced_by_the_next_one_and_counts_stay_exact(t
 def test_an_unreadable_test_image_is_left_out_and_not_replaced(tmp_path: Path):
     test = image_folder.load(write_tree(tmp_path))[1]
     spoil(test.path(4))
-    loaded = DecodedEvaluationLoader(test, Decoder({"test": test}, size=24, skip_bad=1), lambda images: images,
-                                     BadImages(1), rank=0, world_size=1, device=CPU)
+    decoder = Decoder(Decoding(splits={"test": test}, size=24, skip_bad=1))
+    loaded = DecodedEvaluationLoader(test, decoder, lambda images: images, BadImages(1), rank=0, world_size=1,
+                                     device=CPU)
     assert sum(len(targets) for _, targets in loaded) == len(test) - 1
 
 
@@ -265,8 +266,7 @@ def test_a_killed_worker_is_one_data_error_in_the_loader(trees: tuple[ImageTree,
 
 
 def test_a_training_image_is_cropped_again_each_epoch_and_a_test_image_never(trees: tuple[ImageTree, ImageTree]):
-    decoding = Decoding({"train": trees[0], "test": trees[1]}, size=24, fit="squash", seed=5, smallest_area=0.4,
-                        skip_bad=0)
+    decoding = Decoding(splits={"train": trees[0], "test": trees[1]}, size=24, seed=5, smallest_area=0.4)
     first, again, later = (decoding[Key("train", [3, 4], epoch)].images for epoch in (0, 0, 1))
     assert torch.equal(first, again)
     assert not torch.equal(first, later)

@@ -30,7 +30,7 @@ from datasets.augment import Augmentation
 from datasets.errors import DataError
 from datasets.image_folder import ImageTree
 from datasets.images.cache import GatherThenAugment, ImageCache
-from datasets.images.loaders import DecodedEvaluationLoader, DecodedTrainLoader, Decoder
+from datasets.images.loaders import DecodedEvaluationLoader, DecodedTrainLoader, Decoder, Decoding
 from datasets.images.read import FitName
 from datasets.images.unreadable import BadImages
 from datasets.loaders import check_size, evaluation_loader, train_loader
@@ -176,9 +176,10 @@ def build_loaders(config: ImageFolderConfig, train: ImageTree, test: ImageTree, 
                   ) -> tuple[TrainBatches, EvaluationBatches]:
     """The loaders of this rank."""
     augment, world, bad_images = augmentation(config), run.world, remember_bad_images(config, run)
-    decoder = Decoder({"train": train, "test": test}, size=image_size(config), fit=config.fit, seed=config.seed,
-                      smallest_area=config.random_crop or 1.0, skip_bad=config.skip_bad, workers=config.workers,
-                      pin_memory=world.device.type == "cuda", prepare_worker=ignore_signals)
+    decoding = Decoding(splits={"train": train, "test": test}, size=image_size(config), fit=config.fit,
+                        seed=config.seed, smallest_area=config.random_crop or 1.0, skip_bad=config.skip_bad)
+    decoder = Decoder(decoding, workers=config.workers, pin_memory=world.device.type == "cuda",
+                      prepare_worker=ignore_signals)
     shard = {"rank": world.rank, "world_size": world.world_size}
     if not config.cache:
         sampler = ResumableSampler(train, global_batch_size=config.batch_size, seed=config.seed, **shard)

@@ -1,6 +1,6 @@
 """Loaders for images that are decoded while training: DataLoader workers read files, the device augments whole batches.
 
-    decoder = Decoder({"train": train, "test": test}, size=224, workers=4)
+    decoder = Decoder(Decoding(splits={"train": train, "test": test}, size=224), workers=4)
     train_loader = DecodedTrainLoader(train, decoder, augmentation, sampler, ...)
     evaluation_loader = DecodedEvaluationLoader(test, decoder, ...)
 
@@ -10,6 +10,7 @@ any number of workers gives the same bits, from any position in any epoch, and o
 
 import multiprocessing
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -48,14 +49,18 @@ class DecodedBatch(NamedTuple):
     """Path and reason of each unreadable image."""
 
 
+@dataclass(frozen=True, kw_only=True)
 class Decoding(Dataset[DecodedBatch]):
     """The work of one worker: files to a batch of uint8 images. It is copied to every worker, and holds no state."""
 
-    def __init__(self, splits: Mapping[str, ImageTree], *, size: int, fit: FitName, seed: int, smallest_area: float,
-                 skip_bad: int) -> None:
-        self.splits, self.size, self.seed = dict(splits), size, seed
-        self.fit: FitName = fit
-        self.smallest_area, self.skip_bad = smallest_area, skip_bad
+    splits: Mapping[str, ImageTree]
+    size: int
+    fit: FitName = "squash"
+    seed: int = 0
+    smallest_area: float = 1.0
+    """Of the random windows of training images; 1 for none."""
+    skip_bad: int = 0
+    """How many unreadable training images may follow each other."""
 
     def __getitem__(self, key: Key) -> DecodedBatch:
         images: list[Tensor] = []
@@ -109,15 +114,13 @@ class Keys(Sampler[Key]):
 class Decoder:
     """A pool of workers that turns keys into batches, in order; without workers, this process decodes."""
 
-    def __init__(self, splits: Mapping[str, ImageTree], *, size: int, fit: FitName = "squash", seed: int = 0,
-                 smallest_area: float = 1.0, skip_bad: int = 0, workers: int = 0, pin_memory: bool = False,
+    def __init__(self, decoding: Decoding, *, workers: int = 0, pin_memory: bool = False,
                  prepare_worker: Callable[[], None] | None = None) -> None:
-        self.size, self.workers = size, workers
+        self.size, self.workers = decoding.size, workers
         self.keys = Keys()
         workers_end, self.lifeline = multiprocessing.Pipe(duplex=False)
         self.loader = DataLoader(
-            Decoding(splits, size=size, fit=fit, seed=seed, smallest_area=smallest_area, skip_bad=skip_bad),
-            batch_size=None, sampler=self.keys, num_workers=workers, pin_memory=pin_memory,
+            decoding, batch_size=None, sampler=self.keys, num_workers=workers, pin_memory=pin_memory,
             collate_fn=as_it_is,  # pyright: ignore[reportArgumentType]
             multiprocessing_context=worker_context() if workers else None, persistent_workers=workers > 0,
             worker_init_fn=WorkerStart(prepare_worker, workers_end) if workers else None,
