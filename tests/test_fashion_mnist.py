@@ -11,6 +11,7 @@ from tests.helpers.comparing import finished
 from tests.helpers.images import write_idx
 from tests.helpers.processes import accuracies, largest_difference, metrics, newest_checkpoint
 from tests.helpers.server import run
+from trainers.fashion_mnist import MEAN, STD
 
 
 def training_figures(run: Path) -> tuple[float, float]:
@@ -50,6 +51,14 @@ def test_softmax_regression_says_and_holds_the_books_figures(
 def fashion_mnist_data(fashion_mnist: Path) -> Path:
     """The real FashionMNIST, where it is there; a name of its own, since the module's is `fashion_mnist`."""
     return fashion_mnist
+
+
+def test_mean_and_std_are_those_of_the_training_images(fashion_mnist_data: Path) -> None:
+    train, _ = fashion_mnist.load(fashion_mnist_data)
+    assert train.inputs.shape == (60_000, 1, 28, 28)
+    images = train.inputs.double() / 255
+    assert images.mean().item() == pytest.approx(MEAN[0], abs=5e-5)
+    assert images.std().item() == pytest.approx(STD[0], abs=5e-5)
 
 
 @pytest.mark.long
