@@ -265,7 +265,7 @@ def test_a_killed_worker_is_one_data_error_in_the_loader(trees: tuple[ImageTree,
         list(batches)
 
 
-def test_a_training_image_is_cropped_again_each_epoch_and_a_test_image_never(trees: tuple[ImageTree, ImageTree]):
+def test_a_training_image_is_cropped_again_in_each_epoch_and_a_test_image_never(trees: tuple[ImageTree, ImageTree]):
     decoding = Decoding(splits={"train": trees[0], "test": trees[1]}, size=24, seed=5, smallest_area=0.4)
     first, again, later = (decoding[Key("train", [3, 4], epoch)].images for epoch in (0, 0, 1))
     assert torch.equal(first, again)

@@ -1,4 +1,4 @@
-"""Run folders, checkpoints, disks and streams in every bad state: a run continues or says in one line why it cannot."""
+"""Run folders, checkpoints, disks and streams in every bad state: a run resumes or says in one line why it cannot."""
 
 import os
 import shutil

@@ -1,4 +1,4 @@
-"""Stop signals: to one rank, to all, at any moment. Nothing is lost, and the same command continues."""
+"""Stop signals: to one rank, to all, at any moment. Nothing is lost, and the same command resumes."""
 
 import signal
 import time

@@ -1,4 +1,4 @@
-"""Faults around a real torchrun: signals to it, its own death, restarts. Each starts everything again, which is slow."""
+"""Faults around a real torchrun: signals to it, its own death, restarts. Each starts new interpreters, which is slow."""
 
 import os
 import signal
@@ -95,7 +95,7 @@ def test_a_killed_rank_ends_the_run_under_torchrun(tmp_path: Path) -> None:
     assert read_json(tmp_path / "r" / "status.json")["state"] == "FAILED"
 
 
-def test_torchrun_restarts_after_a_killed_rank_and_the_run_continues_from_its_checkpoint(tmp_path: Path) -> None:
+def test_torchrun_restarts_after_a_killed_rank_and_the_run_resumes_from_its_checkpoint(tmp_path: Path) -> None:
     hook = on_first_start(at(13, "data", kill, ranks=[1]))
     with torchrun(tmp_path, options=("--max-restarts=3",), hook=hook) as job:
         finished = finish(job, timeout=100)

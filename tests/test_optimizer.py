@@ -1,4 +1,4 @@
-"""trainers/engine/optimizer.py: every rule trains, is torch's own, and continues from its saved state."""
+"""trainers/engine/optimizer.py: every rule trains, is torch's own, and resumes from its saved state."""
 
 import copy
 from collections.abc import Iterator

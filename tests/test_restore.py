@@ -39,7 +39,7 @@ def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def gone_on(original: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The same run, whole, continued to step 16."""
+    """The same run, whole, resumed to step 16."""
     output_dir = tmp_path_factory.mktemp("gone_on")
     shutil.copytree(original, output_dir / "run")
     assert run_tiny(output_dir, "run", "--max-steps", 16).code == 0

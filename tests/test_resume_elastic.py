@@ -1,4 +1,4 @@
-"""A run that continues with another number of ranks trains on the same samples in order; a stop loses nothing."""
+"""A run that resumes with another number of ranks trains on the same samples in order; a stop loses nothing."""
 
 import random
 import signal

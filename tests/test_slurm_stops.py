@@ -1,4 +1,4 @@
-"""slurm/preemptible.sbatch on a real Slurm: however it is stopped, it continues, and ends with the weights of a run that
+"""slurm/preemptible.sbatch on a real Slurm: however it is stopped, it resumes, and ends with the weights of a run that
 was never stopped.
 """
 

@@ -172,7 +172,7 @@ def touch(name: str) -> None:
 
 @hook
 def change_folder(name: str) -> None:
-    """Go on in another folder, as on a node of its own; `{rank}` stands for this process's rank."""
+    """Continue in another folder, as on a node of its own; `{rank}` stands for this process's rank."""
     os.chdir(name.format(rank=launched_rank()))
 
 
