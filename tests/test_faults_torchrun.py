@@ -1,4 +1,4 @@
-"""Faults around a real torchrun: signals to it, its own death, restarts. Each starts new interpreters, which is slow."""
+"""Faults around a real torchrun: signals to it, its own death, restarts. Each starts interpreters, which is slow."""
 
 import os
 import signal
