@@ -38,9 +38,9 @@ def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def gone_on(original: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def resumed_run(original: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The same run, whole, resumed to step 16."""
-    output_dir = tmp_path_factory.mktemp("gone_on")
+    output_dir = tmp_path_factory.mktemp("resumed_run")
     shutil.copytree(original, output_dir / "run")
     assert run_tiny(output_dir, "run", "--max-steps", 16).code == 0
     return output_dir / "run"
@@ -59,7 +59,7 @@ def spoil(path: Path) -> None:
     path.write_bytes(data)
 
 
-def test_a_damaged_newest_checkpoint_costs_one_warning_and_no_bit_of_the_result(run: Path, gone_on: Path):
+def test_a_damaged_newest_checkpoint_costs_one_warning_and_no_bit_of_the_result(run: Path, resumed_run: Path):
     spoil(run / "checkpoints" / "step-00000012.pt")
     finished = run_tiny(run.parent, "run", "--max-steps", 16)
     assert finished.code == 0
@@ -68,8 +68,8 @@ def test_a_damaged_newest_checkpoint_costs_one_warning_and_no_bit_of_the_result(
     assert "step-00000012.pt (its sha256 is not the manifest's)" in warnings[0]
     assert "from step-00000008.pt" in finished.out
     assert (run / "checkpoints" / "step-00000012.pt.damaged").exists()
-    assert read_json(run / "result.json")["weights_sha256"] == read_json(gone_on / "result.json")["weights_sha256"]
-    assert metrics(run)[-1] == metrics(gone_on)[-1]
+    assert read_json(run / "result.json")["weights_sha256"] == read_json(resumed_run / "result.json")["weights_sha256"]
+    assert metrics(run)[-1] == metrics(resumed_run)[-1]
 
 
 def test_where_every_checkpoint_is_damaged_the_run_does_not_start_over(run: Path):
@@ -84,13 +84,13 @@ def test_where_every_checkpoint_is_damaged_the_run_does_not_start_over(run: Path
     assert sorted((run / "checkpoints").glob("step-*.pt")) == paths
 
 
-def test_a_named_checkpoint_is_gone_on_from_and_later_ones_are_renamed(run: Path, gone_on: Path):
+def test_a_named_checkpoint_is_resumed_from_and_later_ones_are_renamed(run: Path, resumed_run: Path):
     finished = run_tiny(run.parent, "run", "--max-steps", 16, "--resume", run / "checkpoints" / "step-00000004.pt")
     assert finished.code == 0
     assert "from step-00000004.pt, step 4" in finished.out
     assert (run / "checkpoints" / "step-00000012.pt.superseded").exists()
     assert newest_good(run / "checkpoints").path.name == "step-00000016.pt"
-    assert read_json(run / "result.json")["weights_sha256"] == read_json(gone_on / "result.json")["weights_sha256"]
+    assert read_json(run / "result.json")["weights_sha256"] == read_json(resumed_run / "result.json")["weights_sha256"]
     steps = [step for (step,) in metrics(run, "step")]
     assert steps == sorted(steps)
 
