@@ -118,11 +118,11 @@ def main(config: BenchmarkConfig) -> int:
         return benchmark_pipeline(config.output_dir, rounds=config.rounds, seconds=config.seconds,
                                   batch_size=config.batch_size)
     hardware = Hardware.here()
-    setups = [parse_setup(text) for text in config.setups or everything(hardware)]
+    setups = [parse_setup(text, threads=config.threads) for text in config.setups or everything(hardware)]
     jobs, missing = jobs_of(config, setups, hardware)
     for one in missing:
         to_stderr(f"not run: {one['setup']}: {one['why']}")
-    cores = core_warnings([job.setup for job in jobs], hardware, config.threads)
+    cores = core_warnings([job.setup for job in jobs], hardware)
     results: dict[str, Any] = {
         "format": 1, "complete": False, "command": shlex.join(["python", *sys.argv]), "trainer": config.trainer,
         "model": config.model, "recipe": config.recipe, "dataset": config.dataset, "machine": hardware.record(),
@@ -177,8 +177,7 @@ def measure_all(config: BenchmarkConfig, jobs: list[Job], results: dict[str, Any
     flags = ["--onednn", "--model", config.model, "--recipe", config.recipe, "--dataset", config.dataset,
              "--learning-rate", str(config.learning_rate), "--seed", str(config.seed)]
     flags += shlex.split(config.trainer_flags)
-    run_one = partial(run_job, trainer=config.trainer, flags=flags, threads=config.threads,
-                      timeout_seconds=config.timeout)
+    run_one = partial(run_job, trainer=config.trainer, flags=flags, timeout_seconds=config.timeout)
     runs: list[dict[str, Any]] = []
 
     def update() -> None:

@@ -65,7 +65,7 @@ def test_an_unknown_setup_is_refused_by_name(text: str):
 
 def test_every_setup_stands_for_the_command_a_person_would_type():
     def words(name: str) -> str:
-        return " ".join(command(parse_setup(name), "cifar", ["--model", "net"], threads=1))
+        return " ".join(command(parse_setup(name), "cifar", ["--model", "net"]))
     assert "torch.distributed.run" not in words("cpu:1")
     assert "--device cpu --parallel none" in words("cpu:1")
     assert "--nproc-per-node=2" in words("cpu:2")

@@ -27,7 +27,7 @@ def bare_loop() -> dict[str, float]:
 def benchmarked() -> dict[str, Any]:
     job = plan([parse_setup("cpu:1")], batch_size=BATCH_SIZE, rank_batch_size=BATCH_SIZE, scaling="strong")[0]
     flags = ["--onednn", "--model", "net", "--recipe", "blitz", "--dataset", "synthetic", "--learning-rate", "0.05"]
-    result = run_job(job, "cifar", flags, steps=f"{WARMUP}:{STEPS}", threads=1, timeout_seconds=120)
+    result = run_job(job, "cifar", flags, steps=f"{WARMUP}:{STEPS}", timeout_seconds=120)
     assert result["error"] is None, result["error"]
     return result["benchmark"]
 

@@ -1,6 +1,5 @@
 """Running the commands: which set-up when, one process tree each, and the error of one that fails."""
 
-import json
 import os
 import signal
 import subprocess
@@ -10,17 +9,19 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from tqdm import tqdm
 
 from launch.bench.setups import Setup, command, environment
 from launch.errors import to_stderr
+from launch.files import read_object
 
 FEWEST_STEPS, MOST_STEPS = 10, 2000
 CALIBRATION = "3:10"  # steps left out, steps timed: enough for the order of magnitude that is asked of it
-
 STOP_SECONDS = 10  # for a process tree to leave after SIGTERM
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,14 +53,13 @@ def plan(setups: Sequence[Setup], *, batch_size: int, rank_batch_size: int, scal
     return list(wanted.values())
 
 
-def rotated(jobs: Sequence[Job], round_number: int) -> list[Job]:
+def rotated(jobs: Sequence[T], round_number: int) -> list[T]:
     """A B C, then B C A, …: no set-up always runs first, when the machine is coolest, or last."""
     start = round_number % len(jobs)
     return [*jobs[start:], *jobs[:start]]
 
 
-def run_job(job: Job, trainer: str, flags: Sequence[str], *, steps: str, threads: int, timeout_seconds: float
-            ) -> dict[str, Any]:
+def run_job(job: Job, trainer: str, flags: Sequence[str], *, steps: str, timeout_seconds: float) -> dict[str, Any]:
     """Run the trainer once and read what it measured.
 
     Returns:
@@ -68,10 +68,10 @@ def run_job(job: Job, trainer: str, flags: Sequence[str], *, steps: str, threads
     """
     with tempfile.TemporaryDirectory(prefix="benchmark-") as folder:
         words = command(job.setup, trainer, [*flags, "--batch-size", str(job.batch_size), "--measure", steps,
-                                             "--output-dir", folder, "--run-name", "run"], threads=threads)
+                                             "--output-dir", folder, "--run-name", "run"])
         began = time.perf_counter()
-        error = execute(words, environment(job.setup, threads=threads), Path(folder, "log"), timeout_seconds)
-        figures = None if error else read_figures(Path(folder, "run", "result.json"))
+        error = execute(words, environment(job.setup), Path(folder, "log"), timeout_seconds)
+        figures = None if error else (read_object(Path(folder, "run", "result.json")) or {}).get("benchmark")
     if error is None and figures is None:
         error = "exit code 0, but no figures in result.json"
     return {"setup": job.setup.name, "batch_size": job.batch_size, "scalings": list(job.scalings),
@@ -112,14 +112,6 @@ def error_in(log: str) -> str:
     exceptions = [line for line in lines if line.split(":")[0].endswith(("Error", "Exception", "Killed"))
                   and "ChildFailedError" not in line]
     return (errors or exceptions[-1:] or lines[-1:] or ["no output"])[0][:300]
-
-
-def read_figures(path: Path) -> dict[str, Any] | None:
-    """The `benchmark` part of a result.json."""
-    try:
-        return json.loads(path.read_text())["benchmark"]
-    except (OSError, ValueError, KeyError):
-        return None
 
 
 def calibrate(jobs: Sequence[Job], *, steps: int | None, warmup_steps: int | None, seconds: float,

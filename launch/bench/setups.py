@@ -14,7 +14,7 @@ import re
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Literal, cast
+from typing import Any, Literal, cast
 
 import torch
 
@@ -29,7 +29,10 @@ Kind = Literal["cpu", "gpu", "dp", "ddp"]
 Precision = Literal["fp32", "bf16", "fp16"]
 COUNT = AtLeast(1, most=1024)  # devices of a set-up, threads of a rank
 KINDS = ("cpu", "gpu", "dp", "ddp")
-OPTIONS = ("bf16", "fp16", "channels-last", "compile", "gloo", "threads=2")
+OPTIONS: dict[str, dict[str, Any]] = {
+    "bf16": {"precision": "bf16"}, "fp16": {"precision": "fp16"}, "channels-last": {"channels_last": True},
+    "compile": {"compile": True}, "gloo": {"gloo": True},
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,8 +47,8 @@ class Setup:
     compile: bool = False
     channels_last: bool = False
     gloo: bool = False
-    threads: int | None = None
-    """Per rank; None: what --threads says."""
+    threads: int = 1
+    """Per rank."""
 
     @property
     def ranks(self) -> int:
@@ -77,8 +80,8 @@ class Hardware:
                 "torch": str(torch.__version__)}
 
 
-def parse_setup(text: str) -> Setup:
-    """`ddp:2+bf16` as a Setup.
+def parse_setup(text: str, *, threads: int = 1) -> Setup:
+    """`ddp:2+bf16` as a Setup; `threads` per rank unless it has `+threads=T`.
 
     Raises:
         UsageError: for an unknown kind, count or option.
@@ -90,7 +93,7 @@ def parse_setup(text: str) -> Setup:
         raise UsageError(f"--setups {text}: unknown; must be {known}, with options such as +bf16"
                          f"{nearest(head.partition(':')[0], KINDS)}")
     check_number(f"--setups {text}: {match[1]}", devices := int(match[2][:20]), COUNT)
-    setup = Setup(name=text, kind=cast(Kind, match[1]), devices=devices)
+    setup = Setup(name=text, kind=cast(Kind, match[1]), devices=devices, threads=threads)
     for option in options:
         setup = with_option(setup, option)
     if setup.gloo and setup.kind != "ddp":
@@ -108,17 +111,10 @@ def with_option(setup: Setup, option: str) -> Setup:
     if threads:
         check_number(f"--setups {setup.name}: threads", count := int(threads[1][:20]), COUNT)
         return replace(setup, threads=count)
-    match option:
-        case "bf16" | "fp16":
-            return replace(setup, precision=option)
-        case "channels-last":
-            return replace(setup, channels_last=True)
-        case "compile":
-            return replace(setup, compile=True)
-        case "gloo":
-            return replace(setup, gloo=True)
-    raise UsageError(f"--setups {setup.name}: no option {option!r}; choose from {', '.join(OPTIONS)}"
-                     f"{nearest(option, OPTIONS)}")
+    if option not in OPTIONS:
+        raise UsageError(f"--setups {setup.name}: no option {option!r}; choose from {', '.join(OPTIONS)}, threads=2"
+                         f"{nearest(option, OPTIONS)}")
+    return replace(setup, **OPTIONS[option])
 
 
 def everything(hardware: Hardware) -> list[str]:
@@ -134,7 +130,7 @@ def everything(hardware: Hardware) -> list[str]:
 
 def powers_up_to(most: int) -> list[int]:
     """1, 2, 4, … and `most` itself."""
-    return sorted({2**exponent for exponent in range(most.bit_length()) if 2**exponent <= most} | ({most} - {0}))
+    return sorted({2**exponent for exponent in range(most.bit_length())} | ({most} - {0}))
 
 
 def why_not(setup: Setup, hardware: Hardware, batch_size: int) -> str | None:
@@ -154,19 +150,14 @@ def why_not(setup: Setup, hardware: Hardware, batch_size: int) -> str | None:
     return None
 
 
-def threads_of(setup: Setup, threads: int) -> int:
-    """Threads per rank."""
-    return setup.threads or threads
-
-
-def core_warnings(setups: Sequence[Setup], hardware: Hardware, threads: int) -> list[str]:
+def core_warnings(setups: Sequence[Setup], hardware: Hardware) -> list[str]:
     """A warning for each CPU set-up that wants more cores than there are; it runs all the same."""
-    wants = {setup.name: setup.ranks * threads_of(setup, threads) for setup in setups if setup.kind == "cpu"}
+    wants = {setup.name: setup.ranks * setup.threads for setup in setups if setup.kind == "cpu"}
     return [f"{name}: {want} threads on {hardware.cores} cores; they take turns"
             for name, want in wants.items() if want > hardware.cores]
 
 
-def command(setup: Setup, trainer: str, flags: Sequence[str], *, threads: int) -> list[str]:
+def command(setup: Setup, trainer: str, flags: Sequence[str]) -> list[str]:
     """The command line: the trainer under python, or under torchrun."""
     torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={setup.ranks}"]
     parallel = "dp" if setup.kind == "dp" else "ddp" if setup.launched else "none"
@@ -176,11 +167,11 @@ def command(setup: Setup, trainer: str, flags: Sequence[str], *, threads: int) -
         "--backend", "gloo" if setup.gloo or setup.kind == "cpu" else "auto", "--precision", setup.precision,
         "--compile" if setup.compile else "--no-compile",
         "--channels-last" if setup.channels_last else "--no-channels-last",
-        "--threads", str(threads_of(setup, threads)),
+        "--threads", str(setup.threads),
     ]
 
 
-def environment(setup: Setup, *, threads: int) -> dict[str, str]:
+def environment(setup: Setup) -> dict[str, str]:
     """This environment for the command: no launcher's variables, and for DataParallel just its GPUs.
 
     OMP_NUM_THREADS is set for torchrun, which would print a box about it; ranks compute with --threads all the same.
@@ -189,7 +180,7 @@ def environment(setup: Setup, *, threads: int) -> dict[str, str]:
     kept = {name: value for name, value in os.environ.items()
             if name not in launchers and not name.startswith(("TORCHELASTIC_", "SLURM_"))}
     if setup.launched:
-        kept.setdefault("OMP_NUM_THREADS", str(threads_of(setup, threads)))
+        kept.setdefault("OMP_NUM_THREADS", str(setup.threads))
     if setup.kind == "dp":
         visible = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
         gpus = visible if visible != [""] else [str(index) for index in range(setup.devices)]
