@@ -40,12 +40,11 @@ if not __package__:
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 from launch.bench.compare import comparison_cells, differences, read_results
-from launch.bench.output import check_output_dir, write_pictures, write_results
 from launch.bench.pipeline import benchmark_pipeline
 from launch.bench.runs import Job, calibrate, plan, run_job, run_rounds
 from launch.bench.setups import Hardware, Setup, core_warnings, everything, parse_setup, why_not
 from launch.bench.summary import summarise, warnings_of
-from launch.bench.table import as_text, terminal_page
+from launch.bench.table import as_table, check_output_dir, page, write_json, write_pages
 from launch.command_line import nearest, run
 from launch.errors import UsageError, say, to_stderr
 from launch.files import ROOT
@@ -107,7 +106,7 @@ def main(config: BenchmarkConfig) -> int:
     old = read_results(config.compare) if config.compare else None
     if config.report is not None:
         shown = read_results(config.report)
-        say(terminal_page(shown))
+        say(page(shown))
         show_comparison(old, shown)
         return 0
     check(config)
@@ -183,7 +182,7 @@ def measure_all(config: BenchmarkConfig, jobs: list[Job], results: dict[str, Any
     def update() -> None:
         results.update(summarise(jobs, runs, baseline=config.baseline), runs=runs)
         results["warnings"] = [*cores, *warnings_of(results["rows"], rounds=config.rounds)]
-        write_results(results, config.output_dir)
+        write_json(results, config.output_dir / "benchmark.json")
 
     try:
         warmup, steps = calibrate(jobs, steps=config.steps, warmup_steps=config.warmup_steps, seconds=config.seconds,
@@ -203,8 +202,8 @@ def measure_all(config: BenchmarkConfig, jobs: list[Job], results: dict[str, Any
             return 130
         say(f"stopped: {len(runs)} finished runs are kept")
     update()
-    write_pictures(results, config.output_dir)
-    say(f"\n{terminal_page(results)}\n\nwritten to {config.output_dir}/benchmark.json, .md, .png")
+    write_pages(results, config.output_dir)
+    say(f"\n{page(results)}\n\nwritten to {config.output_dir}/benchmark.json, .md, .png")
     if not results["complete"]:
         return 130
     return int(any(row["error"] or row["verdict"] == "WRONG" for row in results["rows"]))
@@ -217,7 +216,7 @@ def show_comparison(old: dict[str, Any] | None, new: dict[str, Any]) -> None:
     for difference in differences(old, new):
         say(f"differs: {difference}")
     cells = comparison_cells(old, new)
-    say(as_text(cells) if len(cells) > 1 else "the two have no set-up and batch in common")
+    say(as_table(cells) if len(cells) > 1 else "the two have no set-up and batch in common")
 
 
 if __name__ == "__main__":

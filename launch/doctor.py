@@ -32,8 +32,7 @@ from launch.errors import DeviceError, UsageError, say
 from launch.launcher import Launch, read_launch
 from launch.rules import MOST_SECONDS, Above
 
-COLORS = {"OK": "\x1b[32m", "WARN": "\x1b[33m", "FAIL": "\x1b[1;31m"}
-RESET = "\x1b[0m"
+COLORS = {"OK": "\x1b[32m", "WARN": "\x1b[33m", "FAIL": "\x1b[1;31m", "reset": "\x1b[0m"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,11 +55,10 @@ def main(config: DoctorConfig) -> int:
     """Find out, print on rank 0, and return the exit code (the same on every rank)."""
     try:
         launch = read_launch()
+        job = job_findings(launch)
     except UsageError as error:
-        launch, broken = Launch(), [fail("launcher", str(error), "start with torchrun, srun python, or plain python")]
-    else:
-        broken = []
-    findings = [*machine_findings(launch, Path(config.output_dir)), *(broken or job_findings(launch))]
+        launch, job = Launch(), [fail("launcher", str(error), "start with torchrun, srun python, or plain python")]
+    findings = [*machine_findings(launch, Path(config.output_dir)), *job]
     ranks: list[dict[str, Any]] = []
     if launch.launcher != "none":
         findings, ranks = ranks_findings(launch, findings, device=config.device, backend=config.backend,
@@ -81,7 +79,7 @@ def page(findings: list[Finding], ranks: list[dict[str, Any]], *, color: bool) -
     width = max(len(finding.check) for finding in findings)
     for finding in findings:
         state = f"{finding.state:4}"
-        shown = f"{COLORS[finding.state]}{state}{RESET}" if color else state
+        shown = f"{COLORS[finding.state]}{state}{COLORS['reset']}" if color else state
         host = f"[{finding.host}] " if finding.host else ""
         lines.append(f"  {shown}  {finding.check:{width}}  {host}{finding.text}")
         if finding.fix:

@@ -11,7 +11,7 @@ from launch.bench.compare import comparison_cells, differences, judgement
 from launch.bench.runs import Job, error_in, plan, rotated
 from launch.bench.setups import Hardware, command, everything, parse_setup, powers_up_to, why_not
 from launch.bench.summary import summarise, warnings_of
-from launch.bench.table import as_text, markdown_page, speed_cells, terminal_page
+from launch.bench.table import as_table, page, speed_cells
 from launch.errors import UsageError
 
 LAPTOP = Hardware(cores=4, gpu_names=())
@@ -155,7 +155,7 @@ def test_a_loss_that_is_no_number_is_wrong_even_alone():
     planned = jobs("cpu:1")
     rows = summarise(planned, runs_of(planned[0], figures(100, loss=None)), baseline=None)["rows"]
     assert rows[0]["verdict"] == "WRONG"
-    assert "not finite" in as_text(speed_cells(rows, "cpu:1"))
+    assert "not finite" in as_table(speed_cells(rows, "cpu:1"))
 
 
 def test_rounding_and_batchnorm_are_no_reason_to_call_a_loss_wrong():
@@ -191,7 +191,7 @@ def test_a_failed_setup_keeps_its_row_and_says_how():
     runs = runs_of(one, figures(100)) + runs_of(two, None, error="exit code 1: boom")
     summary = summarise([one, two], runs, baseline=None)
     assert summary["rows"][1]["error"] == "exit code 1: boom"
-    assert "failed" in as_text(speed_cells(summary["rows"], "cpu:1"))
+    assert "failed" in as_table(speed_cells(summary["rows"], "cpu:1"))
     assert any("boom" in line for line in warnings_of(summary["rows"], rounds=1))
 
 
@@ -222,13 +222,12 @@ def test_two_reports_are_compared_row_by_row_and_other_machines_are_named():
     assert differences(old, new) == ["cores: 2 -> 64"]
 
 
-def test_the_report_is_shown_as_text_as_markdown_and_as_a_picture(tmp_path: Path):
+def test_the_report_is_shown_as_text_and_as_a_picture(tmp_path: Path):
     planned = jobs("cpu:1", "cpu:2", scaling="both")
     runs = [run for job in planned for run in runs_of(job, figures(100.0, ranks=job.setup.ranks))]
     report = report_of(summarise(planned, runs, baseline=None))
-    for text in (terminal_page(report), markdown_page(report)):
-        for expected in ("cpu:2", "communication", "gpu:1", "look out", "200.00 ms"):
-            assert expected in text
+    for expected in ("cpu:2", "communication", "gpu:1", "look out", "200.00 ms"):
+        assert expected in page(report)
     draw(report, tmp_path / "benchmark.png")
     assert (tmp_path / "benchmark.png").read_bytes().startswith(b"\x89PNG")
     assert curves_of(report["rows"]) == {"cpu, strong": [(1, 1.0), (2, 1.0)], "cpu, weak": [(1, 1.0), (2, 1.0)]}

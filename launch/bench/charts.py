@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from launch.bench.summary import ratio_of_rounds
+from launch.bench.summary import measured, ratio_of_rounds
 
 COLORS = {"cpu": "#4878a8", "gpu": "#6aa84f", "dp": "#e69138", "ddp": "#8e63a8"}
 PHASES = {"forward_backward": ("forward + backward", "#4878a8"), "communication": ("communication", "#cc5544"),
@@ -13,14 +13,12 @@ PHASES = {"forward_backward": ("forward + backward", "#4878a8"), "communication"
 
 def draw(results: dict[str, Any], path: Path) -> None:
     """Write the PNG; matplotlib is loaded only here."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    rows = [row for row in results["rows"] if row["samples_per_second"]]
+    rows = measured(results["rows"])
     curves = curves_of(rows)
     height = max(4.2, 2.2 + 0.45 * len(rows))
     figure = Figure(figsize=(15 if curves else 11, height), layout="constrained")
-    FigureCanvasAgg(figure)
     axes = figure.subplots(1, 3 if curves else 2, width_ratios=[1.2, 1, 1][: 3 if curves else 2], squeeze=False)[0]
     figure.suptitle(f"{results['model']}, {results['trainer']} trainer, torch {results['machine']['torch']}",
                     fontsize=11)
@@ -28,12 +26,10 @@ def draw(results: dict[str, Any], path: Path) -> None:
     draw_steps(axes[1], rows)
     if curves:
         draw_scaling(axes[2], curves)
+    for axis in axes:
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.tick_params(labelsize=9)
     figure.savefig(path, dpi=130)
-
-
-def label(row: dict[str, Any]) -> str:
-    """A row's name on an axis."""
-    return f"{row['setup']}, batch {row['batch_size']}{' *' if row['busy'] else ''}"
 
 
 def draw_bars(axis: Any, rows: Sequence[dict[str, Any]]) -> None:
@@ -48,12 +44,11 @@ def draw_bars(axis: Any, rows: Sequence[dict[str, Any]]) -> None:
     for position, row in zip(positions, rows, strict=True):
         text = f"{row['samples_per_second']:,.0f}" + (" WRONG" if row["verdict"] == "WRONG" else "")
         axis.text(row["fastest_round"] + 0.02 * widest, position, text, va="center", fontsize=9)
-    axis.set_yticks(positions, [label(row) for row in rows], fontsize=9)
+    axis.set_yticks(positions, [f"{row['setup']}, batch {row['batch_size']}{' *' * row['busy']}" for row in rows])
     axis.invert_yaxis()
     axis.set_xlim(0, widest * 1.2)
     axis.set_title("samples per second (whisker: rounds)" + (", * busy machine" * any(row["busy"] for row in rows)),
                    fontsize=10)
-    without_box(axis)
 
 
 def draw_steps(axis: Any, rows: Sequence[dict[str, Any]]) -> None:
@@ -63,11 +58,10 @@ def draw_steps(axis: Any, rows: Sequence[dict[str, Any]]) -> None:
         widths = [1000 * (row["step_seconds"][name] or 0.0) for row in rows]
         axis.barh(range(len(rows)), widths, left=left, color=color, height=0.6, label=text)
         left = [start + width for start, width in zip(left, widths, strict=True)]
-    axis.set_yticks(range(len(rows)), [] if len(rows) else None)
+    axis.set_yticks([])
     axis.invert_yaxis()
     axis.set_title("where a step goes, ms", fontsize=10)
     axis.legend(fontsize=8, frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.07), ncols=2)
-    without_box(axis)
 
 
 def curves_of(rows: Sequence[dict[str, Any]]) -> dict[str, list[tuple[int, float]]]:
@@ -105,10 +99,3 @@ def draw_scaling(axis: Any, curves: dict[str, list[tuple[int, float]]]) -> None:
     axis.set_ylim(bottom=0)
     axis.set_title("speed-up (strong: one global batch, weak: one per rank)", fontsize=10)
     axis.legend(fontsize=8, frameon=False)
-    without_box(axis)
-
-
-def without_box(axis: Any) -> None:
-    """No box around the data."""
-    axis.spines[["top", "right"]].set_visible(False)
-    axis.tick_params(labelsize=9)

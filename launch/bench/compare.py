@@ -1,11 +1,12 @@
 """Two benchmarks side by side: which set-ups changed by more than their rounds scatter."""
 
-import json
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from launch.bench.summary import measured
+from launch.bench.table import Cells
 from launch.errors import UsageError
+from launch.files import read_object
 
 FORMAT = 1
 
@@ -16,17 +17,14 @@ def read_results(path: Path) -> dict[str, Any]:
     Raises:
         UsageError: if it is none.
     """
-    try:
-        results = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise UsageError(f"{path}: cannot be read as a benchmark.json ({error}); give one that launch/benchmark.py "
-                         f"wrote") from None
-    if not isinstance(results, dict) or results.get("format") != FORMAT or "rows" not in results:
-        raise UsageError(f"{path}: is no benchmark.json of format {FORMAT}; give one that launch/benchmark.py wrote")
+    results = read_object(path)
+    if results is None or results.get("format") != FORMAT or "rows" not in results:
+        raise UsageError(f"{path}: cannot be read as a benchmark.json of format {FORMAT}; give one that "
+                         f"launch/benchmark.py wrote")
     return results
 
 
-def comparison_cells(old: dict[str, Any], new: dict[str, Any]) -> list[list[str]]:
+def comparison_cells(old: dict[str, Any], new: dict[str, Any]) -> Cells:
     """Header and a row for every set-up and batch that both have."""
     cells = [["set-up", "global batch", "old samples/s", "new samples/s", "new / old", "judgement"]]
     before = {(row["setup"], row["batch_size"]): row for row in measured(old["rows"])}
@@ -37,11 +35,6 @@ def comparison_cells(old: dict[str, Any], new: dict[str, Any]) -> list[list[str]
             cells.append([row["setup"], str(row["batch_size"]), f"{other['samples_per_second']:,.0f}",
                           f"{row['samples_per_second']:,.0f}", f"{ratio:.3f}", judgement(other, row)])
     return cells
-
-
-def measured(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Rows with a speed."""
-    return [row for row in rows if row["samples_per_second"]]
 
 
 def judgement(old: dict[str, Any], new: dict[str, Any]) -> str:
@@ -57,11 +50,7 @@ def judgement(old: dict[str, Any], new: dict[str, Any]) -> str:
 
 def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     """What else changed between the two, so that a ratio is not put down to the code alone."""
-    found = []
-    for name in ("model", "trainer", "dataset", "recipe"):
-        if old.get(name) != new.get(name):
-            found.append(f"{name}: {old.get(name)} -> {new.get(name)}")
-    for name in ("host", "processor", "cores", "gpus", "torch"):
-        if old["machine"].get(name) != new["machine"].get(name):
-            found.append(f"{name}: {old['machine'].get(name)} -> {new['machine'].get(name)}")
-    return found
+    before, after = {**old, **old["machine"]}, {**new, **new["machine"]}
+    names = ("model", "trainer", "dataset", "recipe", "host", "processor", "cores", "gpus", "torch")
+    return [f"{name}: {before.get(name)} -> {after.get(name)}" for name in names
+            if before.get(name) != after.get(name)]

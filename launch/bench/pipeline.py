@@ -8,8 +8,9 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from launch.bench.runs import error_in, rotated
 from launch.bench.setups import Hardware
-from launch.bench.table import as_markdown, as_text
+from launch.bench.table import Cells, as_table, write_json
 from launch.errors import say, to_stderr
 from launch.files import ROOT, replace_file
 
@@ -29,7 +30,7 @@ def benchmark_pipeline(output_dir: Path, *, rounds: int, seconds: float, batch_s
     names, rates, errors = variants(hardware.cores), {}, []
     try:
         for number in range(rounds):
-            for name in [*names[number % len(names):], *names[: number % len(names)]]:
+            for name in rotated(names, number):
                 rate = images_per_second(name, seconds=seconds, batch_size=batch_size)
                 if isinstance(rate, str):
                     errors.append(f"{name}: {rate}")
@@ -42,11 +43,11 @@ def benchmark_pipeline(output_dir: Path, *, rounds: int, seconds: float, batch_s
         errors.append("stopped by Ctrl-C")
     rows = [row(name, rates[name]) for name in names if name in rates]
     results = {"format": 1, "batch_size": batch_size, "machine": hardware.record(), "rows": rows, "errors": errors}
-    cells = pipeline_cells(rows)
-    replace_file(output_dir / "pipeline.json", (json.dumps(results, indent=1) + "\n").encode())
-    replace_file(output_dir / "pipeline.md", f"# Input pipeline\n\n{as_markdown(cells)}\n".encode())
-    say(f"\nrandom crop, flip and normalise of 32x32 images, batch {batch_size}, one thread per process\n\n"
-        f"{as_text(cells)}\n\nwritten to {output_dir}/pipeline.json, .md")
+    page = (f"# Input pipeline\n\nrandom crop, flip and normalise of 32x32 images, batch {batch_size}, one thread per "
+            f"process\n\n{as_table(pipeline_cells(rows))}\n")
+    write_json(results, output_dir / "pipeline.json")
+    replace_file(output_dir / "pipeline.md", page.encode())
+    say(f"\n{page}\nwritten to {output_dir}/pipeline.json, .md")
     return 130 if errors[-1:] == ["stopped by Ctrl-C"] else int(bool(errors))
 
 
@@ -59,7 +60,7 @@ def images_per_second(name: str, *, seconds: float, batch_size: int) -> float | 
     except subprocess.TimeoutExpired:
         return f"still running after {START_SECONDS + 3 * seconds:.0f} s"
     except (ValueError, KeyError):
-        return f"exit code {done.returncode}: {(done.stderr.strip().splitlines() or ['no output'])[-1][:200]}"
+        return f"exit code {done.returncode}: {error_in(done.stderr)}"
 
 
 def row(name: str, rates: Sequence[float]) -> dict[str, Any]:
@@ -68,7 +69,7 @@ def row(name: str, rates: Sequence[float]) -> dict[str, Any]:
             "fastest_round": max(rates), "rounds": len(rates)}
 
 
-def pipeline_cells(rows: Sequence[dict[str, Any]]) -> list[list[str]]:
+def pipeline_cells(rows: Sequence[dict[str, Any]]) -> Cells:
     """Header and rows, relative to the first."""
     meaning = {"pil": "PIL transforms, {} workers", "v2": "v2 tensor transforms, {} workers",
                "batch": "whole batch at once (ours)"}

@@ -28,9 +28,15 @@ def summarise(jobs: Sequence[Job], runs: Sequence[dict[str, Any]], *, baseline: 
     for row in rows:
         base = baseline_for(row, rows, chosen)
         row["speedup"] = ratio_of_rounds(row, base) if base else None
-        row["efficiency"] = efficiency(row, base) if base else None
+        comparable = base and (row["kind"] == "cpu") == (base["kind"] == "cpu")  # between CPU and GPU it means nothing
+        row["efficiency"] = row["speedup"] * base["devices"] / row["devices"] if base and comparable else None
     judge_losses(rows, chosen)
     return {"baseline": chosen, "rows": rows}
+
+
+def measured(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Rows with a speed: at least one round succeeded."""
+    return [row for row in rows if row["samples_per_second"]]
 
 
 def row_of(job: Job, runs: list[dict[str, Any]]) -> dict[str, Any]:
@@ -90,8 +96,7 @@ def is_busy(figures: dict[str, Any], setup: Setup) -> bool:
 
 def slowest_one_device(rows: Sequence[dict[str, Any]]) -> str | None:
     """The default baseline."""
-    candidates = [row for row in rows if row["devices"] == 1 and row["samples_per_second"]]
-    candidates = candidates or [row for row in rows if row["samples_per_second"]]
+    candidates = [row for row in measured(rows) if row["devices"] == 1] or measured(rows)
     return min(candidates, key=lambda row: row["samples_per_second"])["setup"] if candidates else None
 
 
@@ -99,8 +104,7 @@ def baseline_for(row: dict[str, Any], rows: Sequence[dict[str, Any]], name: str 
     """The baseline's row on the same curve: at the same global batch, or at the same batch per device."""
     if row["samples_per_second"] is None:
         return None
-    measured = [other for other in rows if other["setup"] == name and other["samples_per_second"]]
-    for other in measured:
+    for other in [other for other in measured(rows) if other["setup"] == name]:
         if "strong" in row["scalings"] and other["batch_size"] == row["batch_size"]:
             return other
         if "weak" in row["scalings"] and other["batch_size"] * row["devices"] == row["batch_size"] * other["devices"]:
@@ -116,22 +120,14 @@ def ratio_of_rounds(row: dict[str, Any], base: dict[str, Any]) -> float:
     return median(row["by_round"][name] / base["by_round"][name] for name in shared)
 
 
-def efficiency(row: dict[str, Any], base: dict[str, Any]) -> float | None:
-    """Speed-up per device; None between CPUs and GPUs, where it would mean nothing."""
-    if (row["kind"] == "cpu") != (base["kind"] == "cpu"):
-        return None
-    return row["speedup"] * base["devices"] / row["devices"]
-
-
 def judge_losses(rows: Sequence[dict[str, Any]], baseline: str | None) -> None:
     """Set `verdict`: at one global batch all set-ups see the same samples, so they must reach the same loss.
 
     Their weights must also have moved as far: a loss that hardly falls would hide gradients that were not averaged.
     "same" or "WRONG", or None for a batch that only one set-up ran. The reference is the baseline, else the first.
     """
-    measured = [row for row in rows if row["samples_per_second"]]
-    for row in measured:
-        peers = [other for other in measured if other["batch_size"] == row["batch_size"]]
+    for row in measured(rows):
+        peers = [other for other in measured(rows) if other["batch_size"] == row["batch_size"]]
         reference = next((other for other in peers if other["setup"] == baseline), peers[0])
         row["tolerance"] = tolerance(row, reference)
         if None in row["losses"]:

@@ -1,10 +1,64 @@
-"""What is printed: the rows as text tables, and the same as Markdown."""
+"""What is written and printed: benchmark.json, and one page of Markdown that is also read in a terminal."""
 
+import json
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
+
+from launch.bench.charts import draw
+from launch.bench.summary import measured
+from launch.errors import UsageError
+from launch.files import replace_file
 
 MIB = 2**20
 Cells = list[list[str]]
+
+
+def check_output_dir(folder: Path) -> None:
+    """Make the folder and try to write there.
+
+    Raises:
+        UsageError: if one of the files could not be written later.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for name in ("benchmark.json", "benchmark.md", "benchmark.png"):
+            trial = folder / f".{name}.trial"
+            trial.write_bytes(b"")
+            trial.unlink()
+            if (folder / name).is_dir():
+                raise IsADirectoryError(21, f"{name} is a folder")
+    except OSError as error:
+        raise UsageError(f"--output-dir {folder}: cannot be written ({error.strerror}); choose another") from None
+
+
+def write_json(results: dict[str, Any], path: Path) -> None:
+    """benchmark.json, or pipeline.json: whole at any time."""
+    replace_file(path, (json.dumps(results, indent=1) + "\n").encode())
+
+
+def write_pages(results: dict[str, Any], folder: Path) -> None:
+    """benchmark.md and benchmark.png."""
+    replace_file(folder / "benchmark.md", f"{page(results)}\n\n![bars and scaling curves](benchmark.png)\n".encode())
+    if measured(results["rows"]):
+        draw(results, folder / "benchmark.png")
+
+
+def page(results: dict[str, Any]) -> str:
+    """One benchmark.json for people: what was measured and how, speeds, phases of a step, warnings."""
+    machine, method = results["machine"], results["method"]
+    gpus = f", {len(machine['gpus'])} x {machine['gpus'][0]}" if machine["gpus"] else ""
+    return "\n\n".join([
+        f"# {results['model']} ({results['trainer']}, {results['dataset']}) on {machine['processor']}, "
+        f"{machine['cores']} cores{gpus}, torch {machine['torch']}",
+        f"    {results['command']}",
+        f"{method['steps']} steps timed after {method['warmup_steps']}, median of {method['rounds']} rounds in "
+        f"rotating order, {method['threads']} thread{'s' * (method['threads'] > 1)} per rank unless named",
+        as_table(speed_cells(results["rows"], results["baseline"])),
+        "## Where a step goes (per rank; * = the machine was busy)", as_table(step_cells(results["rows"])),
+        *(f"not run: {one['setup']}: {one['why']}" for one in results["not_run"]),
+        *(f"WARNING: {line}" for line in results["warnings"]),
+    ])
 
 
 def speed_cells(rows: Sequence[dict[str, Any]], baseline: str | None) -> Cells:
@@ -28,18 +82,17 @@ def speed_cells(rows: Sequence[dict[str, Any]], baseline: str | None) -> Cells:
 
 
 def step_cells(rows: Sequence[dict[str, Any]]) -> Cells:
-    """Header and rows: where a step goes, in milliseconds, memory, and arithmetic."""
+    """Header and rows: where a step goes, in milliseconds (empty: could not be measured), memory, and arithmetic."""
     cells = [["set-up", "global batch", "data", "forward+backward", "communication", "optimizer", "peak memory",
               "GFLOP/s", "of a matrix product"]]
-    for row in rows:
-        if row["samples_per_second"] is not None:
-            phases = row["step_seconds"]
-            cells.append([
-                row["setup"], str(row["batch_size"]),
-                *(milliseconds(phases[name]) for name in ("data", "forward_backward", "communication", "optimizer")),
-                f"{row['peak_memory_bytes'] / MIB:,.0f} MiB", number(row["flops_per_second"] / 1e9),
-                f"{100 * row['utilisation']:.1f} %",
-            ])
+    for row in measured(rows):
+        seconds = [row["step_seconds"][name] for name in ("data", "forward_backward", "communication", "optimizer")]
+        cells.append([
+            row["setup"], str(row["batch_size"]),
+            *("" if phase is None else f"{1000 * phase:.2f} ms" for phase in seconds),
+            f"{row['peak_memory_bytes'] / MIB:,.0f} MiB", number(row["flops_per_second"] / 1e9),
+            f"{100 * row['utilisation']:.1f} %",
+        ])
     return cells
 
 
@@ -48,53 +101,9 @@ def number(value: float) -> str:
     return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
-def milliseconds(seconds: float | None) -> str:
-    """`12.3 ms`, or nothing for what could not be measured."""
-    return "" if seconds is None else f"{1000 * seconds:.2f} ms"
-
-
-def as_text(cells: Cells) -> str:
-    """Columns aligned, numbers to the right, the header underlined."""
-    widths = [max(len(row[column]) for row in cells) for column in range(len(cells[0]))]
-    lines = ["  ".join(cell.ljust(width) if column == 0 else cell.rjust(width)
-                       for column, (cell, width) in enumerate(zip(row, widths, strict=True))).rstrip()
-             for row in cells]
-    return "\n".join([lines[0], "  ".join("-" * width for width in widths), *lines[1:]])
-
-
-def as_markdown(cells: Cells) -> str:
-    """The same for a README."""
-    lines = [f"| {' | '.join(row)} |" for row in cells]
-    return "\n".join([lines[0], "|" + "---|" + "---:|" * (len(cells[0]) - 1), *lines[1:]])
-
-
-def terminal_page(results: dict[str, Any]) -> str:
-    """One benchmark.json as text: speeds, phases of a step, warnings."""
-    return "\n\n".join(part for part in (
-        headline(results), as_text(speed_cells(results["rows"], results["baseline"])),
-        "Where a step goes (per rank; * = the machine was busy)\n\n" + as_text(step_cells(results["rows"])),
-        "\n".join(f"not run: {one['setup']}: {one['why']}" for one in results["not_run"]),
-        "\n".join(f"WARNING: {line}" for line in results["warnings"]),
-    ) if part)
-
-
-def markdown_page(results: dict[str, Any]) -> str:
-    """benchmark.md."""
-    missing = [f"{one['setup']} ({one['why']})" for one in results["not_run"]]
-    return "\n\n".join([
-        "# Benchmark", headline(results), f"    {results['command']}",
-        as_markdown(speed_cells(results["rows"], results["baseline"])), "## Where a step goes",
-        as_markdown(step_cells(results["rows"])), "![bars and scaling curves](benchmark.png)",
-        *([f"Not run: {'; '.join(missing)}."] if missing else []),
-        *(f"**Warning:** {line}" for line in results["warnings"]),
-    ]) + "\n"
-
-
-def headline(results: dict[str, Any]) -> str:
-    """What was measured, on what, and how."""
-    machine, method = results["machine"], results["method"]
-    gpus = f", {len(machine['gpus'])} x {machine['gpus'][0]}" if machine["gpus"] else ""
-    return (f"{results['model']} ({results['trainer']}, {results['dataset']}) on {machine['processor']}, "
-            f"{machine['cores']} cores{gpus}, torch {machine['torch']}\n"
-            f"{method['steps']} steps timed after {method['warmup_steps']}, median of {method['rounds']} rounds in "
-            f"rotating order, {method['threads']} thread{'s' * (method['threads'] > 1)} per rank unless named")
+def as_table(cells: Cells) -> str:
+    """A Markdown table whose columns are aligned, numbers to the right."""
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    rule = ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])]
+    return "\n".join(" | ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]).rstrip()
+                     for row in [cells[0], rule, *cells[1:]])

@@ -27,6 +27,11 @@ def warn(check: str, text: str, fix: str) -> Finding:
     return Finding(check=check, state="WARN", text=text, fix=fix)
 
 
+def warn_if(bad: bool, check: str, text: str, fix: str) -> Finding:
+    """One of the two."""
+    return warn(check, text, fix) if bad else ok(check, text)
+
+
 def fail(check: str, text: str, fix: str) -> Finding:
     """Training would not start, or would lose something."""
     return Finding(check=check, state="FAIL", text=text, fix=fix)

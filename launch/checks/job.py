@@ -4,7 +4,7 @@ import os
 import socket
 from collections.abc import Mapping
 
-from launch.checks.finding import Finding, fail, ok, warn
+from launch.checks.finding import Finding, fail, ok, warn, warn_if
 from launch.launcher import Launch
 from launch.network import address_towards
 
@@ -23,17 +23,14 @@ def job_findings(launch: Launch, environ: Mapping[str, str] = os.environ) -> lis
 
 def launcher_findings(launch: Launch, environ: Mapping[str, str]) -> list[Finding]:
     """Which launcher's variables would be followed, and those that are set."""
+    alone = launch.launcher == "none"
     chosen = {"torchrun": "torchrun", "slurm": "srun", "none": "none, one process"}[launch.launcher]
-    text = f"{chosen}: rank {launch.rank} of {launch.world_size}"
-    if launch.launcher == "none" and "SLURM_JOB_ID" in environ:
-        found = [warn("launcher", f"{text}; inside a Slurm job, but not started by srun",
-                      "start the ranks with srun, or with torchrun")]
-    elif launch.launcher != "none":
-        found = [ok("launcher", f"{text}, meeting at {launch.address}:{launch.port}")]
-    else:
-        found = [ok("launcher", text)]
+    text = (f"{chosen}: rank {launch.rank} of {launch.world_size}"
+            f"{'' if alone else f', meeting at {launch.address}:{launch.port}'}")
     shown = [f"{name}={environ[name]}" for name in SHOWN_VARIABLES if name in environ]
-    return [*found, ok("variables", " ".join(shown) or "none of torchrun's or Slurm's is set")]
+    return [warn_if(alone and "SLURM_JOB_ID" in environ, "launcher", text,
+                    "this is a Slurm job: start the ranks with srun, or with torchrun"),
+            ok("variables", " ".join(shown) or "none of torchrun's or Slurm's is set")]
 
 
 def address_finding(launch: Launch) -> Finding:

@@ -17,7 +17,7 @@ import torch
 import torch.cuda.nccl as cuda_nccl
 import torch.distributed as dist
 
-from launch.checks.finding import Finding, fail, ok, warn
+from launch.checks.finding import Finding, fail, ok, warn, warn_if
 from launch.files import ROOT, replace_file
 from launch.launcher import Launch, choose_threads, threads_per_rank, usable_cores
 from launch.machine import gpu_uuid, processor
@@ -84,9 +84,7 @@ def gpu_finding(index: int) -> Finding:
         return fail(name, f"no kernel runs on it ({str(error).splitlines()[0][:100]})",
                     "install a torch build for this GPU and driver, or hide it with CUDA_VISIBLE_DEVICES")
     text = f"{properties.name}, {gpu_uuid(index)}, {free_bytes / GIB:.1f} of {total_bytes / GIB:.1f} GiB free"
-    if free_bytes < total_bytes / 2:
-        return warn(name, text, "another process holds its memory: see nvidia-smi")
-    return ok(name, text)
+    return warn_if(free_bytes < total_bytes / 2, name, text, "another process holds its memory: see nvidia-smi")
 
 
 def backends_finding() -> Finding:
@@ -104,10 +102,9 @@ def cores_finding(launch: Launch, environ: Mapping[str, str]) -> Finding:
     """Whether the threads of this node's ranks fit onto the cores that they may use."""
     cores, threads, ranks = usable_cores(), choose_threads(None, launch, environ), launch.local_world_size
     text = f"{cores} of {os.cpu_count()} usable; {ranks} rank{'s' * (ranks > 1)} here x {threads} threads"
-    if ranks * threads > cores:
-        return warn("cores", text, f"set OMP_NUM_THREADS={threads_per_rank(ranks)}, start fewer ranks, or ask the "
-                                   f"scheduler for more cores (--cpus-per-task)")
-    return ok("cores", text)
+    return warn_if(ranks * threads > cores, "cores", text,
+                   f"set OMP_NUM_THREADS={threads_per_rank(ranks)}, start fewer ranks, or ask the scheduler for more "
+                   f"cores (--cpus-per-task)")
 
 
 def shared_memory_finding() -> Finding:
@@ -115,10 +112,8 @@ def shared_memory_finding() -> Finding:
     if not os.path.isdir("/dev/shm"):
         return ok("/dev/shm", "this system has none and does not need it")
     free_bytes = shutil.disk_usage("/dev/shm").free
-    text = f"{free_bytes / GIB:.1f} GiB free"
-    if free_bytes < LEAST_SHM_BYTES:
-        return warn("/dev/shm", text, "docker run --shm-size=8g (or --ipc=host), or train with --workers 0")
-    return ok("/dev/shm", text)
+    return warn_if(free_bytes < LEAST_SHM_BYTES, "/dev/shm", f"{free_bytes / GIB:.1f} GiB free",
+                   "docker run --shm-size=8g (or --ipc=host), or train with --workers 0")
 
 
 def output_finding(output_dir: Path) -> Finding:
@@ -142,6 +137,5 @@ def output_finding(output_dir: Path) -> Finding:
     text = f"{output_dir}: {free_bytes / GIB:.1f} GiB free, rename and fsync work ({seconds * 1000:.1f} ms)"
     if free_bytes < LEAST_DISK_BYTES:
         return warn(check, text, "free some space, or lower --keep-checkpoints")
-    if seconds > SLOW_FSYNC_SECONDS:
-        return warn(check, text, "the file system is slow: checkpoint less often, or to a local disk")
-    return ok(check, text)
+    return warn_if(seconds > SLOW_FSYNC_SECONDS, check, text,
+                   "the file system is slow: checkpoint less often, or to a local disk")

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from launch.checks.finding import Finding, fail, ok, warn
+from launch.checks.finding import Finding, fail, ok, warn, warn_if
 from launch.errors import DeviceError, DistributedError, user_line
 from launch.files import ROOT
 from launch.launcher import Launch, choose_threads
@@ -83,9 +83,10 @@ def rank_devices_finding(ranks: list[dict[str, Any]], backend: str) -> Finding:
         if record["problem"]:
             rule, _, fix = record["problem"].partition("; ")
             return fail("rank devices", f"rank {record['rank']} on {record['host']}: {rule}", fix)
-    shared = shared_gpus(ranks)
+    owners = ranks_by(ranks, "uuid")
+    shared = [f"{names} share {uuid}" for (uuid,), names in owners.items() if uuid and "," in names]
     if shared:
-        text = "; ".join(f"ranks {', '.join(map(str, owners))} share {uuid}" for uuid, owners in shared.items())
+        text = "; ".join(shared)
         fix = "start one rank per GPU: torchrun --nproc-per-node gpu, or srun --gpus-per-task=1"
         if backend == "gloo":
             return warn("rank devices", text, fix)
@@ -95,23 +96,19 @@ def rank_devices_finding(ranks: list[dict[str, Any]], backend: str) -> Finding:
     return ok("rank devices", f"{len(ranks)} ranks on {len(hosts)} host{'s' * (len(hosts) > 1)} ({kinds}), none shared")
 
 
-def shared_gpus(ranks: list[dict[str, Any]]) -> dict[str, list[int]]:
-    """UUID -> ranks, of the GPUs that more than one rank would use."""
-    owners: dict[str, list[int]] = {}
+def ranks_by(ranks: list[dict[str, Any]], *names: str) -> dict[tuple[Any, ...], str]:
+    """The values of these fields -> `ranks 0, 2`, those whose records hold them."""
+    found: dict[tuple[Any, ...], list[str]] = {}
     for record in ranks:
-        if record["uuid"]:
-            owners.setdefault(record["uuid"], []).append(record["rank"])
-    return {uuid: held_by for uuid, held_by in owners.items() if len(held_by) > 1}
+        found.setdefault(tuple(record[name] for name in names), []).append(str(record["rank"]))
+    return {values: f"ranks {', '.join(numbers)}" for values, numbers in found.items()}
 
 
 def code_finding(ranks: list[dict[str, Any]]) -> Finding:
     """The same files and the same torch on every rank."""
-    versions: dict[tuple[str, str], list[int]] = {}
-    for record in ranks:
-        versions.setdefault((record["code"], record["torch"]), []).append(record["rank"])
+    versions = ranks_by(ranks, "code", "torch")
     if len(versions) > 1:
-        text = "; ".join(f"ranks {', '.join(map(str, owners))}: code {code}, torch {version}"
-                         for (code, version), owners in versions.items())
+        text = "; ".join(f"{names}: code {code}, torch {version}" for (code, version), names in versions.items())
         return fail("code", text, "start every rank from one checkout and one environment")
     return ok("code", f"{ranks[0]['code']} (commit {(ranks[0]['commit'] or 'none')[:12]}) on every rank")
 
@@ -125,9 +122,8 @@ def clocks_finding(world: World, ranks: list[dict[str, Any]]) -> Finding:
         spreads.append(max(times) - min(times))
     skew = min(spreads)
     text = f"at most {skew * 1000:.1f} ms apart"
-    if skew > SKEW_SECONDS and len({record["host"] for record in ranks}) > 1:
-        return warn("clocks", text, "let every node keep its time by NTP (chronyc tracking)")
-    return ok("clocks", text)
+    return warn_if(skew > SKEW_SECONDS and len({record["host"] for record in ranks}) > 1, "clocks", text,
+                   "let every node keep its time by NTP (chronyc tracking)")
 
 
 def all_reduce_finding(world: World, ranks: list[dict[str, Any]], backend: str, devices: Finding) -> Finding:
@@ -145,6 +141,5 @@ def all_reduce_finding(world: World, ranks: list[dict[str, Any]], backend: str, 
                     "set NCCL_DEBUG=INFO, or GLOO_SOCKET_IFNAME / NCCL_SOCKET_IFNAME to the right interface")
     rate = BUCKET_BYTES / seconds
     text = f"{BUCKET_BYTES / 2**20:.0f} MiB over {chosen} in {seconds * 1000:.1f} ms, {rate / 1e9:.2f} GB/s"
-    if rate < SLOW_BYTES_PER_SECOND:
-        return warn("all_reduce", text, "is this the fast network? set GLOO_SOCKET_IFNAME or NCCL_SOCKET_IFNAME")
-    return ok("all_reduce", text)
+    return warn_if(rate < SLOW_BYTES_PER_SECOND, "all_reduce", text,
+                   "is this the fast network? set GLOO_SOCKET_IFNAME or NCCL_SOCKET_IFNAME")
