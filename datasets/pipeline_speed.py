@@ -9,6 +9,7 @@ thread per process. Workers are running, and what they prefetched is used up, be
 """
 
 import argparse
+import itertools
 import json
 import re
 import sys
@@ -50,27 +51,21 @@ class Samples(Dataset):
         return self.transform(self.images[index]), self.targets[index]
 
 
-def pil_batches(train: TensorDataset, batch_size: int, workers: int) -> Iterator[Any]:
-    """As most tutorials do it."""
-    images = train.inputs.permute(0, 2, 3, 1).contiguous().numpy()
-    transform = transforms.Compose([
-        transforms.ToPILImage(), transforms.RandomCrop(32, padding=SHIFT, padding_mode="reflect"),
-        transforms.RandomHorizontalFlip(), transforms.ToTensor(), transforms.Normalize(synthetic.MEAN, synthetic.STD),
-    ])
-    return loaded(Samples(images, train.targets.tolist(), transform), batch_size, workers)
-
-
-def v2_batches(train: TensorDataset, batch_size: int, workers: int) -> Iterator[Any]:
-    """The same on uint8 tensors, without PIL."""
-    transform = v2.Compose([
+def single_samples(train: TensorDataset, kind: str, batch_size: int, workers: int) -> Iterator[Any]:
+    """Batches without end from a DataLoader: `pil` as most tutorials do it, `v2` the same on uint8 tensors."""
+    images: Any = train.inputs
+    transform: Callable[[Any], Tensor] = v2.Compose([
         v2.RandomCrop(32, padding=SHIFT, padding_mode="reflect"), v2.RandomHorizontalFlip(),
         v2.ToDtype(torch.float32, scale=True), v2.Normalize(list(synthetic.MEAN), list(synthetic.STD)),
     ])
-    return loaded(Samples(train.inputs, train.targets.tolist(), transform), batch_size, workers)
-
-
-def loaded(samples: Samples, batch_size: int, workers: int) -> Iterator[Any]:
-    """Batches without end."""
+    if kind == "pil":
+        images = images.permute(0, 2, 3, 1).contiguous().numpy()
+        transform = transforms.Compose([
+            transforms.ToPILImage(), transforms.RandomCrop(32, padding=SHIFT, padding_mode="reflect"),
+            transforms.RandomHorizontalFlip(), transforms.ToTensor(),
+            transforms.Normalize(synthetic.MEAN, synthetic.STD),
+        ])
+    samples = Samples(images, train.targets.tolist(), transform)
     sampler = RandomSampler(samples, replacement=True, num_samples=FOREVER)
     return iter(DataLoader(samples, batch_size=batch_size, sampler=sampler, num_workers=workers))
 
@@ -80,10 +75,8 @@ def whole_batches(train: TensorDataset, batch_size: int) -> Iterator[Any]:
     augmentation = Augmentation(seed=0, mean=synthetic.MEAN, std=synthetic.STD, shift=SHIFT, flip="random")
     loader = train_loader(train, augmentation, batch_size=batch_size, rank_batch_size=batch_size, rank=0, world_size=1,
                           seed=0, device=torch.device("cpu"))
-    epoch = 0
-    while True:
+    for epoch in itertools.count():
         yield from loader.batches(epoch, 0)
-        epoch += 1
 
 
 def images_per_second(batches: Iterator[Any], *, skipped: int, seconds: float) -> float:
@@ -112,7 +105,7 @@ def main() -> None:
     if match[1] is None:
         batches = whole_batches(train, flags.batch_size)
     else:
-        batches = {"pil": pil_batches, "v2": v2_batches}[match[1]](train, flags.batch_size, workers)
+        batches = single_samples(train, match[1], flags.batch_size, workers)
     rate = images_per_second(batches, skipped=WARMUP_BATCHES + PREFETCHED * workers, seconds=flags.seconds)
     print(json.dumps({"variant": flags.variant, "images_per_second": rate}))
 

@@ -3,7 +3,6 @@
 import re
 
 import pytest
-import torch
 
 from launch.command_line import parse
 from launch.errors import UsageError
@@ -57,7 +56,7 @@ def test_without_gpus_dataparallel_is_worked_out_and_says_so() -> None:
 
 
 def test_one_process_sees_whole_batches(capsys: pytest.CaptureFixture[str]) -> None:
-    split_demo.show_one_process(split_demo.Model(say), torch.device("cpu"))
+    split_demo.show_one_process(split_demo.Model(say))
     assert sizes(capsys.readouterr().out) == (TUTORIAL[1], OUTSIDE)
 
 

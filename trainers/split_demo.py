@@ -68,19 +68,16 @@ def batches() -> tuple[Tensor, ...]:
     return torch.randn(NUM_SAMPLES, INPUT_SIZE, generator=generator).split(BATCH_SIZE)
 
 
-def show_one_process(model: nn.Module, device: torch.device) -> None:
+def show_one_process(forward: Callable[[Tensor], Tensor]) -> None:
     """One model, or DataParallel, whose replicas run and tell in threads, in any order."""
     for batch in batches():
-        outputs = model(batch.to(device))
-        say(outside_text(batch.size(), outputs.size()))
+        say(outside_text(batch.size(), forward(batch).size()))
 
 
 def show_worked_out(model: nn.Module, replicas: int) -> None:
     """What DataParallel's scatter would hand to each replica, by the chunking that it uses; one after the other."""
     say(f"worked out, not run: DataParallel with --replicas {replicas}, split by torch.chunk as its scatter does")
-    for batch in batches():
-        outputs = torch.cat([model(part) for part in batch.chunk(replicas)])
-        say(outside_text(batch.size(), outputs.size()))
+    show_one_process(lambda batch: torch.cat([model(part) for part in batch.chunk(replicas)]))
 
 
 def show_ranks(model: nn.Module, told: list[str], world: World) -> None:
@@ -115,12 +112,12 @@ def main(config: SplitConfig) -> int:
         model = Model(told.append if parallel == "ddp" else say).to(world.device)
         if parallel == "ddp":
             show_ranks(parallelize(model, parallel, world), told, world)
-        elif parallel == "dp":
+            return 0
+        if parallel == "dp":
             replicas = config.replicas or num_gpus
             say(f"Let's use {replicas} GPUs!")
-            show_one_process(nn.DataParallel(model, device_ids=list(range(replicas))), world.device)
-        else:
-            show_one_process(model, world.device)
+            model = nn.DataParallel(model, device_ids=list(range(replicas)))
+        show_one_process(lambda batch: model(batch.to(world.device)))
     return 0
 
 

@@ -9,7 +9,6 @@ import os
 import resource
 import time
 from contextlib import nullcontext, suppress
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -54,14 +53,13 @@ def measure(trainer: Trainer, train: TrainBatches, *, warmup: int, steps: int) -
     world, sums, start = trainer.world, trainer.train_step.sums, weights(trainer)
     advance(trainer, train, warmup)
     sums.reset()  # the loss of the window alone
-    before, began_seconds = Usage.now(), trainer.history.train_seconds
+    before, began_seconds = usage(), trainer.history.train_seconds
     advance(trainer, train, steps)
-    seconds, used = trainer.history.train_seconds - began_seconds, Usage.now() - before
+    seconds, after = trainer.history.train_seconds - began_seconds, usage()
     loss, _ = sums.means(world)
     moved = torch.linalg.vector_norm(weights(trainer) - start).item()
-    mine = {"seconds": seconds, "cpu_seconds": used.cpu_seconds, "queued_seconds": used.queued_seconds,
-            "machine_seconds": used.machine_seconds, "peak_memory_bytes": peak_memory_bytes(world.device),
-            **time_phases(trainer, train, steps)}
+    mine = {"seconds": seconds, **{name: difference(after[name], before[name]) for name in after},
+            "peak_memory_bytes": peak_memory_bytes(world.device), **time_phases(trainer, train, steps)}
     flops = flops_per_sample(trainer, train)
     mine["matrix_flops_per_second"] = matrix_flops_per_second(trainer)
     ranks = gather(world, mine)
@@ -107,14 +105,20 @@ def time_phases(trainer: Trainer, train: TrainBatches, steps: int) -> dict[str, 
     DataParallel copies weights and gradients inside forward and backward, which cannot be told apart from outside: its
     communication is None, and so is that of a single process.
     """
-    model = trainer.train_step.model
-    synced, alone = PhaseClock(trainer.world.device), PhaseClock(trainer.world.device)
+    model, world = trainer.train_step.model, trainer.world
+    synced, alone = PhaseClock(world.device), PhaseClock(world.device)
     part = max(1, min(steps, MOST_PHASE_STEPS) // 4)
-    averages = isinstance(model, DistributedDataParallel) and trainer.world.world_size > 1
-    for clock in (synced, alone, synced, alone):
-        without = model.no_sync() if clock is alone and averages else nullcontext()  # pyright: ignore
-        with without:
-            advance_under(clock, trainer, train, part)
+    averages = isinstance(model, DistributedDataParallel) and world.world_size > 1
+    try:
+        for clock in (synced, alone, synced, alone):
+            barrier(world)
+            clock.mark("between steps")
+            trainer.train_step.clock = clock
+            with model.no_sync() if clock is alone and averages else nullcontext():  # pyright: ignore
+                advance(trainer, train, part)
+            clock.mark("between steps")
+    finally:
+        trainer.train_step.clock = world.watchdog
     both = [synced] if averages else [synced, alone]
     count = 2 * part * len(both)
     phases = {name: sum(clock.seconds.get(name, 0.0) for clock in both) / count
@@ -128,44 +132,20 @@ def time_phases(trainer: Trainer, train: TrainBatches, steps: int) -> dict[str, 
     }
 
 
-def advance_under(clock: PhaseClock, trainer: Trainer, train: TrainBatches, steps: int) -> None:
-    """Some steps whose phases a clock is told of, and not the watchdog."""
-    barrier(trainer.world)
-    clock.mark("between steps")
-    trainer.train_step.clock = clock
-    try:
-        advance(trainer, train, steps)
-    finally:
-        clock.mark("between steps")
-        trainer.train_step.clock = trainer.world.watchdog
+def usage() -> dict[str, float | None]:
+    """Seconds that the kernel has charged to this process, and to all of them together, up to this moment.
 
-
-@dataclass(frozen=True, kw_only=True)
-class Usage:
-    """What the kernel has charged to this process, and to all of them together."""
-
-    cpu_seconds: float
-    queued_seconds: float | None
-    """Ready to run, but another thread had the core (Linux; the sum over threads)."""
-    machine_seconds: float | None
-    """CPU time of all processes of the machine, and what its host took from it (Linux)."""
-
-    @classmethod
-    def now(cls) -> "Usage":
-        """Up to this moment."""
-        usage = resource.getrusage(resource.RUSAGE_SELF)
-        queued = machine = None
-        with suppress(OSError, IndexError, ValueError):
-            tasks = Path("/proc/self/task").iterdir()
-            queued = sum(int((task / "schedstat").read_text().split()[1]) for task in tasks) / 1e9
-            ticks = [int(word) for word in Path("/proc/stat").read_text().splitlines()[0].split()[1:]]
-            machine = sum(ticks[:3] + ticks[7:8]) / os.sysconf("SC_CLK_TCK")  # user, nice, system; steal
-        return cls(cpu_seconds=usage.ru_utime + usage.ru_stime, queued_seconds=queued, machine_seconds=machine)
-
-    def __sub__(self, before: "Usage") -> "Usage":
-        return Usage(cpu_seconds=self.cpu_seconds - before.cpu_seconds,
-                     queued_seconds=difference(self.queued_seconds, before.queued_seconds),
-                     machine_seconds=difference(self.machine_seconds, before.machine_seconds))
+    `queued_seconds`: ready to run, but another thread had the core (the sum over threads). `machine_seconds`: CPU time
+    of all processes of the machine, and what its host took from it. Both are None where there is no Linux.
+    """
+    used = resource.getrusage(resource.RUSAGE_SELF)
+    queued = machine = None
+    with suppress(OSError, IndexError, ValueError):
+        tasks = Path("/proc/self/task").iterdir()
+        queued = sum(int((task / "schedstat").read_text().split()[1]) for task in tasks) / 1e9
+        ticks = [int(word) for word in Path("/proc/stat").read_text().splitlines()[0].split()[1:]]
+        machine = sum(ticks[:3] + ticks[7:8]) / os.sysconf("SC_CLK_TCK")  # user, nice, system; steal
+    return {"cpu_seconds": used.ru_utime + used.ru_stime, "queued_seconds": queued, "machine_seconds": machine}
 
 
 def difference(now: float | None, before: float | None) -> float | None:

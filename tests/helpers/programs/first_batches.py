@@ -17,7 +17,7 @@ if __name__ == "__main__":  # the workers of a loader may import this file
         if kind == "batch":
             batches = pipeline_speed.whole_batches(train, 500)
         else:
-            batches = getattr(pipeline_speed, f"{kind}_batches")(train, 500, int(workers))
+            batches = pipeline_speed.single_samples(train, kind, 500, int(workers))
         images, labels = next(batches)
         described[variant] = {"shape": list(images.shape), "dtype": str(images.dtype), "mean": float(images.mean()),
                               "std": float(images.std()), "labels": len(labels)}
