@@ -39,12 +39,12 @@ from typing import Annotated, Any, Literal
 if not __package__:
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-from launch.bench.compare import comparison_cells, differences, read_results
+from launch.bench.compare import comparison, read_results
 from launch.bench.pipeline import benchmark_pipeline
 from launch.bench.runs import Job, calibrate, plan, run_job, run_rounds
 from launch.bench.setups import Hardware, Setup, core_warnings, everything, parse_setup, why_not
 from launch.bench.summary import summarise, warnings_of
-from launch.bench.table import as_table, check_output_dir, page, write_json, write_pages
+from launch.bench.table import check_output_dir, page, write_json, write_pages
 from launch.command_line import nearest, run
 from launch.errors import UsageError, say, to_stderr
 from launch.files import ROOT
@@ -107,7 +107,8 @@ def main(config: BenchmarkConfig) -> int:
     if config.report is not None:
         shown = read_results(config.report)
         say(page(shown))
-        show_comparison(old, shown)
+        if old is not None:
+            say(comparison(old, shown))
         return 0
     check(config)
     check_output_dir(config.output_dir)
@@ -128,7 +129,8 @@ def main(config: BenchmarkConfig) -> int:
         "not_run": missing,
     }
     code = measure_all(config, jobs, results, cores)
-    show_comparison(old, results)
+    if old is not None and "rows" in results:
+        say(comparison(old, results))
     return code
 
 
@@ -207,16 +209,6 @@ def measure_all(config: BenchmarkConfig, jobs: list[Job], results: dict[str, Any
     if not results["complete"]:
         return 130
     return int(any(row["error"] or row["verdict"] == "WRONG" for row in results["rows"]))
-
-
-def show_comparison(old: dict[str, Any] | None, new: dict[str, Any]) -> None:
-    """Print the ratios of `--compare`, if there is anything to compare."""
-    if old is None or "rows" not in new:
-        return
-    for difference in differences(old, new):
-        say(f"differs: {difference}")
-    cells = comparison_cells(old, new)
-    say(as_table(cells) if len(cells) > 1 else "the two have no set-up and batch in common")
 
 
 if __name__ == "__main__":

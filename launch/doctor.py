@@ -78,10 +78,9 @@ def page(findings: list[Finding], ranks: list[dict[str, Any]], *, color: bool) -
     lines = [f"doctor on {socket.gethostname()}", ""]
     width = max(len(finding.check) for finding in findings)
     for finding in findings:
-        state = f"{finding.state:4}"
-        shown = f"{COLORS[finding.state]}{state}{COLORS['reset']}" if color else state
+        before, after = (COLORS[finding.state], COLORS["reset"]) if color else ("", "")
         host = f"[{finding.host}] " if finding.host else ""
-        lines.append(f"  {shown}  {finding.check:{width}}  {host}{finding.text}")
+        lines.append(f"  {before}{finding.state:4}{after}  {finding.check:{width}}  {host}{finding.text}")
         if finding.fix:
             lines.append(f"  {'':4}  {'':{width}}  fix: {finding.fix}")
     if ranks:

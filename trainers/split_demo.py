@@ -43,7 +43,7 @@ class SplitConfig:
 
 
 class Model(nn.Module):
-    """One linear layer that tells the size of what it is given, and of what it makes of it."""
+    """One linear layer that tells the sizes of its input and output."""
 
     def __init__(self, tell: Callable[[str], None]) -> None:
         super().__init__()

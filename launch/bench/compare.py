@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from launch.bench.summary import measured
-from launch.bench.table import Cells
+from launch.bench.table import Cells, as_table
 from launch.errors import UsageError
 from launch.files import read_object
 
@@ -22,6 +22,13 @@ def read_results(path: Path) -> dict[str, Any]:
         raise UsageError(f"{path}: cannot be read as a benchmark.json of format {FORMAT}; give one that "
                          f"launch/benchmark.py wrote")
     return results
+
+
+def comparison(old: dict[str, Any], new: dict[str, Any]) -> str:
+    """What else differs, then the table of ratios."""
+    cells = comparison_cells(old, new)
+    return "\n".join([*(f"differs: {difference}" for difference in differences(old, new)),
+                      as_table(cells) if len(cells) > 1 else "the two have no set-up and batch in common"])
 
 
 def comparison_cells(old: dict[str, Any], new: dict[str, Any]) -> Cells:

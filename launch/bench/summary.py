@@ -30,7 +30,7 @@ def summarise(jobs: Sequence[Job], runs: Sequence[dict[str, Any]], *, baseline: 
         row["speedup"] = ratio_of_rounds(row, base) if base else None
         comparable = base and (row["kind"] == "cpu") == (base["kind"] == "cpu")  # between CPU and GPU it means nothing
         row["efficiency"] = row["speedup"] * base["devices"] / row["devices"] if base and comparable else None
-    judge_losses(rows, chosen)
+    compare_losses(rows, chosen)
     return {"baseline": chosen, "rows": rows}
 
 
@@ -120,7 +120,7 @@ def ratio_of_rounds(row: dict[str, Any], base: dict[str, Any]) -> float:
     return median(row["by_round"][name] / base["by_round"][name] for name in shared)
 
 
-def judge_losses(rows: Sequence[dict[str, Any]], baseline: str | None) -> None:
+def compare_losses(rows: Sequence[dict[str, Any]], baseline: str | None) -> None:
     """Set `verdict`: at one global batch all set-ups see the same samples, so they must reach the same loss.
 
     Their weights must also have moved as far: a loss that hardly falls would hide gradients that were not averaged.

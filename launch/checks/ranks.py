@@ -21,7 +21,7 @@ from launch.machine import choose_backend, choose_device, git_commit, gpu_uuid
 from launch.process_group import World, barrier, gather, process_group, time_all_reduce
 
 BUCKET_BYTES = 25 * 2**20  # what DistributedDataParallel sends at once by default (bucket_cap_mb)
-SLOW_BYTES_PER_SECOND = 50e6  # a ResNet-18's gradients, 45 MB, would take a second a step
+SLOW_BYTES_PER_SECOND = 50e6  # a ResNet-18's gradients, 45 MB, would take a second per step
 SKEW_SECONDS = 1.0  # run names and log lines of different nodes are compared by people
 CODE = ("launch", "datasets", "trainers")
 
