@@ -6,13 +6,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from datasets.errors import DataError
 from datasets.tensors import TensorDataset
 
 SIZE = 28  # pixels on each side
-NUM_CLASSES = 10
 UNSIGNED_BYTES = 0x08  # the third byte of the magic number; the fourth is the number of dimensions
 REMEDY = "fetch the file again, or train on --dataset synthetic"
 
@@ -28,9 +26,15 @@ def load(folder: Path, class_names: tuple[str, ...]) -> tuple[TensorDataset, Ten
 
 def load_split(folder: Path, split: str, class_names: tuple[str, ...]) -> TensorDataset:
     """One split: images uint8 (N, 1, 28, 28) and labels int64 (N,)."""
-    image_file, label_file = find(folder, f"{split}-images", 3), find(folder, f"{split}-labels", 1)
-    return in_memory(read(image_file, num_dimensions=3), read(label_file, num_dimensions=1), class_names,
-                     source=f"{image_file} and {label_file.name}")
+    files: list[Path] = []
+    for stem, num_dimensions in ((f"{split}-images", 3), (f"{split}-labels", 1)):
+        file = find(folder, stem, num_dimensions)
+        if file is None:
+            raise DataError(f"--data-dir: {folder / stem}-idx{num_dimensions}-ubyte (or .gz) is not there; add "
+                            f"--download, or train on --dataset synthetic")
+        files.append(file)
+    return in_memory(read(files[0], num_dimensions=3), read(files[1], num_dimensions=1), class_names,
+                     source=f"{files[0]} and {files[1].name}")
 
 
 def in_memory(images: np.ndarray, labels: np.ndarray, class_names: tuple[str, ...], *, source: str) -> TensorDataset:
@@ -47,38 +51,20 @@ def in_memory(images: np.ndarray, labels: np.ndarray, class_names: tuple[str, ..
     if labels.min() < 0 or labels.max() >= len(class_names):
         raise DataError(f"{source}: labels from {labels.min()} to {labels.max()}, not within 0 to "
                         f"{len(class_names) - 1}; {REMEDY}")
-    return TensorDataset(inputs=as_tensor(images).unsqueeze(1), targets=as_tensor(labels).to(torch.int64),
+    return TensorDataset(inputs=torch.tensor(images).unsqueeze(1), targets=torch.tensor(labels, dtype=torch.int64),
                          class_names=class_names)
-
-
-def as_tensor(array: np.ndarray) -> Tensor:
-    """A tensor with memory of its own: torch warns of arrays that cannot be written to."""
-    return torch.from_numpy(array.copy())
 
 
 def is_complete(folder: Path) -> bool:
     """Whether all four files are there, in any of their spellings."""
-    return all(list(candidates(folder, f"{split}-{content}", num_dimensions))
+    return all(find(folder, f"{split}-{content}", num_dimensions) is not None
                for split in ("train", "t10k") for content, num_dimensions in (("images", 3), ("labels", 1)))
 
 
-def candidates(folder: Path, stem: str, num_dimensions: int) -> list[Path]:
-    """Existing files for one part, the plain ones first."""
+def find(folder: Path, stem: str, num_dimensions: int) -> Path | None:
+    """The file of one part, plain rather than .gz; None if there is none."""
     names = [f"{stem}{mark}idx{num_dimensions}-ubyte{end}" for end in ("", ".gz") for mark in ("-", ".")]
-    return [folder / name for name in names if (folder / name).is_file()]
-
-
-def find(folder: Path, stem: str, num_dimensions: int) -> Path:
-    """The file of one part.
-
-    Raises:
-        DataError: if there is none.
-    """
-    found = candidates(folder, stem, num_dimensions)
-    if not found:
-        raise DataError(f"--data-dir: {folder / stem}-idx{num_dimensions}-ubyte (or .gz) is not there; add --download, "
-                        f"or train on --dataset synthetic")
-    return found[0]
+    return next((folder / name for name in names if (folder / name).is_file()), None)
 
 
 def read(path: Path, *, num_dimensions: int) -> np.ndarray:

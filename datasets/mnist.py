@@ -51,11 +51,7 @@ def download(data_dir: Path) -> None:
 
 
 def load_npz(path: Path) -> tuple[TensorDataset, TensorDataset]:
-    """Both splits from one file, whose keys say of which kind it is.
-
-    Raises:
-        DataError: if it is damaged, lacks an array, or holds Python objects, which are never unpickled.
-    """
+    """Both splits from one file, whose keys say of which kind it is. Python objects in it are never unpickled."""
     try:
         with np.load(path, allow_pickle=False) as archive:
             names = next((names for names in NPZ_KEYS if set(names) <= set(archive.files)), None)
@@ -86,11 +82,7 @@ def split_of(images: np.ndarray, labels: np.ndarray, *, path: Path, names: tuple
 
 
 def bytes_of(images: np.ndarray, source: str) -> np.ndarray:
-    """Images as uint8, from bytes, or from numbers within 0 to 1 or 0 to 255.
-
-    Raises:
-        DataError: for other types and ranges.
-    """
+    """Images as uint8, from bytes, or from numbers within 0 to 1 or 0 to 255."""
     if images.dtype == np.uint8 or images.size == 0:
         return images.astype(np.uint8)
     if images.dtype.kind not in "uif" or not (images.min() >= 0 and images.max() <= 255):  # false for NaN, too

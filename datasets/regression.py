@@ -3,7 +3,6 @@
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 
 from datasets.keyed_random import Purpose, random_normal, random_uniform
 from datasets.tensors import TensorDataset
@@ -32,12 +31,9 @@ class LinearRelation:
         index = samples[:, None] * len(self.weights) + torch.arange(len(self.weights))
         features = random_normal(index, seed, Purpose.FEATURES)
         targets = features @ torch.tensor(self.weights)[:, None] + self.bias
-        return TensorDataset(inputs=features, targets=targets + self.noise(samples, seed)[:, None])
-
-    def noise(self, samples: Tensor, seed: int) -> Tensor:
-        """Of each sample, (N,)."""
-        return (self.normal_noise * random_normal(samples, seed, Purpose.NOISE)
-                + self.uniform_noise * random_uniform(samples, seed, Purpose.NOISE))
+        noise = (self.normal_noise * random_normal(samples, seed, Purpose.NOISE)
+                 + self.uniform_noise * random_uniform(samples, seed, Purpose.NOISE))
+        return TensorDataset(inputs=features, targets=targets + noise[:, None])
 
 
 RELATIONS = {

@@ -1,7 +1,7 @@
 """A labelled data set in memory, as two tensors."""
 
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -22,8 +22,7 @@ class TensorDataset:
 
     def to(self, device: torch.device) -> "TensorDataset":
         """The same data on a device."""
-        return TensorDataset(inputs=self.inputs.to(device), targets=self.targets.to(device),
-                             class_names=self.class_names)
+        return replace(self, inputs=self.inputs.to(device), targets=self.targets.to(device))
 
     def fingerprint(self) -> str:
         """A hash of every byte, to notice that the data changed since a checkpoint; 0.1 s for CIFAR-10."""

@@ -11,7 +11,7 @@ import torch
 
 from tests.helpers.checkpoints import is_whole, kill_while_saving, save, save_by_protocol, save_plainly, state_of
 from tests.helpers.disk import Disk, record
-from trainers.engine.checkpoints.files import link_best, manifest_path, prune
+from trainers.engine.checkpoints.files import give_name, manifest_path, prune
 from trainers.engine.checkpoints.load import load_verified, newest_good
 from trainers.engine.checkpoints.save import write_checkpoint
 from trainers.engine.resume import choose_checkpoint
@@ -85,7 +85,7 @@ def after_every_crash(run: RunFolder, save_once: Callable[[], None], scratch: Pa
 
 def write_again(run: RunFolder, step: int) -> None:
     """Another state of a step that was saved before, as after its evaluation."""
-    link_best(write_checkpoint(run.checkpoints, state_of(step, num_tensors=5)))
+    give_name(write_checkpoint(run.checkpoints, state_of(step, num_tensors=5)), "best")
     prune(run.checkpoints, keep=1)
 
 

@@ -62,7 +62,7 @@ def test_a_restart_of_the_same_job_takes_the_run_over_and_the_old_one_writes_not
     later.claim()
     before = sorted(path.name for path in folder.path.iterdir())
     for write in (lambda: folder.write_status("DONE"), lambda: folder.append_metrics({"step": 1}),
-                  lambda: folder.truncate_metrics(0, evaluated=True) or folder.check_fence(), folder.set_aside):
+                  lambda: folder.truncate_metrics(0, evaluated=True) or folder.ownership.check(), folder.set_aside):
         with pytest.raises(CheckpointError, match="a later incarnation"):
             write()
     folder.ownership._beat_at = 0

@@ -31,19 +31,18 @@ from datasets.errors import DataError
 from datasets.image_folder import ImageTree, find_images
 from datasets.images.read import BadImage, read_image
 from launch.command_line import run
-from launch.errors import CheckpointError, UsageError, to_stderr
+from launch.errors import CheckpointError, UsageError, say, to_stderr
 from launch.launcher import read_launch
 from launch.machine import choose_device
 from launch.process_group import World
 from launch.rules import AtLeast
 from trainers import models
-from trainers.engine.checkpoints.load import Damaged, check_fits, load_or_fail, load_verified, newest_good
+from trainers.engine.checkpoints.load import check_fits, load_or_fail, newest_good
 from trainers.engine.export import export
-from trainers.engine.predictions import Prediction, as_json, as_lines, draw
+from trainers.engine.predictions import Prediction, as_json, as_lines
 from trainers.engine.run.card import ModelCard, read_card
 from trainers.engine.run.folder import RunFolder
-from trainers.engine.run.pictures import MOST_IMAGES
-from trainers.engine.run.progress import say
+from trainers.engine.run.pictures import MOST_IMAGES, predictions
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,14 +82,6 @@ class Picture:
     true_class: str | None = None
 
 
-def check(config: PredictConfig) -> None:
-    """Find mistakes in the flags."""
-    if config.run is None:
-        raise UsageError("--run: missing; give the folder of a run, such as runs/NAME")
-    if not config.images and config.test_images is None and config.export is None:
-        raise UsageError("no images given; name files or folders, or use --test-images 32")
-
-
 def load_model(run: Path, card: ModelCard, checkpoint: Path | None, device: torch.device) -> tuple[nn.Module, Path]:
     """The network with its trained weights, in evaluation mode, and the file they are from.
 
@@ -102,7 +93,7 @@ def load_model(run: Path, card: ModelCard, checkpoint: Path | None, device: torc
     except (KeyError, ValueError) as error:
         raise CheckpointError(f"--run {run}: its model {card.model} cannot be built here ({error}); use the version "
                               f"of this code that trained it") from None
-    state, source = load_state(run, checkpoint)
+    state, source = (load_or_fail(checkpoint), checkpoint) if checkpoint is not None else best_state(run)
     if state["ema"] is not None:
         state = {**state, "model": state["ema"]}
     check_fits(state, model, source)
@@ -110,22 +101,14 @@ def load_model(run: Path, card: ModelCard, checkpoint: Path | None, device: torc
     return model.eval().to(device), source
 
 
-def load_state(run: Path, checkpoint: Path | None) -> tuple[dict[str, Any], Path]:
-    """The state to use and its file: the one named, else the best, else the newest that is whole."""
-    if checkpoint is not None:
-        return load_or_fail(checkpoint), checkpoint
-    best = run / "checkpoints" / "best.pt"
-    if best.exists():
-        try:
-            return load_verified(best), best
-        except Damaged as damage:
-            to_stderr(f"WARNING checkpoint: {best}: {damage}; using the newest")
-    newest = newest_good(run / "checkpoints")
-    for path, damage in newest.damaged.items():
-        to_stderr(f"WARNING checkpoint: {path}: {damage}; using an older one")
-    if newest.state is None:
+def best_state(run: Path) -> tuple[dict[str, Any], Path]:
+    """The state of the best checkpoint, else of the newest that is whole, and its file."""
+    found = newest_good(run / "checkpoints", try_best=True)
+    for path, damage in found.damaged.items():
+        to_stderr(f"WARNING checkpoint: {path}: {damage}; using another one")
+    if found.state is None:
         raise CheckpointError(f"--run {run}: has no whole checkpoint; wait for its first epoch to end, or train again")
-    return newest.state, newest.path
+    return found.state, found.path
 
 
 def pictures_of(config: PredictConfig, card: ModelCard) -> Iterator[Picture]:
@@ -139,24 +122,15 @@ def pictures_of(config: PredictConfig, card: ModelCard) -> Iterator[Picture]:
 
 
 def read_picture(path: Path, card: ModelCard, *, true_class: str | None) -> Picture:
-    """An image file at the size and with the channels that the network was trained on.
-
-    Raises:
-        DataError: if it is no readable image.
-    """
+    """An image file at the size and with the channels that the network was trained on."""
     try:
         pixels = read_image(path, size=card.image_size[0], fit=card.fit)
     except BadImage as error:
         raise DataError(f"{path}: not readable as an image ({error}); repair it or leave it out") from None
     if card.channels == 1:
-        pixels = grey(pixels)
+        weights = torch.tensor([0.299, 0.587, 0.114])[:, None, None]  # of ITU-R 601-2, as Pillow has them
+        pixels = (pixels * weights).sum(0, keepdim=True).round().to(torch.uint8)
     return Picture(name=str(path), pixels=pixels, true_class=true_class)
-
-
-def grey(pixels: Tensor) -> Tensor:
-    """uint8 (3, H, W) to (1, H, W), by the weights of ITU-R 601-2 as Pillow has them."""
-    weights = torch.tensor([0.299, 0.587, 0.114])[:, None, None]
-    return (pixels * weights).sum(0, keepdim=True).round().to(torch.uint8)
 
 
 def test_pictures(config: PredictConfig, card: ModelCard) -> Iterator[Picture]:
@@ -177,13 +151,9 @@ def test_pictures(config: PredictConfig, card: ModelCard) -> Iterator[Picture]:
 
 
 def restore_config(config_class: type, run: Path) -> Any:
-    """The config of a run, from its config.json: texts back to paths, lists to tuples.
-
-    Raises:
-        CheckpointError: if it is missing or damaged.
-    """
+    """The config of a run, from its config.json: texts back to paths, lists to tuples."""
     saved = RunFolder(run, is_main=False).read_config()
-    if not isinstance(saved, dict):
+    if saved is None:
         raise CheckpointError(f"--run {run}: has no readable config.json; name image files, not --test-images")
     values: dict[str, Any] = {}
     for field in fields(config_class):
@@ -198,36 +168,43 @@ def classify(model: nn.Module, batch: list[Picture], card: ModelCard, device: to
     """Probabilities of a batch of images."""
     inputs = normalize(torch.stack([picture.pixels for picture in batch]).to(device), card.mean, card.std)
     probabilities = model(inputs).float().softmax(1).cpu().tolist()  # of log-probabilities too
-    return [Prediction(name=picture.name, probabilities=tuple(row), true_class=picture.true_class)
+    return [Prediction(image=picture.name, probabilities=dict(zip(card.class_names, row, strict=True)),
+                       true_class=picture.true_class)
             for picture, row in zip(batch, probabilities, strict=True)]
 
 
-def in_batches(pictures: Iterator[Picture], size: int) -> Iterator[list[Picture]]:
-    """Lists of `size` pictures, the last one shorter."""
-    while batch := list(itertools.islice(pictures, size)):
-        yield batch
+def draw(path: Path, shown: list[Picture], classified: list[Prediction]) -> None:
+    """The pictures with predicted and true names, as a PNG."""
+    names, shares = zip(*(each.ranked[0] for each in classified), strict=True)
+    images = torch.stack([picture.pixels for picture in shown]).float() / 255
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(predictions(images, [each.true_class for each in classified], names, shares=shares))
+    except OSError as error:
+        raise UsageError(f"--picture {path}: cannot be written ({error.strerror}); choose a folder that can") from None
 
 
 def main(config: PredictConfig) -> int:
     """Read, classify and show; returns the exit code."""
-    check(config)
-    assert config.run is not None
+    if config.run is None:
+        raise UsageError("--run: missing; give the folder of a run, such as runs/NAME")
+    if not (config.images or config.test_images or config.export):
+        raise UsageError("no images given; name files or folders, or use --test-images 32")
     card = read_card(config.run)
     device = choose_device(config.device, read_launch())
     model, source = load_model(config.run, card, config.checkpoint, device)
     if config.export is not None:
         lines = export(model, config.export, image_shape=(card.channels, *card.image_size))
         (sys.stderr if config.json else sys.stdout).write("\n".join(lines) + "\n")
-    predictions: list[Prediction] = []
+    classified: list[Prediction] = []
     shown: list[Picture] = []
-    for batch in in_batches(pictures_of(config, card), config.batch_size):
-        predictions += classify(model, batch, card, device)
+    pictures = pictures_of(config, card)
+    while batch := list(itertools.islice(pictures, config.batch_size)):
+        classified += classify(model, batch, card, device)
         shown += batch[: MOST_IMAGES - len(shown)]
-    if predictions:
-        images = torch.stack([picture.pixels for picture in shown]).float() / 255
-        draw(config.picture or config.run / "predict.png", images, predictions[: len(shown)], card.class_names)
-        say(as_json(predictions, card.class_names, source) if config.json
-            else as_lines(predictions, card.class_names, top=config.top))
+    if classified:
+        draw(config.picture or config.run / "predict.png", shown, classified[: len(shown)])
+        say(as_json(classified, source) if config.json else as_lines(classified, top=config.top))
     return 0
 
 

@@ -94,11 +94,7 @@ def quiet() -> Iterator[None]:
 
 
 def compared(path: Path, outputs: Tensor, expected: Tensor) -> str:
-    """A line about the largest difference.
-
-    Raises:
-        CheckpointError: if it is more than rounding.
-    """
+    """A line about the largest difference; raises CheckpointError if it is more than rounding."""
     difference = (outputs - expected).abs().max().item()
     if difference > TOLERANCE * max(1.0, expected.abs().max().item()):
         raise CheckpointError(f"--export {path}: its outputs differ from the model's by {difference:.2g}; not usable")

@@ -9,7 +9,7 @@ from torch.optim.swa_utils import AveragedModel
 from launch.errors import CheckpointError, to_stderr
 from launch.launcher import job_identity
 from launch.process_group import from_main
-from trainers.engine.checkpoints.files import committed, link_best, set_aside, step_of, sweep
+from trainers.engine.checkpoints.files import committed, give_name, set_aside, step_of, sweep
 from trainers.engine.checkpoints.load import Newest, check_fits, load_or_fail, newest_good
 from trainers.engine.checkpoints.snapshot import hash_tensors, tensors_in
 from trainers.engine.checkpoints.weights import load_weights
@@ -40,7 +40,7 @@ def choose_checkpoint(resume: str, folder: RunFolder) -> Path | None:
         to_stderr(f"WARNING checkpoint: {reasons}: kept as *.damaged; going on from {newest.path.name}")
         set_aside(newest.damaged, "damaged")
     if (newest.state["best"] or {}).get("step") == newest.state["step"]:
-        link_best(newest.path)  # a kill between its two links is mended here
+        give_name(newest.path, "best")  # a kill between its two links is mended here
     return newest.path
 
 

@@ -31,41 +31,35 @@ def committed(folder: Path) -> list[Path]:
     return [path.with_suffix(".pt") for path in sorted(folder.glob("step-*.json"))]
 
 
-def give_name(path: Path, name: str) -> None:
-    """A second name in the same folder for a file, replacing what had it: a hard link, or a copy where links fail."""
-    temporary = path.with_name(f".{name}.{os.getpid()}.tmp")
-    temporary.unlink(missing_ok=True)
-    try:
-        os.link(path, temporary)
-    except OSError:
-        shutil.copyfile(path, temporary)
-    os.replace(temporary, path.with_name(name))
-
-
-def link_best(path: Path) -> None:
-    """Make best.pt and best.json this checkpoint."""
-    give_name(path, "best.pt")
-    give_name(manifest_path(path), "best.json")
+def give_name(path: Path, stem: str) -> None:
+    """A second name, such as `best`, for a checkpoint and its manifest: hard links, or copies where links fail."""
+    for file in (path, manifest_path(path)):
+        target = file.with_stem(stem)
+        temporary = file.with_name(f".{target.name}.{os.getpid()}.tmp")
+        temporary.unlink(missing_ok=True)
+        try:
+            os.link(file, temporary)
+        except OSError:
+            shutil.copyfile(file, temporary)
+        os.replace(temporary, target)
     sync_folder(path.parent)
 
 
 def keep_earlier(path: Path) -> None:
     """Before a step is saved again: its earlier file stays, as `step-N-earlier`, until the new one is committed."""
     if path.exists() and manifest_path(path).exists():
-        give_name(path, f"{path.stem}-earlier.pt")
-        give_name(manifest_path(path), f"{path.stem}-earlier.json")
-        sync_folder(path.parent)
+        give_name(path, f"{path.stem}-earlier")
     manifest_path(path).unlink(missing_ok=True)
 
 
 def prune(folder: Path, *, keep: int) -> None:
     """Delete all but the newest `keep` committed checkpoints; best.pt is a name of its own and stays."""
     paths = committed(folder)
-    earlier = [path for path in paths if path.stem.endswith("-earlier")]
-    remaining = [path for path in paths if path not in earlier]
-    for path in earlier + remaining[:-keep]:
-        manifest_path(path).unlink(missing_ok=True)  # first: a checkpoint without a manifest does not count
-        path.unlink(missing_ok=True)
+    kept = [path for path in paths if not path.stem.endswith("-earlier")][-keep:]
+    for path in paths:
+        if path not in kept:
+            manifest_path(path).unlink(missing_ok=True)  # first: a checkpoint without a manifest does not count
+            path.unlink(missing_ok=True)
 
 
 def sweep(folder: Path) -> None:

@@ -12,8 +12,7 @@ import shutil
 import threading
 import time
 from collections.abc import Callable, Mapping
-from concurrent import futures
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -21,7 +20,7 @@ import torch
 
 from launch.errors import CheckpointError, NumericError, first_line
 from launch.files import replace_file, sync_folder
-from trainers.engine.checkpoints.files import checkpoint_path, keep_earlier, link_best, manifest_path, prune
+from trainers.engine.checkpoints.files import checkpoint_path, give_name, keep_earlier, manifest_path, prune
 from trainers.engine.checkpoints.snapshot import Snapshot, not_finite, tree_bytes
 from trainers.engine.run.folder import RunFolder
 
@@ -56,7 +55,7 @@ class Checkpointer:
         """
         self.join()
         began = time.perf_counter()
-        self.folder.check_fence()
+        self.folder.ownership.check()
         check_free_space(self.folder.checkpoints, state)
         self._snapshot.begin(state)
         self._copied.clear()
@@ -74,15 +73,10 @@ class Checkpointer:
     def wait(self) -> None:
         """Wait for the save under way, whether or not it fails."""
         if self._under_way is not None:
-            futures.wait([self._under_way])
+            wait([self._under_way])
 
     def join(self) -> None:
-        """Wait for the save under way.
-
-        Raises:
-            CheckpointError: if it failed.
-            NumericError: if it found a number that is not finite.
-        """
+        """Wait for the save under way; raises as it did."""
         if self._under_way is not None:
             began = time.perf_counter()
             self.wait()
@@ -97,9 +91,10 @@ class Checkpointer:
             self._copied.set()
         self._snapshot.wait_for_gpu()
         try:
-            path = write_checkpoint(self.folder.checkpoints, self._snapshot.tree, check_fence=self.folder.check_fence)
+            path = write_checkpoint(self.folder.checkpoints, self._snapshot.tree,
+                                    check_fence=self.folder.ownership.check)
             if is_best:
-                link_best(path)
+                give_name(path, "best")
             prune(self.folder.checkpoints, keep=self.keep)
         except OSError as error:
             raise CheckpointError(f"{self.folder.checkpoints}: cannot be written ({first_line(error)}); free some "
@@ -123,7 +118,10 @@ def write_checkpoint(folder: Path, state: Mapping[str, Any], *,
     try:
         with open(temporary, "wb") as file:
             writer = HashingWriter(file)
-            save_through(writer, state)
+            try:
+                torch.save(dict(state), writer)  # pyright: ignore[reportArgumentType]
+            except RuntimeError as error:  # says only that a position is unexpected
+                raise writer.error or error from None
             file.flush()
             os.fsync(file.fileno())
             forget_cached(file)
@@ -137,7 +135,7 @@ def write_checkpoint(folder: Path, state: Mapping[str, Any], *,
         temporary.unlink(missing_ok=True)
     sync_folder(folder)
     check_fence()
-    replace_file(manifest_path(path), manifest(state, size=writer.size, sha256=digest), durable=True)
+    replace_file(manifest_path(path), manifest(state, size=path.stat().st_size, sha256=digest), durable=True)
     return path
 
 
@@ -148,35 +146,21 @@ def manifest(state: Mapping[str, Any], *, size: int, sha256: str) -> bytes:
     return (json.dumps(facts, indent=2) + "\n").encode()
 
 
-def save_through(writer: "HashingWriter", state: Mapping[str, Any]) -> None:
-    """torch.save, with the error of the file system if there was one.
-
-    Raises:
-        OSError: as the file system says.
-    """
-    try:
-        torch.save(dict(state), writer)  # pyright: ignore[reportArgumentType]
-    except RuntimeError:
-        if writer.error is not None:
-            raise writer.error from None
-        raise
-
-
 class HashingWriter:
-    """A file that torch.save writes to, hashing and counting on the way; it only ever appends."""
+    """A file that torch.save writes to, hashing on the way; it only ever appends."""
 
     def __init__(self, file: BinaryIO) -> None:
-        self.file, self.size, self.sha256 = file, 0, hashlib.sha256()
+        self.file, self.sha256 = file, hashlib.sha256()
         self.error: OSError | None = None
+        """Of the file system, which torch.save replaces by one of its own."""
 
     def write(self, data: bytes) -> int:
         """Append."""
         self.sha256.update(data)
-        self.size += len(data)
         try:
             return self.file.write(data)
         except OSError as error:
-            self.error = error  # torch.save says only that a position is unexpected
+            self.error = error
             raise
 
     def flush(self) -> None:

@@ -32,7 +32,7 @@ class Snapshot:
     def allocate(self, state: Mapping[str, Any]) -> None:
         """Get the memory for a state like this one, without reading its tensors."""
         pairs: list[Pair] = []
-        self.tree = {name: mirror(child, self.tree.get(name), pairs) for name, child in state.items()}
+        self.tree = mirror(dict(state), self.tree, pairs)
         for target, _ in pairs:
             ctypes.memset(target.data_ptr(), 0, target.nbytes)  # touches every page
 

@@ -73,13 +73,8 @@ def replace_head(weights: dict[str, Tensor], model: nn.Module) -> str:
     return f"; the last layer, {layer}, is new: {outputs} outputs instead of {before}"
 
 
-
 def read(path: Path, source: str) -> Any:
-    """What torch.load returns, on the CPU, without running any code from the file.
-
-    Raises:
-        CheckpointError: if it is missing, damaged or holds objects besides tensors and plain values.
-    """
+    """What torch.load returns, on the CPU, without running any code from the file; errors name `source`."""
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):  # the flags in torchvision's and timm's files
             return torch.load(path, map_location="cpu", weights_only=True)
@@ -93,26 +88,18 @@ def read(path: Path, source: str) -> Any:
 
 
 def weights_in(content: Any, source: str) -> tuple[str, dict[str, Tensor]]:
-    """The part of a file's content that holds the weights, and these by the names that an unwrapped model gives them.
-
-    Raises:
-        CheckpointError: if there are none.
-    """
+    """The part of a file's content that holds the weights, and these by the names that an unwrapped model gives."""
     part = next((name for name in PARTS if isinstance(content, Mapping) and isinstance(content.get(name), Mapping)), "")
     found = content[part] if part else content
     if not isinstance(found, Mapping) or not found or not all(isinstance(value, Tensor) for value in found.values()):
         held = ", ".join(map(str, list(found)[:4])) if isinstance(found, Mapping) else type(found).__name__
         raise CheckpointError(f"{source}: holds {held or 'nothing'}, not weights by name; save the model's "
                               f"state_dict()")
-    weights = {str(name): value for name, value in found.items() if name != "n_averaged"}  # AveragedModel's counter
-    while weights and all(name.startswith("module.") for name in strip_compiled(weights)):
-        weights = {name.removeprefix("module."): value for name, value in strip_compiled(weights).items()}
-    return part, strip_compiled(weights)
-
-
-def strip_compiled(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Without the `_orig_mod.` that torch.compile puts before the names of a module, or of one inside it."""
-    return {name.replace("_orig_mod.", ""): value for name, value in weights.items()}
+    weights = {str(name).replace("_orig_mod.", ""): value  # torch.compile puts it before the names of a module
+               for name, value in found.items() if name != "n_averaged"}  # AveragedModel's counter
+    while weights and all(name.startswith("module.") for name in weights):
+        weights = {name.removeprefix("module."): value for name, value in weights.items()}
+    return part, weights
 
 
 def first_three(differences: list[str]) -> str:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from launch.errors import CheckpointError
+from launch.files import read_object
 from trainers.engine.run.folder import RunFolder
 
 FILE_NAME = "model.json"
@@ -51,11 +52,10 @@ def read_card(run: Path) -> ModelCard:
     """
     if not run.is_dir():
         raise CheckpointError(f"--run {run}: no such folder; give one that a trainer made, such as runs/NAME")
-    values = RunFolder(run, is_main=False).read_json(FILE_NAME)
+    saved = read_object(run / FILE_NAME) or {}
+    values: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in saved.items()}
     try:
-        converted: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value
-                                     for name, value in (values or {}).items()}
-        return ModelCard(**converted)
-    except (TypeError, AttributeError):
+        return ModelCard(**values)
+    except TypeError:
         raise CheckpointError(f"--run {run}: has no readable {FILE_NAME}; only runs of the image trainers do, from the "
                               f"moment they start training") from None

@@ -15,9 +15,7 @@ from launch.errors import CheckpointError, UsageError, user_line
 from launch.files import read_object, replace_file
 from launch.machine import environment_record
 from trainers.engine.config import translated
-from trainers.engine.run.ownership import Ownership, not_writable
-
-GROWING = ("epochs", "max_steps")  # a run that is DONE continues when one of these grew
+from trainers.engine.run.ownership import Ownership, output_dir_writable
 
 
 class RunFolder:
@@ -25,15 +23,11 @@ class RunFolder:
 
     def __init__(self, path: Path, *, is_main: bool) -> None:
         self.path = path
+        self.checkpoints = path / "checkpoints"
         self.is_main = is_main
         self.ownership = Ownership(path)
         self._started = False
         """Whether this process started or resumed the run: only then may it write how the run ended."""
-
-    @property
-    def checkpoints(self) -> Path:
-        """The folder of the checkpoints."""
-        return self.path / "checkpoints"
 
     def claim(self) -> None:
         """Create the folder and become its owner, before data is loaded.
@@ -41,36 +35,23 @@ class RunFolder:
         Raises:
             CheckpointError: if it cannot be written, or another live process owns it.
         """
-        if not self.is_main:
-            return
-        try:
-            self.checkpoints.mkdir(parents=True, exist_ok=True)
-            self.ownership.claim()
-        except OSError as error:
-            raise not_writable(self.path.parent, error) from None
+        if self.is_main:
+            with output_dir_writable(self.path.parent):
+                self.checkpoints.mkdir(parents=True, exist_ok=True)
+                self.ownership.claim()
 
     def beat(self) -> None:
         """Show other hosts that the owner is alive."""
-        if self.is_main:
-            self.ownership.beat()
-
-    def check_fence(self) -> None:
-        """Called before every write.
-
-        Raises:
-            CheckpointError: if a later incarnation owns the run.
-        """
-        self.ownership.check()
+        self.ownership.beat()
 
     def release(self) -> None:
         """Stop being the owner."""
-        if self.is_main:
-            self.ownership.release()
+        self.ownership.release()
 
     @contextlib.contextmanager
     def _writing(self, name: str) -> Iterator[Path]:
         """The path of a file to write, behind the fence; what the disk refuses becomes one line for the user."""
-        self.check_fence()
+        self.ownership.check()
         try:
             yield self.path / name
         except OSError as error:
@@ -116,11 +97,7 @@ class RunFolder:
                               reason=cause)
 
     def append_metrics(self, line: Mapping[str, Any]) -> None:
-        """Add one line to metrics.jsonl, in one write.
-
-        Raises:
-            CheckpointError: as write_bytes.
-        """
+        """Add one line to metrics.jsonl, in one write; raises as `write_bytes` does."""
         if self.is_main:
             with self._writing("metrics.jsonl") as path, open(path, "a") as file:
                 file.write(json.dumps(finite(line)) + "\n")
@@ -130,19 +107,17 @@ class RunFolder:
 
         `evaluated`: whether the checkpoint was made after the evaluation at that step; if not, that line goes too.
         """
-        if not self.is_main or not (self.path / "metrics.jsonl").exists():
-            return
-        kept = []
-        with self._writing("metrics.jsonl") as path:
-            for text in path.read_text(errors="replace").splitlines():
-                try:
-                    line = json.loads(text)
-                    again = line["step"] > step or (line["step"] == step and line["split"] == "test" and not evaluated)
-                except (ValueError, KeyError, TypeError):
-                    continue  # cut off in the middle by a kill
-                if not again:
-                    kept.append(text + "\n")
-            replace_file(path, "".join(kept).encode())
+        def stays(text: str) -> bool:
+            try:
+                line = json.loads(text)
+                return line["step"] < step or (line["step"] == step and (evaluated or line["split"] != "test"))
+            except (ValueError, KeyError, TypeError):
+                return False  # cut off in the middle by a kill
+
+        if self.is_main and (self.path / "metrics.jsonl").exists():
+            with self._writing("metrics.jsonl") as path:
+                lines = path.read_text(errors="replace").splitlines()
+                replace_file(path, "".join(text + "\n" for text in lines if stays(text)).encode())
 
     def set_aside(self) -> None:
         """Make room for a run from the start: what an earlier one left is renamed, not overwritten."""
@@ -152,8 +127,7 @@ class RunFolder:
             with self._writing(name) as path:
                 if path.exists() and (path.is_file() or any(path.iterdir())):
                     path.rename(self.path / f"before-{self.ownership.incarnation}-{name}")
-        with self._writing("checkpoints") as path:
-            path.mkdir(exist_ok=True)
+                self.checkpoints.mkdir(exist_ok=True)
 
     def begin(self, config: Mapping[str, Any], *, may_change: Collection[str], world: Mapping[str, Any]) -> bool:
         """Record the config, unless the run is DONE and the config asks for no more. Call through `from_main`.
@@ -166,22 +140,19 @@ class RunFolder:
                 evaluation is asked for, whose result would replace that of the run.
         """
         before, status = self.read_config(), self.read_json("status.json") or {}
-        if config.get("evaluate") is not None and self._has_progress():
+        has_progress = any(self.checkpoints.glob("step-*.json"))  # without, nothing is altered by other flags
+        if has_progress and config.get("evaluate") is not None:
             raise UsageError(f"--evaluate {config['evaluate']}: {self.path} holds a training run, whose result this "
                              f"would replace; give the evaluation another --run-name")
-        if before is not None and self._has_progress() and config.get("resume") != "never":
+        if has_progress and before is not None and config.get("resume") != "never":
             self._check_unchanged(config, before, may_change)
-            if status.get("state") == "DONE" and not any(grew(config, before, name) for name in GROWING):
+            if status.get("state") == "DONE" and not asks_for_more(config, before):
                 return False
         self.write_json("config.json", config)
         self.write_json("environment.json", {**environment_record(), **world})
         self.write_status("RUNNING", step=status.get("step", 0), epoch=status.get("epoch", 0))
         self._started = True
         return True
-
-    def _has_progress(self) -> bool:
-        """Whether there is a checkpoint to resume from; without one, nothing is altered by other flags."""
-        return any(self.checkpoints.glob("step-*.json"))
 
     def _check_unchanged(self, config: Mapping[str, Any], before: Mapping[str, Any],
                          may_change: Collection[str]) -> None:
@@ -193,10 +164,10 @@ class RunFolder:
                              f"another --run-name")
 
 
-def grew(config: Mapping[str, Any], before: Mapping[str, Any], name: str) -> bool:
-    """Whether a limit was raised, or taken away (None is no limit)."""
-    now, then = config.get(name), before.get(name)
-    return then is not None and (now is None or now > then)
+def asks_for_more(config: Mapping[str, Any], before: Mapping[str, Any]) -> bool:
+    """Whether a limit of the run was raised, or taken away (None is no limit)."""
+    limits = [(config.get(name), before.get(name)) for name in ("epochs", "max_steps")]
+    return any(then is not None and (now is None or now > then) for now, then in limits)
 
 
 def finite(content: Any) -> Any:

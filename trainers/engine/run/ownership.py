@@ -7,6 +7,7 @@ is a file of its own so that a late heartbeat of an old owner cannot undo the cl
 """
 
 import contextlib
+import errno
 import fcntl
 import itertools
 import json
@@ -14,7 +15,7 @@ import os
 import socket
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +46,11 @@ class Ownership:
             OSError: if it cannot be written.
         """
         self._lock_file = open(self.path / "lock", "a+")
-        locked = self._try_lock()
+        try:  # a POSIX lock: not inherited by loader workers, released by the kernel however the process ends
+            fcntl.lockf(self._lock_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            locked = True
+        except OSError as error:
+            locked = error.errno not in (errno.EAGAIN, errno.EACCES)  # anything else: no locks on this file system
         previous = read_object(self.path / "owner.json") or {}  # after the lock: its holder may just have written it
         mine = this_process()
         if not is_restart_of(previous, mine) and (not locked or beats_from_elsewhere(self.path, previous)):
@@ -53,14 +58,6 @@ class Ownership:
                                   f"wait for it, or choose another --run-name")
         self.incarnation = incarnation_of(previous) + 1
         self._write_owner(mine, released=False)
-
-    def _try_lock(self) -> bool:
-        """A POSIX lock: not inherited by loader workers, released by the kernel however the process ends."""
-        try:
-            fcntl.lockf(self._lock_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return True
-        except OSError as error:
-            return error.errno not in (11, 13)  # EAGAIN, EACCES: held; anything else: no locks on this file system
 
     def _write_owner(self, mine: Mapping[str, Any], *, released: bool) -> None:
         owner = {"incarnation": self.incarnation, **mine, "released": released}
@@ -74,7 +71,7 @@ class Ownership:
             self._beat_at = time.monotonic()
             self._num_beats += 1
             text = json.dumps({"incarnation": self.incarnation, "beats": self._num_beats})
-            with contextlib.suppress(OSError):  # a full disk is reported by whoever writes something that matters
+            with contextlib.suppress(OSError):  # a full disk is noticed by whoever writes something that matters
                 if self.holds():
                     replace_file(self.path / "heartbeat.json", (text + "\n").encode())
 
@@ -118,27 +115,28 @@ def unnamed_run(output_dir: Path, trainer: str, recipe: str) -> str:
     name, launcher = default_run_name(trainer, recipe), launcher_identity()
     if given_run_id() is not None:
         return name
-    try:
+    with output_dir_writable(output_dir):
         output_dir.mkdir(parents=True, exist_ok=True)
         for candidate in itertools.chain([name], (f"{name}-{number}" for number in itertools.count(2))):
             owner_file = output_dir / candidate / "owner.json"
             try:
                 owner_file.parent.mkdir()
+                replace_file(owner_file, json.dumps({"incarnation": 0, "launcher": launcher}).encode())
+                break
             except FileExistsError:
                 if launcher is not None and (read_object(owner_file) or {}).get("launcher") == launcher:
                     break
-            else:
-                replace_file(owner_file, json.dumps({"incarnation": 0, "launcher": launcher}).encode())
-                break
-    except OSError as error:
-        raise not_writable(output_dir, error) from None
     return candidate
 
 
-def not_writable(output_dir: Path, error: OSError) -> CheckpointError:
-    """The error for a run folder that cannot be created or claimed."""
-    return CheckpointError(f"--output-dir {output_dir}: cannot be written ({error.strerror}: {error.filename}); choose "
-                           f"a folder that can")
+@contextlib.contextmanager
+def output_dir_writable(output_dir: Path) -> Iterator[None]:
+    """Raises CheckpointError for a run folder that cannot be created or claimed."""
+    try:
+        yield
+    except OSError as error:
+        raise CheckpointError(f"--output-dir {output_dir}: cannot be written ({error.strerror}: {error.filename}); "
+                              f"choose a folder that can") from None
 
 
 def this_process() -> dict[str, Any]:

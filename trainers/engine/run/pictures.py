@@ -50,37 +50,31 @@ def curves(epochs: Sequence[dict[str, Any]], *, steps_per_epoch: int, title: str
     figure = new_figure(8.4 if has_accuracy else 4.6, 3.6)
     panels = figure.subplots(1, 2 if has_accuracy else 1, squeeze=False)[0]
     places = [line["step"] / steps_per_epoch for line in epochs]
-    draw_lines(panels[0], places, {split: [line[f"{split}_loss"] for line in epochs] for split in STYLES}, "loss")
+    draw_lines(panels[0], places, epochs, "loss")
+    panels[0].set_ylabel("loss")
     losses = [line[f"{split}_loss"] for line in epochs for split in STYLES if line[f"{split}_loss"] is not None]
     if losses and min(losses) > 0 and max(losses) > 100 * min(losses):
         panels[0].set_yscale("log")
     if has_accuracy:
-        percents = {split: [percent(line[f"{split}_accuracy"]) for line in epochs] for split in STYLES}
-        draw_lines(panels[1], places, percents, "accuracy in %")
+        draw_lines(panels[1], places, epochs, "accuracy", scale=100)
+        panels[1].set_ylabel("accuracy in %")
         panels[1].set_ylim(top=min(100.5, panels[1].get_ylim()[1]))
     figure.suptitle(title, fontsize=10)
     return as_png(figure)
 
 
-def percent(share: float | None) -> float | None:
-    """A share in percent."""
-    return None if share is None else 100 * share
-
-
-def draw_lines(axes: "Axes", places: list[float], series: dict[str, list[float | None]], label: str) -> None:
-    """One line for each split that has values, on a whole-numbered axis of epochs."""
+def draw_lines(axes: "Axes", places: Sequence[float], epochs: Sequence[dict[str, Any]], name: str, *,
+               scale: float = 1) -> None:
+    """One line for each split that has values of this name, on a whole-numbered axis of epochs."""
     from matplotlib.ticker import MaxNLocator
 
-    for split, values in series.items():
-        known = [(place, value) for place, value in zip(places, values, strict=True)
-                 if value is not None and math.isfinite(value)]
+    for split, style in STYLES.items():
+        values = [math.nan if line[f"{split}_{name}"] is None else scale * line[f"{split}_{name}"] for line in epochs]
+        known = [(place, value) for place, value in zip(places, values, strict=True) if math.isfinite(value)]
         if known:
             marker = "o" if len(known) <= MOST_MARKERS else None
-            positions, heights = zip(*known, strict=True)
-            axes.plot(positions, heights, marker=marker, markersize=3, label=f"{split} {label.split()[0]}",
-                      **STYLES[split])
+            axes.plot(*zip(*known, strict=True), marker=marker, markersize=3, label=f"{split} {name}", **style)
     axes.set_xlabel("epoch")
-    axes.set_ylabel(label)
     axes.set_xlim(0, max(1.0, *places) * 1.02 if places else 1.0)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.grid(alpha=0.3)
@@ -137,9 +131,14 @@ def image_grid(images: Tensor, captions: Sequence[str], *, right: Sequence[bool]
     return as_png(figure, dpi=120)
 
 
-def predictions(images: Tensor, true: Sequence[str], predicted: Sequence[str], *, title: str = "") -> bytes:
-    """A grid with each image's predicted name, and below it the true one where they differ."""
-    right = [name == other for name, other in zip(true, predicted, strict=True)]
-    captions = [other if name == other else f"{other}\ntrue: {name}"
-                for name, other in zip(true, predicted, strict=True)]
+def predictions(images: Tensor, true: Sequence[str | None], predicted: Sequence[str], *,
+                shares: Sequence[float] = (), title: str = "") -> bytes:
+    """A grid with each image's predicted name, its probability if given, and the true name where it differs."""
+    captions = list(predicted)
+    for place, share in enumerate(shares):
+        captions[place] += f" {100 * share:.0f} %"
+    for place, name in enumerate(true):
+        if name not in (None, predicted[place]):
+            captions[place] += f"\ntrue: {name}"
+    right = None if None in true else [name == other for name, other in zip(true, predicted, strict=True)]
     return image_grid(images, captions, right=right, title=title)

@@ -8,6 +8,7 @@ from typing import Any
 from tqdm import tqdm
 
 from launch.errors import say as say  # also imported from here
+from launch.errors import to_stderr
 
 LINE_SECONDS = 10.0  # between two plain lines
 
@@ -19,7 +20,7 @@ class Progress:
         self.shown = shown
         self.total_steps, self.step = total_steps, step
         self.figures = ""
-        self._said_at = time.monotonic()
+        self._printed_at = time.monotonic()
         self._bar = None
         if shown and sys.stderr is not None and sys.stderr.isatty():
             self._bar = tqdm(total=total_steps, initial=step, unit="step", mininterval=0.5, dynamic_ncols=True)
@@ -29,9 +30,9 @@ class Progress:
         self.step += 1
         if self._bar is not None:
             self._bar.update()
-        elif self.shown and time.monotonic() - self._said_at > LINE_SECONDS:
-            self._said_at = time.monotonic()
-            self._line(f"step {self.step}/{self.total_steps}{self.figures}")
+        elif self.shown and time.monotonic() - self._printed_at > LINE_SECONDS:
+            self._printed_at = time.monotonic()
+            self.line_above(f"step {self.step}/{self.total_steps}{self.figures}")
 
     def show_figures(self, *, loss: float, accuracy: float | None, samples_per_second: float,
                      seconds_left: float) -> None:
@@ -45,16 +46,11 @@ class Progress:
 
     def line_above(self, text: str) -> None:
         """Print a line above the bar."""
-        if self.shown:
-            self._line(text)
-
-    def _line(self, text: str) -> None:
-        with contextlib.suppress(OSError, ValueError):  # a closed stderr must not end a run
-            if self._bar is not None:
+        if self._bar is not None:
+            with contextlib.suppress(OSError, ValueError):  # a closed stderr must not end a run
                 self._bar.write(text, file=sys.stderr)
-            else:
-                sys.stderr.write(text + "\n")
-                sys.stderr.flush()
+        elif self.shown:
+            to_stderr(text)
 
     def close(self) -> None:
         """End the bar, which stays on the screen."""

@@ -15,7 +15,6 @@ from trainers.engine.run.folder import RunFolder
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
 
-
 FIRST_COST_SECONDS = 1.0  # of the first drawing, which imports matplotlib
 SHARE = 0.05  # of the run's time that drawing may take
 SCALARS = ("loss", "accuracy", "learning_rate", "samples_per_second")
@@ -34,20 +33,16 @@ class Report:
         self.folder.append_metrics(line)
         if not self.tensorboard:
             return
-        writer = self._events(line["step"])
-        for name in SCALARS:
-            if line.get(name) is not None and not (name == "learning_rate" and line["split"] == "test"):
-                writer.add_scalar(f"{line['split']}/{name}", line[name], line["step"])
-        for name, norm in line.get("gradient_norms", {}).items():
-            writer.add_scalar(f"gradient_norm/{name}", norm, line["step"])
-
-    def _events(self, step: int) -> "SummaryWriter":
-        """The event file, opened at the first line: what a killed run wrote from that step on is hidden."""
         if self._writer is None:
             from torch.utils.tensorboard import SummaryWriter
 
-            self._writer = SummaryWriter(str(self.folder.path / "tensorboard"), purge_step=step, flush_secs=10)
-        return self._writer
+            self._writer = SummaryWriter(str(self.folder.path / "tensorboard"), flush_secs=10,
+                                         purge_step=line["step"])  # hides what a killed run wrote from there on
+        for name in SCALARS:
+            if line.get(name) is not None and not (name == "learning_rate" and line["split"] == "test"):
+                self._writer.add_scalar(f"{line['split']}/{name}", line[name], line["step"])
+        for name, norm in line.get("gradient_norms", {}).items():
+            self._writer.add_scalar(f"gradient_norm/{name}", norm, line["step"])
 
     def curves(self, epochs: Sequence[dict[str, Any]], *, steps_per_epoch: int, always: bool = False) -> None:
         """Draw curves.png, if it is time to or `always`."""
@@ -71,6 +66,5 @@ class Report:
         """Finish the event file."""
         if self._writer is not None:
             self._writer.close()
-            self._writer = None
 
 
