@@ -6,7 +6,7 @@ import torch
 from torchvision.datasets import CIFAR10
 
 from datasets.download import fetch
-from datasets.errors import DataError, first_line
+from datasets.errors import DataError
 from datasets.tensors import TensorDataset
 
 MEAN = (0.4914, 0.4822, 0.4465)  # per channel, over the 50,000 training images; tests/test_cifar.py recomputes it
@@ -23,10 +23,8 @@ def load(data_dir: Path) -> tuple[TensorDataset, TensorDataset]:
         train, test = (CIFAR10(str(data_dir), train=is_train, download=False) for is_train in (True, False))
     except (RuntimeError, OSError, ValueError, KeyError, EOFError) as error:
         missing = not (data_dir / CIFAR10.base_folder).is_dir()
-        raise DataError(
-            f"--data-dir {data_dir}: CIFAR-10 is {'not there' if missing else f'damaged ({first_line(error)})'}; "
-            f"add --download, or train on --dataset synthetic"
-        ) from None
+        raise DataError(f"--data-dir {data_dir}: CIFAR-10 is {'not there' if missing else f'damaged ({error})'}; add "
+                        f"--download, or train on --dataset synthetic") from None
     return in_memory(train), in_memory(test)
 
 

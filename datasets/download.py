@@ -8,7 +8,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from datasets.errors import DataError, first_line
+from datasets.errors import DataError
 
 SILENT_SECONDS = 60.0  # a server that says nothing for so long is given up; torchvision itself would wait without end
 
@@ -23,15 +23,17 @@ def fetch(download: Callable[[str], object], data_dir: Path, folder: str, *, nam
     """
     if (data_dir / folder).is_dir():
         return
+    before = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(SILENT_SECONDS)  # of every connection that this process makes meanwhile
     try:
-        with temporary_folder(data_dir, prefix=".download-") as temporary, silence_ends_connections():
+        with temporary_folder(data_dir, prefix=".download-") as temporary:
             download(str(temporary))
             move_in_place(temporary / folder, data_dir / folder)
     except (OSError, RuntimeError) as error:
-        raise DataError(
-            f"--download: {name} could not be fetched ({first_line(error)}); put it into --data-dir {data_dir} by "
-            f"hand, or train on --dataset synthetic"
-        ) from None
+        raise DataError(f"--download: {name} could not be fetched ({error}); put it into --data-dir {data_dir} by "
+                        f"hand, or train on --dataset synthetic") from None
+    finally:
+        socket.setdefaulttimeout(before)
 
 
 @contextlib.contextmanager
@@ -40,17 +42,6 @@ def temporary_folder(parent: Path, *, prefix: str) -> Iterator[Path]:
     parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=parent, prefix=prefix, ignore_cleanup_errors=True) as name:
         yield Path(name)
-
-
-@contextlib.contextmanager
-def silence_ends_connections() -> Iterator[None]:
-    """A time limit for every wait on connections that this process makes meanwhile."""
-    before = socket.getdefaulttimeout()
-    socket.setdefaulttimeout(SILENT_SECONDS)
-    try:
-        yield
-    finally:
-        socket.setdefaulttimeout(before)
 
 
 def move_in_place(source: Path, target: Path) -> None:

@@ -12,7 +12,7 @@ from torch import nn
 from tests.helpers.processes import read_json
 from tests.helpers.server import run
 from trainers.engine.checkpoints.save import Checkpointer
-from trainers.engine.checkpoints.snapshot import tree_bytes
+from trainers.engine.checkpoints.snapshot import tensors_in
 from trainers.engine.run.folder import RunFolder
 
 MOST_SECONDS = 0.010  # for 96 MiB
@@ -67,7 +67,7 @@ def measure(tmp_path: Path, *, layers: int, repeats: int) -> tuple[list[float], 
         waited.append(training.checkpointer.wait_seconds - before)
         training.checkpointer.wait()
         plain.append(save_plainly(training.state(), tmp_path / "plain.pt"))
-    return waited, plain, tree_bytes(training.state()) / 2**20
+    return waited, plain, sum(each.nbytes for _, each in tensors_in(training.state())) / 2**20
 
 
 def show(waited: list[float], plain: list[float], mebibytes: float) -> None:

@@ -21,7 +21,7 @@ import torch
 from launch.errors import CheckpointError, NumericError, first_line
 from launch.files import replace_file, sync_folder
 from trainers.engine.checkpoints.files import checkpoint_path, give_name, keep_earlier, manifest_path, prune
-from trainers.engine.checkpoints.snapshot import Snapshot, not_finite, tree_bytes
+from trainers.engine.checkpoints.snapshot import Snapshot, not_finite, tensors_in
 from trainers.engine.run.folder import RunFolder
 
 FORMAT = 1
@@ -185,7 +185,8 @@ def file_sha256(path: Path) -> str:
 
 def check_free_space(folder: Path, state: Any) -> None:
     """Raise CheckpointError if the file would not fit, before anything is copied."""
-    needed = tree_bytes(state) * 1.02 + 2**20  # the archive's own share is about 1 % at 100 kB per tensor
+    num_bytes = sum(tensor.nbytes for _, tensor in tensors_in(state))
+    needed = num_bytes * 1.02 + 2**20  # the archive's own share is about 1 % at 100 kB per tensor
     free = shutil.disk_usage(folder).free
     if free < needed:
         raise CheckpointError(f"{folder}: a checkpoint needs {needed / 2**20:.0f} MiB and {free / 2**20:.0f} MiB are "

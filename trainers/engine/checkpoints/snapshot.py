@@ -117,11 +117,6 @@ def hash_tensors(named: Iterable[tuple[str, Tensor]]) -> str:
     return digest.hexdigest()
 
 
-def tree_bytes(tree: Any) -> int:
-    """Bytes of all tensors in nested dicts and lists."""
-    return sum(tensor.nbytes for _, tensor in tensors_in(tree))
-
-
 def not_finite(tree: Any) -> str | None:
     """The path of the first tensor that is sparse, or holds a NaN or an infinity; None if there is none."""
     for name, tensor in tensors_in(tree):
