@@ -1,8 +1,8 @@
 """Loading a checkpoint: everything is checked before it is used, and a damaged file costs one warning.
 
-Order of checks: manifest, size, sha256 (torch.load itself verifies no CRC), torch.load
-with weights_only=True, the keys, that every tensor is dense and finite, and that the manifest is the one that saving
-this state would write. Then, against the run that resumes: names, shapes and dtypes, data set and global batch.
+Order of checks: manifest, size, sha256 (torch.load itself verifies no CRC), torch.load with weights_only=True, the
+keys, that every tensor is dense and finite, and that the manifest is the one that saving this state would write. Then,
+against the run that resumes: names, shapes and dtypes, data set and global batch.
 """
 
 import json
