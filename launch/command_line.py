@@ -88,16 +88,20 @@ def nearest(name: str, known: Sequence[str] | Mapping[str, Any]) -> str:
 
 
 def grouped_help(text: str, config_class: type, *, width: int) -> str:
-    """tyro's --help with each flag under the `TITLE` of the class that had it first, the command's own flags on top.
+    """tyro's --help with each flag under its title, by `TITLES` of the class that had it first; the command's on top.
 
     Two commands of the module's docstring stand at its end.
     """
     text = "\n".join(line.rstrip() for line in text.splitlines() if not re.match(r" \S", line))  # without tyro's titles
     usage, *flags = re.split(r"\n(?=  \S)", text)
     own = usage.split()[1]  # the path of the command
-    bases = [(base, base.__dict__.get("TITLE", own)) for base in config_class.__mro__]
-    titles = {name: title for base, title in bases for name in inspect.get_annotations(base)}
-    groups: dict[str, list[str]] = {own: [], **{title: [] for _, title in bases}}
+    titles: dict[str, str] = {}
+    for base in reversed(config_class.__mro__):
+        title = own
+        for name in inspect.get_annotations(base):
+            title = base.__dict__.get("TITLES", {}).get(name, title)
+            titles.setdefault(name, title)
+    groups: dict[str, list[str]] = {own: [], **{title: [] for title in titles.values()}}
     for flag in flags:
         header, _, explained = re.sub(r"\{None\}\|", "", flag).strip().partition("  ")
         header, _, rest = header.partition("\n")

@@ -25,7 +25,7 @@ from tests.helpers.processes import (
 from tests.helpers.server import Job, run, start
 from trainers import models
 from trainers.engine.checkpoints.weights import load_weights
-from trainers.image_folder import RECIPES, ImageFolderConfig, check
+from trainers.image_folder import RECIPES, ImageFolderConfig
 
 
 @pytest.fixture(scope="module")
@@ -176,7 +176,7 @@ def test_an_empty_class_folder_is_named_with_exit_code_3(tmp_path: Path):
 def test_a_flag_that_cannot_work_is_named(words: list[str]):
     config = parse(ImageFolderConfig, recipes=RECIPES, args=words)
     with pytest.raises(UsageError, match=words[-2] if words[0] != "--cache" else "--random-crop"):
-        check(config)
+        config.check()
 
 
 def test_a_pretrained_backbone_keeps_all_but_a_head_of_another_size(tmp_path: Path):

@@ -122,9 +122,9 @@ def test_the_benchmark_takes_only_trainers_that_can_measure(name: str) -> None:
                                                ("image_folder", 32)])
 def test_an_image_is_not_shifted_out_of_itself(trainer: str, size: int) -> None:
     module, config_class = TRAINERS[trainer]
-    module.check(parse(config_class, recipes=module.RECIPES, args=["--shift", str(size - 1)]))
+    parse(config_class, recipes=module.RECIPES, args=["--shift", str(size - 1)]).check()
     with pytest.raises(UsageError, match=f"--shift {size}: must be below the image size of {size}"):
-        module.check(parse(config_class, recipes=module.RECIPES, args=["--shift", str(size)]))
+        parse(config_class, recipes=module.RECIPES, args=["--shift", str(size)]).check()
 
 
 @pytest.mark.timeout(120)

@@ -34,7 +34,6 @@ from launch.rules import AtLeast
 from trainers import models
 from trainers.engine.config import ImageConfig
 from trainers.engine.once_per_node import once_per_node
-from trainers.engine.run.card import ModelCard
 from trainers.engine.session import entry_point, open_run, train_classifier
 
 
@@ -48,6 +47,18 @@ class CifarConfig(ImageConfig):
     """cifar10 is read from --data-dir; synthetic is drawn from the seed."""
     width: Annotated[int | None, AtLeast(1, most=65536)] = None
     """Channels of the model's first trained convolution. Default: the model's own."""
+
+    def network(self) -> dict[str, Any]:
+        """Its name and options, for models.build."""
+        return {"name": self.model, "width": self.width}
+
+    def check(self) -> None:
+        """Find mistakes in the flags before ranks wait for each other."""
+        super().check()
+        models.check_name(self.model, models.names(), choices="net, whitenet, resnet9, resnet18 or a classifier of "
+                                                              "torchvision.models")
+        if self.width is not None and self.model not in models.OURS:
+            raise UsageError(f"--width {self.width}: {self.model} has no width to set; leave it out")
 
 
 RECIPES: dict[str, dict[str, Any]] = {
@@ -82,37 +93,20 @@ def augmentation(config: CifarConfig) -> Augmentation:
 def build_model(config: CifarConfig, train: TensorDataset) -> nn.Module:
     """The network, from the seed; whitenet's first layer is set from the first 5,000 training images."""
     torch.manual_seed(config.seed)
-    model = models.build(config.model, num_classes=len(train.class_names), width=config.width)
+    model = models.build(**config.network(), num_classes=len(train.class_names))
     if isinstance(model, models.WhiteNet):
         model.whiten(augmentation(config).normalize(train.inputs[:5000]))
     return model
 
 
-def check(config: CifarConfig) -> None:
-    """Find mistakes in the flags before ranks wait for each other."""
-    config.check()
-    config.check_shift(32)
-    models.check_name(config.model, models.names(), choices="net, whitenet, resnet9, resnet18 or a classifier of "
-                                                            "torchvision.models")
-    if config.width is not None and config.model not in models.OURS:
-        raise UsageError(f"--width {config.width}: {config.model} has no width to set; leave it out")
-
-
-def describe(config: CifarConfig, class_names: tuple[str, ...], images: Augmentation) -> ModelCard:
-    """What must be known to use the weights."""
-    return ModelCard(trainer="cifar", model=config.model, class_names=class_names, mean=images.mean, std=images.std,
-                     image_size=(32, 32), options={"width": config.width})
-
-
 @entry_point
 def main(config: CifarConfig) -> dict[str, Any]:
     """One run, on this rank; returns its result."""
-    check(config)
     with open_run(config, "cifar") as run:
         train, test = load_data(config, run.world)
         images = augmentation(config)
-        return train_classifier(config, run, build_model(config, train), describe(config, train.class_names, images),
-                                images, train_loader(train, images, **config.batches(), **run.world.shard),
+        return train_classifier(config, run, build_model(config, train), train.class_names, images,
+                                train_loader(train, images, **config.batches(), **run.world.shard),
                                 evaluation_loader(test, images.normalize, **run.world.shard), train.fingerprint())
 
 

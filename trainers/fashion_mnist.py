@@ -32,7 +32,6 @@ from launch.process_group import World
 from trainers import models
 from trainers.engine.config import ImageConfig
 from trainers.engine.once_per_node import once_per_node
-from trainers.engine.run.card import ModelCard
 from trainers.engine.session import entry_point, open_run, train_classifier
 
 MEAN, STD = (0.2860,), (0.3530,)  # over the 60,000 training images; tests/test_fashion_mnist.py recomputes them
@@ -53,6 +52,15 @@ class FashionMnistConfig(ImageConfig):
     FashionMNIST."""
     padding: Literal["reflect", "zeros"] = "zeros"
     """What the padding shows."""
+
+    def size(self) -> int:
+        """Height and width of the images."""
+        return 28
+
+    def check(self) -> None:
+        """Find mistakes in the flags before ranks wait for each other."""
+        super().check()
+        models.check_name(self.model, models.GREY)
 
 
 RECIPES: dict[str, dict[str, Any]] = {
@@ -75,34 +83,20 @@ def augmentation(config: FashionMnistConfig) -> Augmentation:
     return Augmentation(**config.augmentation((MEAN, STD)))
 
 
-def check(config: FashionMnistConfig) -> None:
-    """Find mistakes in the flags before ranks wait for each other."""
-    config.check()
-    config.check_shift(28)
-    models.check_name(config.model, models.GREY)
-
-
 def build_model(config: FashionMnistConfig, train: TensorDataset) -> nn.Module:
     """The network, from the seed."""
     torch.manual_seed(config.seed)
-    return models.build(config.model, num_classes=len(train.class_names))
-
-
-def describe(config: FashionMnistConfig, class_names: tuple[str, ...], images: Augmentation) -> ModelCard:
-    """What must be known to use the weights."""
-    return ModelCard(trainer="fashion_mnist", model=config.model, class_names=class_names, mean=images.mean,
-                     std=images.std, image_size=(28, 28))
+    return models.build(**config.network(), num_classes=len(train.class_names))
 
 
 @entry_point
 def main(config: FashionMnistConfig) -> dict[str, Any]:
     """One run, on this rank; returns its result."""
-    check(config)
     with open_run(config, "fashion_mnist") as run:
         train, test = load_data(config, run.world)
         images = augmentation(config)
-        return train_classifier(config, run, build_model(config, train), describe(config, train.class_names, images),
-                                images, train_loader(train, images, **config.batches(), **run.world.shard),
+        return train_classifier(config, run, build_model(config, train), train.class_names, images,
+                                train_loader(train, images, **config.batches(), **run.world.shard),
                                 evaluation_loader(test, images.normalize, **run.world.shard), train.fingerprint())
 
 

@@ -43,7 +43,6 @@ from trainers import models
 from trainers.engine.checkpoints.weights import load_weights
 from trainers.engine.config import IMAGENET, ImageConfig
 from trainers.engine.once_per_node import once_per_node
-from trainers.engine.run.card import ModelCard
 from trainers.engine.run.progress import say
 from trainers.engine.session import entry_point, open_run, train_classifier
 from trainers.engine.task import EvaluationBatches, TrainBatches
@@ -85,6 +84,25 @@ class ImageFolderConfig(ImageConfig):
     skip_bad: Annotated[int, AtLeast(0)] = 0
     """Unreadable images that a run may leave out; in training the next readable one takes the place."""
 
+    def size(self) -> int:
+        """Height and width that the network sees."""
+        return self.image_size or (32 if self.model in OUR_MODELS else 224)
+
+    def network(self) -> dict[str, Any]:
+        """Its name, for models.build."""
+        return {"name": self.model if self.model in OUR_MODELS else f"torchvision/{self.model}"}
+
+    def check(self) -> None:
+        """Find mistakes in the flags before ranks wait for each other."""
+        super().check()
+        models.check_name(self.model, [*OUR_MODELS, *models.torchvision_names()],
+                          choices=f"{', '.join(OUR_MODELS)} or a classifier of torchvision.models")
+        if self.cache and self.random_crop is not None:
+            raise UsageError(f"--random-crop {self.random_crop}: needs the images at full size, which --cache does not "
+                             f"keep; use --shift, or leave --cache out")
+        if self.cache_dir is not None and not self.cache:
+            raise UsageError(f"--cache-dir {self.cache_dir}: does nothing alone; add --cache")
+
 
 RECIPES: dict[str, dict[str, Any]] = {
     "fast": {
@@ -98,29 +116,6 @@ RECIPES: dict[str, dict[str, Any]] = {
         "channels_last": True, "workers": 2,
     },
 }
-
-
-def check(config: ImageFolderConfig) -> None:
-    """Find mistakes in the flags before ranks wait for each other."""
-    config.check()
-    models.check_name(config.model, [*OUR_MODELS, *models.torchvision_names()],
-                      choices=f"{', '.join(OUR_MODELS)} or a classifier of torchvision.models")
-    config.check_shift(image_size(config))
-    if config.cache and config.random_crop is not None:
-        raise UsageError(f"--random-crop {config.random_crop}: needs the images at full size, which --cache does not "
-                         f"keep; use --shift, or leave --cache out")
-    if config.cache_dir is not None and not config.cache:
-        raise UsageError(f"--cache-dir {config.cache_dir}: does nothing alone; add --cache")
-
-
-def network(config: ImageFolderConfig) -> str:
-    """The name that models.build knows the network by."""
-    return config.model if config.model in OUR_MODELS else f"torchvision/{config.model}"
-
-
-def image_size(config: ImageFolderConfig) -> int:
-    """Height and width that the network sees."""
-    return config.image_size or (32 if config.model in OUR_MODELS else 224)
 
 
 def load_data(config: ImageFolderConfig, world: World) -> tuple[ImageTree, ImageTree]:
@@ -139,7 +134,7 @@ def load_data(config: ImageFolderConfig, world: World) -> tuple[ImageTree, Image
 def build_model(config: ImageFolderConfig, num_classes: int, world: World) -> nn.Module:
     """The network, from the seed and `--pretrained`, tried on one blank image."""
     torch.manual_seed(config.seed)
-    model, size = models.build(network(config), num_classes=num_classes), image_size(config)
+    model, size = models.build(**config.network(), num_classes=num_classes), config.size()
     try:
         with torch.no_grad():
             model.eval()(torch.zeros(1, 3, size, size))
@@ -176,26 +171,25 @@ def build_loaders(config: ImageFolderConfig, train: ImageTree, test: ImageTree, 
                   ) -> tuple[TrainBatches, EvaluationBatches]:
     """The loaders of this rank."""
     augment, world, bad_images = augmentation(config), run.world, remember_bad_images(config, run)
-    decoding = Decoding(splits={"train": train, "test": test}, size=image_size(config), fit=config.fit,
+    decoding = Decoding(splits={"train": train, "test": test}, size=config.size(), fit=config.fit,
                         seed=config.seed, smallest_area=config.random_crop or 1.0, skip_bad=config.skip_bad)
     decoder = Decoder(decoding, workers=config.workers, pin_memory=world.device.type == "cuda",
                       prepare_worker=ignore_signals)
-    shard = {"rank": world.rank, "world_size": world.world_size}
     if not config.cache:
-        sampler = ResumableSampler(train, global_batch_size=config.batch_size, seed=config.seed, **shard)
+        sampler = ResumableSampler(train, global_batch_size=config.batch_size, seed=config.seed, rank=world.rank,
+                                   world_size=world.world_size)
         return (DecodedTrainLoader(train, decoder, augment, sampler, bad_images, device=world.device,
                                    rank_batch_size=config.rank_batch_size()),
-                DecodedEvaluationLoader(test, decoder, augment.normalize, bad_images, device=world.device, **shard))
+                DecodedEvaluationLoader(test, decoder, augment.normalize, bad_images, **world.shard))
     folder = config.cache_dir or config.data_dir / ".cache"
-    caches = [ImageCache(tree, split, folder, size=image_size(config), fit=config.fit)
+    caches = [ImageCache(tree, split, folder, size=config.size(), fit=config.fit)
               for tree, split in ((train, "train"), (test, "test"))]
     for cache in caches:
         fill(cache, decoder, bad_images, world)
     training, testing = (cache.open(bad_images) for cache in caches)
-    device = cache_device(world.device, sum(cache.num_bytes for cache in caches))
-    return (train_loader(training, GatherThenAugment(augment), batch_size=config.batch_size, seed=config.seed,
-                         rank_batch_size=config.rank_batch_size(), device=device, **shard),
-            evaluation_loader(testing, augment.normalize, device=device, **shard,
+    shard = {**world.shard, "device": cache_device(world.device, sum(cache.num_bytes for cache in caches))}
+    return (train_loader(training, GatherThenAugment(augment), **config.batches(), **shard),
+            evaluation_loader(testing, augment.normalize, **shard,
                               batch_size=max(8, min(500, 2**24 // caches[1].row_bytes))))  # 16 MiB
 
 
@@ -216,23 +210,15 @@ def cache_device(device: torch.device, num_bytes: int) -> torch.device:
     return device
 
 
-def describe(config: ImageFolderConfig, class_names: tuple[str, ...]) -> ModelCard:
-    """What predict.py must know."""
-    images = augmentation(config)
-    return ModelCard(trainer="image_folder", model=network(config), class_names=class_names, mean=images.mean,
-                     std=images.std, image_size=(image_size(config), image_size(config)), fit=config.fit)
-
-
 @entry_point
 def main(config: ImageFolderConfig) -> dict[str, Any]:
     """One run, on this rank; returns its result."""
-    check(config)
     with open_run(config, "image_folder") as run:
         train, test = load_data(config, run.world)
         fingerprint = from_main(run.world, train.fingerprint)
         return train_classifier(config, run, build_model(config, len(train.class_names), run.world),
-                                describe(config, train.class_names), augmentation(config),
-                                *build_loaders(config, train, test, run), fingerprint)
+                                train.class_names, augmentation(config), *build_loaders(config, train, test, run),
+                                fingerprint)
 
 
 if __name__ == "__main__":

@@ -35,7 +35,6 @@ from launch.rules import AtLeast
 from trainers import models
 from trainers.engine.config import ImageConfig
 from trainers.engine.once_per_node import once_per_node
-from trainers.engine.run.card import ModelCard
 from trainers.engine.session import entry_point, open_run, train_classifier
 
 
@@ -59,6 +58,22 @@ class MnistConfig(ImageConfig):
     """Mean and std taken out of the images: none leaves [0, 1], half is 0.5 and 0.5, dataset those of MNIST."""
     padding: Literal["reflect", "zeros"] = "zeros"
     """What the padding shows."""
+
+    def size(self) -> int:
+        """Height and width of the images."""
+        return 28
+
+    def network(self) -> dict[str, Any]:
+        """Its name and options, for models.build."""
+        return {"name": self.model, "channels": self.channels, "hidden": self.hidden, "dropout": self.dropout}
+
+    def check(self) -> None:
+        """Find mistakes in the flags before ranks wait for each other."""
+        super().check()
+        models.check_name(self.model, models.GREY)
+        for name in ("channels", "hidden", "dropout") if self.model != "mnistnet" else ():
+            if getattr(self, name) is not None:
+                raise UsageError(f"--{name}: {self.model} has none to set; leave it out, or use --model mnistnet")
 
 
 RECIPES: dict[str, dict[str, Any]] = {
@@ -85,42 +100,20 @@ def augmentation(config: MnistConfig) -> Augmentation:
     return Augmentation(**config.augmentation((mnist.MEAN, mnist.STD)))
 
 
-def network_options(config: MnistConfig) -> dict[str, Any]:
-    """What is set of the network, and not left at its own default."""
-    options = {"channels": config.channels, "hidden": config.hidden, "dropout": config.dropout}
-    return {name: value for name, value in options.items() if value is not None}
-
-
 def build_model(config: MnistConfig, train: TensorDataset) -> nn.Module:
     """The network, from the seed."""
     torch.manual_seed(config.seed)
-    return models.build(config.model, num_classes=len(train.class_names), **network_options(config))
-
-
-def check(config: MnistConfig) -> None:
-    """Find mistakes in the flags before ranks wait for each other."""
-    config.check()
-    config.check_shift(28)
-    models.check_name(config.model, models.GREY)
-    for name in network_options(config) if config.model != "mnistnet" else ():
-        raise UsageError(f"--{name}: {config.model} has none to set; leave it out, or use --model mnistnet")
-
-
-def describe(config: MnistConfig, class_names: tuple[str, ...], images: Augmentation) -> ModelCard:
-    """What must be known to use the weights."""
-    return ModelCard(trainer="mnist", model=config.model, class_names=class_names, mean=images.mean, std=images.std,
-                     image_size=(28, 28), options=network_options(config))
+    return models.build(**config.network(), num_classes=len(train.class_names))
 
 
 @entry_point
 def main(config: MnistConfig) -> dict[str, Any]:
     """One run, on this rank; returns its result."""
-    check(config)
     with open_run(config, "mnist") as run:
         train, test = load_data(config, run.world)
         images = augmentation(config)
-        return train_classifier(config, run, build_model(config, train), describe(config, train.class_names, images),
-                                images, train_loader(train, images, **config.batches(), **run.world.shard),
+        return train_classifier(config, run, build_model(config, train), train.class_names, images,
+                                train_loader(train, images, **config.batches(), **run.world.shard),
                                 evaluation_loader(test, images.normalize, **run.world.shard), train.fingerprint())
 
 

@@ -137,7 +137,6 @@ def build_model(config: RegressionConfig, train: TensorDataset) -> nn.Module:
 @entry_point
 def main(config: RegressionConfig) -> dict[str, Any]:
     """One run, on this rank; returns its result."""
-    config.check()
     loss = choose_loss(config.loss)
     with open_run(config, "regression") as run:
         train, test = regression.load(config.dataset, seed=config.seed)

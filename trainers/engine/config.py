@@ -1,9 +1,10 @@
 """The flags that every trainer shares. A trainer's own config inherits from TrainConfig and adds its own.
 
 Each field is a flag (`--batch-size` or `--batch_size`), its docstring the help, None means off. The range of a number
-stands beside it (launch/rules.py), and `TITLE` is the group in --help of the flags of a class.
+stands beside it (launch/rules.py).
 """
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,11 +33,19 @@ IMAGENET: Statistics = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))  # torchvi
 
 
 @dataclass(frozen=True, kw_only=True)
-class DataFlags:
-    """What is read, and in which portions."""
+class TrainConfig:
+    """Flags shared by all trainers."""
 
-    TITLE: ClassVar = "Data"
+    TITLES: ClassVar = {
+        "data_dir": "Data", "model": "Model", "epochs": "Optimization", "device": "Distribution",
+        "output_dir": "Saving and resuming", "eval_every": "Reporting",
+    }
+    """In --help, from which flag on."""
 
+    recipe: str = "default"
+    """Named set of defaults, which other flags override."""
+
+    # Data: what is read, and in which portions
     data_dir: Path = Path("data")
     """Folder of the data sets, torchvision's root."""
     download: bool = False
@@ -50,13 +59,7 @@ class DataFlags:
     seed: Annotated[int, AtLeast(-2**63, most=2**64 - 1)] = 0  # what torch.manual_seed takes
     """Of weights, order, augmentation and dropout."""
 
-
-@dataclass(frozen=True, kw_only=True)
-class ModelFlags:
-    """What is trained, and from which weights."""
-
-    TITLE: ClassVar = "Model"
-
+    # Model: what is trained, and from which weights
     model: str = "net"
     """Network, by name."""
     init_from: Path | None = None
@@ -72,13 +75,7 @@ class ModelFlags:
     channels_last: bool = False
     """Keep images and convolutions in NHWC memory order."""
 
-
-@dataclass(frozen=True, kw_only=True)
-class OptimizationFlags:
-    """How it is trained, and for how long."""
-
-    TITLE: ClassVar = "Optimization"
-
+    # Optimization: how it is trained, and for how long
     epochs: Annotated[int, AtLeast(1)] = 10
     """Passes over the training set."""
     max_steps: Annotated[int | None, AtLeast(1)] = None
@@ -108,13 +105,7 @@ class OptimizationFlags:
     max_bad_steps: Annotated[int, AtLeast(1)] = 10
     """Consecutive steps with a non-finite loss after which the run stops."""
 
-
-@dataclass(frozen=True, kw_only=True)
-class DistributionFlags:
-    """What it runs on."""
-
-    TITLE: ClassVar = "Distribution"
-
+    # Distribution: what it runs on
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto: this rank's GPU if there is one."""
     backend: Literal["auto", "gloo", "nccl"] = "auto"
@@ -130,13 +121,7 @@ class DistributionFlags:
     timeout: Annotated[float, Above(0, most=MOST_SECONDS)] = 300
     """Seconds that a collective may take before the rank that hangs is named and the job ends."""
 
-
-@dataclass(frozen=True, kw_only=True)
-class SavingFlags:
-    """What is kept, and what a run starts from."""
-
-    TITLE: ClassVar = "Saving and resuming"
-
+    # Saving and resuming: what is kept, and what a run starts from
     output_dir: Path = Path("runs")
     """Folder of the run folders."""
     run_name: str | None = None
@@ -150,13 +135,7 @@ class SavingFlags:
     save_weights: bool = False
     """Write the final weights alone, a plain state_dict, to weights.pt in the run folder."""
 
-
-@dataclass(frozen=True, kw_only=True)
-class ReportingFlags:
-    """What a run shows."""
-
-    TITLE: ClassVar = "Reporting"
-
+    # Reporting: what a run shows
     eval_every: Annotated[int, AtLeast(1)] = 1
     """Epochs between evaluations; the last epoch is always evaluated."""
     evaluate: Path | None = None
@@ -171,14 +150,6 @@ class ReportingFlags:
     """Draw the first training batch as the network sees it into the run folder."""
     measure: str | None = None
     """Time so many steps after leaving others out, WARMUP:STEPS, write the figures to result.json, and stop."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class TrainConfig(DataFlags, ModelFlags, OptimizationFlags, DistributionFlags, SavingFlags, ReportingFlags):
-    """Flags shared by all trainers."""
-
-    recipe: str = "default"
-    """Named set of defaults, which other flags override."""
 
     def rank_batch_size(self) -> int:
         """Samples per rank per micro-batch, from the launcher's world size.
@@ -204,7 +175,7 @@ class TrainConfig(DataFlags, ModelFlags, OptimizationFlags, DistributionFlags, S
         return steps if self.max_steps is None else min(steps, self.max_steps)
 
     def check(self) -> None:
-        """Find what cannot work before any rank waits for another.
+        """Find what cannot work before any rank waits for another. `open_run` calls it.
 
         Raises:
             UsageError: naming the flag and its rule.
@@ -222,7 +193,7 @@ class TrainConfig(DataFlags, ModelFlags, OptimizationFlags, DistributionFlags, S
 class ImageConfig(TrainConfig):
     """Flags shared by the trainers of image classifiers."""
 
-    TITLE: ClassVar = "Data"
+    TITLES: ClassVar = {"normalize": "Data"}
     OLD_SPELLINGS: ClassVar = {  # of flags without a value
         "--normalize": ("--normalize", "dataset"), "--no-normalize": ("--normalize", "none"),
         "--half-statistics": ("--normalize", "half"), "--no-half-statistics": ("--normalize", "dataset"),
@@ -238,10 +209,19 @@ class ImageConfig(TrainConfig):
     flip: Literal["random", "alternating"] | None = None
     """Mirror half of the images; alternating shows each side every other epoch."""
 
-    def check_shift(self, image_size: int) -> None:
-        """Raise a UsageError if an image could be shifted out of itself, where reflected padding ends too."""
-        if self.shift >= image_size:
-            raise UsageError(f"--shift {self.shift}: must be below the image size of {image_size}")
+    def size(self) -> int:
+        """Height and width of the images that the network sees."""
+        return 32
+
+    def network(self) -> dict[str, Any]:
+        """What models.build needs besides the number of classes: the name of the network, and its options."""
+        return {"name": self.model}
+
+    def check(self) -> None:
+        """The same, and that no image is shifted out of itself, where reflected padding ends too."""
+        super().check()
+        if self.shift >= self.size():
+            raise UsageError(f"--shift {self.shift}: must be below the image size of {self.size()}")
 
     def augmentation(self, dataset: Statistics) -> dict[str, Any]:
         """The arguments of Augmentation; `dataset` is what `--normalize dataset` stands for."""
@@ -268,8 +248,8 @@ def measured_steps(text: str) -> tuple[int, int]:
     Raises:
         UsageError: if it is anything else, or no step would be timed.
     """
-    warmup, _, steps = text.partition(":")
-    numbers = [int(part[:20]) if part.isdecimal() else -1 for part in (warmup, steps)]
-    if not (0 <= numbers[0] <= LARGEST and 0 < numbers[1] <= LARGEST):
+    match = re.fullmatch(r"(\d{1,10}):(\d{1,10})", text)
+    warmup, steps = map(int, match.groups()) if match else (0, 0)
+    if warmup > LARGEST or not 0 < steps <= LARGEST:
         raise UsageError(f"--measure {text}: must be WARMUP:STEPS, such as 20:100, each at most {LARGEST:,}")
-    return numbers[0], numbers[1]
+    return warmup, steps

@@ -5,15 +5,15 @@
         with open_run(config, "cifar") as run:          # joins the ranks, owns runs/<name>/
             train, test = load_data(config, run.world)
             ...
-            return train_classifier(config, run, model, card, images, train_batches, test_batches, fingerprint)
+            return train_classifier(config, run, model, class_names, images, train_batches, test_batches, fingerprint)
 """
 
 import contextlib
 import functools
+import json
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any, Protocol
 
 import torch
@@ -26,7 +26,7 @@ from launch.launcher import job_identity
 from launch.process_group import World, from_main, process_group
 from launch.stop import Stopped, signals_caught
 from trainers.engine.checkpoints.save import Checkpointer
-from trainers.engine.config import MAY_CHANGE, TrainConfig
+from trainers.engine.config import MAY_CHANGE, ImageConfig, TrainConfig
 from trainers.engine.measure import write_measurement
 from trainers.engine.optimizer import build_optimizer, freeze
 from trainers.engine.parallel import choose_parallel, num_parameters, parallelize
@@ -65,9 +65,7 @@ def entry_point(main: Callable[[Any], dict[str, Any]]) -> Callable[[Any], dict[s
 
 def to_plain(config: TrainConfig) -> dict[str, Any]:
     """The config as JSON and `weights_only` take it: paths as text, tuples as lists."""
-    def convert(value: Any) -> Any:
-        return str(value) if isinstance(value, Path) else list(value) if isinstance(value, tuple) else value
-    return {name: convert(value) for name, value in asdict(config).items()}
+    return json.loads(json.dumps(asdict(config), default=str))
 
 
 @contextlib.contextmanager
@@ -77,9 +75,11 @@ def open_run(config: TrainConfig, trainer: str) -> Iterator[Run]:
     However the block ends, status.json says how, and the folder is given up.
 
     Raises:
+        UsageError: for flags that cannot work, before any rank waits for another.
         AlreadyDone: if the run is DONE and no more is asked of it.
         Stopped: if all ranks agreed to stop, once that is written down.
     """
+    config.check()
     torch.backends.mkldnn.enabled = config.onednn
     with signals_caught() as stop, process_group(
             config.backend, device=config.device, timeout_seconds=config.timeout, threads=config.threads,
@@ -193,14 +193,18 @@ class Normalization(Protocol):
         ...
 
 
-def train_classifier(config: TrainConfig, run: Run, model: nn.Module, card: ModelCard, images: Normalization,
-                     train: TrainBatches, test: EvaluationBatches, dataset_fingerprint: str) -> dict[str, Any]:
-    """A classifier of images, from its parts to the end of the run; returns its result."""
-    write_card(run.folder, card)
-    task = classification_task(card.class_names, run.world.device, label_smoothing=config.label_smoothing,
+def train_classifier(config: ImageConfig, run: Run, model: nn.Module, class_names: tuple[str, ...],
+                     images: Normalization, train: TrainBatches, test: EvaluationBatches,
+                     dataset_fingerprint: str) -> dict[str, Any]:
+    """A classifier of images, from its parts to the end of the run; returns its result. Writes model.json first."""
+    options = {name: value for name, value in config.network().items() if value is not None}
+    write_card(run.folder, ModelCard(
+        trainer=run.trainer, model=options.pop("name"), options=options, class_names=class_names, mean=images.mean,
+        std=images.std, image_size=(config.size(), config.size()), fit=getattr(config, "fit", "squash")))
+    task = classification_task(class_names, run.world.device, label_smoothing=config.label_smoothing,
                                class_weights=config.class_weights)
     return train_model(config, run, model, task, train, test, dataset_fingerprint=dataset_fingerprint,
-                       class_names=card.class_names, to_image=images.to_image)
+                       class_names=class_names, to_image=images.to_image)
 
 
 def train_model(config: TrainConfig, run: Run, model: nn.Module, task: Task, train: TrainBatches,
