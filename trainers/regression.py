@@ -6,12 +6,11 @@
     torchrun --standalone --nproc_per_node=2 trainers/regression.py # two ranks
 """
 
-import importlib.util
+import runpy
 import sys
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 if not __package__:  # run by path: our packages, not others of the same names
     sys.path[0] = str(Path(__file__).resolve().parents[1])
@@ -34,9 +33,7 @@ from trainers import models
 from trainers.engine.config import TrainConfig
 from trainers.engine.run.progress import say
 from trainers.engine.session import entry_point, open_run, train_model
-from trainers.engine.task import Task
-
-Loss = Callable[[Tensor, Tensor], Tensor]
+from trainers.engine.task import Loss, Task
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,13 +76,12 @@ def choose_loss(text: str) -> Loss:
     """
     if text in LOSSES:
         return LOSSES[text]
-    path, colon, function = text.rpartition(":")
-    if not colon or not path.endswith(".py") or not function:
+    path, _, name = text.rpartition(":")
+    if not path.endswith(".py") or not name:
         raise UsageError(f"--loss {text}: unknown; choose {', '.join(LOSSES)} or PATH.py:FUNCTION")
-    loss = function_in(Path(path), function)
-    outputs = torch.zeros(2, 1, requires_grad=True)
+    loss = function_in(Path(path), name)
     try:
-        value = loss(outputs, torch.ones(2, 1))
+        value = loss(torch.zeros(2, 1, requires_grad=True), torch.ones(2, 1))
     except Exception as error:  # whatever the user's code does is told in one line
         raise DataError(f"--loss {text}: fails with {type(error).__name__} ({error}) on outputs and targets of "
                         f"shape (2, 1); give a function of two tensors") from None
@@ -104,21 +100,16 @@ def function_in(path: Path, name: str) -> Loss:
     """
     if not path.is_file():
         raise DataError(f"--loss {path}:{name}: no such file; give the path of one that defines {name}")
-    spec = importlib.util.spec_from_file_location("users_loss", path)
-    assert spec is not None
-    assert spec.loader is not None  # it ends in .py
-    module = importlib.util.module_from_spec(spec)
     try:
-        spec.loader.exec_module(module)
+        found = runpy.run_path(str(path), run_name="users_loss")
     except Exception as error:  # whatever the user's code does is told in one line
         raise DataError(f"--loss {path}:{name}: the file does not run ({type(error).__name__}: {error}); mend it, then "
                         f"try again") from None
-    function = getattr(module, name, None)
-    if not callable(function):
-        known = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
+    if not callable(found.get(name)):
+        known = [key for key, value in found.items() if callable(value) and not key.startswith("_")]
         raise DataError(f"--loss {path}:{name}: the file has no function {name}; it has "
                         f"{', '.join(known) or 'none at all'}")
-    return cast(Loss, function)
+    return found[name]
 
 
 def learned_text(model: nn.Module, relation: regression.LinearRelation) -> str:

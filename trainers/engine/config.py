@@ -40,12 +40,11 @@ class TrainConfig:
         "data_dir": "Data", "model": "Model", "epochs": "Optimization", "device": "Distribution",
         "output_dir": "Saving and resuming", "eval_every": "Reporting",
     }
-    """In --help, from which flag on."""
+    """The groups of --help, each by its first flag."""
 
     recipe: str = "default"
     """Named set of defaults, which other flags override."""
 
-    # Data: what is read, and in which portions
     data_dir: Path = Path("data")
     """Folder of the data sets, torchvision's root."""
     download: bool = False
@@ -59,7 +58,6 @@ class TrainConfig:
     seed: Annotated[int, AtLeast(-2**63, most=2**64 - 1)] = 0  # what torch.manual_seed takes
     """Of weights, order, augmentation and dropout."""
 
-    # Model: what is trained, and from which weights
     model: str = "net"
     """Network, by name."""
     init_from: Path | None = None
@@ -75,7 +73,6 @@ class TrainConfig:
     channels_last: bool = False
     """Keep images and convolutions in NHWC memory order."""
 
-    # Optimization: how it is trained, and for how long
     epochs: Annotated[int, AtLeast(1)] = 10
     """Passes over the training set."""
     max_steps: Annotated[int | None, AtLeast(1)] = None
@@ -105,7 +102,6 @@ class TrainConfig:
     max_bad_steps: Annotated[int, AtLeast(1)] = 10
     """Consecutive steps with a non-finite loss after which the run stops."""
 
-    # Distribution: what it runs on
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto: this rank's GPU if there is one."""
     backend: Literal["auto", "gloo", "nccl"] = "auto"
@@ -121,7 +117,6 @@ class TrainConfig:
     timeout: Annotated[float, Above(0, most=MOST_SECONDS)] = 300
     """Seconds that a collective may take before the rank that hangs is named and the job ends."""
 
-    # Saving and resuming: what is kept, and what a run starts from
     output_dir: Path = Path("runs")
     """Folder of the run folders."""
     run_name: str | None = None
@@ -135,7 +130,6 @@ class TrainConfig:
     save_weights: bool = False
     """Write the final weights alone, a plain state_dict, to weights.pt in the run folder."""
 
-    # Reporting: what a run shows
     eval_every: Annotated[int, AtLeast(1)] = 1
     """Epochs between evaluations; the last epoch is always evaluated."""
     evaluate: Path | None = None

@@ -1,4 +1,4 @@
-"""What a run has behind it: its epochs and their figures, the best evaluation, and the seconds that its steps took."""
+"""Per-epoch figures, best evaluation, training time."""
 
 import time
 from collections.abc import Mapping
@@ -11,11 +11,11 @@ from trainers.engine.parallel import synchronize
 
 
 class History:
-    """Begins empty, or goes on where a checkpoint left it. The same on every rank, but for the seconds."""
+    """Empty at the start, or as a checkpoint left it. The same on every rank, but for the seconds."""
 
     def __init__(self) -> None:
         self.epochs: list[dict[str, Any]] = []
-        """A line an epoch, also of one cut short: epoch, step, train and test loss and accuracy, seconds."""
+        """One line per epoch, also of one cut short: epoch, step, train and test loss and accuracy, seconds."""
         self.best: dict[str, Any] | None = None
         """accuracy, loss and step of the best evaluation."""
         self.train_seconds = 0.0
@@ -63,6 +63,6 @@ class History:
         return {"epochs": self.epochs, "train_seconds": self.train_seconds}
 
     def load_state(self, state: Mapping[str, Any], *, best: dict[str, Any] | None) -> None:
-        """Go on where a checkpoint was."""
+        """Resume from a checkpoint."""
         self.epochs, self.best, self.train_seconds = state["epochs"], best, state["train_seconds"]
         self._lap = (0, self.train_seconds)

@@ -113,12 +113,12 @@ def time_phases(trainer: Trainer, train: TrainBatches, steps: int) -> dict[str, 
         for clock in (synced, alone, synced, alone):
             barrier(world)
             clock.mark("between steps")
-            trainer.train_step.clock = clock
+            trainer.train_step.mark = clock.mark
             with model.no_sync() if clock is alone and averages else nullcontext():  # pyright: ignore
                 advance(trainer, train, part)
             clock.mark("between steps")
     finally:
-        trainer.train_step.clock = world.watchdog
+        trainer.train_step.mark = world.watchdog.mark
     both = [synced] if averages else [synced, alone]
     count = 2 * part * len(both)
     phases = {name: sum(clock.seconds.get(name, 0.0) for clock in both) / count

@@ -58,7 +58,7 @@ class TrainingSums:
             self.bad_steps = 0 if math.isfinite(loss) else self.bad_steps + 1
 
     def reset(self) -> None:
-        """Begin an epoch."""
+        """An epoch starts."""
         self.loss = self.correct = self.samples = 0.0
 
     def means(self, world: World) -> tuple[float, float | None]:
@@ -155,14 +155,3 @@ def sync_buffers(model: nn.Module, world: World) -> None:
     world.watchdog.mark("reduce")
     for buffer in model.buffers():
         dist.broadcast(buffer, src=0)
-
-
-def equal_on_all_ranks(value: str, world: World) -> bool:
-    """Whether every rank holds the same text, such as a hash of its parameters. A collective."""
-    if world.backend is None:
-        return True
-    values: list[str] = [""] * world.world_size
-    dist.all_gather_object(values, value)
-    return len(set(values)) == 1
-
-

@@ -17,22 +17,21 @@ NORMS = (nn.modules.batchnorm._BatchNorm, nn.LayerNorm, nn.GroupNorm)
 
 def build_optimizer(model: nn.Module, config: "TrainConfig") -> "Optimizer | MuonWithAdamW":
     """The optimizer of the parameters that are trained."""
-    groups = parameter_groups(model, config)
-    learning_rate, momentum, decay = config.learning_rate, config.momentum, config.weight_decay
+    groups, momentum = parameter_groups(model, config), config.momentum
+    common: dict[str, Any] = {"lr": config.learning_rate, "weight_decay": config.weight_decay}
     kernel: dict[str, Any] = {"fused": True} if fused_works(model) else {"foreach": True}
+    optimizer: Optimizer | MuonWithAdamW
     if config.optimizer == "sgd":
-        optimizer: Optimizer | MuonWithAdamW = torch.optim.SGD(
-            groups, lr=learning_rate, momentum=momentum, weight_decay=decay,
-            nesterov=config.nesterov and momentum > 0, **kernel)
+        optimizer = torch.optim.SGD(groups, momentum=momentum, nesterov=config.nesterov and momentum > 0, **common,
+                                    **kernel)
     elif config.optimizer == "adam":
-        optimizer = torch.optim.Adam(groups, lr=learning_rate, weight_decay=decay, **kernel)
+        optimizer = torch.optim.Adam(groups, **common, **kernel)
     elif config.optimizer == "adamw":
-        optimizer = torch.optim.AdamW(groups, lr=learning_rate, weight_decay=decay, **kernel)
+        optimizer = torch.optim.AdamW(groups, **common, **kernel)
     elif config.optimizer == "rmsprop":
-        optimizer = torch.optim.RMSprop(groups, lr=learning_rate, momentum=momentum, weight_decay=decay, foreach=True)
+        optimizer = torch.optim.RMSprop(groups, momentum=momentum, foreach=True, **common)
     else:
-        optimizer = MuonWithAdamW(groups[0]["params"], learning_rate=learning_rate, momentum=momentum,
-                                  weight_decay=decay)
+        optimizer = MuonWithAdamW(groups[0]["params"], momentum=momentum, **common)
     for group in optimizer.param_groups:
         group.setdefault("initial_lr", group["lr"])
     return optimizer
@@ -44,12 +43,12 @@ def parameter_groups(model: nn.Module, config: "TrainConfig") -> list[dict[str, 
     Their weight decay is divided by the same factor, so that the pull towards zero stays what it is.
     """
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    if config.norm_bias_lr_scale == 1.0:
-        return [{"params": trained}]
-    biases = [module.bias for module in model.modules() if isinstance(module, NORMS) and module.bias is not None]
-    biases = [bias for bias in biases if bias.requires_grad]
-    chosen = {id(bias) for bias in biases}
     scale = config.norm_bias_lr_scale
+    if scale == 1.0:
+        return [{"params": trained}]
+    norms = [module for module in model.modules() if isinstance(module, NORMS)]
+    biases = [norm.bias for norm in norms if norm.bias is not None and norm.bias.requires_grad]
+    chosen = {id(bias) for bias in biases}
     return [
         {"params": [parameter for parameter in trained if id(parameter) not in chosen]},
         {"params": biases, "lr": config.learning_rate * scale, "weight_decay": config.weight_decay / scale},
@@ -68,16 +67,14 @@ class MuonWithAdamW:
     Muon's rates are matched to AdamW's (adjust_lr_fn), so one learning rate serves both.
     """
 
-    def __init__(self, parameters: list[nn.Parameter], *, learning_rate: float, momentum: float,
-                 weight_decay: float) -> None:
+    def __init__(self, parameters: list[nn.Parameter], *, momentum: float, **common: Any) -> None:
         matrices = [parameter for parameter in parameters if parameter.ndim == 2]
         others = [parameter for parameter in parameters if parameter.ndim != 2]
         self.parts: list[Optimizer] = []
         if matrices:
-            self.parts.append(torch.optim.Muon(matrices, lr=learning_rate, momentum=momentum,
-                                               weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw"))
+            self.parts.append(torch.optim.Muon(matrices, momentum=momentum, adjust_lr_fn="match_rms_adamw", **common))
         if others:
-            self.parts.append(torch.optim.AdamW(others, lr=learning_rate, weight_decay=weight_decay))
+            self.parts.append(torch.optim.AdamW(others, **common))
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:
@@ -110,14 +107,12 @@ def freeze(model: nn.Module, patterns: tuple[str, ...]) -> None:
     Raises:
         UsageError: if a pattern matches no parameter.
     """
-    frozen = set()
+    parameters = dict(model.named_parameters())
     for pattern in patterns:
-        matching = [name for name, _ in model.named_parameters()
+        matching = [name for name in parameters
                     if name == pattern or name.startswith(pattern + ".") or fnmatchcase(name, pattern)]
         if not matching:
             tops = ", ".join(name for name, _ in model.named_children())
             raise UsageError(f"--freeze {pattern}: matches no parameter; the model's parts are {tops}")
-        frozen.update(matching)
-    for name, parameter in model.named_parameters():
-        if name in frozen:
-            parameter.requires_grad_(False)
+        for name in matching:
+            parameters[name].requires_grad_(False)

@@ -76,7 +76,7 @@ def rebuild_buckets_early(model: nn.Module, world: World, batches: Iterator[Batc
                    ) -> Iterator[Batch]:
     """Have DDP choose the layout of its gradients before the first step rather than after it.
 
-    It lays them out anew in the order in which they first arrived, and over three or more ranks that decides in which
+    It lays them out again in the order in which they first arrived, and over three or more ranks that decides in which
     order they are added up: the first step of a resumed run would differ in the last bits from the same step of one
     never stopped. The model and its gradients are left as they were.
 

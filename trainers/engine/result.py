@@ -36,7 +36,8 @@ def finish(trainer: Trainer, evaluation: Evaluation, class_names: tuple[str, ...
         "samples_per_second": trainer.step * batch_size / seconds if seconds else None,
         "world_size": world.world_size, "device": str(world.device), "precision": step.precision.name,
         "parallel": parallel_name(step.model), "num_parameters": num_parameters(step.network),
-        "weights_sha256": weights_sha256(step.network), "peak_memory_bytes": peak_memory_bytes(world.device),
+        "weights_sha256": hash_tensors(sorted(step.network.state_dict().items())),  # equal exactly when every bit is
+        "peak_memory_bytes": peak_memory_bytes(world.device),
         "steps": trainer.step, "num_skipped_steps": step.precision.num_skipped_steps, "best": trainer.history.best,
         "num_checkpoints": trainer.checkpointer.num_saves,  # of this process, and what training waited for them
         "checkpoint_wait_seconds": trainer.checkpointer.wait_seconds,
@@ -49,16 +50,13 @@ def finish(trainer: Trainer, evaluation: Evaluation, class_names: tuple[str, ...
     return result
 
 
-def draw_result(trainer: Trainer, evaluation: Evaluation, class_names: tuple[str, ...], *, steps_per_epoch: int | None,
+def draw_result(trainer: Trainer, evaluation: Evaluation, class_names: tuple[str, ...], *, steps_per_epoch: int,
                 test: EvaluationBatches, to_image: ToImage | None) -> None:
-    """The pictures of a finished run, on rank 0. Of an evaluation only, `steps_per_epoch` is None: it has no curves."""
+    """The pictures of a finished run, on rank 0; after an evaluation only there are no curves."""
     report = trainer.report
-    if not report.draws:
-        return
-    if steps_per_epoch is not None:
-        report.curves(trainer.history.epochs, steps_per_epoch=steps_per_epoch, always=True)
+    report.curves(trainer.history.epochs, steps_per_epoch=steps_per_epoch, always=True)
     report.confusion_matrix(evaluation, class_names)
-    if to_image is not None:
+    if report.draws and to_image is not None:
         first = next(iter(test), None)  # of rank 0's share; none if no image of it can be read
         if first is not None:
             draw_predictions(trainer.folder, trainer.train_step, first, to_image, class_names)
@@ -79,11 +77,6 @@ def result_text(evaluation: Evaluation, class_names: tuple[str, ...], path: Path
     for name, share in zip(class_names, evaluation.per_class_accuracy or [], strict=False):
         lines.append(f"  {name:<12} {100 * share:6.2f} %" if share is not None else f"  {name:<12}   none")
     return "\n".join([*lines, f"results in {path}"])
-
-
-def weights_sha256(model: nn.Module) -> str:
-    """A hash of all parameters and buffers, by name: equal exactly when every bit is."""
-    return hash_tensors(sorted(model.state_dict().items()))
 
 
 def peak_memory_bytes(device: torch.device) -> int:

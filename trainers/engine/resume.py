@@ -1,4 +1,4 @@
-"""Where a run goes on: which checkpoint, by `--resume` and what is on disk, and putting its weights into a trainer."""
+"""Which checkpoint a run resumes from, by `--resume` and what is on disk, and putting its weights into a trainer."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -8,20 +8,19 @@ from torch.optim.swa_utils import AveragedModel
 
 from launch.errors import CheckpointError, to_stderr
 from launch.launcher import job_identity
-from launch.process_group import from_main
+from launch.process_group import from_main, gather
 from trainers.engine.checkpoints.files import committed, give_name, set_aside, step_of, sweep
-from trainers.engine.checkpoints.load import Newest, check_fits, load_or_fail, newest_good
+from trainers.engine.checkpoints.load import check_fits, load_or_fail, newest_good
 from trainers.engine.checkpoints.snapshot import hash_tensors, tensors_in
 from trainers.engine.checkpoints.weights import load_weights
 from trainers.engine.config import TrainConfig
-from trainers.engine.metrics import equal_on_all_ranks
 from trainers.engine.run.folder import RunFolder
 from trainers.engine.run.ownership import is_restart_of
 from trainers.engine.trainer import Trainer
 
 
 def choose_checkpoint(resume: str, folder: RunFolder) -> Path | None:
-    """What to go on from, by `--resume` and by what is on disk; None for the start. Rank 0 only.
+    """What to resume from, by `--resume` and by what is on disk; None for the start. Rank 0 only.
 
     Tidies up what killed saves left, and renames damaged files, so that retention does not count them.
 
@@ -30,24 +29,30 @@ def choose_checkpoint(resume: str, folder: RunFolder) -> Path | None:
     """
     sweep(folder.checkpoints)
     newest = newest_good(folder.checkpoints)
-    if not goes_on(resume, newest.state):
-        return begin_anew(resume, folder)
-    if newest.state is None:
-        check_nothing_is_lost(folder.checkpoints, newest)
+    state, damaged = newest.state, newest.damaged
+    if not is_meant(resume, state):
+        return start_over(resume, folder)
+    if state is None and damaged:
+        path, reason = next(iter(damaged.items()))
+        raise CheckpointError(f"{path}: {reason}, and of {len(damaged)} checkpoints none is whole; use --resume never "
+                              f"to start over, or another --run-name")
+    if state is None:
+        if uncommitted := sorted(folder.checkpoints.glob("step-*.pt")):
+            to_stderr(f"WARNING checkpoint: {uncommitted[-1]}: has no manifest, so was never finished; starting over")
         return None
-    if newest.damaged:
-        reasons = ", ".join(f"{path} ({reason})" for path, reason in newest.damaged.items())
-        to_stderr(f"WARNING checkpoint: {reasons}: kept as *.damaged; going on from {newest.path.name}")
-        set_aside(newest.damaged, "damaged")
-    if (newest.state["best"] or {}).get("step") == newest.state["step"]:
+    if damaged:
+        reasons = ", ".join(f"{path} ({reason})" for path, reason in damaged.items())
+        to_stderr(f"WARNING checkpoint: {reasons}: kept as *.damaged; resuming from {newest.path.name}")
+        set_aside(damaged, "damaged")
+    if (state["best"] or {}).get("step") == state["step"]:
         give_name(newest.path, "best")  # a kill between its two links is mended here
     return newest.path
 
 
-def goes_on(resume: str, state: Mapping[str, Any] | None) -> bool:
-    """Whether the run's own newest checkpoint is what `--resume` means.
+def is_meant(resume: str, state: Mapping[str, Any] | None) -> bool:
+    """Whether `--resume` means the run's own newest checkpoint.
 
-    `never` and PATH say how a run begins: the same job restarted, or the same PATH given again, goes on where it was.
+    `never` and PATH say how a run starts: the same job restarted, or the same PATH given again, resumes where it was.
     """
     if resume == "auto" or state is None:
         return resume == "auto"
@@ -56,36 +61,19 @@ def goes_on(resume: str, state: Mapping[str, Any] | None) -> bool:
     return state["config"].get("resume") == resume
 
 
-def begin_anew(resume: str, folder: RunFolder) -> Path | None:
-    """Begin at the start or at a checkpoint that the user named; what the run had after that is renamed, not deleted.
+def start_over(resume: str, folder: RunFolder) -> Path | None:
+    """From scratch or from the checkpoint that the user named; what the run had after that is renamed, not deleted.
 
     Raises:
         CheckpointError: if that checkpoint is missing or damaged.
     """
-    if resume == "never":
-        folder.set_aside()
-        return None
-    path = Path(resume)
-    step = load_or_fail(path)["step"]
-    if path.resolve().parent == folder.checkpoints.resolve():
+    path = None if resume == "never" else Path(resume)
+    step = load_or_fail(path)["step"] if path is not None else 0
+    if path is not None and path.resolve().parent == folder.checkpoints.resolve():
         set_aside([own for own in committed(folder.checkpoints) if step_of(own) > step], "superseded")
     else:
         folder.set_aside()
     return path
-
-
-def check_nothing_is_lost(checkpoints: Path, newest: Newest) -> None:
-    """Called where no checkpoint is whole.
-
-    Raises:
-        CheckpointError: if one is damaged.
-    """
-    if newest.damaged:
-        path, reason = next(iter(newest.damaged.items()))
-        raise CheckpointError(f"{path}: {reason}, and of {len(newest.damaged)} checkpoints none is whole; use --resume "
-                              f"never to start over, or another --run-name")
-    if uncommitted := sorted(checkpoints.glob("step-*.pt")):
-        to_stderr(f"WARNING checkpoint: {uncommitted[-1]}: has no manifest, so was never finished; starting over")
 
 
 def load_for_evaluation(path: Path, trainer: Trainer) -> None:
@@ -113,24 +101,28 @@ def check_same_on_all_ranks(trainer: Trainer, source: Path) -> None:
     """
     state = trainer.train_step.state()
     loaded = tensors_in([state["model"], state["ema"], state["optimizer"]])
-    if not equal_on_all_ranks(hash_tensors(loaded), trainer.world):
+    if len(set(gather(trainer.world, hash_tensors(loaded)))) > 1:
         raise CheckpointError(f"{source}: the ranks loaded different weights; let every node see the same folder")
 
 
 def resume(config: TrainConfig, trainer: Trainer) -> str:
-    """Put the trainer where the run was. Rank 0 chooses the checkpoint and tells the others.
+    """Put the trainer where the run was, or at the weights of `--init-from`. Rank 0 chooses and tells the others.
 
     Returns:
         A sentence for the summary.
 
     Raises:
-        CheckpointError: if no checkpoint is whole, it does not fit, or the ranks loaded different weights.
+        CheckpointError: if no checkpoint is whole, what is loaded does not fit, or differs between the ranks.
     """
     world, folder = trainer.world, trainer.folder
     source = from_main(world, lambda: choose_checkpoint(config.resume, folder))
     if source is None:
         from_main(world, lambda: folder.truncate_metrics(-1, evaluated=False))
-        return "from the start" if config.init_from is None else start_from_weights(trainer, config.init_from)
+        if config.init_from is None:
+            return "from the start"
+        taken = load_weights(trainer.train_step.network, config.init_from, flag="--init-from")
+        check_same_on_all_ranks(trainer, config.init_from)
+        return f"from the {taken}"
     state = load_or_fail(source)
     check_fits(state, trainer.train_step.network, source, config=trainer.config, fingerprint=trainer.fingerprint)
     trainer.load_state(state)
@@ -138,14 +130,3 @@ def resume(config: TrainConfig, trainer: Trainer) -> str:
     evaluated = trainer.history.has_recorded(trainer.step)
     from_main(world, lambda: folder.truncate_metrics(trainer.step, evaluated=evaluated))
     return f"from {source.name}, step {trainer.step}, epoch {trainer.epoch}"
-
-
-def start_from_weights(trainer: Trainer, path: Path) -> str:
-    """`--init-from`: weights of a file, nothing else of it.
-
-    Raises:
-        CheckpointError: if they cannot be read or do not fit, or the ranks loaded different ones.
-    """
-    taken = load_weights(trainer.train_step.network, path, flag="--init-from")
-    check_same_on_all_ranks(trainer, path)
-    return f"from the {taken}"

@@ -12,7 +12,7 @@ import contextlib
 import functools
 import json
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from typing import Any, Protocol
 
@@ -45,11 +45,7 @@ from trainers.engine.trainer import LoopOptions, Run, Trainer
 
 
 class AlreadyDone(BaseException):
-    """The run is DONE and no more is asked of it: raised by all ranks, and caught by `entry_point`."""
-
-    def __init__(self, result: Mapping[str, Any]) -> None:
-        super().__init__("the run is DONE")
-        self.result = dict(result)
+    """The run is DONE and no more is asked of it: raised by all ranks with its result, caught by `entry_point`."""
 
 
 def entry_point(main: Callable[[Any], dict[str, Any]]) -> Callable[[Any], dict[str, Any]]:
@@ -59,7 +55,7 @@ def entry_point(main: Callable[[Any], dict[str, Any]]) -> Callable[[Any], dict[s
         try:
             return main(config)
         except AlreadyDone as done:
-            return done.result
+            return done.args[0]
     return call
 
 
@@ -128,12 +124,8 @@ def write_preempted(folder: RunFolder, stopped: Stopped) -> None:
 
 def build_trainer(config: TrainConfig, run: Run, model: nn.Module, task: Task, *, total_steps: int,
                   dataset_fingerprint: str) -> Trainer:
-    """Freeze, move, wrap and equip a model for training.
-
-    Raises:
-        UsageError: for flags that do not fit this model, device or world.
-    """
-    world, plain = run.world, to_plain(config)
+    """A model and all that trains it. Raises UsageError as build_step does."""
+    world = run.world
     fingerprint = {"dataset": dataset_fingerprint, "global_batch_size": config.batch_size,
                    "world_size": world.world_size, "threads": world.threads, "torch": str(torch.__version__),
                    **job_identity()}
@@ -143,11 +135,11 @@ def build_trainer(config: TrainConfig, run: Run, model: nn.Module, task: Task, *
         report=Report(run.folder, pictures=config.pictures, tensorboard=config.tensorboard),
         options=LoopOptions(eval_every=config.eval_every, checkpoint_every=config.checkpoint_every,
                             max_bad_steps=config.max_bad_steps, log_gradients=config.log_gradients),
-        config=plain, fingerprint=fingerprint)
+        config=to_plain(config), fingerprint=fingerprint)
 
 
 def build_step(config: TrainConfig, model: nn.Module, task: Task, world: World, *, total_steps: int) -> TrainStep:
-    """What happens to the model in a step, by the flags.
+    """Freeze, move and wrap a model, and what happens to it in a step, by the flags.
 
     Raises:
         UsageError: for flags that do not fit this model, device or world.
@@ -200,7 +192,8 @@ def train_classifier(config: ImageConfig, run: Run, model: nn.Module, class_name
     options = {name: value for name, value in config.network().items() if value is not None}
     write_card(run.folder, ModelCard(
         trainer=run.trainer, model=options.pop("name"), options=options, class_names=class_names, mean=images.mean,
-        std=images.std, image_size=(config.size(), config.size()), fit=getattr(config, "fit", "squash")))
+        std=images.std, image_size=(config.size(), config.size()),
+        fit=getattr(config, "fit", "squash")))  # only the images of a folder come in other shapes
     task = classification_task(class_names, run.world.device, label_smoothing=config.label_smoothing,
                                class_weights=config.class_weights)
     return train_model(config, run, model, task, train, test, dataset_fingerprint=dataset_fingerprint,
@@ -239,7 +232,7 @@ def train_model(config: TrainConfig, run: Run, model: nn.Module, task: Task, tra
         result = finish(trainer, evaluation, class_names, batch_size=config.batch_size,
                         save_weights=config.save_weights, total_seconds=time.perf_counter() - began)
         draw_result(trainer, evaluation, class_names, test=test, to_image=to_image,
-                    steps_per_epoch=None if config.evaluate is not None else train.steps_per_epoch)
+                    steps_per_epoch=train.steps_per_epoch)
     run.folder.write_status("DONE", step=trainer.step, epoch=trainer.epoch)
     return result
 
@@ -247,7 +240,7 @@ def train_model(config: TrainConfig, run: Run, model: nn.Module, task: Task, tra
 def summary(config: TrainConfig, trainer: Trainer, train: TrainBatches, where: str) -> str:
     """What will run, before step 1: the batch arithmetic most of all."""
     world, step = trainer.world, trainer.train_step
-    trained = sum(parameter.numel() for parameter in step.trained)
+    num_trained = sum(parameter.numel() for parameter in step.trained)
     return "\n".join([
         f"run        {trainer.folder.path} ({where})",
         f"world      {world.world_size} x {world.device.type}, {world.threads} threads each, backend {world.backend}, "
@@ -256,6 +249,6 @@ def summary(config: TrainConfig, trainer: Trainer, train: TrainBatches, where: s
         f"{config.accumulation_steps} accumulation",
         f"steps      {config.total_steps(train.steps_per_epoch)} = {train.steps_per_epoch} per epoch, {config.epochs} "
         f"epochs" + (f", at most {config.max_steps}" if config.max_steps else ""),
-        f"model      {config.model}, {num_parameters(step.network):,} parameters, {trained:,} trained, "
+        f"model      {config.model}, {num_parameters(step.network):,} parameters, {num_trained:,} trained, "
         f"{config.precision}",
     ])

@@ -7,7 +7,7 @@
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,14 +20,6 @@ from trainers.engine.metrics import Evaluation, EvaluationSums, TrainingSums, sy
 from trainers.engine.parallel import gradient_sync, unwrap
 from trainers.engine.precision import Precision
 from trainers.engine.task import Batch, EvaluationBatches, Task
-
-
-class Clock(Protocol):
-    """What is told of the phases of a step: the watchdog, or what measures them."""
-
-    def mark(self, phase: str, step: int | None = None) -> None:
-        """A phase begins."""
-        ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,7 +40,8 @@ class TrainStep:
                  schedule: Callable[[int], float], options: StepOptions, ema: AveragedModel | None = None) -> None:
         self.model, self.optimizer, self.task, self.world = model, optimizer, task, world
         self.precision, self.schedule, self.options, self.ema = precision, schedule, options, ema
-        self.clock: Clock = world.watchdog
+        self.mark: Callable[[str, int], None] = world.watchdog.mark
+        """Is told of the phases of a step as they start, to notice a hang; or to measure them."""
         self.trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         self.sums = TrainingSums(classification=task.num_classes is not None)
         self.gradient_norms: dict[str, Tensor] = {}
@@ -81,7 +74,7 @@ class TrainStep:
             before_update: called when the gradients are there and before the weights change.
             watch_gradients: keep the norm of each layer's gradient in `gradient_norms`.
         """
-        mark, options = self.clock.mark, self.options
+        mark, options = self.mark, self.options
         seed_dropout(self._dropout_generators, seed=options.seed, step=step, rank=self.world.rank)
         self._set_learning_rate(step)
         for micro_step in range(options.accumulation_steps):

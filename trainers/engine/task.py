@@ -1,16 +1,19 @@
-"""What a trainer is given to learn: the loss, and batches to learn it from and to be judged by."""
+"""What a trainer is given: the loss, and training and evaluation batches."""
 
-from collections.abc import Callable, Iterator
+import functools
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from launch.errors import UsageError
 
 Batch = tuple[Tensor, Tensor]
+Loss = Callable[[Tensor, Tensor], Tensor]  # (outputs, targets) -> mean over the batch
+EvaluationBatches = Iterable[Batch]  # this rank's share of a test set
 
 
 class TrainBatches(Protocol):
@@ -36,21 +39,12 @@ def samples_per_epoch(train: TrainBatches) -> int:
     return train.steps_per_epoch * train.global_batch_size
 
 
-class EvaluationBatches(Protocol):
-    """What `evaluate` counts: this rank's share of a test set."""
-
-    def __iter__(self) -> Iterator[Batch]:
-        """The batches."""
-        ...
-
-
 @dataclass(kw_only=True)
 class Task:
     """What is learned: the loss to minimise, the loss to report on the test set, and the number of classes."""
 
-    loss: Callable[[Tensor, Tensor], Tensor]
-    """(outputs, targets) -> mean over the batch."""
-    test_loss: Callable[[Tensor, Tensor], Tensor]
+    loss: Loss
+    test_loss: Loss
     num_classes: int | None
     """None where there are none: then only the loss is reported."""
 
@@ -62,27 +56,25 @@ def classification_task(class_names: tuple[str, ...], device: torch.device, *, l
     Raises:
         UsageError: if there are not as many class weights as classes.
     """
-    loss: nn.Module = nn.CrossEntropyLoss(label_smoothing=label_smoothing)
+    loss = functools.partial(F.cross_entropy, label_smoothing=label_smoothing)
     if class_weights:
         if len(class_weights) != len(class_names):
             raise UsageError(f"--class-weights {' '.join(map(str, class_weights))}: {len(class_weights)} weights for "
                              f"{len(class_names)} classes; give one for each of {', '.join(class_names)}")
-        loss = WeightedCrossEntropy(torch.tensor(class_weights, device=device), label_smoothing=label_smoothing)
-    return Task(loss=loss, test_loss=nn.CrossEntropyLoss(), num_classes=len(class_names))
+        weights = torch.tensor(class_weights, device=device)
+        loss = functools.partial(weighted_cross_entropy, weights=weights, label_smoothing=label_smoothing)
+    return Task(loss=loss, test_loss=F.cross_entropy, num_classes=len(class_names))
 
 
-class WeightedCrossEntropy(nn.Module):
+def weighted_cross_entropy(outputs: Tensor, targets: Tensor, *, weights: Tensor, label_smoothing: float = 0.0
+                           ) -> Tensor:
     """The mean over the batch of each sample's cross-entropy times the weight of its class.
 
     torch's own CrossEntropyLoss(weight=...) divides by the sum of the batch's weights instead. That sum differs between
     ranks, so the average of their gradients would not be the gradient of the whole batch.
+
+    Args:
+        outputs: logits (B, C).
+        targets: labels (B,).
     """
-
-    def __init__(self, weights: Tensor, *, label_smoothing: float = 0.0) -> None:
-        super().__init__()
-        self.weights, self.label_smoothing = weights, label_smoothing
-
-    def forward(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        """The loss of logits (B, C) for labels (B,)."""
-        return F.cross_entropy(outputs, targets, weight=self.weights, label_smoothing=self.label_smoothing,
-                               reduction="none").mean()
+    return F.cross_entropy(outputs, targets, weight=weights, label_smoothing=label_smoothing, reduction="none").mean()

@@ -109,9 +109,13 @@ class Trainer:
         """
         if self.stop and self.world.world_size == 1:
             raise self._stopped()
-        self.train_step.train_mode()
+        step = self.train_step
+        step.train_mode()
         interval = max(1, train.steps_per_epoch // REPORTS_PER_EPOCH)
-        batches = self._batches(train)
+        batches = train.batches(self.epoch, self.samples_consumed)
+        if not self.history.samples_here:
+            batches = rebuild_buckets_early(step.model, self.world, batches,
+                                            loss=lambda *batch: step.forward(*step.to_device(*batch))[1])
         self.history.start_clock()
         while self.samples_consumed < samples_per_epoch(train) and self.step < last_step:
             step_in_epoch = self.samples_consumed // train.global_batch_size + 1
@@ -129,15 +133,6 @@ class Trainer:
                 self._save()
                 self.history.start_clock()
         self.history.pause_clock(self.world.device)
-
-    def _batches(self, train: TrainBatches) -> Iterator[Batch]:
-        """The rest of the epoch; before the first step of this process DDP settles its buckets on the first batch."""
-        batches = train.batches(self.epoch, self.samples_consumed)
-        if self.history.samples_here:
-            return batches
-        step = self.train_step
-        return rebuild_buckets_early(step.model, self.world, batches,
-                                     loss=lambda *batch: step.forward(*step.to_device(*batch))[1])
 
     def _take_step(self, batches: Iterator[Batch], num_samples: int, *, watch_gradients: bool) -> None:
         """One optimizer step, and the position after it."""
@@ -171,7 +166,7 @@ class Trainer:
         return Stopped(self.stop.reason, step=self.step, epoch=self.epoch)
 
     def _vote(self, last_step: int) -> None:
-        """Agree with the other ranks on whether to go on.
+        """Agree with the other ranks on whether to continue.
 
         Raises:
             Stopped: if any rank was asked to stop: all ranks raise it.
