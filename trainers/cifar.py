@@ -44,7 +44,7 @@ class CifarConfig(ImageConfig):
     recipe: str = "fast"
     """fast: over 90 % in 10 epochs. blitz: the 60-minute tutorial's. Other flags override its settings."""
     dataset: Literal["cifar10", "synthetic"] = "cifar10"
-    """cifar10 is read from --data-dir; synthetic is drawn from the seed."""
+    """cifar10 is read from --data-dir; synthetic is generated from the seed."""
     width: Annotated[int | None, AtLeast(1, most=65536)] = None
     """Channels of the model's first trained convolution. Default: the model's own."""
 

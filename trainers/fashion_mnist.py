@@ -44,7 +44,7 @@ class FashionMnistConfig(ImageConfig):
     recipe: str = "softmax"
     """softmax: the book's train_ch3. lenet: its train_ch6."""
     dataset: Literal["fashion-mnist", "synthetic"] = "fashion-mnist"
-    """fashion-mnist is read from --data-dir; synthetic is digits drawn from the seed."""
+    """fashion-mnist is read from --data-dir; synthetic is digits generated from the seed."""
     model: str = "softmax"
     """softmax, lenet or mnistnet."""
     normalize: Literal["none", "half", "dataset"] = "none"

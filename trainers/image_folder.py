@@ -60,7 +60,7 @@ class ImageFolderConfig(ImageConfig):
     """fast: over 70 % on cats and dogs in 10 epochs. cheatsheet: the tutorial's settings. finetune: a torchvision model
     at 224 pixels. Other flags override its settings."""
     dataset: Literal["folder", "synthetic"] = "folder"
-    """folder is --data-dir; synthetic is drawn from the seed and written below it."""
+    """folder is --data-dir; synthetic is generated from the seed and written below it."""
     data_dir: Path = Path("data")
     """Folder that holds train/ and test/ (or val/), each with one folder per class."""
     validation_fraction: Annotated[float | None, Above(0, below=1, such_as=0.2)] = None

@@ -45,7 +45,7 @@ class MnistConfig(ImageConfig):
     recipe: str = "tutorial"
     """tutorial: its network, rates and number of epochs. fast: over 99 % in less time."""
     dataset: Literal["mnist", "synthetic"] = "mnist"
-    """mnist is read from --data-dir, IDX files or mnist.npz; synthetic digits are drawn from the seed."""
+    """mnist is read from --data-dir, IDX files or mnist.npz; synthetic digits are generated from the seed."""
     model: str = "mnistnet"
     """mnistnet, lenet or softmax."""
     channels: Annotated[tuple[int, int] | None, AtLeast(1, most=65536)] = None

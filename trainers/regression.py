@@ -43,7 +43,7 @@ class RegressionConfig(TrainConfig):
     recipe: str = "d2l"
     """d2l: 1,000 samples of two features. cheatsheet: ten samples of five features, with a loss of one's own."""
     dataset: Literal["two-features", "five-features"] = "two-features"
-    """Drawn from the seed."""
+    """Generated from the seed."""
     model: Literal["linear"] = "linear"
     """linear: one layer with one output."""
     loss: str = "mse"
@@ -113,10 +113,10 @@ def function_in(path: Path, name: str) -> Loss:
 
 
 def learned_text(model: nn.Module, relation: regression.LinearRelation) -> str:
-    """The learned state_dict beside what the data was drawn with."""
+    """The learned state_dict beside what the data was generated with."""
     state = model.state_dict()
     lines = [f"{name:<10} {[round(value, 4) for value in tensor.flatten().tolist()]}" for name, tensor in state.items()]
-    return "\n".join(["learned", *lines, f"drawn with w = {list(relation.weights)}, b = {relation.learned_bias}"])
+    return "\n".join(["learned", *lines, f"generated with w = {list(relation.weights)}, b = {relation.learned_bias}"])
 
 
 def build_model(config: RegressionConfig, train: TensorDataset) -> nn.Module:

@@ -8,7 +8,7 @@ from torch.nn.parallel import DataParallel
 
 
 def default_generators(model: nn.Module, device: torch.device) -> list[torch.Generator]:
-    """Those that dropout draws from: the device's, or with DataParallel that of every GPU that runs a copy.
+    """Those that dropout takes numbers from: the device's, or with DataParallel that of every GPU that runs a copy.
 
     Seeding them alone costs 1 us, torch.manual_seed 100.
     """
@@ -19,7 +19,7 @@ def default_generators(model: nn.Module, device: torch.device) -> list[torch.Gen
 
 
 def seed_dropout(generators: list[torch.Generator], *, seed: int, step: int, rank: int) -> None:
-    """Put the generators where this step of this rank begins; the copies of DataParallel draw apart."""
+    """Put the generators where this step of this rank begins; the copies of DataParallel get different numbers."""
     digest = hashlib.blake2b(f"{seed} {step} {rank}".encode(), digest_size=7).digest()
     first = int.from_bytes(digest, "big")
     for copy, generator in enumerate(generators):

@@ -86,16 +86,11 @@ def peak_memory_bytes(device: torch.device) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
-def name_of(label: int, class_names: Sequence[str]) -> str:
-    """The class's name, or its number where it has none."""
-    return class_names[label] if label < len(class_names) else str(label)
-
-
 def draw_first_batch(folder: RunFolder, batch: Batch, to_image: ToImage, class_names: Sequence[str]) -> None:
     """first_batch.png: training images as the network sees them, un-normalised. Rank 0 only."""
     inputs, targets = batch
     images = to_image(inputs[: pictures.MOST_IMAGES].float().cpu())
-    captions = [name_of(label, class_names) for label in targets[: len(images)].tolist()]
+    captions = [class_names[int(label)] for label in targets[: len(images)]]
     title = f"first training batch: {len(images)} of this rank's {len(inputs)} images"
     folder.write_bytes("first_batch.png", pictures.image_grid(images, captions, title=title))
 
@@ -107,7 +102,8 @@ def draw_predictions(folder: RunFolder, step: TrainStep, batch: Batch, to_image:
     model = step.evaluated_model.eval()
     inputs, targets = (tensor[: pictures.MOST_IMAGES] for tensor in batch)
     with step.precision.autocast():
-        labels = model(inputs.to(step.world.device)).argmax(1).tolist()
-    true, predicted = ([name_of(label, class_names) for label in some] for some in (targets.tolist(), labels))
+        labels = model(inputs.to(step.world.device)).argmax(1)
+    true = [class_names[int(label)] for label in targets]
+    predicted = [class_names[int(label)] for label in labels]
     png = pictures.predictions(to_image(inputs.float().cpu()), true, predicted, title="test images, as predicted")
     folder.write_bytes("predictions.png", png)

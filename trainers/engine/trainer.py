@@ -52,12 +52,11 @@ class Trainer:
     """Trains one model on one rank, in step with the other ranks."""
 
     def __init__(self, train_step: TrainStep, run: Run, *, checkpointer: Checkpointer, report: Report,
-                 options: LoopOptions, config: dict[str, Any] | None = None,
-                 fingerprint: dict[str, Any] | None = None) -> None:
+                 options: LoopOptions, config: dict[str, Any], fingerprint: dict[str, Any]) -> None:
         self.train_step, self.sums = train_step, train_step.sums
         self.world, self.folder, self.stop = run.world, run.folder, run.stop
         self.checkpointer, self.report, self.options = checkpointer, report, options
-        self.config, self.fingerprint = config or {}, fingerprint or {}
+        self.config, self.fingerprint = config, fingerprint
         self.step = self.epoch = self.samples_consumed = 0
         self.saved_step: int | None = None
         """The last step whose state was handed to the checkpointer, or loaded."""
@@ -65,7 +64,7 @@ class Trainer:
         self.last_evaluation: Evaluation | None = None
         self._agreement = StopAgreement(run.world.world_size)
 
-    def fit(self, train: TrainBatches, test: EvaluationBatches | None, *, last_step: int) -> None:
+    def fit(self, train: TrainBatches, test: EvaluationBatches, *, last_step: int) -> None:
         """Train from the present position to the end.
 
         Raises:
@@ -86,13 +85,12 @@ class Trainer:
             self.checkpointer.wait()  # before the run folder is given up
             progress.close()
 
-    def fit_epoch(self, train: TrainBatches, test: EvaluationBatches | None, last_step: int,
-                  progress: Progress) -> None:
+    def fit_epoch(self, train: TrainBatches, test: EvaluationBatches, last_step: int, progress: Progress) -> None:
         """The rest of the epoch, its evaluation if one is due, its record, and a checkpoint if one is due."""
         options, self.last_evaluation = self.options, None
         self.train_epoch(train, last_step, progress, checkpoint_every=options.checkpoint_every)
         is_last = self.step >= last_step
-        if (is_last or (self.epoch + 1) % options.eval_every == 0) and test is not None:
+        if is_last or (self.epoch + 1) % options.eval_every == 0:
             self.last_evaluation = self.evaluate(test)
         is_best = self._record_epoch(train, progress)
         self.finish_epoch(train)
