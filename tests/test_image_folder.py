@@ -174,9 +174,8 @@ def test_an_empty_class_folder_is_named_with_exit_code_3(tmp_path: Path):
     ["--cache", "--random-crop", "0.5"], ["--validation-fraction", "0"], ["--cache-dir", "here"],
 ])
 def test_a_flag_that_cannot_work_is_named(words: list[str]):
-    config = parse(ImageFolderConfig, recipes=RECIPES, args=words)
     with pytest.raises(UsageError, match=words[-2] if words[0] != "--cache" else "--random-crop"):
-        config.check()
+        parse(ImageFolderConfig, recipes=RECIPES, args=words).check()
 
 
 def test_a_pretrained_backbone_keeps_all_but_a_head_of_another_size(tmp_path: Path):
