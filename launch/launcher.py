@@ -9,7 +9,6 @@ import re
 import socket
 from collections.abc import Mapping
 from dataclasses import dataclass
-from datetime import datetime
 from pathlib import Path
 from typing import Any, Literal
 
@@ -32,6 +31,18 @@ class Launch:
     port: int = 29500  # torch's own default for MASTER_PORT
     peer: str | None = None
     """Another node of the job, where the launcher names one: the way there is the way to all of them."""
+    torchrun_hosts_store: bool = False
+    """Whether torchrun's agent hosts the store, which then outlives the ranks; else rank 0 does."""
+
+    @property
+    def hosts_store(self) -> bool:
+        """Whether this process hosts the store, so that the others lose it when this one ends."""
+        return self.rank == 0 and not self.torchrun_hosts_store
+
+    @property
+    def is_grouped(self) -> bool:
+        """Whether the ranks meet and form a group, even one of a single rank."""
+        return self.launcher == "torchrun" or self.world_size > 1
 
 
 def read_launch(environ: Mapping[str, str] = os.environ) -> Launch:
@@ -53,6 +64,7 @@ def read_launch(environ: Mapping[str, str] = os.environ) -> Launch:
                 local_world_size=int(environ.get("LOCAL_WORLD_SIZE", environ["WORLD_SIZE"])),
                 address=environ.get("MASTER_ADDR", "localhost"),
                 port=int(environ.get("MASTER_PORT", "29500")),
+                torchrun_hosts_store=environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True",
             )
         if "SLURM_PROCID" in environ and "SLURM_STEP_ID" in environ:
             return read_slurm(environ)
@@ -159,18 +171,24 @@ def job_identity() -> dict[str, Any]:
     if job := slurm_job():
         requeues = int(os.environ.get("SLURM_RESTART_COUNT", "0"))
         return {"job": f"slurm-{job}", "restart": 1000 * requeues + restarts}  # each may hold many restarts
-    run_id = os.environ.get("TORCHELASTIC_RUN_ID")
-    if run_id is None:
+    agent = launcher_identity()
+    if agent is None:
         return {"job": None, "restart": 0}
-    return {"job": f"torchrun-{run_id if run_id != 'none' else start_time(os.getppid()) or now()}", "restart": restarts}
+    name = agent["run_id"] if agent["run_id"] != "none" else f"{agent['host']}-{agent['pid']}-{agent['started']}"
+    return {"job": f"torchrun-{name}", "restart": restarts}
 
 
 def launcher_identity() -> dict[str, Any] | None:
-    """The torchrun agent that started this process; the processes of its restarts have the same. None without one."""
+    """The torchrun agent that started this process; the processes of its restarts have the same. None without one.
+
+    `started` is in ticks since the machine was booted: a wall-clock time of it would differ from reader to reader.
+    """
     if "TORCHELASTIC_RUN_ID" not in os.environ:
         return None
     agent = os.getppid()
-    return {"host": socket.gethostname(), "pid": agent, "started": start_time(agent)}
+    stat = stat_of(agent)
+    return {"host": socket.gethostname(), "pid": agent, "started": int(stat[19]) if stat else None,
+            "run_id": os.environ["TORCHELASTIC_RUN_ID"]}
 
 
 def slurm_job() -> str | None:
@@ -193,38 +211,15 @@ def given_run_id() -> str | None:
     return slurm_job() or (None if run_id == "none" or UUID.fullmatch(run_id) else run_id)
 
 
-def default_run_name(trainer: str, recipe: str) -> str:
-    """Trainer, recipe and an id: the one that was given, else when torchrun was started, else the present time."""
-    run_id = given_run_id()
-    if run_id is None and "TORCHELASTIC_RUN_ID" in os.environ:
-        run_id = start_time(os.getppid()) or os.environ["TORCHELASTIC_RUN_ID"].replace("none", now())
-    return "-".join(re.sub(r"[^A-Za-z0-9._-]", "_", part) for part in (trainer, recipe, run_id or now()))
-
-
-def start_time(pid: int) -> str | None:
-    """When a process was started, as `20261121-041530`; None where /proc does not tell."""
-    try:
-        ticks = int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19])
-        booted = int(re.search(r"^btime (\d+)", Path("/proc/stat").read_text(), re.MULTILINE)[1])  # pyright: ignore
-    except (OSError, ValueError, IndexError, TypeError):
-        return None
-    return f"{datetime.fromtimestamp(booted + ticks // os.sysconf('SC_CLK_TCK')):%Y%m%d-%H%M%S}"
-
-
-def now() -> str:
-    """The present time, as `20261121-041530`."""
-    return f"{datetime.now():%Y%m%d-%H%M%S}"
-
-
 def parent_of(pid: int) -> int | None:
     """The parent of a live process; None if it has ended, or where /proc does not tell."""
-    try:
-        state, parent = stat_of(pid)[:2]
-    except (OSError, ValueError):
-        return None
-    return int(parent) if state not in "ZX" else None
+    stat = stat_of(pid)
+    return int(stat[1]) if stat and stat[0] not in "ZX" else None
 
 
 def stat_of(pid: int) -> list[str]:
-    """What the kernel tells of a process, from its state on (the command's name before it may hold spaces)."""
-    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    """What the kernel tells of a process, from its state on (the command's name before it may hold spaces), or []."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return []

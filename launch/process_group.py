@@ -8,7 +8,6 @@ meet at MASTER_ADDR:MASTER_PORT, and the group is taken down again however the b
 """
 
 import contextlib
-import os
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -18,12 +17,12 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
-from launch.errors import DistributedError, is_users
+from launch.errors import DistributedError, first_line, is_users
 from launch.failure import JobFailure, exit_after
 from launch.launcher import Launch, choose_threads, read_launch
 from launch.machine import choose_backend, choose_device, keep_freed_memory, use_deterministic_kernels
 from launch.network import check_paths
-from launch.rendezvous import RENDEZVOUS_SECONDS, hosts_store, meet, store_is_hosted_by_torchrun
+from launch.rendezvous import RENDEZVOUS_SECONDS, described, meet
 from launch.watchdog import Watchdog
 
 T = TypeVar("T")
@@ -32,17 +31,12 @@ TEARDOWN_SECONDS = 30  # gloo needs milliseconds
 
 
 @dataclass(frozen=True, kw_only=True)
-class World:
-    """This process's place in the job. A world of one has no backend and needs no collective."""
+class World(Launch):
+    """This process's place in the job, its device and its group. A world of one has no backend, needs no collective."""
 
-    rank: int = 0
-    local_rank: int = 0
-    world_size: int = 1
-    local_world_size: int = 1
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     backend: str | None = None
     """gloo, nccl, or None where there is no process group."""
-    launcher: str = "none"
     threads: int = 1
     """Threads that this rank computes with."""
     watchdog: Watchdog = field(default_factory=Watchdog)
@@ -71,15 +65,14 @@ def process_group(backend: str = "auto", *, device: str = "auto", timeout_second
         DistributedError: if the ranks do not all arrive within a minute.
     """
     launch = read_launch()
-    grouped = launch.launcher == "torchrun" or launch.world_size > 1
     failure = JobFailure(
-        rank=launch.rank, world_size=launch.world_size, has_launcher=grouped, hosts_store=hosts_store(launch),
-        first_without_store=launch.local_world_size if store_is_hosted_by_torchrun() else 1)
+        rank=launch.rank, world_size=launch.world_size, has_launcher=launch.is_grouped, hosts_store=launch.hosts_store,
+        first_without_store=launch.local_world_size if launch.torchrun_hosts_store else 1)
     watchdog = Watchdog(failure, timeout_seconds=timeout_seconds)
     watchdog.start()  # before the ranks meet: their launcher may die meanwhile
     try:
         try:
-            store = meet(launch, timeout_seconds) if grouped else None
+            store = meet(launch, timeout_seconds) if launch.is_grouped else None
         except DistributedError as error:
             error.speaks = failure.claim_on_this_node(launch.port)
             raise
@@ -87,7 +80,7 @@ def process_group(backend: str = "auto", *, device: str = "auto", timeout_second
         try:
             world = prepare(launch, watchdog, backend, device=device, threads=threads, deterministic=deterministic)
             if store is not None:
-                join(world, launch, store, timeout_seconds)
+                join(world, store, timeout_seconds)
             yield world
         except Exception as error:
             failure.leave(error, step=watchdog.step)
@@ -116,31 +109,26 @@ def prepare(launch: Launch, watchdog: Watchdog, backend: str, *, device: str, th
         keep_freed_memory()
     else:
         torch.cuda.set_device(chosen)
-    grouped = launch.launcher == "torchrun" or launch.world_size > 1
-    return World(
-        rank=launch.rank, local_rank=launch.local_rank, world_size=launch.world_size,
-        local_world_size=launch.local_world_size, device=chosen, launcher=launch.launcher, threads=num_threads,
-        backend=choose_backend(backend, chosen) if grouped else None, watchdog=watchdog,
-    )
+    return World(**vars(launch), device=chosen, threads=num_threads, watchdog=watchdog,
+                 backend=choose_backend(backend, chosen) if launch.is_grouped else None)
 
 
-def join(world: World, launch: Launch, store: dist.Store, timeout_seconds: float) -> None:
+def join(world: World, store: dist.Store, timeout_seconds: float) -> None:
     """init_process_group, and one collective, so that ranks that cannot talk find out now."""
     assert world.backend is not None
     backend = f"cpu:gloo,cuda:{world.backend}" if world.device.type == "cuda" else world.backend
-    check_paths(store, launch)
+    check_paths(store, world)
     try:
         dist.init_process_group(
-            backend, store=store, rank=launch.rank, world_size=launch.world_size,
+            backend, store=store, rank=world.rank, world_size=world.world_size,
             timeout=timedelta(seconds=timeout_seconds + GRACE_SECONDS),
             device_id=world.device if world.backend == "nccl" else None,
         )
         dist.all_reduce(torch.zeros(1))
     except RuntimeError as error:
         raise DistributedError(
-            f"rank {launch.rank} of {launch.world_size} at {launch.address}:{launch.port} (interface "
-            f"{os.environ.get('GLOO_SOCKET_IFNAME', 'default')}): cannot connect to the other ranks "
-            f"({str(error).splitlines()[0][:120]}); set GLOO_SOCKET_IFNAME to an interface that they can reach"
+            f"{described(world)}: cannot connect to the other ranks ({first_line(error)}); set GLOO_SOCKET_IFNAME to "
+            f"an interface that they can reach"
         ) from None
 
 

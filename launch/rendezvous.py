@@ -7,23 +7,19 @@ from datetime import timedelta
 
 import torch.distributed as dist
 
-from launch.errors import EXIT_PREEMPTED, DistributedError
+from launch.errors import DistributedError, first_line
 from launch.launcher import Launch
 from launch.network import choose_interface
-from launch.stop import stop_request
+from launch.stop import Stopped, stop_request
 
 RENDEZVOUS_SECONDS = 60  # for all ranks to have started; torchrun or srun starts them together
 STOP_SECONDS = 5  # for which a rank that was asked to stop waits for the others, so that all stop together
 
 
-def store_is_hosted_by_torchrun() -> bool:
-    """Whether torchrun's agent hosts the store, which then outlives the ranks; else rank 0 does."""
-    return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-
-
-def hosts_store(launch: Launch) -> bool:
-    """Whether this process hosts the store, so that the others lose it when this one ends."""
-    return launch.rank == 0 and not store_is_hosted_by_torchrun()
+def described(launch: Launch) -> str:
+    """Who could not meet the others, where and on which interface: how the error lines of a rendezvous begin."""
+    return (f"rank {launch.rank} of {launch.world_size} at {launch.address}:{launch.port} "
+            f"(interface {os.environ.get('GLOO_SOCKET_IFNAME', 'default')})")
 
 
 def meet(launch: Launch, timeout_seconds: float) -> dist.Store:
@@ -38,10 +34,9 @@ def meet(launch: Launch, timeout_seconds: float) -> dist.Store:
         return wait_for_all(connect(launch, wait_seconds), launch, wait_seconds)
     except (RuntimeError, OSError) as error:  # torch's DistError and its kin
         raise DistributedError(
-            f"rank {launch.rank} of {launch.world_size} at {launch.address}:{launch.port} (interface "
-            f"{os.environ.get('GLOO_SOCKET_IFNAME', 'default')}): not all ranks met within {wait_seconds:.0f} s "
-            f"({str(error).splitlines()[0][:160]}); check that every rank was started, that the port is free "
-            f"(MASTER_PORT) and that every node can reach that host, or set GLOO_SOCKET_IFNAME"
+            f"{described(launch)}: not all ranks met within {wait_seconds:.0f} s ({first_line(error)}); check that "
+            f"every rank was started, that the port is free (MASTER_PORT) and that every node can reach that host, or "
+            f"set GLOO_SOCKET_IFNAME"
         ) from None
 
 
@@ -51,10 +46,9 @@ def connect(launch: Launch, wait_seconds: float) -> dist.Store:
     Raises:
         RuntimeError, OSError: if it cannot be reached, or the port is taken.
     """
-    hosts_it = hosts_store(launch)
-    if not hosts_it:
+    if not launch.hosts_store:
         wait_for_port(launch, wait_seconds)
-    return dist.TCPStore(launch.address, launch.port, is_master=hosts_it, wait_for_workers=False,
+    return dist.TCPStore(launch.address, launch.port, is_master=launch.hosts_store, wait_for_workers=False,
                          timeout=timedelta(seconds=wait_seconds))
 
 
@@ -80,7 +74,7 @@ def wait_for_all(store: dist.Store, launch: Launch, wait_seconds: float) -> dist
         RuntimeError: if not all ranks arrive, naming some that did not.
     """
     # only torchrun's store outlives its ranks; each node counts its own restarts, so that one that joins late differs
-    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") if store_is_hosted_by_torchrun() else "0"
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") if launch.torchrun_hosts_store else "0"
     shared = dist.PrefixStore(f"trainers/{attempt}", store)
     shared.set(f"arrived/{launch.rank}", "")
     awaited = [f"arrived/{rank}" for rank in range(launch.world_size)] if launch.rank == 0 else ["all"]
@@ -99,4 +93,4 @@ def wait_for_all(store: dist.Store, launch: Launch, wait_seconds: float) -> dist
 def leave_if_stopped(waited_seconds: float) -> None:
     """A stop while ranks are still awaited: there is nothing to save, and they may never come."""
     if stop_request() and waited_seconds > STOP_SECONDS:
-        raise SystemExit(EXIT_PREEMPTED)
+        raise Stopped(stop_request().reason)

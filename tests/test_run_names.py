@@ -12,7 +12,8 @@ from launch.errors import CheckpointError
 from launch.files import read_object, replace_file
 from tests.helpers.hooks import at, kill, on_first_start
 from tests.helpers.processes import TINY, read_json
-from tests.helpers.server import NORMED, run
+from tests.helpers.server import NORMED, run, start
+from trainers.engine.run import ownership
 from trainers.engine.run.folder import RunFolder
 from trainers.engine.run.ownership import unnamed_run
 
@@ -55,7 +56,7 @@ def test_a_run_is_named_after(no_launcher: pytest.MonkeyPatch, tmp_path: Path, v
 
 
 def test_runs_started_in_the_same_second_get_a_folder_each(no_launcher: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    no_launcher.setattr(launcher, "now", lambda: "20261125-093314")
+    no_launcher.setattr(ownership, "now", lambda: "20261125-093314")
     with ThreadPoolExecutor(max_workers=8) as threads:
         names = list(threads.map(lambda _: unnamed_run(tmp_path / "runs", "cifar", "fast"), range(24)))
     name = "cifar-fast-20261125-093314"
@@ -66,7 +67,9 @@ def test_runs_started_in_the_same_second_get_a_folder_each(no_launcher: pytest.M
 def test_a_restart_finds_its_folder_and_another_launcher_does_not(no_launcher: pytest.MonkeyPatch, tmp_path: Path,
                                                                  run_id: str) -> None:
     no_launcher.setenv("TORCHELASTIC_RUN_ID", run_id)
+    no_launcher.setattr(ownership, "now", lambda: "20261125-093314")
     name = unnamed_run(tmp_path, "cifar", "fast")
+    no_launcher.setattr(ownership, "now", lambda: "20261125-093315")
     assert unnamed_run(tmp_path, "cifar", "fast") == name  # killed before it became the owner
     folder = RunFolder(tmp_path / name, is_main=True)
     folder.claim()
@@ -75,15 +78,18 @@ def test_a_restart_finds_its_folder_and_another_launcher_does_not(no_launcher: p
     assert unnamed_run(tmp_path, "cifar", "fast") == name
     owner = read_object(tmp_path / name / "owner.json") or {}
     assert owner["incarnation"] == 1
-    for change in ({"host": "elsewhere"}, {"pid": 1}, {"started": "20200101-000000"}):
+    no_launcher.setattr(ownership, "now", lambda: "20261125-093314")
+    for number, change in enumerate(({"host": "elsewhere"}, {"pid": 1}, {"started": 1}, {"run_id": "x"}), start=2):
         other = {**owner, "launcher": {**owner["launcher"], **change}}
         replace_file(tmp_path / name / "owner.json", json.dumps(other).encode())
-        assert unnamed_run(tmp_path, "cifar", "fast") == f"{name}-2"
+        assert unnamed_run(tmp_path, "cifar", "fast") == f"{name}-{number}"
+        replace_file(tmp_path / f"{name}-{number}" / "owner.json", b"{}")
 
 
 def test_a_folder_with_an_owner_of_an_earlier_version_is_nobody_elses(no_launcher: pytest.MonkeyPatch,
                                                                      tmp_path: Path) -> None:
     no_launcher.setenv("TORCHELASTIC_RUN_ID", "none")
+    no_launcher.setattr(ownership, "now", lambda: "20261125-093314")
     name = unnamed_run(tmp_path, "cifar", "fast")
     owner = {"incarnation": 1, "host": "h", "pid": 7, "job": None, "restart": 0, "released": True}
     replace_file(tmp_path / name / "owner.json", json.dumps(owner).encode())
@@ -94,11 +100,13 @@ def test_a_folder_with_an_owner_of_an_earlier_version_is_nobody_elses(no_launche
 
 def test_without_proc_a_standalone_torchrun_still_names_its_restarts_alike(no_launcher: pytest.MonkeyPatch,
                                                                           tmp_path: Path) -> None:
-    no_launcher.setattr(launcher, "start_time", lambda pid: None)
+    no_launcher.setattr(launcher, "stat_of", lambda pid: [])
     no_launcher.setenv("TORCHELASTIC_RUN_ID", STANDALONE["TORCHELASTIC_RUN_ID"])
     name = unnamed_run(tmp_path, "cifar", "fast")
-    assert name == f"cifar-fast-{STANDALONE['TORCHELASTIC_RUN_ID']}"
+    no_launcher.setattr(ownership, "now", lambda: "20991231-235959")
     assert unnamed_run(tmp_path, "cifar", "fast") == name
+    no_launcher.setenv("TORCHELASTIC_RUN_ID", STANDALONE["TORCHELASTIC_RUN_ID"].replace("3f", "4f"))
+    assert unnamed_run(tmp_path, "cifar", "fast") == "cifar-fast-20991231-235959"
 
 
 def test_an_output_folder_that_is_a_file_is_one_line(no_launcher: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -108,8 +116,10 @@ def test_an_output_folder_that_is_a_file_is_one_line(no_launcher: pytest.MonkeyP
 
 
 def test_a_restart_by_torchrun_continues_the_unnamed_run(tmp_path: Path) -> None:
-    finished = run("cifar", *UNNAMED, "--output-dir", tmp_path / "runs", ranks=2, launcher="torchrun", timeout=200,
-                   options=("--max-restarts=1",), hook=on_first_start(at(13, "data", kill, ranks=[1])))
+    hook = on_first_start(at(13, "data", kill, ranks=[1]))
+    with start("cifar", *UNNAMED, "--output-dir", tmp_path / "runs", folder=tmp_path, ranks=2, launcher="torchrun",
+               options=("--max-restarts=1",), hook=hook) as job:
+        finished = job.wait(100)
     assert finished.code == 0, finished.err[-2000:]
     folders = list((tmp_path / "runs").iterdir())
     assert [bool(re.fullmatch(f"cifar-blitz-{TIME}", folder.name)) for folder in folders] == [True]

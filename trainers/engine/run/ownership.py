@@ -12,16 +12,18 @@ import fcntl
 import itertools
 import json
 import os
+import re
 import socket
 import threading
 import time
 from collections.abc import Iterator, Mapping
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 from launch.errors import CheckpointError
 from launch.files import read_object, replace_file
-from launch.launcher import default_run_name, given_run_id, job_identity, launcher_identity
+from launch.launcher import given_run_id, job_identity, launcher_identity
 
 BEAT_SECONDS = 2.0  # how often an owner shows that it is alive
 
@@ -103,30 +105,37 @@ class Ownership:
 
 
 def unnamed_run(output_dir: Path, trainer: str, recipe: str) -> str:
-    """The name of the run folder where the user gave none. Rank 0 only.
+    """The name of the run folder where the user gave none: trainer, recipe and an id. Rank 0 only.
 
-    An id that Slurm or the user gave makes the same name in every start of the job. A time may be that of two launchers
-    started in the same second: the folder is created here, by one of them, and the other gets `-2`, `-3` ...; a restart
-    by the same torchrun knows its own by `launcher` in owner.json.
+    An id that Slurm or the user gave makes the same name in every start of the job. Else the id is the present time,
+    and the folder is created here, with `-2`, `-3` ... where another launcher's has that name. A restart by the same
+    torchrun finds its folder by `launcher` in owner.json.
 
     Raises:
         CheckpointError: if the folder cannot be created.
     """
-    name, launcher = default_run_name(trainer, recipe), launcher_identity()
-    if given_run_id() is not None:
-        return name
+    kind, given = (re.sub(r"[^A-Za-z0-9._-]", "_", part) for part in (f"{trainer}-{recipe}", given_run_id() or ""))
+    if given:
+        return f"{kind}-{given}"
+    launcher = launcher_identity()
+    for folder in output_dir.glob(f"{kind}-*") if launcher is not None else ():
+        if (read_object(folder / "owner.json") or {}).get("launcher") == launcher:
+            return folder.name
+    name = f"{kind}-{now()}"
     with output_dir_writable(output_dir):
         output_dir.mkdir(parents=True, exist_ok=True)
         for candidate in itertools.chain([name], (f"{name}-{number}" for number in itertools.count(2))):
-            owner_file = output_dir / candidate / "owner.json"
-            try:
-                owner_file.parent.mkdir()
-                replace_file(owner_file, json.dumps({"incarnation": 0, "launcher": launcher}).encode())
+            with contextlib.suppress(FileExistsError):
+                (output_dir / candidate).mkdir()
                 break
-            except FileExistsError:
-                if launcher is not None and (read_object(owner_file) or {}).get("launcher") == launcher:
-                    break
+        owner = {"incarnation": 0, "launcher": launcher}
+        replace_file(output_dir / candidate / "owner.json", json.dumps(owner).encode())
     return candidate
+
+
+def now() -> str:
+    """The present time, as `20261121-041530`."""
+    return f"{datetime.now():%Y%m%d-%H%M%S}"
 
 
 @contextlib.contextmanager
