@@ -93,9 +93,9 @@ def choose_interface(launch: Launch) -> None:
 
 
 def check_paths(store: "dist.Store", launch: Launch) -> None:
-    """Let every rank open a port on its interface and connect to that of the next; all raise what rank 0 collects.
+    """Let every rank open a port on its interface and connect to that of the next; all raise what one rank finds.
 
-    Costs one connection and a few store entries per rank; rank 0 reads one entry of each. One node needs no check.
+    Costs one connection and a few store entries per rank. One node needs no check.
 
     Raises:
         DistributedError: on every rank, saying which host cannot reach which address, port and interface.
@@ -103,23 +103,26 @@ def check_paths(store: "dist.Store", launch: Launch) -> None:
     name = os.environ.get("GLOO_SOCKET_IFNAME", "").partition(",")[0]
     if launch.local_world_size == launch.world_size or not name:
         return
-    address = interface_address(name)
     with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as listener:
-        if address is not None:
-            listener.bind((address, 0))
+        problem, path = own_problem(name), ""
+        if not problem:
+            listener.bind((interface_address(name), 0))
             listener.listen(8)  # nothing accepts: that the kernel completes the connection is what is asked
-        port = listener.getsockname()[1] if address is not None else 0
-        store.set(f"path/{launch.rank}", f"{socket.gethostname()} {address or '-'} {port} {name}")
-        store.set(f"reached/{launch.rank}", own_problem(name, address) or problem_with_next(store, launch))
-        verdict = collect(store, launch) if launch.rank == 0 else wait_for(store, "paths", PATHS_SECONDS + 5)
+            address, port = listener.getsockname()
+            path = f"{socket.gethostname()} {address} {port} {name}"
+        store.set(f"path/{launch.rank}", path)
+        problem = problem or problem_with_next(store, launch)
+        if problem or store.add("reached", 1) == launch.world_size:
+            store.set("paths", problem)  # what all wait for: the last rank says that all is well, any that it is not
+        verdict = wait_for(store, "paths", PATHS_SECONDS + 5)
     if verdict:
         raise DistributedError(f"{launch.address}:{launch.port}, interface {name}: {verdict}; set GLOO_SOCKET_IFNAME "
                                f"to the interface that joins the nodes")
 
 
-def own_problem(name: str, address: str | None) -> str:
+def own_problem(name: str) -> str:
     """What is wrong with this rank's own interface; empty if nothing is."""
-    host = socket.gethostname()
+    host, address = socket.gethostname(), interface_address(name)
     if address is None:
         names = ", ".join(name for _, name in socket.if_nameindex())
         return f"{host} has no interface {name} with an IPv4 address (it has {names})"
@@ -131,19 +134,9 @@ def problem_with_next(store: "dist.Store", launch: Launch) -> str:
     told = wait_for(store, f"path/{(launch.rank + 1) % launch.world_size}", PATHS_SECONDS)
     with suppress(ValueError):
         host, address, port, name = told.split()
-        if address == "-":
-            return ""  # it says so itself
         reason = connect_problem(address, int(port))
         return reason and f"{socket.gethostname()} cannot connect to {host} at {address}:{port} ({name}): {reason}"
-    return told
-
-
-def collect(store: "dist.Store", launch: Launch) -> str:
-    """On rank 0: the first problem that any rank has, told to all."""
-    problems = [wait_for(store, f"reached/{rank}", PATHS_SECONDS) for rank in range(launch.world_size)]
-    verdict = next((problem for problem in problems if problem), "")
-    store.set("paths", verdict)
-    return verdict
+    return told  # that there is no answer; or nothing, from a rank that says itself what is wrong
 
 
 def wait_for(store: "dist.Store", key: str, seconds: float) -> str:

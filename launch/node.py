@@ -11,6 +11,8 @@ an hour). `--nodes 1:2` is elastic: a node that comes later joins, so none is wa
 """
 
 import argparse
+import contextlib
+import errno
 import os
 import signal
 import socket
@@ -25,7 +27,7 @@ if not __package__:
 
 from launch.errors import EXIT_DONE, DistributedError, to_stderr
 from launch.launcher import host_names, parent_of, threads_per_rank
-from launch.network import address_among, interface_of, is_loopback
+from launch.network import address_among, connect_problem, interface_of, is_loopback
 from launch.stop import SIGNALS, signals_flag
 
 ARRIVAL_SECONDS = 60  # for the slowest node; srun starts them together
@@ -42,7 +44,10 @@ def main() -> int:
     address = address_among([host, host_names(os.environ.get("SLURM_STEP_NODELIST") or host)[0 if node else -1]])
     if options.nodes.isdigit() and int(options.nodes) > 1:
         try:
-            wait_for_nodes(host, int(port), node=node, num_nodes=int(options.nodes), token=options.id)
+            if node == 0:
+                wait_as_host(int(port), num_nodes=int(options.nodes), token=options.id)
+            else:
+                wait_for_host(host, int(port), line=f"{options.id} {node}\n".encode())
         except OSError as error:
             to_stderr(explain(error, options.rendezvous, node, address))
             return DistributedError.exit_code
@@ -90,21 +95,13 @@ def environment_for(words: list[str]) -> dict[str, str]:
     return {**chosen, **os.environ}
 
 
-def wait_for_nodes(host: str, port: int, *, node: int, num_nodes: int, token: str) -> None:
-    """Return when all nodes have shown that they can connect to the first. The port is free again afterwards.
+def wait_as_host(port: int, *, num_nodes: int, token: str) -> None:
+    """Wait for a connection from every other node, then tell them all to start. Grows with the number of nodes.
 
     Raises:
-        OSError: if they have not within a minute, or the port is taken.
+        OSError: if not all come within a minute, or the port is taken; else it is free again afterwards.
     """
     deadline = time.monotonic() + ARRIVAL_SECONDS
-    if node == 0:
-        wait_as_host(port, num_nodes=num_nodes, token=token, deadline=deadline)
-    else:
-        wait_for_host(host, port, line=f"{token} {node}\n".encode(), deadline=deadline)
-
-
-def wait_as_host(port: int, *, num_nodes: int, token: str, deadline: float) -> None:
-    """Wait for a connection from every other node, then tell them all to start. Grows with the number of nodes."""
     arrived: dict[str, socket.socket] = {}
     with socket.create_server(("", port), backlog=num_nodes) as server:
         while len(arrived) < num_nodes - 1:
@@ -128,8 +125,13 @@ def wait_as_host(port: int, *, num_nodes: int, token: str, deadline: float) -> N
             connection.close()
 
 
-def wait_for_host(host: str, port: int, *, line: bytes, deadline: float) -> None:
-    """Connect to the first node and wait for its word; tries again, as that node may start later."""
+def wait_for_host(host: str, port: int, *, line: bytes) -> None:
+    """Connect to the first node and wait until it says `go`; tries again, as that node may start later.
+
+    Raises:
+        OSError: if it does not within a minute.
+    """
+    deadline = time.monotonic() + ARRIVAL_SECONDS
     while True:
         try:
             with socket.create_connection((host, port), timeout=LINE_SECONDS) as connection:
@@ -146,13 +148,11 @@ def wait_for_host(host: str, port: int, *, line: bytes, deadline: float) -> None
 
 def read_line(connection: socket.socket) -> str:
     """What a peer sends up to a newline or its end, at most 200 bytes; empty if it stays silent."""
-    data = b""
     try:
-        while not data.endswith(b"\n") and len(data) < 200 and (more := connection.recv(200)):
-            data += more
+        with connection.makefile(errors="replace") as file:
+            return file.readline(200)
     except OSError:
         return ""
-    return data.decode(errors="replace")
 
 
 def explain(error: OSError, rendezvous: str, node: int, address: str | None) -> str:
@@ -186,21 +186,15 @@ def supervise(command: list[str], environment: dict[str, str], host: str, port: 
     if passed_on:
         process.send_signal(passed_on[0])  # it came before there was anything to pass it on to
     useful_at = time.monotonic()
-    while (code := wait(process, LOOK_SECONDS)) is None:
+    while True:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            code = process.wait(LOOK_SECONDS)
+            return code if code >= EXIT_DONE else 128 - code  # a signal's number, as a shell reports it
         if has_children(process.pid) or not unreachable(host, port):
             useful_at = time.monotonic()
         elif time.monotonic() - useful_at > CUT_OFF_SECONDS:
             to_stderr(f"{socket.gethostname()}: cut off from {host}:{port}, its ranks have ended; torchrun ended too")
             process.kill()
-    return code if code >= EXIT_DONE else 128 - code  # a signal's number, as a shell reports it
-
-
-def wait(process: subprocess.Popen[bytes], seconds: float) -> int | None:
-    """The exit code of a process, or None if it has not ended within that time."""
-    try:
-        return process.wait(seconds)
-    except subprocess.TimeoutExpired:
-        return None
 
 
 def has_children(pid: int) -> bool:
@@ -210,13 +204,7 @@ def has_children(pid: int) -> bool:
 
 def unreachable(host: str, port: int) -> bool:
     """Whether nothing at all comes back from there; a port that is closed is an answer."""
-    try:
-        socket.create_connection((host, port), timeout=LINE_SECONDS).close()
-    except ConnectionRefusedError:
-        return False
-    except OSError:
-        return True
-    return False
+    return connect_problem(host, port) not in ("", os.strerror(errno.ECONNREFUSED))
 
 
 if __name__ == "__main__":

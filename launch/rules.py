@@ -6,7 +6,7 @@
 
 from collections.abc import Iterator
 from dataclasses import KW_ONLY, dataclass, fields
-from typing import Any, get_type_hints
+from typing import Any, ClassVar, get_type_hints
 
 from launch.errors import UsageError
 
@@ -17,6 +17,8 @@ MOST_SECONDS = LARGEST // 1000  # poll() takes milliseconds as a C int
 @dataclass(frozen=True)
 class AtLeast:
     """Numbers from `low` to `most`, without `below` itself. NaN and infinity are in no range."""
+
+    start: ClassVar = "at least"
 
     low: float
     _: KW_ONLY
@@ -32,23 +34,17 @@ class AtLeast:
     def text(self) -> str:
         """The rule in words."""
         end = f"at most {self.most:,}" if self.below is None else f"below {self.below}"
-        return f"must be {self.start()} and {end}" + ("" if self.such_as is None else f"; try {self.such_as}")
-
-    def start(self) -> str:
-        """The lower end in words."""
-        return f"at least {self.low:,}"
+        return f"must be {self.start} {self.low:,} and {end}" + (f"; try {self.such_as}" if self.such_as else "")
 
 
 class Above(AtLeast):
     """The same without `low` itself."""
 
+    start = "above"
+
     def includes(self, number: float) -> bool:
         """Whether a number is in the range."""
         return number > self.low and super().includes(number)
-
-    def start(self) -> str:
-        """The lower end in words."""
-        return f"above {self.low:,}"
 
 
 def check_number(flag: str, number: float, rule: AtLeast) -> None:
