@@ -10,6 +10,7 @@ to the rule beside its field (rules.py). `run` turns whatever goes wrong into
 `ERROR <kind>: <flag or file> <value>: <rule>; <remedy>` on stderr, from one rank.
 """
 
+import argparse
 import contextlib
 import difflib
 import inspect
@@ -42,7 +43,9 @@ def parse(config_class: type, *, recipes: Mapping[str, Mapping[str, Any]] | None
     args = in_new_spelling(sys.argv[1:] if args is None else args, getattr(config_class, "OLD_SPELLINGS", {}))
     default = config_class()
     if recipes:
-        name = recipe_named_in(args, default.recipe)
+        first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+        first.add_argument("--recipe", nargs="?", default=default.recipe, const=default.recipe)
+        name = first.parse_known_args(args)[0].recipe
         if name not in recipes:
             raise UsageError(f"--recipe {name}: unknown; choose from {', '.join(recipes)}{nearest(name, recipes)}")
         default = replace(default, recipe=name, **recipes[name])
@@ -68,17 +71,6 @@ def in_new_spelling(args: Sequence[str], old: Mapping[str, Sequence[str]]) -> li
         bare = position + 1 == len(args) or args[position + 1].startswith("-")
         words += old.get(word.replace("_", "-"), [word]) if bare else [word]
     return words
-
-
-def recipe_named_in(args: Sequence[str], default: str) -> str:
-    """The value of the last `--recipe NAME` or `--recipe=NAME` among the flags."""
-    name = default
-    for position, word in enumerate(args):
-        if word == "--recipe" and position + 1 < len(args):
-            name = args[position + 1]
-        elif word.startswith("--recipe="):
-            name = word.partition("=")[2]
-    return name
 
 
 def nearest(name: str, known: Sequence[str] | Mapping[str, Any]) -> str:

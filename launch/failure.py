@@ -50,8 +50,6 @@ class JobFailure:
         self.heartbeats: Heartbeats | None = None
         """From when the ranks have met."""
         self.run: RunRecord | None = None
-        self.has_left = False
-        """Whether this rank ends of its own will, after an error."""
         self._launcher = (stop_request().launcher or os.getppid()) if has_launcher else None
         self._claimed = threading.Lock()  # taken once: this process prints at most one error
         self._another_failed_at: float | None = None
@@ -103,7 +101,6 @@ class JobFailure:
                 to_stderr(self._lost_peer_line(step))
             elif first and (line := user_line(known)) is not None:
                 to_stderr(line)
-            self.has_left = True
             if self.heartbeats is not None:
                 with contextlib.suppress(RuntimeError):
                     self.heartbeats.send(step, "left")  # so that the others do not take it for one that was lost
@@ -112,14 +109,14 @@ class JobFailure:
 
     def linger(self) -> None:
         """After an error, where this process hosts the store: keep it until the others know which rank failed first."""
-        if self.heartbeats is None or not self.hosts_store or not self.has_left:
+        if self.heartbeats is None or not self.hosts_store or not self.heartbeats.has_left:
             return
         before, began = self.heartbeats.last(), time.monotonic()
         while time.monotonic() - began < LINGER_SECONDS:
-            last = self.heartbeats.last_known()
+            last = self.heartbeats.last()
             silent = self.heartbeats.silent_since(before) if time.monotonic() - began > LINGER_SECONDS / 2 else []
             others = [rank for rank in range(self.world_size) if rank != self.rank and rank not in silent]
-            if all(last.get(rank, (0, ""))[1] == "left" for rank in others):
+            if all(rank in last and last[rank][2] == "left" for rank in others):
                 return
             time.sleep(0.1)
 
@@ -189,12 +186,7 @@ def translated(error: Exception) -> Exception:
     if isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in text:
         return DeviceError(f"memory: {str(error).splitlines()[0] if text else 'used up'}; lower --batch-size, raise "
                            f"--accumulation-steps, or use --precision bf16")
-    return LostPeer("another rank was lost") if is_lost_peer(error) else error
-
-
-def is_lost_peer(error: Exception) -> bool:
-    """Whether this is how torch says that another rank went away or never came to a collective."""
-    if isinstance(error, dist.DistError):
-        return True
     words = ("gloo", "nccl", "connection closed by peer", "connection reset", "timed out waiting", "broken pipe")
-    return isinstance(error, RuntimeError) and any(word in str(error).lower() for word in words)
+    if isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and any(word in text for word in words)):
+        return LostPeer("another rank was lost")
+    return error

@@ -29,15 +29,16 @@ class Heartbeats:
         self.store = store.clone()  # pyright: ignore[reportAttributeAccessIssue]: a connection of its own
         self.rank, self.world_size = rank, world_size
         self._num_sent = 0
-        self._has_left = False
+        self.has_left = False
+        """Whether this rank ends of its own will, after an error."""
         self._sending = threading.Lock()  # the main thread says that it leaves, while another sends heartbeats
         self._me = [socket.gethostname(), os.getpid(), os.getppid()]
 
     def send(self, step: int, phase: str) -> None:
         """Tell the others that this rank lives, and where it is; `left`, it ends of its own will, is the last."""
         with self._sending:
-            if not self._has_left:
-                self._has_left = phase == "left"
+            if not self.has_left:
+                self.has_left = phase == "left"
                 self._num_sent += 1
                 self.store.set(f"beat/{self.rank}", json.dumps([self._num_sent, step, phase, *self._me]))
 
@@ -63,10 +64,6 @@ class Heartbeats:
             known = [rank for rank in range(self.world_size) if self.store.check([f"beat/{rank}"])]
             return {rank: json.loads(self.store.get(f"beat/{rank}")) for rank in known}
         return {}
-
-    def last_known(self) -> dict[int, tuple[int, str]]:
-        """The (step, phase) of every rank that has sent a heartbeat."""
-        return {rank: (beat[1], beat[2]) for rank, beat in self.last().items()}
 
     def silent_since(self, before: dict[int, list[Any]]) -> list[int]:
         """Other ranks that have sent nothing since `last` gave `before`, and did not leave of their own will."""

@@ -108,21 +108,18 @@ def host_names(node_list: str) -> list[str]:
     Raises:
         ValueError: if it is no such list.
     """
-    return [name for part in re.split(r",(?![^\[]*\])", node_list) for name in expanded(part)]
-
-
-def expanded(part: str) -> list[str]:
-    """One part of a node list, `gpu[03-05]`, as its hosts."""
-    brackets = re.search(r"\[([^\]]*)\]", part)
-    if brackets is None:
-        if re.fullmatch(r"[\w.-]+", part) is None:
-            raise ValueError(f"{part!r} is no host name of a Slurm node list")
-        return [part]
     names = []
-    for piece in brackets[1].split(","):
-        first, _, last = piece.partition("-")
-        for number in range(int(first), int(last or first) + 1):
-            names += expanded(f"{part[:brackets.start()]}{number:0{len(first)}d}{part[brackets.end():]}")
+    for part in re.split(r",(?![^\[]*\])", node_list):
+        brackets = re.search(r"\[([^\]]*)\]", part)
+        if brackets is None:
+            if re.fullmatch(r"[\w.-]+", part) is None:
+                raise ValueError(f"{part!r} is no host name of a Slurm node list")
+            names.append(part)
+            continue
+        for piece in brackets[1].split(","):
+            first, _, last = piece.partition("-")
+            for number in range(int(first), int(last or first) + 1):
+                names += host_names(f"{part[:brackets.start()]}{number:0{len(first)}d}{part[brackets.end():]}")
     return names
 
 

@@ -36,7 +36,6 @@ class Watchdog:
         self.timeout_seconds = timeout_seconds
         self.step, self.phase = 0, "start"
         self._changed_at = time.monotonic()
-        self._heartbeats: Heartbeats | None = None
         self._before: dict[int, list[Any]] | None = None  # heartbeats at half of the timeout
         self._stopping = threading.Event()
         self._threads: list[threading.Thread] = []
@@ -53,20 +52,18 @@ class Watchdog:
 
     def start(self, store: "dist.Store | None" = None) -> None:
         """Begin to watch; again with a store when there is one. It is used through a connection of its own."""
-        if store is not None:
-            heartbeats = Heartbeats(store, rank=self.rank, world_size=self.world_size)
-            with contextlib.suppress(RuntimeError):
-                heartbeats.send(self.step, self.phase)  # at once: a rank that hangs within the first tick is known too
-            self._heartbeats = self.failure.heartbeats = heartbeats
-            self._answered_at = time.monotonic()
         self.mark(self.phase)
         if not self._threads:
-            self._start_thread(self._watch, "watchdog")
+            self._start_thread(self._watch)
         if store is not None:
-            self._start_thread(self._talk, "heartbeats")
+            heartbeats = self.failure.heartbeats = Heartbeats(store, rank=self.rank, world_size=self.world_size)
+            with contextlib.suppress(RuntimeError):
+                heartbeats.send(self.step, self.phase)  # at once: a rank that hangs within the first tick is known too
+            self._answered_at = time.monotonic()
+            self._start_thread(self._talk, heartbeats)
 
-    def _start_thread(self, target: Callable[[], None], name: str) -> None:
-        self._threads.append(threading.Thread(target=target, name=name, daemon=True))
+    def _start_thread(self, target: Callable[..., None], *args: Any) -> None:
+        self._threads.append(threading.Thread(target=target, args=args, daemon=True))
         self._threads[-1].start()
 
     def stop(self) -> None:
@@ -86,13 +83,14 @@ class Watchdog:
                 if silent_seconds > self.timeout_seconds + SILENT_SECONDS:
                     self._end_without_the_store(silent_seconds)
 
-    def _talk(self) -> None:
+    def _talk(self, heartbeats: Heartbeats) -> None:
         interval = TICK_SECONDS * max(1.0, self.world_size / 64)  # what the store must serve does not grow with W
         while not self._stopping.wait(interval):
             with contextlib.suppress(RuntimeError):  # a store that died with its host; the collectives will say so
-                self._beat()
+                if not heartbeats.has_left:
+                    self._beat(heartbeats)
             if self.world_size > 1:
-                self._check_progress()
+                self._check_progress(heartbeats)
             self._answered_at = time.monotonic()
 
     def _end_without_the_store(self, seconds: float) -> None:
@@ -101,33 +99,29 @@ class Watchdog:
                 f"again")
         self.failure.end(line, step=self.step, speaks=self.failure.claim_in_this_process())
 
-    def _beat(self) -> None:
+    def _beat(self, heartbeats: Heartbeats) -> None:
         """Send a heartbeat; pass a stop request on, or take it over; leave some time after another rank's error."""
-        if self._heartbeats is None or self.failure.has_left:
-            return
-        self._heartbeats.send(self.step, self.phase)
+        heartbeats.send(self.step, self.phase)
         request = stop_request()
         if request:
-            self._heartbeats.ask_all_to_stop()
-        elif self._heartbeats.asked_to_stop():
+            heartbeats.ask_all_to_stop()
+        elif heartbeats.asked_to_stop():
             request.ask("another rank was asked to stop")
         self.failure.follow(step=self.step)
 
-    def _check_progress(self) -> None:
+    def _check_progress(self, heartbeats: Heartbeats) -> None:
         """Compare the heartbeats at half of the timeout with those at the timeout."""
-        assert self._heartbeats is not None
         idle = time.monotonic() - self._changed_at
         if idle < self.timeout_seconds / 2:
             self._before = None
         elif self._before is None:
-            self._before = self._heartbeats.last()
+            self._before = heartbeats.last()
         elif idle > self.timeout_seconds:
-            self._end_the_hang(self._heartbeats.silent_since(self._before))
+            self._end_the_hang(heartbeats.last(), heartbeats.silent_since(self._before))
 
-    def _end_the_hang(self, silent: list[int]) -> None:
+    def _end_the_hang(self, beats: dict[int, list[Any]], silent: list[int]) -> None:
         """Name the rank that all the others wait for: silent, or else not itself waiting, or else furthest behind."""
-        assert self._heartbeats is not None
-        last = self._heartbeats.last_known()
+        last = {rank: (beat[1], beat[2]) for rank, beat in beats.items()}
         last[self.rank] = (self.step, self.phase)
         busy = [rank for rank, (_, phase) in last.items() if phase not in WAITING] or list(last)
         culprit = silent[0] if silent else min(busy, key=lambda rank: (last[rank][0], rank))
