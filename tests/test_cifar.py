@@ -140,10 +140,10 @@ def test_only_rank_0_opens_files_for_writing(tmp_path: Path) -> None:
 
 def test_the_training_step_never_waits_for_the_device() -> None:
     tree = ast.parse((ROOT / "trainers" / "engine" / "step.py").read_text())
-    parts = [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)
-             and node.name in ("__call__", "to_device", "forward")]
-    assert len(parts) == 3
-    calls = {node.func.attr for part in parts for node in ast.walk(part)
+    parts = {"__call__", "to_device", "forward", "_set_learning_rate", "gradient_norms"}
+    step = [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef) and node.name in parts]
+    assert {function.name for function in step} == parts
+    calls = {node.func.attr for function in step for node in ast.walk(function)
              if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute)}
     assert not calls & {"item", "tolist", "cpu", "numpy", "synchronize"}
 
