@@ -72,10 +72,6 @@ class Augmentation:
         """uint8 images (B, C, H, W) as the network sees them when nothing is random."""
         return normalize(images, self.mean, self.std)
 
-    def to_image(self, inputs: Tensor) -> Tensor:
-        """What the network sees, on the CPU, as pictures in [0, 1]."""
-        return denormalize(inputs, self.mean, self.std)
-
     def flipped(self, samples: Tensor, epoch: int) -> Tensor:
         """Which samples are mirrored in this epoch: bool (B,)."""
         if self.flip == "random":
@@ -108,9 +104,3 @@ def normalize(images: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -
     scale = torch.tensor([1 / (255 * s) for s in std], device=images.device)[:, None, None]
     offset = torch.tensor([m / s for m, s in zip(mean, std, strict=True)], device=images.device)[:, None, None]
     return images.to(torch.float32).mul_(scale).sub_(offset)
-
-
-def denormalize(images: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> Tensor:
-    """The inverse, for pictures: float32 (B, C, H, W) back to [0, 1]."""
-    shape = (-1, 1, 1)
-    return (images * torch.tensor(std).view(shape) + torch.tensor(mean).view(shape)).clamp(0, 1)

@@ -4,10 +4,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from datasets.augment import Augmentation, denormalize, normalize, pad
+from datasets.augment import Augmentation, normalize, pad
 from datasets.errors import DataError
 from datasets.loaders import train_loader
 from datasets.tensors import TensorDataset
+from trainers.engine.run.pictures import denormalize
 
 IMAGES = torch.randint(0, 256, (40, 3, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
 HALF = {"mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5)}

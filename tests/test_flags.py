@@ -9,7 +9,6 @@ import pytest
 
 from launch.command_line import parse
 from trainers import cifar, fashion_mnist, image_folder, mnist, regression
-from trainers.engine.config import MAY_CHANGE
 from trainers.engine.run.folder import RunFolder
 from trainers.predict import restore_config
 
@@ -46,8 +45,8 @@ def test_a_run_folder_from_before_is_resumed_and_predicted_from(tmp_path: Path, 
     try:
         other = "half" if now == "none" else "none"
         with pytest.raises(Exception, match=rf"--normalize {other} \(was {now}\)"):
-            folder.begin({"normalize": other}, may_change=MAY_CHANGE, world={})
-        assert folder.begin({"normalize": now}, may_change=MAY_CHANGE, world={})
+            folder.begin({"normalize": other}, world={})
+        assert folder.begin({"normalize": now}, world={})
     finally:
         folder.release()
 

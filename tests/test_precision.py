@@ -19,7 +19,7 @@ def with_scaler() -> Precision:
 def step(precision: Precision, model: nn.Linear, factor: float) -> None:
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     precision.backward((model(torch.ones(1, 2)) * factor).sum())
-    precision.unscale(optimizer)
+    precision.scaler.unscale_(optimizer)
     precision.step(optimizer)
     optimizer.zero_grad()
 

@@ -26,7 +26,7 @@ def folder(tmp_path: Path) -> RunFolder:
 
 
 def begin(folder: RunFolder, **config: Any) -> bool:
-    return folder.begin({"epochs": 1, "lr": 0.1, **config}, may_change={"epochs"}, world={})
+    return folder.begin({"epochs": 1, "lr": 0.1, **config}, world={})
 
 
 def commit_a_checkpoint(folder: RunFolder) -> None:

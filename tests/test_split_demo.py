@@ -5,10 +5,9 @@ import re
 import pytest
 
 from launch.command_line import parse
-from launch.errors import UsageError
+from launch.errors import UsageError, say
 from tests.helpers.server import run
 from trainers import split_demo
-from trainers.engine.run.progress import say
 
 # Rows of each replica, batch by batch, as the tutorial prints them (in any order, its replicas being threads).
 TUTORIAL = {

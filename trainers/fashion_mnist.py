@@ -95,7 +95,7 @@ def main(config: FashionMnistConfig) -> dict[str, Any]:
     with open_run(config, "fashion_mnist") as run:
         train, test = load_data(config, run.world)
         images = augmentation(config)
-        return train_classifier(config, run, build_model(config, train), train.class_names, images,
+        return train_classifier(config, run, build_model(config, train), train.class_names, (images.mean, images.std),
                                 train_loader(train, images, **config.batches(), **run.world.shard),
                                 evaluation_loader(test, images.normalize, **run.world.shard), train.fingerprint())
 

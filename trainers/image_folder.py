@@ -36,14 +36,13 @@ from datasets.images.unreadable import BadImages
 from datasets.loaders import check_size, evaluation_loader, train_loader
 from datasets.order import ResumableSampler
 from launch.command_line import run
-from launch.errors import UsageError, to_stderr
+from launch.errors import UsageError, say, to_stderr
 from launch.process_group import World, from_main, gather
 from launch.rules import Above, AtLeast
 from trainers import models
 from trainers.engine.checkpoints.weights import load_weights
 from trainers.engine.config import IMAGENET, ImageConfig
 from trainers.engine.once_per_node import once_per_node
-from trainers.engine.run.progress import say
 from trainers.engine.session import entry_point, open_run, train_classifier
 from trainers.engine.task import EvaluationBatches, TrainBatches
 from trainers.engine.trainer import Run
@@ -216,9 +215,10 @@ def main(config: ImageFolderConfig) -> dict[str, Any]:
     with open_run(config, "image_folder") as run:
         train, test = load_data(config, run.world)
         fingerprint = from_main(run.world, train.fingerprint)
+        images = augmentation(config)
         return train_classifier(config, run, build_model(config, len(train.class_names), run.world),
-                                train.class_names, augmentation(config), *build_loaders(config, train, test, run),
-                                fingerprint)
+                                train.class_names, (images.mean, images.std),
+                                *build_loaders(config, train, test, run), fingerprint)
 
 
 if __name__ == "__main__":

@@ -28,10 +28,9 @@ from datasets.errors import DataError
 from datasets.loaders import PlainTransform, evaluation_loader, train_loader
 from datasets.tensors import TensorDataset
 from launch.command_line import run
-from launch.errors import UsageError
+from launch.errors import UsageError, say
 from trainers import models
 from trainers.engine.config import TrainConfig
-from trainers.engine.run.progress import say
 from trainers.engine.session import entry_point, open_run, train_model
 from trainers.engine.task import Loss, Task
 

@@ -1,4 +1,4 @@
-"""Autocast and gradient scaling; in fp32 both are absent, not merely switched off."""
+"""Autocast and gradient scaling."""
 
 import contextlib
 from typing import Any, Literal
@@ -13,18 +13,14 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class Precision:
-    """The number format of the forward pass. Weights and optimizer state stay fp32 (torch.amp).
-
-    Raises:
-        UsageError: for fp16 on the CPU.
-    """
+    """The number format of the forward pass (torch.amp). Weights and optimizer state stay fp32. No fp16 on the CPU."""
 
     def __init__(self, name: PrecisionName, device: torch.device) -> None:
         if name == "fp16" and device.type == "cpu":
             raise UsageError("--precision fp16: on a CPU it is 30 times slower than fp32 (measured); use bf16")
         self.name = name
         self.device_type = device.type
-        self.scaler = torch.amp.GradScaler(device.type) if name == "fp16" else None
+        self.scaler = torch.amp.GradScaler(device.type, enabled=name == "fp16")
         self._num_skipped = torch.zeros((), device=device)  # counted on the device, which a step does not wait for
 
     @property
@@ -40,31 +36,23 @@ class Precision:
 
     def backward(self, loss: Tensor) -> None:
         """Add the gradients of a loss, scaled up where fp16 would round small ones to zero."""
-        (loss if self.scaler is None else self.scaler.scale(loss)).backward()
-
-    def unscale(self, optimizer: Any) -> None:
-        """Make the gradients those of the loss itself, for clipping."""
-        if self.scaler is not None:
-            self.scaler.unscale_(optimizer)
+        self.scaler.scale(loss).backward()
 
     def step(self, optimizer: Any) -> None:
         """Update the weights; in fp16 a step whose gradients overflowed is skipped, and the scale lowered."""
-        if self.scaler is None:
-            optimizer.step()
-        else:
-            self.scaler.step(optimizer)
+        self.scaler.step(optimizer)
+        if self.scaler.is_enabled():
             overflows = self.scaler._found_inf_per_device(optimizer).values()  # of one device; the next call clears it
             self._num_skipped += sum(overflows)
             self.scaler.update()
 
     def state_dict(self) -> dict[str, Any]:
         """The scaler's state and the number of skipped steps; empty without a scaler."""
-        if self.scaler is None:
+        if not self.scaler.is_enabled():
             return {}
         return {**self.scaler.state_dict(), "num_skipped_steps": self.num_skipped_steps}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """The inverse."""
-        if self.scaler is not None:
-            self.scaler.load_state_dict(state)
-            self._num_skipped.fill_(state.get("num_skipped_steps", 0))
+        self.scaler.load_state_dict(state)
+        self._num_skipped.fill_(state.get("num_skipped_steps", 0))

@@ -3,25 +3,22 @@
 import io
 import resource
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
 
+from launch.errors import say
 from trainers.engine.checkpoints.snapshot import hash_tensors
+from trainers.engine.config import Statistics
 from trainers.engine.metrics import Evaluation
 from trainers.engine.parallel import num_parameters, parallel_name
 from trainers.engine.run import pictures
 from trainers.engine.run.folder import RunFolder
-from trainers.engine.run.progress import say
 from trainers.engine.step import TrainStep
 from trainers.engine.task import Batch, EvaluationBatches
 from trainers.engine.trainer import Trainer
-
-ToImage = Callable[[Tensor], Tensor]
-"""Inputs as the network sees them, float (B, C, H, W), to pictures in [0, 1]."""
 
 
 def finish(trainer: Trainer, evaluation: Evaluation, class_names: tuple[str, ...], *, batch_size: int,
@@ -44,29 +41,25 @@ def finish(trainer: Trainer, evaluation: Evaluation, class_names: tuple[str, ...
     }
     folder.write_json("result.json", result)
     if save_weights and world.is_main:
-        folder.write_bytes("weights.pt", weights_file(step.evaluated_model))
+        weights = step.evaluated_model.state_dict()
+        buffer = io.BytesIO()
+        torch.save({name: tensor.detach().cpu() for name, tensor in weights.items()}, buffer)  # to be read anywhere
+        folder.write_bytes("weights.pt", buffer.getvalue())
     if world.is_main:
         say(result_text(evaluation, class_names, folder.path))
     return result
 
 
 def draw_result(trainer: Trainer, evaluation: Evaluation, class_names: tuple[str, ...], *, steps_per_epoch: int,
-                test: EvaluationBatches, to_image: ToImage | None) -> None:
+                test: EvaluationBatches, statistics: Statistics | None) -> None:
     """The pictures of a finished run, on rank 0; after an evaluation only there are no curves."""
     report = trainer.report
     report.curves(trainer.history.epochs, steps_per_epoch=steps_per_epoch, always=True)
     report.confusion_matrix(evaluation, class_names)
-    if report.draws and to_image is not None:
+    if report.draws and statistics is not None:
         first = next(iter(test), None)  # of rank 0's share; none if no image of it can be read
         if first is not None:
-            draw_predictions(trainer.folder, trainer.train_step, first, to_image, class_names)
-
-
-def weights_file(model: nn.Module) -> bytes:
-    """A file of the plain state_dict, its tensors on the CPU, which torch.load(weights_only=True) reads anywhere."""
-    buffer = io.BytesIO()
-    torch.save({name: tensor.detach().cpu() for name, tensor in model.state_dict().items()}, buffer)
-    return buffer.getvalue()
+            draw_predictions(trainer.folder, trainer.train_step, first, statistics, class_names)
 
 
 def result_text(evaluation: Evaluation, class_names: tuple[str, ...], path: Path) -> str:
@@ -86,17 +79,17 @@ def peak_memory_bytes(device: torch.device) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
-def draw_first_batch(folder: RunFolder, batch: Batch, to_image: ToImage, class_names: Sequence[str]) -> None:
+def draw_first_batch(folder: RunFolder, batch: Batch, statistics: Statistics, class_names: Sequence[str]) -> None:
     """first_batch.png: training images as the network sees them, un-normalised. Rank 0 only."""
     inputs, targets = batch
-    images = to_image(inputs[: pictures.MOST_IMAGES].float().cpu())
+    images = pictures.denormalize(inputs[: pictures.MOST_IMAGES].float().cpu(), *statistics)
     captions = [class_names[int(label)] for label in targets[: len(images)]]
     title = f"first training batch: {len(images)} of this rank's {len(inputs)} images"
     folder.write_bytes("first_batch.png", pictures.image_grid(images, captions, title=title))
 
 
 @torch.no_grad()
-def draw_predictions(folder: RunFolder, step: TrainStep, batch: Batch, to_image: ToImage,
+def draw_predictions(folder: RunFolder, step: TrainStep, batch: Batch, statistics: Statistics,
                      class_names: Sequence[str]) -> None:
     """predictions.png: test images with predicted and true labels. Rank 0 only; no collective."""
     model = step.evaluated_model.eval()
@@ -105,5 +98,6 @@ def draw_predictions(folder: RunFolder, step: TrainStep, batch: Batch, to_image:
         labels = model(inputs.to(step.world.device)).argmax(1)
     true = [class_names[int(label)] for label in targets]
     predicted = [class_names[int(label)] for label in labels]
-    png = pictures.predictions(to_image(inputs.float().cpu()), true, predicted, title="test images, as predicted")
+    images = pictures.denormalize(inputs.float().cpu(), *statistics)
+    png = pictures.predictions(images, true, predicted, title="test images, as predicted")
     folder.write_bytes("predictions.png", png)

@@ -5,7 +5,7 @@
         with open_run(config, "cifar") as run:          # joins the ranks, owns runs/<name>/
             train, test = load_data(config, run.world)
             ...
-            return train_classifier(config, run, model, class_names, images, train_batches, test_batches, fingerprint)
+            return train_classifier(config, run, model, class_names, (images.mean, images.std), *loaders, fingerprint)
 """
 
 import contextlib
@@ -14,29 +14,28 @@ import json
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
-from typing import Any, Protocol
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from launch.errors import UsageError
+from launch.errors import UsageError, say
 from launch.failure import translated
 from launch.launcher import job_identity
 from launch.process_group import World, from_main, process_group
 from launch.stop import Stopped, signals_caught
 from trainers.engine.checkpoints.save import Checkpointer
-from trainers.engine.config import MAY_CHANGE, ImageConfig, TrainConfig
+from trainers.engine.config import ImageConfig, Statistics, TrainConfig
 from trainers.engine.measure import write_measurement
 from trainers.engine.optimizer import build_optimizer, freeze
 from trainers.engine.parallel import choose_parallel, num_parameters, parallelize
 from trainers.engine.precision import Precision
-from trainers.engine.result import ToImage, draw_first_batch, draw_result, finish
+from trainers.engine.result import draw_first_batch, draw_result, finish
 from trainers.engine.resume import load_for_evaluation, resume
-from trainers.engine.run.card import ModelCard, write_card
+from trainers.engine.run.card import CARD_FILE, ModelCard
 from trainers.engine.run.folder import RunFolder
 from trainers.engine.run.ownership import unnamed_run
-from trainers.engine.run.progress import say
 from trainers.engine.run.report import Report
 from trainers.engine.schedule import schedule
 from trainers.engine.step import StepOptions, TrainStep
@@ -106,7 +105,7 @@ def begin(config: TrainConfig, folder: RunFolder, world: World) -> None:
     """
     facts = {"world_size": world.world_size, "device": str(world.device), "threads_per_rank": world.threads,
              "launcher": world.launcher, "backend": world.backend}
-    if not from_main(world, lambda: folder.begin(to_plain(config), may_change=MAY_CHANGE, world=facts)):
+    if not from_main(world, lambda: folder.begin(to_plain(config), world=facts)):
         result = folder.read_json("result.json") or {}
         if world.is_main:
             say(f"{folder.path} is DONE (accuracy {result.get('accuracy')}); raise --epochs to continue")
@@ -167,47 +166,31 @@ def build_step(config: TrainConfig, model: nn.Module, task: Task, world: World, 
                             clip_grad_norm=config.clip_grad_norm, channels_last=config.channels_last))
 
 
-class Normalization(Protocol):
-    """What datasets.augment.Augmentation tells of the images that a network is given."""
-
-    @property
-    def mean(self) -> tuple[float, ...]:
-        """Per channel, in units of the full range [0, 1]."""
-        ...
-
-    @property
-    def std(self) -> tuple[float, ...]:
-        """Likewise."""
-        ...
-
-    def to_image(self, inputs: Tensor) -> Tensor:
-        """Undo the normalisation, for pictures."""
-        ...
-
-
 def train_classifier(config: ImageConfig, run: Run, model: nn.Module, class_names: tuple[str, ...],
-                     images: Normalization, train: TrainBatches, test: EvaluationBatches,
+                     statistics: Statistics, train: TrainBatches, test: EvaluationBatches,
                      dataset_fingerprint: str) -> dict[str, Any]:
     """A classifier of images, from its parts to the end of the run; returns its result. Writes model.json first."""
+    mean, std = statistics
     options = {name: value for name, value in config.network().items() if value is not None}
-    write_card(run.folder, ModelCard(
-        trainer=run.trainer, model=options.pop("name"), options=options, class_names=class_names, mean=images.mean,
-        std=images.std, image_size=(config.size(), config.size()),
-        fit=getattr(config, "fit", "squash")))  # only the images of a folder come in other shapes
+    card = ModelCard(
+        trainer=run.trainer, model=options.pop("name"), options=options, class_names=class_names, mean=mean, std=std,
+        image_size=(config.size(), config.size()),
+        fit=getattr(config, "fit", "squash"))  # only the images of a folder come in other shapes
+    run.folder.write_json(CARD_FILE, asdict(card))
     task = classification_task(class_names, run.world.device, label_smoothing=config.label_smoothing,
                                class_weights=config.class_weights)
     return train_model(config, run, model, task, train, test, dataset_fingerprint=dataset_fingerprint,
-                       class_names=class_names, to_image=images.to_image)
+                       class_names=class_names, statistics=statistics)
 
 
 def train_model(config: TrainConfig, run: Run, model: nn.Module, task: Task, train: TrainBatches,
                 test: EvaluationBatches, *, dataset_fingerprint: str, class_names: tuple[str, ...] = (),
-                to_image: ToImage | None = None) -> dict[str, Any]:
+                statistics: Statistics | None = None) -> dict[str, Any]:
     """Resume, train, evaluate, and write down how it ended; with `--evaluate PATH`, load that and train nothing.
 
     Args:
         class_names: of a classifier.
-        to_image: undoes the normalisation of images, for pictures.
+        statistics: of images, which the normalisation took out; pictures have them again.
 
     Returns:
         What result.json holds.
@@ -222,16 +205,16 @@ def train_model(config: TrainConfig, run: Run, model: nn.Module, task: Task, tra
             where = resume(config, trainer)
             if run.world.is_main:
                 say(summary(config, trainer, train, where))
-                if config.show_batch and to_image is not None:
+                if config.show_batch and statistics is not None:
                     first = next(train.batches(trainer.epoch, trainer.samples_consumed))
-                    draw_first_batch(run.folder, first, to_image, class_names)
+                    draw_first_batch(run.folder, first, statistics, class_names)
             if config.measure is not None:
                 return write_measurement(trainer, train, config.measure)
             trainer.fit(train, test, last_step=total_steps)
         evaluation = trainer.last_evaluation or trainer.evaluate(test)
         result = finish(trainer, evaluation, class_names, batch_size=config.batch_size,
                         save_weights=config.save_weights, total_seconds=time.perf_counter() - began)
-        draw_result(trainer, evaluation, class_names, test=test, to_image=to_image,
+        draw_result(trainer, evaluation, class_names, test=test, statistics=statistics,
                     steps_per_epoch=train.steps_per_epoch)
     run.folder.write_status("DONE", step=trainer.step, epoch=trainer.epoch)
     return result

@@ -88,7 +88,7 @@ class TrainStep:
             self.sums.update(loss, outputs, targets)
         mark("optimizer", step)
         if watch_gradients or options.clip_grad_norm is not None:
-            self.precision.unscale(self.optimizer)
+            self.precision.scaler.unscale_(self.optimizer)
         if watch_gradients:
             self.gradient_norms = gradient_norms(self.network)  # already averaged over the ranks
         if options.clip_grad_norm is not None:
@@ -116,10 +116,7 @@ class TrainStep:
         """Count every sample of the test set once, over all ranks.
 
         Through the unwrapped model, or its moving average, with rank 0's buffers. No collective inside the loop, so
-        ranks may have different numbers of batches.
-
-        Raises:
-            Stopped: on every rank, if any was asked to stop.
+        ranks may have different numbers of batches. Raises Stopped on every rank, if any was asked to stop.
         """
         model = self.evaluated_model
         sync_buffers(model, self.world)

@@ -68,13 +68,9 @@ def classification_task(class_names: tuple[str, ...], device: torch.device, *, l
 
 def weighted_cross_entropy(outputs: Tensor, targets: Tensor, *, weights: Tensor, label_smoothing: float = 0.0
                            ) -> Tensor:
-    """The mean over the batch of each sample's cross-entropy times the weight of its class.
+    """The mean over the batch of each sample's cross-entropy times the weight of its class; logits (B, C), labels (B,).
 
     torch's own CrossEntropyLoss(weight=...) divides by the sum of the batch's weights instead. That sum differs between
     ranks, so the average of their gradients would not be the gradient of the whole batch.
-
-    Args:
-        outputs: logits (B, C).
-        targets: labels (B,).
     """
     return F.cross_entropy(outputs, targets, weight=weights, label_smoothing=label_smoothing, reduction="none").mean()

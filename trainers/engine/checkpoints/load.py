@@ -30,18 +30,21 @@ class Damaged(Exception):
 
 
 def load_verified(path: Path) -> dict[str, Any]:
-    """The state in a checkpoint file, on the CPU.
-
-    Raises:
-        Damaged: if any check fails.
-    """
+    """The state in a checkpoint file, on the CPU; raises Damaged if any check fails."""
     try:
         written = manifest_path(path).read_bytes()
         expected = json.loads(written)
         size, sha256 = int(expected["size"]), str(expected["sha256"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise Damaged(f"no readable manifest {manifest_path(path).name} ({type(error).__name__})") from None
-    state = read_checked(path, size=size, sha256=sha256)
+    try:
+        if path.stat().st_size != size:
+            raise Damaged(f"{path.stat().st_size} bytes, the manifest says {size}")
+        if file_sha256(path) != sha256:
+            raise Damaged("its sha256 is not the manifest's")
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+        raise Damaged(f"cannot be read ({first_line(error)})") from None
     if missing := [key for key in KEYS if not isinstance(state, dict) or key not in state]:
         raise Damaged(f"lacks {', '.join(missing)}")
     if state["format"] != FORMAT:
@@ -51,18 +54,6 @@ def load_verified(path: Path) -> dict[str, Any]:
     if manifest(state, size=size, sha256=sha256) != written:
         raise Damaged("its manifest describes another state")
     return state
-
-
-def read_checked(path: Path, *, size: int, sha256: str) -> Any:
-    """What torch.load returns for a file of that size and hash; Damaged is raised for another, or an unreadable one."""
-    try:
-        if path.stat().st_size != size:
-            raise Damaged(f"{path.stat().st_size} bytes, the manifest says {size}")
-        if file_sha256(path) != sha256:
-            raise Damaged("its sha256 is not the manifest's")
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
-        raise Damaged(f"cannot be read ({first_line(error)})") from None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,11 +80,7 @@ def newest_good(folder: Path, *, try_best: bool = False) -> Newest:
 
 
 def load_or_fail(path: Path) -> dict[str, Any]:
-    """The state of a checkpoint that the user named.
-
-    Raises:
-        CheckpointError: if it is missing or damaged.
-    """
+    """The state of a checkpoint that the user named; raises CheckpointError if it is missing or damaged."""
     if not path.is_file():
         raise CheckpointError(f"{path}: no such checkpoint; look in the run folder's checkpoints/")
     try:

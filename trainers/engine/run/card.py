@@ -1,17 +1,13 @@
-"""What must be known to use a run's weights: `model.json` in the run folder, written by the image trainers.
+"""What must be known to use a run's weights: `model.json` in the run folder, written by the image trainers."""
 
-    write_card(folder, ModelCard(trainer="cifar", model="net", class_names=..., mean=..., std=..., image_size=(32, 32)))
-"""
-
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 from launch.errors import CheckpointError
 from launch.files import read_object
-from trainers.engine.run.folder import RunFolder
 
-FILE_NAME = "model.json"
+CARD_FILE = "model.json"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,23 +35,14 @@ class ModelCard:
         return len(self.mean)
 
 
-def write_card(folder: RunFolder, card: ModelCard) -> None:
-    """Write model.json."""
-    folder.write_json(FILE_NAME, asdict(card))
-
-
 def read_card(run: Path) -> ModelCard:
-    """The card of a run.
-
-    Raises:
-        CheckpointError: if it is missing or damaged.
-    """
+    """The card of a run; raises CheckpointError if it is missing or damaged."""
     if not run.is_dir():
         raise CheckpointError(f"--run {run}: no such folder; give one that a trainer made, such as runs/NAME")
-    saved = read_object(run / FILE_NAME) or {}
+    saved = read_object(run / CARD_FILE) or {}
     values: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in saved.items()}
     try:
         return ModelCard(**values)
     except TypeError:
-        raise CheckpointError(f"--run {run}: has no readable {FILE_NAME}; only runs of the image trainers do, from the "
+        raise CheckpointError(f"--run {run}: has no readable {CARD_FILE}; only runs of the image trainers do, from the "
                               f"moment they start training") from None

@@ -7,14 +7,14 @@ step, so that a reader never sees half of one.
 import contextlib
 import json
 import math
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from launch.errors import CheckpointError, UsageError, user_line
 from launch.files import read_object, replace_file
 from launch.machine import environment_record
-from trainers.engine.config import translated
+from trainers.engine.config import MAY_CHANGE, translated
 from trainers.engine.run.ownership import Ownership, output_dir_writable
 
 
@@ -68,11 +68,7 @@ class RunFolder:
         return None if saved is None else translated(saved)
 
     def write_bytes(self, name: str, content: bytes) -> None:
-        """Replace a file of the folder.
-
-        Raises:
-            CheckpointError: if a later incarnation owns the run, or the disk refuses.
-        """
+        """Replace a file of the folder; CheckpointError if a later incarnation owns the run, or the disk refuses."""
         if self.is_main:
             with self._writing(name) as path:
                 replace_file(path, content)
@@ -129,7 +125,7 @@ class RunFolder:
                     path.rename(self.path / f"before-{self.ownership.incarnation}-{name}")
                 self.checkpoints.mkdir(exist_ok=True)
 
-    def begin(self, config: Mapping[str, Any], *, may_change: Collection[str], world: Mapping[str, Any]) -> bool:
+    def begin(self, config: Mapping[str, Any], *, world: Mapping[str, Any]) -> bool:
         """Record the config, unless the run is DONE and the config asks for no more. Call through `from_main`.
 
         Returns:
@@ -145,7 +141,7 @@ class RunFolder:
             raise UsageError(f"--evaluate {config['evaluate']}: {self.path} holds a training run, whose result this "
                              f"would replace; give the evaluation another --run-name")
         if has_progress and before is not None and config.get("resume") != "never":
-            self._check_unchanged(config, before, may_change)
+            self._check_unchanged(config, before)
             if status.get("state") == "DONE" and not asks_for_more(config, before):
                 return False
         self.write_json("config.json", config)
@@ -154,10 +150,9 @@ class RunFolder:
         self._started = True
         return True
 
-    def _check_unchanged(self, config: Mapping[str, Any], before: Mapping[str, Any],
-                         may_change: Collection[str]) -> None:
+    def _check_unchanged(self, config: Mapping[str, Any], before: Mapping[str, Any]) -> None:
         changed = [name for name in config
-                   if name in before and name not in may_change and config[name] != before[name]]
+                   if name in before and name not in MAY_CHANGE and config[name] != before[name]]
         if changed:
             pairs = ", ".join(f"--{name.replace('_', '-')} {config[name]} (was {before[name]})" for name in changed[:3])
             raise UsageError(f"{pairs}: would alter the run in {self.path}; use the flags it was started with, or "

@@ -82,11 +82,7 @@ class Ownership:
         return incarnation_of(read_object(self.path / "owner.json") or {}) <= self.incarnation
 
     def check(self) -> None:
-        """The fence: called before every write.
-
-        Raises:
-            CheckpointError: if a later incarnation owns the folder.
-        """
+        """The fence, called before every write: raises CheckpointError if a later incarnation owns the folder."""
         if not self.holds():
             owner = read_object(self.path / "owner.json") or {}
             raise CheckpointError(f"{self.path}: a later incarnation, pid {owner.get('pid')} on {owner.get('host')}, "

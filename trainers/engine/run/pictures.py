@@ -9,6 +9,7 @@ import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
@@ -104,6 +105,12 @@ def confusion_matrix(matrix: Sequence[Sequence[int]], class_names: Sequence[str]
     axes.set_ylabel("true")
     axes.set_title(title)
     return as_png(figure)
+
+
+def denormalize(inputs: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> Tensor:
+    """What the network sees, float32 (B, C, H, W) on the CPU, as pictures in [0, 1]."""
+    shape = (-1, 1, 1)
+    return (inputs * torch.tensor(std).view(shape) + torch.tensor(mean).view(shape)).clamp(0, 1)
 
 
 def image_grid(images: Tensor, captions: Sequence[str], *, right: Sequence[bool] | None = None,

@@ -7,7 +7,6 @@ from typing import Any
 
 from tqdm import tqdm
 
-from launch.errors import say as say  # also imported from here
 from launch.errors import to_stderr
 
 LINE_SECONDS = 10.0  # between two plain lines
