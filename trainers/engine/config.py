@@ -146,11 +146,7 @@ class TrainConfig:
     """Time so many steps after leaving others out, WARMUP:STEPS, write the figures to result.json, and stop."""
 
     def rank_batch_size(self) -> int:
-        """Samples per rank per micro-batch, from the launcher's world size.
-
-        Raises:
-            UsageError: if the global batch does not divide.
-        """
+        """Samples per rank per micro-batch, by the launcher's world size; UsageError if the batch does not divide."""
         world_size = read_launch().world_size
         parts = world_size * self.accumulation_steps
         if self.batch_size % parts:
@@ -169,11 +165,7 @@ class TrainConfig:
         return steps if self.max_steps is None else min(steps, self.max_steps)
 
     def check(self) -> None:
-        """Find what cannot work before any rank waits for another. `open_run` calls it.
-
-        Raises:
-            UsageError: naming the flag and its rule.
-        """
+        """Raise UsageError for what cannot work, before any rank waits for another. `open_run` calls it."""
         check_numbers(self)  # of a config that no command line made
         if self.measure is not None:
             measured_steps(self.measure)
@@ -237,11 +229,7 @@ def translated(saved: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def measured_steps(text: str) -> tuple[int, int]:
-    """`20:100` as (20, 100): steps left out, steps timed.
-
-    Raises:
-        UsageError: if it is anything else, or no step would be timed.
-    """
+    """`20:100` as (20, 100): steps left out, steps timed. UsageError for anything else, or if no step is timed."""
     match = re.fullmatch(r"(\d{1,10}):(\d{1,10})", text)
     warmup, steps = map(int, match.groups()) if match else (0, 0)
     if warmup > LARGEST or not 0 < steps <= LARGEST:

@@ -32,46 +32,39 @@ MATRIX_SECONDS = 0.3
 
 
 def write_measurement(trainer: Trainer, train: TrainBatches, steps: str) -> dict[str, Any]:
-    """Measure, as `--measure` says, and write result.json; returns its content.
+    """Time steps as `--measure` says, then split some more into phases; write result.json and return its content.
+
+    The same on every rank. Seconds and samples are of the timed window and over all ranks; lists are by rank.
 
     Raises:
         Stopped: on every rank, if any was asked to stop meanwhile.
     """
-    warmup, timed = measured_steps(steps)
-    result = {"benchmark": measure(trainer, train, warmup=warmup, steps=timed)}
-    trainer.folder.write_json("result.json", result)
-    trainer.folder.write_status("DONE", step=trainer.step, epoch=trainer.epoch)
-    return result
-
-
-def measure(trainer: Trainer, train: TrainBatches, *, warmup: int, steps: int) -> dict[str, Any]:
-    """Time `steps` steps after `warmup` others, then split some more into phases.
-
-    Returns:
-        The same on every rank. Seconds and samples are of the timed window and over all ranks; lists are by rank.
-    """
     world, sums, start = trainer.world, trainer.train_step.sums, weights(trainer)
+    warmup, timed = measured_steps(steps)
     advance(trainer, train, warmup)
     sums.reset()  # the loss of the window alone
     before, began_seconds = usage(), trainer.history.train_seconds
-    advance(trainer, train, steps)
+    advance(trainer, train, timed)
     seconds, after = trainer.history.train_seconds - began_seconds, usage()
     loss, _ = sums.means(world)
     moved = torch.linalg.vector_norm(weights(trainer) - start).item()
     mine = {"seconds": seconds, **{name: difference(after[name], before[name]) for name in after},
-            "peak_memory_bytes": peak_memory_bytes(world.device), **time_phases(trainer, train, steps)}
+            "peak_memory_bytes": peak_memory_bytes(world.device), **time_phases(trainer, train, timed)}
     flops = flops_per_sample(trainer, train)
     mine["matrix_flops_per_second"] = matrix_flops_per_second(trainer)
     ranks = gather(world, mine)
     slowest = max(rank["seconds"] for rank in ranks)
-    return {
-        "warmup_steps": warmup, "steps": steps, "batch_size": train.global_batch_size, "seconds": slowest,
-        "samples_per_second": steps * train.global_batch_size / slowest, "loss": loss, "weights_moved": moved,
+    result = {"benchmark": {
+        "warmup_steps": warmup, "steps": timed, "batch_size": train.global_batch_size, "seconds": slowest,
+        "samples_per_second": timed * train.global_batch_size / slowest, "loss": loss, "weights_moved": moved,
         "flops_per_sample": flops,
         "world_size": world.world_size, "threads_per_rank": world.threads, "device": world.device.type,
         "backend": world.backend, "batch_norm": has_batch_norm(trainer.train_step.model),
         **{name: [rank[name] for rank in ranks] for name in mine if name != "seconds"},
-    }
+    }}
+    trainer.folder.write_json("result.json", result)
+    trainer.folder.write_status("DONE", step=trainer.step, epoch=trainer.epoch)
+    return result
 
 
 def advance(trainer: Trainer, train: TrainBatches, steps: int) -> None:

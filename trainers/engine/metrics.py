@@ -134,11 +134,7 @@ class EvaluationSums:
             self.sums[2:-1] += torch.bincount(cells, minlength=self.num_classes**2)
 
     def reduce(self, world: World, stop: StopRequest) -> Evaluation:
-        """The evaluation over all ranks, by one all_reduce.
-
-        Raises:
-            Stopped: on every rank, if any was asked to stop, and so may have left samples out.
-        """
+        """The evaluation over all ranks, by one all_reduce; Stopped on every rank if any was asked to stop midway."""
         self.sums[-1] = float(bool(stop))
         loss, samples, *cells, any_stopped = all_reduce_sum(self.sums, world).tolist()
         if any_stopped:

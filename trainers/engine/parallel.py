@@ -78,10 +78,7 @@ def rebuild_buckets_early(model: nn.Module, world: World, batches: Iterator[Batc
 
     It lays them out again in the order in which they first arrived, and over three or more ranks that decides in which
     order they are added up: the first step of a resumed run would differ in the last bits from the same step of one
-    never stopped. The model and its gradients are left as they were.
-
-    Returns:
-        The same batches, the first one included.
+    never stopped. The model and its gradients are left as they were; the batches returned include the first one.
     """
     first = next(batches, None) if isinstance(model, DistributedDataParallel) and world.world_size > 2 else None
     if first is None:

@@ -25,7 +25,8 @@ def choose_checkpoint(resume: str, folder: RunFolder) -> Path | None:
     Tidies up what killed saves left, and renames damaged files, so that retention does not count them.
 
     Raises:
-        CheckpointError: if there are checkpoints and none is whole: starting over silently would lose the run.
+        CheckpointError: if there are checkpoints and none is whole: starting over silently would lose the run. Or if
+            the one that the user named is missing or damaged.
     """
     sweep(folder.checkpoints)
     newest = newest_good(folder.checkpoints)
@@ -62,11 +63,7 @@ def is_meant(resume: str, state: Mapping[str, Any] | None) -> bool:
 
 
 def start_over(resume: str, folder: RunFolder) -> Path | None:
-    """From scratch or from the checkpoint that the user named; what the run had after that is renamed, not deleted.
-
-    Raises:
-        CheckpointError: if that checkpoint is missing or damaged.
-    """
+    """From scratch or from the checkpoint that the user named; what the run had after that is renamed, not deleted."""
     path = None if resume == "never" else Path(resume)
     step = load_or_fail(path)["step"] if path is not None else 0
     if path is not None and path.resolve().parent == folder.checkpoints.resolve():
@@ -94,11 +91,7 @@ def load_for_evaluation(path: Path, trainer: Trainer) -> None:
 
 
 def check_same_on_all_ranks(trainer: Trainer, source: Path) -> None:
-    """Compare hashes of weights and optimizer state. A collective.
-
-    Raises:
-        CheckpointError: on every rank, if any differs.
-    """
+    """Compare hashes of weights and optimizer state: CheckpointError on every rank, if any differs. A collective."""
     state = trainer.train_step.state()
     loaded = tensors_in([state["model"], state["ema"], state["optimizer"]])
     if len(set(gather(trainer.world, hash_tensors(loaded)))) > 1:
@@ -106,10 +99,7 @@ def check_same_on_all_ranks(trainer: Trainer, source: Path) -> None:
 
 
 def resume(config: TrainConfig, trainer: Trainer) -> str:
-    """Put the trainer where the run was, or at the weights of `--init-from`. Rank 0 chooses and tells the others.
-
-    Returns:
-        A sentence for the summary.
+    """Put the trainer where the run was, or at the weights of `--init-from`; returns a sentence for the summary.
 
     Raises:
         CheckpointError: if no checkpoint is whole, what is loaded does not fit, or differs between the ranks.

@@ -97,12 +97,7 @@ def open_run(config: TrainConfig, trainer: str) -> Iterator[Run]:
 
 
 def begin(config: TrainConfig, folder: RunFolder, world: World) -> None:
-    """Record what is asked for, and on what it runs.
-
-    Raises:
-        AlreadyDone: if the run is DONE and no more is asked of it.
-        UsageError: for flags that would alter the run.
-    """
+    """Record what is asked for, and on what it runs. AlreadyDone as above; UsageError for flags that alter the run."""
     facts = {"world_size": world.world_size, "device": str(world.device), "threads_per_rank": world.threads,
              "launcher": world.launcher, "backend": world.backend}
     if not from_main(world, lambda: folder.begin(to_plain(config), world=facts)):
@@ -138,11 +133,7 @@ def build_trainer(config: TrainConfig, run: Run, model: nn.Module, task: Task, *
 
 
 def build_step(config: TrainConfig, model: nn.Module, task: Task, world: World, *, total_steps: int) -> TrainStep:
-    """Freeze, move and wrap a model, and what happens to it in a step, by the flags.
-
-    Raises:
-        UsageError: for flags that do not fit this model, device or world.
-    """
+    """Freeze, move and wrap a model, for steps by the flags; UsageError if these do not fit model, device or world."""
     precision = Precision(config.precision, world.device)
     freeze(model, config.freeze)
     model.to(world.device)
@@ -188,12 +179,7 @@ def train_model(config: TrainConfig, run: Run, model: nn.Module, task: Task, tra
                 statistics: Statistics | None = None) -> dict[str, Any]:
     """Resume, train, evaluate, and write down how it ended; with `--evaluate PATH`, load that and train nothing.
 
-    Args:
-        class_names: of a classifier.
-        statistics: of images, which the normalisation took out; pictures have them again.
-
-    Returns:
-        What result.json holds.
+    Returns what result.json holds. Pictures of images are drawn with `statistics`, which normalised them.
     """
     began = time.perf_counter()
     total_steps = config.total_steps(train.steps_per_epoch)

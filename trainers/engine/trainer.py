@@ -100,11 +100,7 @@ class Trainer:
 
     def train_epoch(self, train: TrainBatches, last_step: int, progress: Progress, *,
                     checkpoint_every: int | None = None) -> None:
-        """The rest of the epoch, or up to `last_step`.
-
-        Raises:
-            Stopped: on every rank at the same step.
-        """
+        """The rest of the epoch, or up to `last_step`; raises Stopped on every rank at the same step."""
         if self.stop and self.world.world_size == 1:
             raise self._stopped()
         step = self.train_step
@@ -150,11 +146,7 @@ class Trainer:
             self.sums.reset()
 
     def evaluate(self, test: EvaluationBatches) -> Evaluation:
-        """Count every sample of the test set once, over all ranks.
-
-        Raises:
-            Stopped: on every rank, if any was asked to stop.
-        """
+        """As TrainStep.evaluate; Stopped says at which step."""
         try:
             return self.train_step.evaluate(test, self.stop)
         except Stopped:
