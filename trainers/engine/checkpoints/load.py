@@ -92,11 +92,7 @@ def load_or_fail(path: Path) -> dict[str, Any]:
 
 def check_fits(state: Mapping[str, Any], model: nn.Module, source: Path, *, config: Mapping[str, Any] | None = None,
                fingerprint: Mapping[str, Any] | None = None) -> None:
-    """Compare a checkpoint with the model, and the flags and data, of the run that is to resume from it.
-
-    Raises:
-        CheckpointError: with the first three differences.
-    """
+    """Raise CheckpointError if a checkpoint does not fit the model, flags or data of the run that resumes from it."""
     differences = model_differences(state["model"], model.state_dict())
     for name in ("optimizer", "ema_decay", "freeze"):  # they decide what the optimizer's state looks like
         was, now = state["config"].get(name), (config or {}).get(name)

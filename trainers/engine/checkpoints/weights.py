@@ -27,14 +27,11 @@ PARTS = ("ema", "state_dict_ema", "model_ema", "model", "state_dict", "model_sta
 
 
 def load_weights(model: nn.Module, path: Path, *, flag: str, new_head: bool = False) -> str:
-    """Put the weights of a file into a model.
+    """Put the weights of a file into a model; returns what was taken, such as `weights in net.pt (ema)`.
 
     Args:
         flag: the one that named the file, for messages.
         new_head: whether the model keeps its own last layer where that of the file has another size.
-
-    Returns:
-        What was taken, such as `weights in net.pt (ema)`.
 
     Raises:
         CheckpointError: if the file cannot be read, or its names or shapes differ from the model's.

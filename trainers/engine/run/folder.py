@@ -30,11 +30,7 @@ class RunFolder:
         """Whether this process started or resumed the run: only then may it write how the run ended."""
 
     def claim(self) -> None:
-        """Create the folder and become its owner, before data is loaded.
-
-        Raises:
-            CheckpointError: if it cannot be written, or another live process owns it.
-        """
+        """Create the folder and own it; CheckpointError if it cannot be written, or another live process owns it."""
         if self.is_main:
             with output_dir_writable(self.path.parent):
                 self.checkpoints.mkdir(parents=True, exist_ok=True)
@@ -126,10 +122,7 @@ class RunFolder:
                 self.checkpoints.mkdir(exist_ok=True)
 
     def begin(self, config: Mapping[str, Any], *, world: Mapping[str, Any]) -> bool:
-        """Record the config, unless the run is DONE and the config asks for no more. Call through `from_main`.
-
-        Returns:
-            False if there is nothing left to do.
+        """Record the config; not if the run is DONE and it asks for no more: then False. Call through `from_main`.
 
         Raises:
             UsageError: if a flag that alters the run differs from what the run was started with, or if only an

@@ -105,10 +105,7 @@ def unnamed_run(output_dir: Path, trainer: str, recipe: str) -> str:
 
     An id that Slurm or the user gave makes the same name in every start of the job. Else the id is the present time,
     and the folder is created here, with `-2`, `-3` ... where another launcher's has that name. A restart by the same
-    torchrun finds its folder by `launcher` in owner.json.
-
-    Raises:
-        CheckpointError: if the folder cannot be created.
+    torchrun finds its folder by `launcher` in owner.json. Raises CheckpointError if the folder cannot be created.
     """
     kind, given = (re.sub(r"[^A-Za-z0-9._-]", "_", part) for part in (f"{trainer}-{recipe}", given_run_id() or ""))
     if given:
