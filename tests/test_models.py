@@ -40,7 +40,7 @@ def test_a_networks_own_options_reach_it_and_none_means_its_default() -> None:
 
 
 def test_unknown_names_and_options_are_refused() -> None:
-    with pytest.raises(KeyError):
+    with pytest.raises(ValueError, match="Unknown model lenett"):
         models.build("lenett", num_classes=10)
     with pytest.raises(ValueError, match="lenet has no hidden to set"):
         models.build("lenet", num_classes=10, hidden=5)

@@ -79,4 +79,4 @@ def test_ddp_without_a_launcher_ends_with_code_2_and_one_line() -> None:
 @pytest.mark.parametrize("flags", [["--replicas=2"], ["--parallel=dp", "--replicas=0"]])
 def test_replicas_that_cannot_be_are_named(flags: list[str]) -> None:
     with pytest.raises(UsageError, match=f"--replicas {flags[-1][-1]}"):
-        split_demo.check(parse(split_demo.SplitConfig, args=flags))
+        split_demo.main(parse(split_demo.SplitConfig, args=flags))

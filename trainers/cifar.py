@@ -84,18 +84,12 @@ def load_data(config: CifarConfig, world: World) -> tuple[TensorDataset, TensorD
     return cifar.load(config.data_dir)
 
 
-def augmentation(config: CifarConfig) -> Augmentation:
-    """What happens to a training image."""
-    source = cifar if config.dataset == "cifar10" else synthetic
-    return Augmentation(**config.augmentation((source.MEAN, source.STD)))
-
-
-def build_model(config: CifarConfig, train: TensorDataset) -> nn.Module:
+def build_model(config: CifarConfig, train: TensorDataset, images: Augmentation) -> nn.Module:
     """The network, from the seed; whitenet's first layer is set from the first 5,000 training images."""
     torch.manual_seed(config.seed)
     model = models.build(**config.network(), num_classes=len(train.class_names))
     if isinstance(model, models.WhiteNet):
-        model.whiten(augmentation(config).normalize(train.inputs[:5000]))
+        model.whiten(images.normalize(train.inputs[:5000]))
     return model
 
 
@@ -104,8 +98,10 @@ def main(config: CifarConfig) -> dict[str, Any]:
     """One run, on this rank; returns its result."""
     with open_run(config, "cifar") as run:
         train, test = load_data(config, run.world)
-        images = augmentation(config)
-        return train_classifier(config, run, build_model(config, train), train.class_names, (images.mean, images.std),
+        source = cifar if config.dataset == "cifar10" else synthetic
+        images = Augmentation(**config.augmentation((source.MEAN, source.STD)))
+        model = build_model(config, train, images)
+        return train_classifier(config, run, model, train.class_names, (images.mean, images.std),
                                 train_loader(train, images, **config.batches(), **run.world.shard),
                                 evaluation_loader(test, images.normalize, **run.world.shard), train.fingerprint())
 

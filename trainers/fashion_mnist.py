@@ -20,7 +20,6 @@ if __name__ == "__main__":
     catch_signals()  # before torch is imported, which takes seconds
 
 import torch
-from torch import nn
 
 from datasets import fashion_mnist
 from datasets import synthetic_digits as digits
@@ -78,24 +77,15 @@ def load_data(config: FashionMnistConfig, world: World) -> tuple[TensorDataset, 
     return fashion_mnist.load(config.data_dir)
 
 
-def augmentation(config: FashionMnistConfig) -> Augmentation:
-    """What happens to a training image."""
-    return Augmentation(**config.augmentation((MEAN, STD)))
-
-
-def build_model(config: FashionMnistConfig, train: TensorDataset) -> nn.Module:
-    """The network, from the seed."""
-    torch.manual_seed(config.seed)
-    return models.build(**config.network(), num_classes=len(train.class_names))
-
-
 @entry_point
 def main(config: FashionMnistConfig) -> dict[str, Any]:
     """One run, on this rank; returns its result."""
     with open_run(config, "fashion_mnist") as run:
         train, test = load_data(config, run.world)
-        images = augmentation(config)
-        return train_classifier(config, run, build_model(config, train), train.class_names, (images.mean, images.std),
+        images = Augmentation(**config.augmentation((MEAN, STD)))
+        torch.manual_seed(config.seed)
+        model = models.build(**config.network(), num_classes=len(train.class_names))
+        return train_classifier(config, run, model, train.class_names, (images.mean, images.std),
                                 train_loader(train, images, **config.batches(), **run.world.shard),
                                 evaluation_loader(test, images.normalize, **run.world.shard), train.fingerprint())
 

@@ -161,15 +161,10 @@ def remember_bad_images(config: ImageFolderConfig, run: Run) -> BadImages:
     return BadImages(config.skip_bad, exchange=exchange, log=to_stderr, known=known)
 
 
-def augmentation(config: ImageFolderConfig) -> Augmentation:
-    """What happens to a decoded training image."""
-    return Augmentation(**config.augmentation(IMAGENET))
-
-
-def build_loaders(config: ImageFolderConfig, train: ImageTree, test: ImageTree, run: Run
+def build_loaders(config: ImageFolderConfig, train: ImageTree, test: ImageTree, images: Augmentation, run: Run
                   ) -> tuple[TrainBatches, EvaluationBatches]:
     """The loaders of this rank."""
-    augment, world, bad_images = augmentation(config), run.world, remember_bad_images(config, run)
+    world, bad_images = run.world, remember_bad_images(config, run)
     decoding = Decoding(splits={"train": train, "test": test}, size=config.size(), fit=config.fit,
                         seed=config.seed, smallest_area=config.random_crop or 1.0, skip_bad=config.skip_bad)
     decoder = Decoder(decoding, workers=config.workers, pin_memory=world.device.type == "cuda",
@@ -177,29 +172,26 @@ def build_loaders(config: ImageFolderConfig, train: ImageTree, test: ImageTree, 
     if not config.cache:
         sampler = ResumableSampler(train, global_batch_size=config.batch_size, seed=config.seed, rank=world.rank,
                                    world_size=world.world_size)
-        return (DecodedTrainLoader(train, decoder, augment, sampler, bad_images, device=world.device,
+        return (DecodedTrainLoader(train, decoder, images, sampler, bad_images, device=world.device,
                                    rank_batch_size=config.rank_batch_size()),
-                DecodedEvaluationLoader(test, decoder, augment.normalize, bad_images, **world.shard))
+                DecodedEvaluationLoader(test, decoder, images.normalize, bad_images, **world.shard))
     folder = config.cache_dir or config.data_dir / ".cache"
     caches = [ImageCache(tree, split, folder, size=config.size(), fit=config.fit)
               for tree, split in ((train, "train"), (test, "test"))]
     for cache in caches:
-        fill(cache, decoder, bad_images, world)
+        once_per_node(world, fill(cache, decoder, bad_images))
     training, testing = (cache.open(bad_images) for cache in caches)
     shard = {**world.shard, "device": cache_device(world.device, sum(cache.num_bytes for cache in caches))}
-    return (train_loader(training, GatherThenAugment(augment), **config.batches(), **shard),
-            evaluation_loader(testing, augment.normalize, **shard,
+    return (train_loader(training, GatherThenAugment(images), **config.batches(), **shard),
+            evaluation_loader(testing, images.normalize, **shard,
                               batch_size=max(8, min(500, 2**24 // caches[1].row_bytes))))  # 16 MiB
 
 
-def fill(cache: ImageCache, decoder: Decoder, bad_images: BadImages, world: World) -> None:
-    """Build a cache that is not there, by one rank of each node while the others wait."""
-    def build() -> Generator[int]:
-        if not cache.exists():
-            to_stderr(f"decoding {len(cache.tree):,} images into {cache.path} ({cache.num_bytes / 2**20:.0f} MiB)")
-            yield from cache.build(decoder, bad_images)
-
-    once_per_node(world, build())
+def fill(cache: ImageCache, decoder: Decoder, bad_images: BadImages) -> Generator[int]:
+    """Build a cache that is not there."""
+    if not cache.exists():
+        to_stderr(f"decoding {len(cache.tree):,} images into {cache.path} ({cache.num_bytes / 2**20:.0f} MiB)")
+        yield from cache.build(decoder, bad_images)
 
 
 def cache_device(device: torch.device, num_bytes: int) -> torch.device:
@@ -214,11 +206,11 @@ def main(config: ImageFolderConfig) -> dict[str, Any]:
     """One run, on this rank; returns its result."""
     with open_run(config, "image_folder") as run:
         train, test = load_data(config, run.world)
+        images = Augmentation(**config.augmentation(IMAGENET))
         fingerprint = from_main(run.world, train.fingerprint)
-        images = augmentation(config)
         return train_classifier(config, run, build_model(config, len(train.class_names), run.world),
                                 train.class_names, (images.mean, images.std),
-                                *build_loaders(config, train, test, run), fingerprint)
+                                *build_loaders(config, train, test, images, run), fingerprint)
 
 
 if __name__ == "__main__":

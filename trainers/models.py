@@ -1,4 +1,4 @@
-"""Every network of the trainers, and `build`, which finds one by name.
+"""Every network for images, and `build`, which finds one by name.
 
 `width` is always the number of channels of the first convolution that is trained; the other layers scale with it.
 """
@@ -208,11 +208,6 @@ def lenet(num_classes: int) -> nn.Sequential:
     return model
 
 
-def linear(num_features: int) -> nn.Sequential:
-    """Linear regression: float32 (B, num_features) to (B, 1)."""
-    return nn.Sequential(nn.Linear(num_features, 1))
-
-
 OURS: dict[str, Callable[..., nn.Module]] = {
     "net": Net,
     "whitenet": WhiteNet,
@@ -228,10 +223,7 @@ GREY: dict[str, Callable[..., nn.Module]] = {  # for 1x28x28 images; the others 
 
 
 def names() -> list[str]:
-    """Every network for colour images: ours, then the classifiers of torchvision.models.
-
-    `torchvision/resnet18` is always torchvision's, where one of ours has the name too.
-    """
+    """Every network for colour images; `torchvision/resnet18` is torchvision's, where one of ours has the name too."""
     theirs = torchvision_names()
     return [*OURS, *(name for name in theirs if name not in OURS), *(f"torchvision/{name}" for name in theirs)]
 
@@ -242,11 +234,7 @@ def torchvision_names() -> list[str]:
 
 
 def check_name(name: str, known: Collection[str], *, choices: str | None = None) -> None:
-    """Find a mistyped `--model`.
-
-    Raises:
-        UsageError: if it is not among the known ones, with `choices`, or them all, and the nearest.
-    """
+    """Raise UsageError for a mistyped `--model`, with `choices`, or all that are known, and the nearest."""
     if name not in known:
         raise UsageError(f"--model {name}: unknown; choose {choices or ', '.join(known)}{nearest(name, list(known))}")
 
@@ -254,18 +242,11 @@ def check_name(name: str, known: Collection[str], *, choices: str | None = None)
 def build(name: str, *, num_classes: int, **options: Any) -> nn.Module:
     """A new network for colour or grey images with its usual initialisation, on the CPU.
 
-    Args:
-        options: what this network has to set: `width`, or of mnistnet `channels`, `hidden` and `dropout`. None is its
-            own default.
-
-    Raises:
-        KeyError: for an unknown name.
-        ValueError: for an option that the network does not have.
+    Its options are `width`, or of mnistnet `channels`, `hidden` and `dropout`; None is its own default. Raises
+    ValueError for an unknown name, or an option that the network does not have.
     """
     chosen = {option: value for option, value in options.items() if value is not None}
     make = (OURS | GREY).get(name)
-    if make is None and name not in names():
-        raise KeyError(name)
     unknown = chosen.keys() - inspect.signature(make).parameters if make is not None else chosen.keys()
     if unknown:
         raise ValueError(f"{name} has no {', '.join(sorted(unknown))} to set")

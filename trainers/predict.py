@@ -83,14 +83,10 @@ class Picture:
 
 
 def load_model(run: Path, card: ModelCard, checkpoint: Path | None, device: torch.device) -> tuple[nn.Module, Path]:
-    """The network with its trained weights, in evaluation mode, and the file they are from.
-
-    Raises:
-        CheckpointError: if there is no whole checkpoint, or it is of another model.
-    """
+    """The network with its trained weights, in evaluation mode, and the file they are from."""
     try:
         model = models.build(card.model, num_classes=len(card.class_names), **card.options)
-    except (KeyError, ValueError) as error:
+    except ValueError as error:
         raise CheckpointError(f"--run {run}: its model {card.model} cannot be built here ({error}); use the version "
                               f"of this code that trained it") from None
     state, source = (load_or_fail(checkpoint), checkpoint) if checkpoint is not None else best_state(run)
@@ -141,8 +137,7 @@ def test_pictures(config: PredictConfig, card: ModelCard) -> Iterator[Picture]:
     if config.data_dir is not None:
         settings = replace(settings, data_dir=config.data_dir)
     _, test = trainer.load_data(settings, World())
-    count = min(config.test_images or 0, len(test))
-    for sample in range(count):
+    for sample in range(min(config.test_images or 0, len(test))):
         true_class = card.class_names[int(test.targets[sample])]
         if isinstance(test, ImageTree):
             yield read_picture(test.path(sample), card, true_class=true_class)

@@ -29,7 +29,6 @@ from datasets.loaders import PlainTransform, evaluation_loader, train_loader
 from datasets.tensors import TensorDataset
 from launch.command_line import run
 from launch.errors import UsageError, say
-from trainers import models
 from trainers.engine.config import TrainConfig
 from trainers.engine.session import entry_point, open_run, train_model
 from trainers.engine.task import Loss, Task
@@ -67,12 +66,7 @@ LOSSES: dict[str, Loss] = {"mse": nn.MSELoss(), "my-mse": my_mse}
 
 
 def choose_loss(text: str) -> Loss:
-    """The loss that `--loss` names, tried on two samples.
-
-    Raises:
-        UsageError: if it is no known name and not PATH.py:FUNCTION.
-        DataError: if the file cannot be used, or the function gives no loss.
-    """
+    """The loss that `--loss` names; one from a file is tried on two samples."""
     if text in LOSSES:
         return LOSSES[text]
     path, _, name = text.rpartition(":")
@@ -92,11 +86,7 @@ def choose_loss(text: str) -> Loss:
 
 
 def function_in(path: Path, name: str) -> Loss:
-    """A function defined in a Python file, which is run.
-
-    Raises:
-        DataError: if there is no such file or function, or the file does not run.
-    """
+    """A function defined in a Python file, which is run; DataError says why it cannot be had."""
     if not path.is_file():
         raise DataError(f"--loss {path}:{name}: no such file; give the path of one that defines {name}")
     try:
@@ -119,9 +109,9 @@ def learned_text(model: nn.Module, relation: regression.LinearRelation) -> str:
 
 
 def build_model(config: RegressionConfig, train: TensorDataset) -> nn.Module:
-    """One linear layer, from the seed."""
+    """One linear layer, from the seed: float32 (B, features) to (B, 1)."""
     torch.manual_seed(config.seed)
-    return models.linear(train.inputs.shape[1])
+    return nn.Sequential(nn.Linear(train.inputs.shape[1], 1))
 
 
 @entry_point

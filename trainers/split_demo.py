@@ -91,15 +91,10 @@ def show_ranks(model: nn.Module, told: list[str], world: World) -> None:
             say(outside_text(batch.size(), torch.Size((sum(count for _, count in of_ranks), OUTPUT_SIZE))))
 
 
-def check(config: SplitConfig) -> None:
-    """Find mistakes in the flags."""
-    if config.replicas is not None and config.parallel != "dp":
-        raise UsageError(f"--replicas {config.replicas}: only DataParallel has replicas; add --parallel dp")
-
-
 def main(config: SplitConfig) -> int:
     """The demonstration, on this rank."""
-    check(config)
+    if config.replicas is not None and config.parallel != "dp":
+        raise UsageError(f"--replicas {config.replicas}: only DataParallel has replicas; add --parallel dp")
     with process_group(config.backend, device=config.device) as world:
         num_gpus = torch.cuda.device_count() if world.device.type == "cuda" else 0
         torch.manual_seed(0)

@@ -8,12 +8,10 @@ Each file is read back and run on random images, and its outputs must be the mod
 
 import contextlib
 import copy
-import importlib
 import importlib.util
 import io
 import logging
 import warnings
-from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -21,23 +19,14 @@ from torch import Tensor, nn
 
 from launch.errors import CheckpointError, UsageError
 
-ONNX_PACKAGES = ("onnx", "onnxscript")
 TOLERANCE = 1e-4  # relative to the largest output; kernels of another library add in another order
 
 
 def export(model: nn.Module, path: Path, *, image_shape: tuple[int, int, int]) -> list[str]:
     """Write `path` with the suffix .pt2 and, where onnx and onnxscript are installed, with .onnx; check both.
 
-    Args:
-        model: in evaluation mode; it is exported on the CPU.
-        image_shape: channels, height and width of its inputs.
-
-    Returns:
-        One line per file, and one about ONNX where it is left out.
-
-    Raises:
-        UsageError: if a file cannot be written.
-        CheckpointError: if the outputs of a written program are not the model's.
+    `image_shape` is channels, height and width. Returns one line per file, and one about ONNX where it is left out.
+    Raises UsageError if a file cannot be written, CheckpointError if a program's outputs are not the model's.
     """
     model = copy.deepcopy(model).cpu().eval()
     images = torch.randn(3, *image_shape, generator=torch.Generator().manual_seed(0))
@@ -48,7 +37,7 @@ def export(model: nn.Module, path: Path, *, image_shape: tuple[int, int, int]) -
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         lines = [write_program(program, path.with_suffix(".pt2"), images, expected)]
-        missing = [name for name in ONNX_PACKAGES if importlib.util.find_spec(name) is None]
+        missing = [name for name in ("onnx", "onnxscript") if importlib.util.find_spec(name) is None]
         if missing:
             return [*lines, f"no ONNX: {' and '.join(missing)} not installed"]
         return [*lines, write_onnx(program, path.with_suffix(".onnx"), images, expected)]
@@ -69,9 +58,14 @@ def write_program(program: torch.export.ExportedProgram, path: Path, images: Ten
 
 def write_onnx(program: torch.export.ExportedProgram, path: Path, images: Tensor, expected: Tensor) -> str:
     """Save a program as ONNX, and run that in onnxruntime or, without it, in onnx's own reference evaluator."""
-    with quiet():
-        torch.onnx.export(program, (), str(path), input_names=["images"], output_names=["outputs"], dynamo=True,
-                          external_data=False, verbose=False)
+    logging.disable(logging.WARNING)  # of the exporter's messages none are shown
+    try:
+        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+            warnings.simplefilter("ignore")
+            torch.onnx.export(program, (), str(path), input_names=["images"], output_names=["outputs"], dynamo=True,
+                              external_data=False, verbose=False)
+    finally:
+        logging.disable(logging.NOTSET)
     feed = {"images": images.numpy()}
     if importlib.util.find_spec("onnxruntime") is not None:
         session = importlib.import_module("onnxruntime").InferenceSession(str(path), providers=["CPUExecutionProvider"])
@@ -79,18 +73,6 @@ def write_onnx(program: torch.export.ExportedProgram, path: Path, images: Tensor
     else:
         outputs = importlib.import_module("onnx.reference").ReferenceEvaluator(str(path)).run(None, feed)[0]
     return compared(path, torch.from_numpy(outputs), expected)
-
-
-@contextlib.contextmanager
-def quiet() -> Iterator[None]:
-    """Without the exporter's messages."""
-    logging.disable(logging.WARNING)
-    try:
-        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.disable(logging.NOTSET)
 
 
 def compared(path: Path, outputs: Tensor, expected: Tensor) -> str:

@@ -14,6 +14,7 @@ from launch.process_group import World, gather
 from launch.stop import Stopped, StopRequest, stop_request
 
 SLICE_SECONDS = 0.5  # between two exchanges of the ranks
+DONE = object()  # in place of a step of a generator that has come to its end
 
 
 def once_per_node(world: World, work: Callable[[], object] | Generator[Any], *,
@@ -32,13 +33,15 @@ def once_per_node(world: World, work: Callable[[], object] | Generator[Any], *,
     done = world.local_rank != 0
     while True:
         error: Exception | None = None
-        if not done:
-            try:
-                done = advance(steps, world, seconds=SLICE_SECONDS)
-            except Exception as problem:
-                if not is_users(problem):
-                    raise
-                error = problem
+        until = time.monotonic() + SLICE_SECONDS
+        try:
+            while not done and time.monotonic() < until:
+                done = next(steps, DONE) is DONE
+                world.watchdog.mark("data")
+        except Exception as problem:
+            if not is_users(problem):
+                raise
+            error = problem
         world.watchdog.mark("data")
         reports = gather(world, (done, bool(stop), error))
         for _, _, problem in reports:
@@ -50,16 +53,6 @@ def once_per_node(world: World, work: Callable[[], object] | Generator[Any], *,
             raise Stopped(stop.reason)
         if all(finished for finished, _, _ in reports):
             return
-
-
-def advance(steps: Generator[Any], world: World, *, seconds: float) -> bool:
-    """Take steps for a while, each a sign of life; whether the last one was among them."""
-    until = time.monotonic() + seconds
-    for _ in steps:
-        world.watchdog.mark("data")
-        if time.monotonic() > until:
-            return False
-    return True
 
 
 def in_thread(work: Callable[[], object]) -> Generator[None]:
