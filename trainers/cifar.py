@@ -55,8 +55,10 @@ class CifarConfig(ImageConfig):
     def check(self) -> None:
         """Find mistakes in the flags before ranks wait for each other."""
         super().check()
-        models.check_name(self.model, models.names(), choices="net, whitenet, resnet9, resnet18 or a classifier of "
-                                                              "torchvision.models")
+        theirs = models.torchvision_names()
+        known = [*models.OURS, *theirs, *(f"torchvision/{name}" for name in theirs)]
+        models.check_name(self.model, known,
+                          choices="net, whitenet, resnet9, resnet18 or a classifier of torchvision.models")
         if self.width is not None and self.model not in models.OURS:
             raise UsageError(f"--width {self.width}: {self.model} has no width to set; leave it out")
 

@@ -222,12 +222,6 @@ GREY: dict[str, Callable[..., nn.Module]] = {  # for 1x28x28 images; the others 
 }
 
 
-def names() -> list[str]:
-    """Every network for colour images; `torchvision/resnet18` is torchvision's, where one of ours has the name too."""
-    theirs = torchvision_names()
-    return [*OURS, *(name for name in theirs if name not in OURS), *(f"torchvision/{name}" for name in theirs)]
-
-
 def torchvision_names() -> list[str]:
     """The classifiers of torchvision.models."""
     return torchvision_models.list_models(module=torchvision_models)
@@ -242,8 +236,9 @@ def check_name(name: str, known: Collection[str], *, choices: str | None = None)
 def build(name: str, *, num_classes: int, **options: Any) -> nn.Module:
     """A new network for colour or grey images with its usual initialisation, on the CPU.
 
-    Its options are `width`, or of mnistnet `channels`, `hidden` and `dropout`; None is its own default. Raises
-    ValueError for an unknown name, or an option that the network does not have.
+    `torchvision/resnet18` is torchvision's, where one of ours has the name too. The options are `width`, or of mnistnet
+    `channels`, `hidden` and `dropout`; None is the network's own default. Raises ValueError for an unknown name, or an
+    option that the network does not have.
     """
     chosen = {option: value for option, value in options.items() if value is not None}
     make = (OURS | GREY).get(name)

@@ -91,7 +91,7 @@ def show_ranks(model: nn.Module, told: list[str], world: World) -> None:
             say(outside_text(batch.size(), torch.Size((sum(count for _, count in of_ranks), OUTPUT_SIZE))))
 
 
-def main(config: SplitConfig) -> int:
+def main(config: SplitConfig) -> None:
     """The demonstration, on this rank."""
     if config.replicas is not None and config.parallel != "dp":
         raise UsageError(f"--replicas {config.replicas}: only DataParallel has replicas; add --parallel dp")
@@ -100,19 +100,18 @@ def main(config: SplitConfig) -> int:
         torch.manual_seed(0)
         if config.parallel == "dp" and world.world_size == 1 and num_gpus < (config.replicas or 2):
             show_worked_out(Model(say), config.replicas or max(num_gpus, 1))
-            return 0
+            return
         parallel, _ = choose_parallel(config.parallel, world, num_gpus=num_gpus)
         told: list[str] = []
         model = Model(told.append if parallel == "ddp" else say).to(world.device)
         if parallel == "ddp":
             show_ranks(parallelize(model, parallel, world), told, world)
-            return 0
+            return
         if parallel == "dp":
             replicas = config.replicas or num_gpus
             say(f"Let's use {replicas} GPUs!")
             model = nn.DataParallel(model, device_ids=list(range(replicas)))
         show_one_process(lambda batch: model(batch.to(world.device)))
-    return 0
 
 
 if __name__ == "__main__":

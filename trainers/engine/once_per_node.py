@@ -24,9 +24,8 @@ def once_per_node(world: World, work: Callable[[], object] | Generator[Any], *,
     The ranks exchange how far they are twice a second, not once at the end: so the collective timeout need not allow
     for the whole work, a stop is noticed while it runs, and an error of one rank is raised on all.
 
-    Raises:
-        Stopped: on all ranks, if any was asked to stop. A generator is closed; a function is left to end with the
-            process, so it must keep what it writes in a temporary folder until it is whole.
+    Raises Stopped on all ranks, if any was asked to stop. A generator is closed; a function is left to end with the
+    process, so it must keep what it writes in a temporary folder until it is whole.
     """
     stop = stop_request() if stop is None else stop
     steps = work if isinstance(work, Generator) else in_thread(work)
