@@ -6,9 +6,9 @@
     python launch/benchmark.py --pipeline                                 # images/s of ways to load and augment
 
 A set-up is `cpu:N` (N gloo ranks), `gpu:1`, `dp:N` (DataParallel) or `ddp:N` (NCCL), with options such as
-`+bf16+channels-last+compile+threads=2` (ddp also `+gloo`). Each is the trainer's own command under python or torchrun,
-one process tree per run, `--rounds` times in rotating order; warm-up steps are left out and nothing is estimated.
-`--batch-size` is the global batch of strong scaling, and `--rank-batch-size` what each device gets in weak scaling.
+`+bf16+channels-last+compile+threads=2` (also `+fp16`; ddp `+gloo`, which lets ranks share a GPU). Each is the
+trainer's own command under python or torchrun, one process tree per run, `--rounds` times in rotating order; warm-up
+steps are left out and nothing is estimated.
 
 Written to --output-dir: benchmark.md, benchmark.png, and benchmark.json, after every run:
 
@@ -135,11 +135,7 @@ def main(config: BenchmarkConfig) -> int:
 
 
 def check(config: BenchmarkConfig) -> None:
-    """Find mistakes in the flags before anything runs.
-
-    Raises:
-        UsageError: naming the flag and its rule.
-    """
+    """UsageError for a trainer that does not exist or cannot measure."""
     trainers = sorted(path.stem for path in (ROOT / "trainers").glob("*.py")  # those with TrainConfig's --measure
                       if "from trainers.engine.config import" in path.read_text())
     if config.trainer not in trainers:
@@ -149,11 +145,7 @@ def check(config: BenchmarkConfig) -> None:
 
 def jobs_of(config: BenchmarkConfig, setups: list[Setup], hardware: Hardware
             ) -> tuple[list[Job], list[dict[str, Any]]]:
-    """What will be run, and what cannot be here, with the reason.
-
-    Raises:
-        UsageError: if nothing can be run, or the baseline is not among it.
-    """
+    """What will be run, and why the rest cannot be here; UsageError if nothing can, or not the baseline."""
     jobs, missing = [], []
     for job in plan(setups, batch_size=config.batch_size, scaling=config.scaling,
                     rank_batch_size=config.rank_batch_size or config.batch_size):

@@ -74,7 +74,7 @@ def main(config: DoctorConfig) -> int:
 
 
 def page(findings: list[Finding], ranks: list[dict[str, Any]], *, color: bool) -> str:
-    """The findings as lines, each fix under its finding, then one line per rank and a summary."""
+    """The findings as lines, each fix under its finding, then where each rank runs and on what, and a summary."""
     lines = [f"doctor on {socket.gethostname()}", ""]
     width = max(len(finding.check) for finding in findings)
     for finding in findings:
@@ -84,18 +84,12 @@ def page(findings: list[Finding], ranks: list[dict[str, Any]], *, color: bool) -
         if finding.fix:
             lines.append(f"  {'':4}  {'':{width}}  fix: {finding.fix}")
     if ranks:
-        lines += ["", *rank_table(ranks)]
+        host_width = max(len(record["host"]) for record in ranks)
+        lines += ["", f"  {'rank':>4}  {'local':>5}  {'host':{host_width}}  {'device':8}  {'threads':>7}  uuid"]
+        for record in ranks:
+            lines.append(f"  {record['rank']:4}  {record['local_rank']:5}  {record['host']:{host_width}}  "
+                         f"{record['device'] or 'none':8}  {record['threads']:7}  {record['uuid'] or ''}".rstrip())
     return "\n".join([*lines, "", summary(findings)])
-
-
-def rank_table(ranks: list[dict[str, Any]]) -> list[str]:
-    """One line per rank: where it runs and on what."""
-    host_width = max(len(record["host"]) for record in ranks)
-    lines = [f"  {'rank':>4}  {'local':>5}  {'host':{host_width}}  {'device':8}  {'threads':>7}  uuid"]
-    for record in ranks:
-        lines.append(f"  {record['rank']:4}  {record['local_rank']:5}  {record['host']:{host_width}}  "
-                     f"{record['device'] or 'none':8}  {record['threads']:7}  {record['uuid'] or ''}".rstrip())
-    return lines
 
 
 def summary(findings: list[Finding]) -> str:

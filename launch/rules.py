@@ -48,11 +48,7 @@ class Above(AtLeast):
 
 
 def check_number(flag: str, number: float, rule: AtLeast) -> None:
-    """Hold one number to its rule.
-
-    Raises:
-        UsageError: `FLAG NUMBER: rule`.
-    """
+    """Hold one number to its rule: `FLAG NUMBER: rule` as a UsageError if it breaks it."""
     if not rule.includes(number):
         raise UsageError(f"{flag} {number}: {rule.text()}")
 
@@ -67,11 +63,7 @@ def rules_of(config_class: type) -> Iterator[tuple[str, AtLeast]]:
 
 
 def check_numbers(config: Any) -> None:
-    """Hold the numbers of a config to the rules beside their fields; None is off, and each number of a tuple counts.
-
-    Raises:
-        UsageError: naming the first flag that breaks its rule.
-    """
+    """Hold the numbers of a config to the rules beside their fields; None is off, and each number of a tuple counts."""
     for name, rule in rules_of(type(config)):
         value = getattr(config, name)
         for number in value if isinstance(value, tuple) else () if value is None else (value,):

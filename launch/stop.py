@@ -131,11 +131,7 @@ class StopAgreement:
         return self._steps_until_next <= 0
 
     def vote(self, request: StopRequest, bad_steps: int = 0) -> int:
-        """The largest number of consecutive bad steps that any rank counts.
-
-        Raises:
-            Stopped: on every rank, if any was asked to stop.
-        """
+        """The largest number of consecutive bad steps of any rank; Stopped on every rank, if any was asked to stop."""
         step_seconds = (time.monotonic() - self._since) / max(1, self._steps_since)
         stop, slowest, worst = float(bool(request)), step_seconds, float(bad_steps)
         if self.world_size > 1:

@@ -71,7 +71,7 @@ def test_a_setup_that_crashes_says_how_and_the_others_go_on(tmp_path: Path):
     (["--setups", "cpu:3", "--scaling", "strong"], "does not divide over 3 ranks"),
     (["--trainer", "cifr"], "did you mean cifar?"),
     (["--setups", "cpu:1", "--baseline", "cpu:2"], "--baseline cpu:2"),
-    (["--compare", "missing.json"], "missing.json"),
+    (["--compare", "missing.json"], "missing.json: cannot be read as a benchmark.json ([Errno 2] No such file"),
     (["--rounds", "0"], "--rounds 0"),
 ])
 def test_flags_that_cannot_work_are_refused_in_one_line_before_anything_runs(flags: list[str], expected: str):

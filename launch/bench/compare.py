@@ -1,26 +1,25 @@
 """Two benchmarks side by side: which set-ups changed by more than their rounds scatter."""
 
+import json
 from pathlib import Path
 from typing import Any
 
 from launch.bench.summary import measured
 from launch.bench.table import Cells, as_table
 from launch.errors import UsageError
-from launch.files import read_object
 
 FORMAT = 1
 
 
 def read_results(path: Path) -> dict[str, Any]:
-    """A benchmark.json.
-
-    Raises:
-        UsageError: if it is none.
-    """
-    results = read_object(path)
-    if results is None or results.get("format") != FORMAT or "rows" not in results:
-        raise UsageError(f"{path}: cannot be read as a benchmark.json of format {FORMAT}; give one that "
-                         f"launch/benchmark.py wrote")
+    """A benchmark.json; UsageError, with the cause, if it is none."""
+    try:
+        results = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise UsageError(f"{path}: cannot be read as a benchmark.json ({error}); give one that launch/benchmark.py "
+                         f"wrote") from None
+    if not isinstance(results, dict) or results.get("format") != FORMAT or "rows" not in results:
+        raise UsageError(f"{path}: is no benchmark.json of format {FORMAT}; give one that launch/benchmark.py wrote")
     return results
 
 

@@ -1,5 +1,6 @@
 """Running the commands: which set-up when, one process tree each, and the error of one that fails."""
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -60,12 +61,7 @@ def rotated(jobs: Sequence[T], round_number: int) -> list[T]:
 
 
 def run_job(job: Job, trainer: str, flags: Sequence[str], *, steps: str, timeout_seconds: float) -> dict[str, Any]:
-    """Run the trainer once and read what it measured.
-
-    Returns:
-        `setup`, `batch_size`, `scalings`, `command`, `wall_seconds`, `error` (None, or how it ended), and
-        `benchmark`, the trainer's figures (None if it failed).
-    """
+    """Run the trainer once; `benchmark` holds the figures that it measured, None if it failed, and `error` how."""
     with tempfile.TemporaryDirectory(prefix="benchmark-") as folder:
         words = command(job.setup, trainer, [*flags, "--batch-size", str(job.batch_size), "--measure", steps,
                                              "--output-dir", folder, "--run-name", "run"])
@@ -96,13 +92,10 @@ def execute(words: Sequence[str], variables: dict[str, str], log: Path, timeout_
 def end_session(process: "subprocess.Popen[bytes]") -> None:
     """End the process tree: SIGTERM, then SIGKILL."""
     for number in (signal.SIGTERM, signal.SIGKILL):
-        if process.poll() is not None:
-            break
-        try:
-            os.killpg(process.pid, number)
-            process.wait(timeout=STOP_SECONDS)
-        except (ProcessLookupError, subprocess.TimeoutExpired):
-            continue
+        if process.poll() is None:
+            with contextlib.suppress(ProcessLookupError, subprocess.TimeoutExpired):
+                os.killpg(process.pid, number)
+                process.wait(timeout=STOP_SECONDS)
 
 
 def error_in(log: str) -> str:
@@ -116,10 +109,7 @@ def error_in(log: str) -> str:
 
 def calibrate(jobs: Sequence[Job], *, steps: int | None, warmup_steps: int | None, seconds: float,
               run: Callable[..., dict[str, Any]]) -> tuple[int, int]:
-    """(warm-up, timed) steps, the same for every set-up: what the first that runs at all does in `seconds`.
-
-    `run` takes a job and its steps, as run_job does.
-    """
+    """(warm-up, timed) steps, the same for every set-up: what the first that runs at all does in `seconds`."""
     if steps is None:
         steps = FEWEST_STEPS
         for job in jobs:
@@ -145,16 +135,12 @@ def run_rounds(jobs: Sequence[Job], *, rounds: int, steps: str, run: Callable[..
                     result = {**run(job, steps=steps), "round": number}
                     if result["error"]:
                         failed.add(job.key)
+                        ended = f"failed ({result['error']})"
+                    else:
+                        rate = result["benchmark"]["samples_per_second"]
+                        ended = f"{rate:,.0f} samples/s, {result['wall_seconds']:.0f} s in all"
                     if result["error"] or not on_terminal:
                         bar.clear()
-                        to_stderr(f"round {number + 1} of {rounds}, {job.setup.name}, batch {job.batch_size}: "
-                                  f"{outcome(result)}")
+                        to_stderr(f"round {number + 1} of {rounds}, {job.setup.name}, batch {job.batch_size}: {ended}")
                     yield result
                 bar.update()
-
-
-def outcome(result: dict[str, Any]) -> str:
-    """How a run ended, in a few words."""
-    if result["error"]:
-        return f"failed ({result['error']})"
-    return f"{result['benchmark']['samples_per_second']:,.0f} samples/s, {result['wall_seconds']:.0f} s in all"

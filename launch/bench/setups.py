@@ -1,12 +1,4 @@
-"""What can be compared: `cpu:2`, `gpu:1+bf16+compile`, `dp:4`, `ddp:8`, and the command line that each stands for.
-
-    cpu:N   N ranks on CPU cores (gloo); cpu:1 is one process without a launcher
-    gpu:1   one GPU, one process
-    dp:N    DataParallel: one process that splits every batch over N GPUs
-    ddp:N   N ranks with a GPU each (NCCL); ddp:N+gloo lets ranks share a GPU
-
-Options after `+`: bf16, fp16, channels-last, compile, gloo, threads=T (per rank).
-"""
+"""What can be compared, as launch/benchmark.py explains it, and the command line that each set-up stands for."""
 
 import os
 import platform
@@ -26,7 +18,6 @@ from launch.machine import processor
 from launch.rules import AtLeast, check_number
 
 Kind = Literal["cpu", "gpu", "dp", "ddp"]
-Precision = Literal["fp32", "bf16", "fp16"]
 COUNT = AtLeast(1, most=1024)  # devices of a set-up, threads of a rank
 KINDS = ("cpu", "gpu", "dp", "ddp")
 OPTIONS: dict[str, dict[str, Any]] = {
@@ -43,7 +34,7 @@ class Setup:
     kind: Kind
     devices: int
     """Ranks, or GPUs of a DataParallel."""
-    precision: Precision = "fp32"
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     compile: bool = False
     channels_last: bool = False
     gloo: bool = False
@@ -81,11 +72,7 @@ class Hardware:
 
 
 def parse_setup(text: str, *, threads: int = 1) -> Setup:
-    """`ddp:2+bf16` as a Setup; `threads` per rank unless it has `+threads=T`.
-
-    Raises:
-        UsageError: for an unknown kind, count or option.
-    """
+    """`ddp:2+bf16` as a Setup, `threads` per rank unless it has `+threads=T`; UsageError for anything unknown."""
     head, *options = text.split("+")
     match = re.fullmatch(r"([a-z]+):([1-9]\d*)", head)
     if match is None or match[1] not in KINDS or (match[1] == "gpu" and match[2] != "1"):
@@ -95,26 +82,18 @@ def parse_setup(text: str, *, threads: int = 1) -> Setup:
     check_number(f"--setups {text}: {match[1]}", devices := int(match[2][:20]), COUNT)
     setup = Setup(name=text, kind=cast(Kind, match[1]), devices=devices, threads=threads)
     for option in options:
-        setup = with_option(setup, option)
+        count = re.fullmatch(r"threads=([1-9]\d*)", option)
+        if count:
+            check_number(f"--setups {text}: threads", threads := int(count[1][:20]), COUNT)
+            setup = replace(setup, threads=threads)
+        elif option in OPTIONS:
+            setup = replace(setup, **OPTIONS[option])
+        else:
+            raise UsageError(f"--setups {text}: no option {option!r}; choose from {', '.join(OPTIONS)}, threads=2"
+                             f"{nearest(option, OPTIONS)}")
     if setup.gloo and setup.kind != "ddp":
         raise UsageError(f"--setups {text}: +gloo is for ddp:N; leave it out")
     return setup
-
-
-def with_option(setup: Setup, option: str) -> Setup:
-    """The set-up with one of its `+` options.
-
-    Raises:
-        UsageError: if there is no such option.
-    """
-    threads = re.fullmatch(r"threads=([1-9]\d*)", option)
-    if threads:
-        check_number(f"--setups {setup.name}: threads", count := int(threads[1][:20]), COUNT)
-        return replace(setup, threads=count)
-    if option not in OPTIONS:
-        raise UsageError(f"--setups {setup.name}: no option {option!r}; choose from {', '.join(OPTIONS)}, threads=2"
-                         f"{nearest(option, OPTIONS)}")
-    return replace(setup, **OPTIONS[option])
 
 
 def everything(hardware: Hardware) -> list[str]:

@@ -8,6 +8,7 @@ from typing import Any
 from launch.bench.runs import Job
 from launch.bench.setups import Setup
 
+STEP_PHASES = ("data", "forward_backward", "communication", "optimizer")
 QUEUED_SHARE = 0.05  # of the time a thread was ready to run, another had its core: another rank's, or
 OTHERS_SHARE = 0.1  # of the CPU time of all ranks, other processes used as well (on an idle machine 0.04 at most)
 IDLE_SHARE = 0.15  # of its time, a lone CPU process did not compute: another machine, or a virtual core, had it
@@ -17,12 +18,7 @@ LOOSE_TOLERANCE = 0.1  # relative: other number formats, or BatchNorm, whose sta
 
 
 def summarise(jobs: Sequence[Job], runs: Sequence[dict[str, Any]], *, baseline: str | None) -> dict[str, Any]:
-    """Rows in the order of the jobs.
-
-    Args:
-        runs: what run_job returned, each with its `round`.
-        baseline: the name of a set-up; None takes the slowest that uses one device.
-    """
+    """Rows, in the order of the jobs, of what run_rounds yielded; baseline None: the slowest set-up on one device."""
     rows = [row_of(job, [run for run in runs if (run["setup"], run["batch_size"]) == job.key]) for job in jobs]
     chosen = baseline or slowest_one_device(rows)
     for row in rows:
@@ -63,8 +59,7 @@ def row_of(job: Job, runs: list[dict[str, Any]]) -> dict[str, Any]:
         "threads_per_rank": figures[0]["threads_per_rank"],
         "cpu_share": median(cpu_share(one) for one in figures), "busy": any(is_busy(one, job.setup) for one in figures),
         "peak_memory_bytes": max(max(one["peak_memory_bytes"]) for one in figures),
-        "step_seconds": {name: phase(figures, name) for name in ("data", "forward_backward", "communication",
-                                                                 "optimizer")},
+        "step_seconds": {name: phase(figures, name) for name in STEP_PHASES},
         "flops_per_second": median(rates) * figures[0]["flops_per_sample"],
         "matrix_flops_per_second": median(sum(one["matrix_flops_per_second"]) * gpus for one in figures),
     }

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from launch.bench.charts import draw
-from launch.bench.summary import measured
+from launch.bench.summary import STEP_PHASES, measured
 from launch.errors import UsageError
 from launch.files import replace_file
 
@@ -15,11 +15,7 @@ Cells = list[list[str]]
 
 
 def check_output_dir(folder: Path) -> None:
-    """Make the folder and try to write there.
-
-    Raises:
-        UsageError: if one of the files could not be written later.
-    """
+    """Make the folder and try to write there; UsageError if one of the files could not be written later."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         for name in ("benchmark.json", "benchmark.md", "benchmark.png"):
@@ -86,7 +82,7 @@ def step_cells(rows: Sequence[dict[str, Any]]) -> Cells:
     cells = [["set-up", "global batch", "data", "forward+backward", "communication", "optimizer", "peak memory",
               "GFLOP/s", "of a matrix product"]]
     for row in measured(rows):
-        seconds = [row["step_seconds"][name] for name in ("data", "forward_backward", "communication", "optimizer")]
+        seconds = [row["step_seconds"][name] for name in STEP_PHASES]
         cells.append([
             row["setup"], str(row["batch_size"]),
             *("" if phase is None else f"{1000 * phase:.2f} ms" for phase in seconds),

@@ -17,12 +17,7 @@ SHOWN_VARIABLES = (  # an allow-list: tokens and passwords live in the environme
 
 
 def job_findings(launch: Launch, environ: Mapping[str, str] = os.environ) -> list[Finding]:
-    """The launcher's variables, this machine's name, the port."""
-    return [*launcher_findings(launch, environ), address_finding(launch), port_finding(launch)]
-
-
-def launcher_findings(launch: Launch, environ: Mapping[str, str]) -> list[Finding]:
-    """Which launcher's variables would be followed, and those that are set."""
+    """Which launcher's variables would be followed, those that are set, this machine's name, the port."""
     alone = launch.launcher == "none"
     chosen = {"torchrun": "torchrun", "slurm": "srun", "none": "none, one process"}[launch.launcher]
     text = (f"{chosen}: rank {launch.rank} of {launch.world_size}"
@@ -30,7 +25,8 @@ def launcher_findings(launch: Launch, environ: Mapping[str, str]) -> list[Findin
     shown = [f"{name}={environ[name]}" for name in SHOWN_VARIABLES if name in environ]
     return [warn_if(alone and "SLURM_JOB_ID" in environ, "launcher", text,
                     "this is a Slurm job: start the ranks with srun, or with torchrun"),
-            ok("variables", " ".join(shown) or "none of torchrun's or Slurm's is set")]
+            ok("variables", " ".join(shown) or "none of torchrun's or Slurm's is set"),
+            address_finding(launch), port_finding(launch)]
 
 
 def address_finding(launch: Launch) -> Finding:

@@ -36,8 +36,7 @@ def machine_findings(launch: Launch, output_dir: Path, environ: Mapping[str, str
 
 def versions_finding() -> Finding:
     """Python, and each dependency of pyproject.toml at the version it asks for."""
-    python = f"python {sys.version.split()[0]}"
-    versions, wrong = [python], []
+    versions, wrong = [f"python {sys.version.split()[0]}"], []
     for name, least in required_versions().items():
         try:
             version = metadata.version(name)

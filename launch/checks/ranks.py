@@ -28,11 +28,7 @@ CODE = ("launch", "datasets", "trainers")
 
 def ranks_findings(launch: Launch, mine: list[Finding], *, device: str, backend: str, timeout_seconds: float
                    ) -> tuple[list[Finding], list[dict[str, Any]]]:
-    """The findings of all machines, `mine` being those of this rank's, then those about the ranks together.
-
-    Returns:
-        Findings and one record per rank (rank, host, device, ...), the same on every rank.
-    """
+    """Findings of all machines (`mine`: of this rank's), then about the ranks together; and one record per rank."""
     try:
         with process_group("gloo", device="cpu", timeout_seconds=timeout_seconds) as world:
             ranks = gather(world, rank_record(launch, device))
