@@ -4,10 +4,6 @@ A trainer ends with
 
     if __name__ == "__main__":
         run(main, CifarConfig, recipes=RECIPES)
-
-`parse` derives the flags from the dataclass (hyphens or underscores, field docstrings as help) and holds every number
-to the rule beside its field (rules.py). `run` turns whatever goes wrong into
-`ERROR <kind>: <flag or file> <value>: <rule>; <remedy>` on stderr, from one rank.
 """
 
 import argparse
@@ -34,7 +30,7 @@ HELP_COLUMN = 27  # where the explanations of --help stand
 
 def parse(config_class: type, *, recipes: Mapping[str, Mapping[str, Any]] | None = None,
           args: Sequence[str] | None = None) -> Any:
-    """A config from command-line flags; `--recipe NAME` first replaces the defaults by those of the recipe.
+    """A config from command-line flags, in hyphens or underscores; `--recipe NAME` first replaces the defaults.
 
     Raises:
         UsageError: for flags that do not parse, naming the nearest that exists; for a number out of its range.
@@ -145,6 +141,7 @@ def run(main: Callable[[Any], Any], config_class: type, *,
         recipes: Mapping[str, Mapping[str, Any]] | None = None) -> NoReturn:
     """Parse the flags, call `main`, exit: with the code that it returns, 0 for anything else, or that of its error.
 
+    An error is one line on stderr from one rank: `ERROR <kind>: <flag or file> <value>: <rule>; <remedy>`.
     Errors inside `process_group()` are shown there by the one rank that failed first; what reaches this function was
     found before the ranks met, by all of them alike, so rank 0 speaks.
     """

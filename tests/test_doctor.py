@@ -122,13 +122,15 @@ def test_of_another_node_only_trouble_is_shown_and_with_its_name():
     assert [(finding.state, finding.host) for finding in found] == [("OK", ""), ("WARN", "b")]
 
 
-def test_more_threads_than_cores_is_a_warning_with_the_number_that_fits():
+def test_more_threads_than_cores_is_a_warning_with_the_number_that_fits(monkeypatch: pytest.MonkeyPatch):
     ranks = 2
     launch = Launch(launcher="slurm", world_size=ranks, local_world_size=ranks)
-    found = cores_finding(launch, {"OMP_NUM_THREADS": str(usable_cores() + 1)})
+    monkeypatch.setenv("OMP_NUM_THREADS", str(usable_cores() + 1))
+    found = cores_finding(launch)
     assert found.state == "WARN"
     assert f"OMP_NUM_THREADS={max(1, usable_cores() // ranks)}" in found.fix
-    assert cores_finding(Launch(), {"OMP_NUM_THREADS": "1"}).state == "OK"
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    assert cores_finding(Launch()).state == "OK"
 
 
 def test_a_port_in_use_is_told_from_a_free_one():
@@ -140,8 +142,9 @@ def test_a_port_in_use_is_told_from_a_free_one():
     assert port_finding(Launch(port=port)).state == "OK"
 
 
-def test_plain_python_inside_a_slurm_job_is_a_warning():
-    states = {finding.check: finding.state for finding in job_findings(Launch(), {"SLURM_JOB_ID": "7"})}
+def test_plain_python_inside_a_slurm_job_is_a_warning(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    states = {finding.check: finding.state for finding in job_findings(Launch())}
     assert states["launcher"] == "WARN"
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from launch.bench.summary import measured
-from launch.bench.table import Cells, as_table
+from launch.bench.table import as_table
 from launch.errors import UsageError
 
 FORMAT = 1
@@ -24,14 +24,7 @@ def read_results(path: Path) -> dict[str, Any]:
 
 
 def comparison(old: dict[str, Any], new: dict[str, Any]) -> str:
-    """What else differs, then the table of ratios."""
-    cells = comparison_cells(old, new)
-    return "\n".join([*(f"differs: {difference}" for difference in differences(old, new)),
-                      as_table(cells) if len(cells) > 1 else "the two have no set-up and batch in common"])
-
-
-def comparison_cells(old: dict[str, Any], new: dict[str, Any]) -> Cells:
-    """Header and a row for every set-up and batch that both have."""
+    """What else differs, then a table with a row for every set-up and batch that both have."""
     cells = [["set-up", "global batch", "old samples/s", "new samples/s", "new / old", "judgement"]]
     before = {(row["setup"], row["batch_size"]): row for row in measured(old["rows"])}
     for row in measured(new["rows"]):
@@ -40,7 +33,8 @@ def comparison_cells(old: dict[str, Any], new: dict[str, Any]) -> Cells:
             ratio = row["samples_per_second"] / other["samples_per_second"]
             cells.append([row["setup"], str(row["batch_size"]), f"{other['samples_per_second']:,.0f}",
                           f"{row['samples_per_second']:,.0f}", f"{ratio:.3f}", judgement(other, row)])
-    return cells
+    return "\n".join([*(f"differs: {difference}" for difference in differences(old, new)),
+                      as_table(cells) if len(cells) > 1 else "the two have no set-up and batch in common"])
 
 
 def judgement(old: dict[str, Any], new: dict[str, Any]) -> str:

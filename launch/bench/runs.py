@@ -44,10 +44,9 @@ def plan(setups: Sequence[Setup], *, batch_size: int, rank_batch_size: int, scal
     """The jobs: each set-up at the fixed global batch, at the fixed batch per device, or both."""
     wanted: dict[tuple[str, int], Job] = {}
     for setup in setups:
-        sizes = {"strong": batch_size, "weak": rank_batch_size * setup.devices}
-        for name in ("strong", "weak"):
+        sizes: dict[Literal["strong", "weak"], int] = {"strong": batch_size, "weak": rank_batch_size * setup.devices}
+        for name, size in sizes.items():
             if scaling in (name, "both"):
-                size = sizes[name]
                 before = wanted.get((setup.name, size))
                 scalings = (*before.scalings, name) if before else (name,)
                 wanted[setup.name, size] = Job(setup=setup, batch_size=size, scalings=scalings)

@@ -76,8 +76,7 @@ def parse_setup(text: str, *, threads: int = 1) -> Setup:
     head, *options = text.split("+")
     match = re.fullmatch(r"([a-z]+):([1-9]\d*)", head)
     if match is None or match[1] not in KINDS or (match[1] == "gpu" and match[2] != "1"):
-        known = f"{', '.join(f'{kind}:N' for kind in KINDS if kind != 'gpu')} or gpu:1"
-        raise UsageError(f"--setups {text}: unknown; must be {known}, with options such as +bf16"
+        raise UsageError(f"--setups {text}: unknown; must be cpu:N, dp:N, ddp:N or gpu:1, with options such as +bf16"
                          f"{nearest(head.partition(':')[0], KINDS)}")
     check_number(f"--setups {text}: {match[1]}", devices := int(match[2][:20]), COUNT)
     setup = Setup(name=text, kind=cast(Kind, match[1]), devices=devices, threads=threads)

@@ -54,9 +54,8 @@ def row_of(job: Job, runs: list[dict[str, Any]]) -> dict[str, Any]:
         "by_round": {str(run["round"]): run["benchmark"]["samples_per_second"] for run in good},
         "samples_per_second": median(rates), "slowest_round": min(rates), "fastest_round": max(rates),
         "loss": figures[0]["loss"], "losses": [one["loss"] for one in figures],
-        "weights_moved": figures[0]["weights_moved"],
-        "batch_norm": figures[0]["batch_norm"], "ranks": figures[0]["world_size"],
-        "threads_per_rank": figures[0]["threads_per_rank"],
+        "weights_moved": figures[0]["weights_moved"], "batch_norm": figures[0]["batch_norm"],
+        "ranks": figures[0]["world_size"],
         "cpu_share": median(cpu_share(one) for one in figures), "busy": any(is_busy(one, job.setup) for one in figures),
         "peak_memory_bytes": max(max(one["peak_memory_bytes"]) for one in figures),
         "step_seconds": {name: phase(figures, name) for name in STEP_PHASES},
@@ -109,9 +108,7 @@ def baseline_for(row: dict[str, Any], rows: Sequence[dict[str, Any]], name: str 
 
 def ratio_of_rounds(row: dict[str, Any], base: dict[str, Any]) -> float:
     """The median over rounds of the ratio within a round: what slows a whole round down cancels."""
-    shared = row["by_round"].keys() & base["by_round"].keys()
-    if not shared:
-        return row["samples_per_second"] / base["samples_per_second"]
+    shared = row["by_round"].keys() & base["by_round"].keys()  # the first at least: what failed is not tried again
     return median(row["by_round"][name] / base["by_round"][name] for name in shared)
 
 

@@ -2,7 +2,6 @@
 
 import os
 import socket
-from collections.abc import Mapping
 
 from launch.checks.finding import Finding, fail, ok, warn, warn_if
 from launch.launcher import Launch
@@ -16,14 +15,14 @@ SHOWN_VARIABLES = (  # an allow-list: tokens and passwords live in the environme
 )
 
 
-def job_findings(launch: Launch, environ: Mapping[str, str] = os.environ) -> list[Finding]:
+def job_findings(launch: Launch) -> list[Finding]:
     """Which launcher's variables would be followed, those that are set, this machine's name, the port."""
     alone = launch.launcher == "none"
     chosen = {"torchrun": "torchrun", "slurm": "srun", "none": "none, one process"}[launch.launcher]
     text = (f"{chosen}: rank {launch.rank} of {launch.world_size}"
             f"{'' if alone else f', meeting at {launch.address}:{launch.port}'}")
-    shown = [f"{name}={environ[name]}" for name in SHOWN_VARIABLES if name in environ]
-    return [warn_if(alone and "SLURM_JOB_ID" in environ, "launcher", text,
+    shown = [f"{name}={os.environ[name]}" for name in SHOWN_VARIABLES if name in os.environ]
+    return [warn_if(alone and "SLURM_JOB_ID" in os.environ, "launcher", text,
                     "this is a Slurm job: start the ranks with srun, or with torchrun"),
             ok("variables", " ".join(shown) or "none of torchrun's or Slurm's is set"),
             address_finding(launch), port_finding(launch)]

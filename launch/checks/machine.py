@@ -9,7 +9,6 @@ import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Mapping
 from importlib import metadata
 from pathlib import Path
 
@@ -28,9 +27,9 @@ LEAST_DISK_BYTES = 5 * GIB  # some ResNet checkpoints with optimizer state; WARN
 SLOW_FSYNC_SECONDS = 1.0  # a checkpoint waits for four
 
 
-def machine_findings(launch: Launch, output_dir: Path, environ: Mapping[str, str] = os.environ) -> list[Finding]:
+def machine_findings(launch: Launch, output_dir: Path) -> list[Finding]:
     """The whole page for this process's machine, in the order in which things go wrong."""
-    return [versions_finding(), *device_findings(), backends_finding(), cores_finding(launch, environ),
+    return [versions_finding(), *device_findings(), backends_finding(), cores_finding(launch),
             shared_memory_finding(), output_finding(output_dir)]
 
 
@@ -97,9 +96,9 @@ def backends_finding() -> Finding:
     return ok("backends", f"gloo, NCCL {'.'.join(map(str, cuda_nccl.version()))}")
 
 
-def cores_finding(launch: Launch, environ: Mapping[str, str]) -> Finding:
+def cores_finding(launch: Launch) -> Finding:
     """Whether the threads of this node's ranks fit onto the cores that they may use."""
-    cores, threads, ranks = usable_cores(), choose_threads(None, launch, environ), launch.local_world_size
+    cores, threads, ranks = usable_cores(), choose_threads(None, launch), launch.local_world_size
     text = f"{cores} of {os.cpu_count()} usable; {ranks} rank{'s' * (ranks > 1)} here x {threads} threads"
     return warn_if(ranks * threads > cores, "cores", text,
                    f"set OMP_NUM_THREADS={threads_per_rank(ranks)}, start fewer ranks, or ask the scheduler for more "
