@@ -17,21 +17,23 @@ import torch.distributed as dist
 
 from launch.errors import DeviceError, DistributedError, is_users, to_stderr, user_line
 from launch.heartbeats import Heartbeats
+from launch.launcher import Launch
 from launch.stop import stop_request
 
 AGREE_SECONDS = 15  # for the ranks to agree on who prints an error, and to print it; the store answers in milliseconds
 LEAVE_SECONDS = 10.0  # for a rank to notice by itself that another has failed, and to end a save
+STALE_SECONDS = 1.3  # a live rank has sent another heartbeat by then
 LINGER_SECONDS = 5.0  # for which the host of the store waits for the others, when all leave
 
 
 class RunRecord(Protocol):
-    """Where it is written down that this process lives, and why it ended: the run folder."""
+    """The run folder, as the watchdog's thread knows it."""
 
     def beat(self) -> None:
-        """The process lives; called twice a second, from the watchdog's thread."""
+        """The process lives; called twice a second."""
 
     def failed(self, cause: Exception | str, *, step: int) -> None:
-        """The process is about to be ended, from the watchdog's thread; there are two seconds to write it down."""
+        """The process is about to be ended; there are two seconds to write it down."""
 
 
 class JobFailure:
@@ -41,16 +43,11 @@ class JobFailure:
     prints its own.
     """
 
-    def __init__(self, *, rank: int = 0, world_size: int = 1, has_launcher: bool = False, hosts_store: bool = False,
-                 first_without_store: int = 1) -> None:
-        self.rank, self.world_size = rank, world_size
-        self.hosts_store = hosts_store
-        self.first_without_store = first_without_store
-        """The rank that speaks when the store has died with its host: the first of those that live elsewhere."""
-        self.heartbeats: Heartbeats | None = None
-        """From when the ranks have met."""
+    def __init__(self, launch: Launch) -> None:
+        self.launch = launch
+        self.heartbeats: Heartbeats | None = None  # until the ranks have met
         self.run: RunRecord | None = None
-        self._launcher = (stop_request().launcher or os.getppid()) if has_launcher else None
+        self._launcher = (stop_request().launcher or os.getppid()) if launch.is_grouped else None
         self._claimed = threading.Lock()  # taken once: this process prints at most one error
         self._another_failed_at: float | None = None
         self._node_token: socket.socket | None = None  # held until the process ends
@@ -67,9 +64,10 @@ class JobFailure:
             return True
         try:
             return self.heartbeats.first_to_fail()
-        except RuntimeError:  # the store died with its host: with torchrun, or with rank 0
-            speaker = 0 if self.launcher_died() else self.first_without_store
-            return self.rank == speaker and self._another_failed_at is None
+        except RuntimeError:  # the store died with its host, torchrun or rank 0: the first rank that lives elsewhere
+            first_elsewhere = self.launch.local_world_size if self.launch.torchrun_hosts_store else 1
+            speaker = 0 if self.launcher_died() else first_elsewhere
+            return self.launch.rank == speaker and self._another_failed_at is None
 
     def claim_in_this_process(self) -> bool:
         """Whether this process has not printed an error yet, whatever the others do: they may be out of reach."""
@@ -109,13 +107,13 @@ class JobFailure:
 
     def linger(self) -> None:
         """After an error, where this process hosts the store: keep it until the others know which rank failed first."""
-        if self.heartbeats is None or not self.hosts_store or not self.heartbeats.has_left:
+        if self.heartbeats is None or not self.launch.hosts_store or not self.heartbeats.has_left:
             return
         before, began = self.heartbeats.last(), time.monotonic()
         while time.monotonic() - began < LINGER_SECONDS:
             last = self.heartbeats.last()
             silent = self.heartbeats.silent_since(before) if time.monotonic() - began > LINGER_SECONDS / 2 else []
-            others = [rank for rank in range(self.world_size) if rank != self.rank and rank not in silent]
+            others = set(range(self.launch.world_size)) - {self.launch.rank, *silent}
             if all(rank in last and last[rank][2] == "left" for rank in others):
                 return
             time.sleep(0.1)
@@ -125,12 +123,13 @@ class JobFailure:
         if self.heartbeats is None or not self.heartbeats.anyone_failed() or self._claimed.locked():
             return
         self._another_failed_at = self._another_failed_at or time.monotonic()
-        if time.monotonic() - self._another_failed_at > LEAVE_SECONDS + (LINGER_SECONDS if self.hosts_store else 0):
+        allowed = LEAVE_SECONDS + (LINGER_SECONDS if self.launch.hosts_store else 0)
+        if time.monotonic() - self._another_failed_at > allowed:
             self.end("ERROR distributed: another rank has failed", step=step)
 
     def end_without_launcher(self, *, step: int) -> NoReturn:
         """End the process, whose launcher has died, so that no orphan keeps a GPU; rank 0 speaks."""
-        speaks = self.rank == 0 and self.claim_in_this_process()
+        speaks = self.launch.rank == 0 and self.claim_in_this_process()
         self.end(self._launcher_line(step), step=step, speaks=speaks)
 
     def end(self, line: str, *, step: int, speaks: bool = False, stuck: Sequence[int] = ()) -> NoReturn:
@@ -152,14 +151,18 @@ class JobFailure:
         """The line for a collective that failed because some rank is gone: names those without a heartbeat."""
         if self.launcher_died():
             return self._launcher_line(step)
-        silent = self.heartbeats.silent_after_a_while() if self.heartbeats is not None else []
+        silent = []
+        if self.heartbeats is not None:
+            before = self.heartbeats.last()
+            time.sleep(STALE_SECONDS)
+            silent = self.heartbeats.silent_since(before)
         who = f"rank {', '.join(map(str, silent))}" if silent else "another rank"
-        return (f"ERROR distributed: {who} of {self.world_size}: exited silently at about step {step}; "
+        return (f"ERROR distributed: {who} of {self.launch.world_size}: exited silently at about step {step}; "
                 f"see its output above or the system log (killed, out of memory?), then start the same command again")
 
     def _launcher_line(self, step: int) -> str:
-        return (f"ERROR distributed: rank {self.rank} of {self.world_size}: its launcher died at step {step}; "
-                f"start the same command again")
+        return (f"ERROR distributed: rank {self.launch.rank} of {self.launch.world_size}: its launcher died at step "
+                f"{step}; start the same command again")
 
 
 @contextlib.contextmanager

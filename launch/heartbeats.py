@@ -9,28 +9,23 @@ import os
 import signal
 import socket
 import threading
-import time
 from collections.abc import Sequence
 from contextlib import suppress
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import torch.distributed as dist
 
 from launch.launcher import parent_of
-
-if TYPE_CHECKING:
-    import torch.distributed as dist
-
-STALE_SECONDS = 1.3  # a live rank has sent another heartbeat by then
 
 
 class Heartbeats:
     """One rank's view. Every method may raise RuntimeError, when the store has died with its host."""
 
-    def __init__(self, store: "dist.Store", *, rank: int, world_size: int) -> None:
+    def __init__(self, store: dist.Store, *, rank: int, world_size: int) -> None:
         self.store = store.clone()  # pyright: ignore[reportAttributeAccessIssue]: a connection of its own
         self.rank, self.world_size = rank, world_size
         self._num_sent = 0
-        self.has_left = False
-        """Whether this rank ends of its own will, after an error."""
+        self.has_left = False  # of its own will, after an error
         self._sending = threading.Lock()  # the main thread says that it leaves, while another sends heartbeats
         self._me = [socket.gethostname(), os.getpid(), os.getppid()]
 
@@ -72,12 +67,6 @@ class Heartbeats:
             return [0] if self.rank else []  # the store's host
         return [rank for rank in range(self.world_size) if rank != self.rank
                 and (rank not in now or (now[rank] == before.get(rank) and now[rank][2] != "left"))]
-
-    def silent_after_a_while(self) -> list[int]:
-        """Ranks whose heartbeat does not change for a while."""
-        before = self.last()
-        time.sleep(STALE_SECONDS)
-        return self.silent_since(before)
 
     def kill_siblings(self, ranks: Sequence[int]) -> None:
         """SIGKILL those of the ranks that run on this host under the same launcher: they cannot end by themselves."""

@@ -41,7 +41,7 @@ def address_among(hosts: Iterable[str]) -> str | None:
     found = None
     for host in hosts:
         address = address_towards(host)
-        if address is not None and not is_loopback(address):
+        if address is not None and not address.startswith("127."):
             return address
         found = found or address
     return found
@@ -63,11 +63,6 @@ def interface_address(name: str) -> str | None:
         except OSError:
             return None
     return socket.inet_ntoa(packed[20:24])
-
-
-def is_loopback(address: str) -> bool:
-    """Whether an IPv4 address means the machine itself."""
-    return address.startswith("127.")
 
 
 def connect_problem(address: str, port: int, *, timeout_seconds: float = 5.0) -> str:
@@ -96,9 +91,6 @@ def check_paths(store: "dist.Store", launch: Launch) -> None:
     """Let every rank open a port on its interface and connect to that of the next; all raise what one rank finds.
 
     Costs one connection and a few store entries per rank. One node needs no check.
-
-    Raises:
-        DistributedError: on every rank, saying which host cannot reach which address, port and interface.
     """
     name = os.environ.get("GLOO_SOCKET_IFNAME", "").partition(",")[0]
     if launch.local_world_size == launch.world_size or not name:
@@ -126,7 +118,7 @@ def own_problem(name: str) -> str:
     if address is None:
         names = ", ".join(name for _, name in socket.if_nameindex())
         return f"{host} has no interface {name} with an IPv4 address (it has {names})"
-    return f"{host} cannot be reached by other nodes at {address}" if is_loopback(address) else ""
+    return f"{host} cannot be reached by other nodes at {address}" if address.startswith("127.") else ""
 
 
 def problem_with_next(store: "dist.Store", launch: Launch) -> str:

@@ -27,7 +27,7 @@ if not __package__:
 
 from launch.errors import EXIT_DONE, DistributedError, to_stderr
 from launch.launcher import host_names, parent_of, threads_per_rank
-from launch.network import address_among, connect_problem, interface_of, is_loopback
+from launch.network import address_among, connect_problem, interface_of
 from launch.stop import SIGNALS, signals_flag
 
 ARRIVAL_SECONDS = 60  # for the slowest node; srun starts them together
@@ -52,8 +52,9 @@ def main() -> int:
             to_stderr(explain(error, options.rendezvous, node, address))
             return DistributedError.exit_code
     is_host = node == 0 if options.nodes.isdigit() else host == options.me
-    shown = options.me if address is None or is_loopback(address) else address  # others know a name as something else
-    return supervise([sys.executable, "-m", "torch.distributed.run", *torchrun_flags(options, shown, is_host),
+    if address is None or address.startswith("127."):
+        address = options.me  # which the other nodes know as something else
+    return supervise([sys.executable, "-m", "torch.distributed.run", *torchrun_flags(options, address, is_host),
                       *options.command], environment_for(options.command), host, int(port))
 
 
@@ -96,11 +97,7 @@ def environment_for(words: list[str]) -> dict[str, str]:
 
 
 def wait_as_host(port: int, *, num_nodes: int, token: str) -> None:
-    """Wait for a connection from every other node, then tell them all to start. Grows with the number of nodes.
-
-    Raises:
-        OSError: if not all come within a minute, or the port is taken; else it is free again afterwards.
-    """
+    """Wait for a connection from every other node, then tell them all to start. Grows with the number of nodes."""
     deadline = time.monotonic() + ARRIVAL_SECONDS
     arrived: dict[str, socket.socket] = {}
     with socket.create_server(("", port), backlog=num_nodes) as server:
@@ -126,11 +123,7 @@ def wait_as_host(port: int, *, num_nodes: int, token: str) -> None:
 
 
 def wait_for_host(host: str, port: int, *, line: bytes) -> None:
-    """Connect to the first node and wait until it says `go`; tries again, as that node may start later.
-
-    Raises:
-        OSError: if it does not within a minute.
-    """
+    """Connect to the first node, which may start later, and wait until it says `go`; OSError after a minute."""
     deadline = time.monotonic() + ARRIVAL_SECONDS
     while True:
         try:
@@ -190,7 +183,8 @@ def supervise(command: list[str], environment: dict[str, str], host: str, port: 
         with contextlib.suppress(subprocess.TimeoutExpired):
             code = process.wait(LOOK_SECONDS)
             return code if code >= EXIT_DONE else 128 - code  # a signal's number, as a shell reports it
-        if has_children(process.pid) or not unreachable(host, port):
+        refused = os.strerror(errno.ECONNREFUSED)  # a port that is closed is an answer
+        if has_children(process.pid) or connect_problem(host, port) in ("", refused):
             useful_at = time.monotonic()
         elif time.monotonic() - useful_at > CUT_OFF_SECONDS:
             to_stderr(f"{socket.gethostname()}: cut off from {host}:{port}, its ranks have ended; torchrun ended too")
@@ -200,11 +194,6 @@ def supervise(command: list[str], environment: dict[str, str], host: str, port: 
 def has_children(pid: int) -> bool:
     """Whether a process has started others that live; torchrun, while it waits, does not collect those that ended."""
     return any(parent_of(int(entry.name)) == pid for entry in Path("/proc").glob("[0-9]*"))
-
-
-def unreachable(host: str, port: int) -> bool:
-    """Whether nothing at all comes back from there; a port that is closed is an answer."""
-    return connect_problem(host, port) not in ("", os.strerror(errno.ECONNREFUSED))
 
 
 if __name__ == "__main__":

@@ -65,9 +65,7 @@ def process_group(backend: str = "auto", *, device: str = "auto", timeout_second
         DistributedError: if the ranks do not all arrive within a minute.
     """
     launch = read_launch()
-    failure = JobFailure(
-        rank=launch.rank, world_size=launch.world_size, has_launcher=launch.is_grouped, hosts_store=launch.hosts_store,
-        first_without_store=launch.local_world_size if launch.torchrun_hosts_store else 1)
+    failure = JobFailure(launch)
     watchdog = Watchdog(failure, timeout_seconds=timeout_seconds)
     watchdog.start()  # before the ranks meet: their launcher may die meanwhile
     try:
@@ -95,11 +93,7 @@ def process_group(backend: str = "auto", *, device: str = "auto", timeout_second
 
 def prepare(launch: Launch, watchdog: Watchdog, backend: str, *, device: str, threads: int | None,
             deterministic: bool) -> World:
-    """Choose this rank's device, threads and backend, and set torch up for them.
-
-    Raises:
-        DeviceError: for a device or backend that is not here.
-    """
+    """Choose this rank's device, threads and backend, and set torch up for them."""
     chosen = choose_device(device, launch)
     num_threads = choose_threads(threads, launch)
     torch.set_num_threads(num_threads)

@@ -31,25 +31,17 @@ def meet(launch: Launch, timeout_seconds: float) -> dist.Store:
     choose_interface(launch)
     wait_seconds = min(RENDEZVOUS_SECONDS, timeout_seconds)
     try:
-        return wait_for_all(connect(launch, wait_seconds), launch, wait_seconds)
+        if not launch.hosts_store:  # the process that hosts it may start later than this one
+            wait_for_port(launch, wait_seconds)
+        store = dist.TCPStore(launch.address, launch.port, is_master=launch.hosts_store, wait_for_workers=False,
+                              timeout=timedelta(seconds=wait_seconds))
+        return wait_for_all(store, launch, wait_seconds)
     except (RuntimeError, OSError) as error:  # torch's DistError and its kin
         raise DistributedError(
             f"{described(launch)}: not all ranks met within {wait_seconds:.0f} s ({first_line(error)}); check that "
             f"every rank was started, that the port is free (MASTER_PORT) and that every node can reach that host, or "
             f"set GLOO_SOCKET_IFNAME"
         ) from None
-
-
-def connect(launch: Launch, wait_seconds: float) -> dist.Store:
-    """A client of the store; the process that hosts it may start later than this one.
-
-    Raises:
-        RuntimeError, OSError: if it cannot be reached, or the port is taken.
-    """
-    if not launch.hosts_store:
-        wait_for_port(launch, wait_seconds)
-    return dist.TCPStore(launch.address, launch.port, is_master=launch.hosts_store, wait_for_workers=False,
-                         timeout=timedelta(seconds=wait_seconds))
 
 
 def wait_for_port(launch: Launch, wait_seconds: float) -> None:
@@ -68,11 +60,7 @@ def wait_for_port(launch: Launch, wait_seconds: float) -> None:
 
 
 def wait_for_all(store: dist.Store, launch: Launch, wait_seconds: float) -> dist.Store:
-    """The part of the store that belongs to this start of the job: torchrun's outlives its ranks.
-
-    Raises:
-        RuntimeError: if not all ranks arrive, naming some that did not.
-    """
+    """The part of the store that belongs to this start of the job; RuntimeError names ranks that did not arrive."""
     # only torchrun's store outlives its ranks; each node counts its own restarts, so that one that joins late differs
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") if launch.torchrun_hosts_store else "0"
     shared = dist.PrefixStore(f"trainers/{attempt}", store)

@@ -9,18 +9,19 @@ whose cable was pulled. How the process then ends is failure.py's.
 
 import contextlib
 import faulthandler
+import math
 import sys
 import threading
 import time
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import torch.distributed as dist
 
 from launch.failure import JobFailure, RunRecord
 from launch.heartbeats import Heartbeats
+from launch.launcher import Launch
 from launch.stop import stop_request
-
-if TYPE_CHECKING:
-    import torch.distributed as dist
 
 TICK_SECONDS = 0.5
 SILENT_SECONDS = 15.0  # beyond the timeout, for the store to answer: its connection itself gives up after 15 minutes
@@ -31,15 +32,15 @@ class Watchdog:
     """Heartbeats and hang detection; a single process, which has no store, is only watched for its launcher's death."""
 
     def __init__(self, failure: JobFailure | None = None, *, timeout_seconds: float = 300) -> None:
-        self.failure = failure or JobFailure()
-        self.rank, self.world_size = self.failure.rank, self.failure.world_size
+        self.failure = failure or JobFailure(Launch())
+        self.rank, self.world_size = self.failure.launch.rank, self.failure.launch.world_size
         self.timeout_seconds = timeout_seconds
         self.step, self.phase = 0, "start"
         self._changed_at = time.monotonic()
         self._before: dict[int, list[Any]] | None = None  # heartbeats at half of the timeout
         self._stopping = threading.Event()
         self._threads: list[threading.Thread] = []
-        self._answered_at: float | None = None  # when the store last did
+        self._answered_at = math.inf  # when the store last did; before there is one, never too long ago
 
     def mark(self, phase: str, step: int | None = None) -> None:
         """The training loop is alive, and in this phase of that step (by default the last one that was named)."""
@@ -50,7 +51,7 @@ class Watchdog:
         """Keep `run` told that this process lives, and why it was ended if a thread here has to end it."""
         self.failure.run = run
 
-    def start(self, store: "dist.Store | None" = None) -> None:
+    def start(self, store: dist.Store | None = None) -> None:
         """Begin to watch; again with a store when there is one. It is used through a connection of its own."""
         self.mark(self.phase)
         if not self._threads:
@@ -78,10 +79,12 @@ class Watchdog:
                 self.failure.end_without_launcher(step=self.step)
             if self.failure.run is not None:
                 self.failure.run.beat()
-            if self._answered_at is not None:
-                silent_seconds = time.monotonic() - self._answered_at
-                if silent_seconds > self.timeout_seconds + SILENT_SECONDS:
-                    self._end_without_the_store(silent_seconds)
+            seconds = time.monotonic() - self._answered_at
+            if seconds > self.timeout_seconds + SILENT_SECONDS:
+                line = (f"ERROR distributed: rank {self.rank} of {self.world_size}: the host of the rendezvous has not "
+                        f"answered for {seconds:.0f} s at step {self.step}; look at the network, then start the same "
+                        f"command again")
+                self.failure.end(line, step=self.step, speaks=self.failure.claim_in_this_process())
 
     def _talk(self, heartbeats: Heartbeats) -> None:
         interval = TICK_SECONDS * max(1.0, self.world_size / 64)  # what the store must serve does not grow with W
@@ -92,12 +95,6 @@ class Watchdog:
             if self.world_size > 1:
                 self._check_progress(heartbeats)
             self._answered_at = time.monotonic()
-
-    def _end_without_the_store(self, seconds: float) -> None:
-        line = (f"ERROR distributed: rank {self.rank} of {self.world_size}: the host of the rendezvous has not "
-                f"answered for {seconds:.0f} s at step {self.step}; look at the network, then start the same command "
-                f"again")
-        self.failure.end(line, step=self.step, speaks=self.failure.claim_in_this_process())
 
     def _beat(self, heartbeats: Heartbeats) -> None:
         """Send a heartbeat; pass a stop request on, or take it over; leave some time after another rank's error."""

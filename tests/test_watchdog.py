@@ -9,7 +9,7 @@ import torch.distributed as dist
 
 from launch.failure import JobFailure
 from launch.heartbeats import Heartbeats
-from launch.launcher import parent_of
+from launch.launcher import Launch, parent_of
 from launch.watchdog import Watchdog
 from tests.helpers.server import free_port
 
@@ -24,7 +24,7 @@ def store() -> dist.Store:
 
 
 def test_only_the_first_rank_to_fail_speaks_and_only_once(store: dist.Store) -> None:
-    first, second = (JobFailure(rank=rank, world_size=2) for rank in range(2))
+    first, second = (JobFailure(Launch(rank=rank, world_size=2)) for rank in range(2))
     first.heartbeats = Heartbeats(store, rank=0, world_size=2)
     second.heartbeats = Heartbeats(store, rank=1, world_size=2)
     assert second.claim_error_line()
@@ -33,7 +33,7 @@ def test_only_the_first_rank_to_fail_speaks_and_only_once(store: dist.Store) -> 
 
 
 def test_without_a_store_a_process_speaks_once() -> None:
-    failure = JobFailure()
+    failure = JobFailure(Launch())
     assert [failure.claim_error_line() for _ in range(2)] == [True, False]
 
 
@@ -42,10 +42,11 @@ def test_when_the_store_has_died_the_first_rank_that_lives_elsewhere_speaks() ->
         def first_to_fail(self) -> bool:
             raise RuntimeError("Connection reset by peer")
 
-    failures = [JobFailure(rank=rank, world_size=8, first_without_store=4) for rank in range(8)]
+    failures = [JobFailure(Launch(rank=rank, world_size=8, local_world_size=4, torchrun_hosts_store=True))
+                for rank in range(8)]
     for failure in failures:
         failure.heartbeats = Dead()  # pyright: ignore[reportAttributeAccessIssue]
-    assert [failure.rank for failure in failures if failure.claim_error_line()] == [4]
+    assert [failure.launch.rank for failure in failures if failure.claim_error_line()] == [4]
 
 
 def test_a_rank_that_sends_nothing_unreachable_and_one_that_has_left_is_not(store: dist.Store) -> None:
@@ -91,7 +92,7 @@ def test_the_thread_ends_when_it_is_told_to(store: dist.Store) -> None:
 
 def test_a_node_has_one_speaker_where_the_store_cannot_be_reached() -> None:
     port = free_port()
-    first, second = JobFailure(rank=0, world_size=2), JobFailure(rank=1, world_size=2)
+    first, second = (JobFailure(Launch(rank=rank, world_size=2)) for rank in range(2))
     assert first.claim_on_this_node(port)
     assert not second.claim_on_this_node(port)
     assert first._node_token is not None
