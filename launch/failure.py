@@ -96,7 +96,7 @@ class JobFailure:
         with exit_after(AGREE_SECONDS, code):
             first = self.claim_error_line()
             if first and isinstance(known, LostPeer):
-                to_stderr(self._lost_peer_line(step))
+                to_stderr(self._lost_line(step))
             elif first and (line := user_line(known)) is not None:
                 to_stderr(line)
             if self.heartbeats is not None:
@@ -130,7 +130,7 @@ class JobFailure:
     def end_without_launcher(self, *, step: int) -> NoReturn:
         """End the process, whose launcher has died, so that no orphan keeps a GPU; rank 0 speaks."""
         speaks = self.launch.rank == 0 and self.claim_in_this_process()
-        self.end(self._launcher_line(step), step=step, speaks=speaks)
+        self.end(self._lost_line(step), step=step, speaks=speaks)
 
     def end(self, line: str, *, step: int, speaks: bool = False, stuck: Sequence[int] = ()) -> NoReturn:
         """End the process from the watchdog's thread: the main one waits for something that may never come.
@@ -147,10 +147,11 @@ class JobFailure:
             writing.join(2)  # a file system that hangs must not keep the process
         os._exit(DistributedError.exit_code)
 
-    def _lost_peer_line(self, step: int) -> str:
-        """The line for a collective that failed because some rank is gone: names those without a heartbeat."""
+    def _lost_line(self, step: int) -> str:
+        """What this rank has lost: its launcher, or else other ranks; names those without a heartbeat."""
         if self.launcher_died():
-            return self._launcher_line(step)
+            return (f"ERROR distributed: rank {self.launch.rank} of {self.launch.world_size}: its launcher died at "
+                    f"step {step}; start the same command again")
         silent = []
         if self.heartbeats is not None:
             before = self.heartbeats.last()
@@ -159,10 +160,6 @@ class JobFailure:
         who = f"rank {', '.join(map(str, silent))}" if silent else "another rank"
         return (f"ERROR distributed: {who} of {self.launch.world_size}: exited silently at about step {step}; "
                 f"see its output above or the system log (killed, out of memory?), then start the same command again")
-
-    def _launcher_line(self, step: int) -> str:
-        return (f"ERROR distributed: rank {self.launch.rank} of {self.launch.world_size}: its launcher died at step "
-                f"{step}; start the same command again")
 
 
 @contextlib.contextmanager

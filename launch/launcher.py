@@ -103,11 +103,7 @@ def per_node_counts(text: str) -> list[int]:
 
 
 def host_names(node_list: str) -> list[str]:
-    """The hosts of a Slurm node list: `gpu[03-05,9],login` gives gpu03, gpu04, gpu05, gpu9 and login.
-
-    Raises:
-        ValueError: if it is no such list.
-    """
+    """The hosts of a Slurm node list: `gpu[03-05,9],login` gives gpu03, gpu04, gpu05, gpu9 and login."""
     names = []
     for part in re.split(r",(?![^\[]*\])", node_list):
         brackets = re.search(r"\[([^\]]*)\]", part)
@@ -134,14 +130,12 @@ def usable_cores() -> int:
         return cores
 
 
-def choose_threads(threads: int | None, launch: Launch, environ: Mapping[str, str] = os.environ) -> int:
-    """Threads per rank: `--threads`, else the user's OMP_NUM_THREADS, else the usable cores shared by the node's ranks.
+def choose_threads(launch: Launch, environ: Mapping[str, str] = os.environ) -> int:
+    """Threads per rank without --threads: the user's OMP_NUM_THREADS, else the usable cores shared by the node's ranks.
 
     torchrun sets OMP_NUM_THREADS=1 for its ranks when the user set nothing, which would leave most of a CPU node
     idle; the environment torchrun itself was started with tells the two apart.
     """
-    if threads is not None:
-        return threads
     asked = environ.get("OMP_NUM_THREADS", "")
     if asked.isdigit() and int(asked) > 0 and not (launch.launcher == "torchrun" and asked == "1" and not users_omp()):
         return int(asked)

@@ -1,8 +1,7 @@
-"""What this machine offers a rank: its device and backend, torch's settings for them, and a record of all that."""
+"""What this machine offers a rank: its device, backend and memory, and a record of all that."""
 
 import contextlib
 import ctypes
-import os
 import platform
 import re
 import socket
@@ -42,11 +41,7 @@ def choose_device(device: str, launch: Launch) -> torch.device:
 
 
 def choose_backend(backend: str, device: torch.device) -> str:
-    """nccl on CUDA and gloo on the CPU, unless a backend is named.
-
-    Raises:
-        DeviceError: if NCCL is asked for and cannot work here.
-    """
+    """nccl on CUDA and gloo on the CPU, unless a backend is named; DeviceError if that is NCCL and cannot work here."""
     if backend == "auto":
         return "nccl" if device.type == "cuda" else "gloo"
     if backend == "nccl" and (device.type != "cuda" or not dist.is_nccl_available()):
@@ -60,13 +55,6 @@ def keep_freed_memory() -> None:
         mallopt = ctypes.CDLL("libc.so.6").mallopt
         mallopt(-4, 0)  # M_MMAP_MAX: no separate mapping for a large block
         mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
-
-
-def use_deterministic_kernels() -> None:
-    """Refuse kernels whose result changes from run to run. cuBLAS reads its variable when CUDA is first used."""
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    torch.use_deterministic_algorithms(True)
-    torch.backends.cudnn.benchmark = False
 
 
 def environment_record() -> dict[str, Any]:

@@ -1,21 +1,12 @@
-"""Which network interface leads to the other nodes: gloo is told, and every rank tries its path to the next rank."""
+"""Which network interface leads to the other nodes: gloo is told."""
 
 import fcntl
 import os
 import socket
 import struct
-import time
 from collections.abc import Iterable
-from contextlib import suppress
-from typing import TYPE_CHECKING
 
-from launch.errors import DistributedError
 from launch.launcher import Launch
-
-if TYPE_CHECKING:
-    import torch.distributed as dist
-
-PATHS_SECONDS = 20  # for all ranks to have tried; they have all met a moment before
 
 SIOCGIFADDR = 0x8915  # linux/sockios.h: the address of an interface
 
@@ -65,10 +56,10 @@ def interface_address(name: str) -> str | None:
     return socket.inet_ntoa(packed[20:24])
 
 
-def connect_problem(address: str, port: int, *, timeout_seconds: float = 5.0) -> str:
+def connect_problem(address: str, port: int) -> str:
     """Why no connection to that address and port can be made; empty if it can."""
     try:
-        socket.create_connection((address, port), timeout=timeout_seconds).close()
+        socket.create_connection((address, port), timeout=5.0).close()
     except OSError as error:
         return error.strerror or str(error)
     return ""
@@ -85,57 +76,3 @@ def choose_interface(launch: Launch) -> None:
         os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     elif name := interface_of(address_among([launch.address, launch.peer or launch.address])):
         os.environ["GLOO_SOCKET_IFNAME"] = name
-
-
-def check_paths(store: "dist.Store", launch: Launch) -> None:
-    """Let every rank open a port on its interface and connect to that of the next; all raise what one rank finds.
-
-    Costs one connection and a few store entries per rank. One node needs no check.
-    """
-    name = os.environ.get("GLOO_SOCKET_IFNAME", "").partition(",")[0]
-    if launch.local_world_size == launch.world_size or not name:
-        return
-    with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as listener:
-        problem, path = own_problem(name), ""
-        if not problem:
-            listener.bind((interface_address(name), 0))
-            listener.listen(8)  # nothing accepts: that the kernel completes the connection is what is asked
-            address, port = listener.getsockname()
-            path = f"{socket.gethostname()} {address} {port} {name}"
-        store.set(f"path/{launch.rank}", path)
-        problem = problem or problem_with_next(store, launch)
-        if problem or store.add("reached", 1) == launch.world_size:
-            store.set("paths", problem)  # what all wait for: the last rank says that all is well, any that it is not
-        verdict = wait_for(store, "paths", PATHS_SECONDS + 5)
-    if verdict:
-        raise DistributedError(f"{launch.address}:{launch.port}, interface {name}: {verdict}; set GLOO_SOCKET_IFNAME "
-                               f"to the interface that joins the nodes")
-
-
-def own_problem(name: str) -> str:
-    """What is wrong with this rank's own interface; empty if nothing is."""
-    host, address = socket.gethostname(), interface_address(name)
-    if address is None:
-        names = ", ".join(name for _, name in socket.if_nameindex())
-        return f"{host} has no interface {name} with an IPv4 address (it has {names})"
-    return f"{host} cannot be reached by other nodes at {address}" if address.startswith("127.") else ""
-
-
-def problem_with_next(store: "dist.Store", launch: Launch) -> str:
-    """Why this rank cannot connect to the next; empty if it can."""
-    told = wait_for(store, f"path/{(launch.rank + 1) % launch.world_size}", PATHS_SECONDS)
-    with suppress(ValueError):
-        host, address, port, name = told.split()
-        reason = connect_problem(address, int(port))
-        return reason and f"{socket.gethostname()} cannot connect to {host} at {address}:{port} ({name}): {reason}"
-    return told  # that there is no answer; or nothing, from a rank that says itself what is wrong
-
-
-def wait_for(store: "dist.Store", key: str, seconds: float) -> str:
-    """The value of a key once it is there; after too long, a sentence that it is not."""
-    deadline = time.monotonic() + seconds
-    while not store.check([key]):
-        if time.monotonic() > deadline:
-            return f"no answer ({key}) within {seconds:.0f} s"
-        time.sleep(0.02)
-    return store.get(key).decode()

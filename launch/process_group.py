@@ -8,6 +8,7 @@ meet at MASTER_ADDR:MASTER_PORT, and the group is taken down again however the b
 """
 
 import contextlib
+import os
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -20,9 +21,8 @@ import torch.distributed as dist
 from launch.errors import DistributedError, first_line, is_users
 from launch.failure import JobFailure, exit_after
 from launch.launcher import Launch, choose_threads, read_launch
-from launch.machine import choose_backend, choose_device, keep_freed_memory, use_deterministic_kernels
-from launch.network import check_paths
-from launch.rendezvous import RENDEZVOUS_SECONDS, described, meet
+from launch.machine import choose_backend, choose_device, keep_freed_memory
+from launch.rendezvous import RENDEZVOUS_SECONDS, check_paths, described, meet
 from launch.watchdog import Watchdog
 
 T = TypeVar("T")
@@ -38,7 +38,6 @@ class World(Launch):
     backend: str | None = None
     """gloo, nccl, or None where there is no process group."""
     threads: int = 1
-    """Threads that this rank computes with."""
     watchdog: Watchdog = field(default_factory=Watchdog)
 
     @property
@@ -95,10 +94,12 @@ def prepare(launch: Launch, watchdog: Watchdog, backend: str, *, device: str, th
             deterministic: bool) -> World:
     """Choose this rank's device, threads and backend, and set torch up for them."""
     chosen = choose_device(device, launch)
-    num_threads = choose_threads(threads, launch)
+    num_threads = choose_threads(launch) if threads is None else threads
     torch.set_num_threads(num_threads)
     if deterministic:
-        use_deterministic_kernels()
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it when CUDA is first used
+        torch.use_deterministic_algorithms(True)
+        torch.backends.cudnn.benchmark = False
     if chosen.type == "cpu":
         keep_freed_memory()
     else:
@@ -163,11 +164,7 @@ def gather(world: World, value: T) -> list[T]:
 
 
 def time_all_reduce(world: World, *, num_bytes: int, device: torch.device, backend: str) -> float:
-    """Seconds that an all_reduce of that size takes in a group of its own; a first one, which connects, is left out.
-
-    Raises:
-        DistributedError: if the sum is wrong.
-    """
+    """Seconds that an all_reduce of that size takes in a group of its own; a first one, which connects, is left out."""
     group: Any = dist.new_group(backend=backend, timeout=timedelta(seconds=RENDEZVOUS_SECONDS))
     seconds = 0.0
     for _ in range(2):

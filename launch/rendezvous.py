@@ -1,18 +1,20 @@
-"""How the ranks find each other: the key-value store at MASTER_ADDR:MASTER_PORT, and the interface gloo listens on."""
+"""How the ranks find each other: the key-value store at MASTER_ADDR:MASTER_PORT, and a path from each to the next."""
 
 import os
 import socket
 import time
+from contextlib import suppress
 from datetime import timedelta
 
 import torch.distributed as dist
 
 from launch.errors import DistributedError, first_line
 from launch.launcher import Launch
-from launch.network import choose_interface
+from launch.network import choose_interface, connect_problem, interface_address
 from launch.stop import Stopped, stop_request
 
 RENDEZVOUS_SECONDS = 60  # for all ranks to have started; torchrun or srun starts them together
+PATHS_SECONDS = 20  # for all ranks to have tried their paths; they have all met a moment before
 STOP_SECONDS = 5  # for which a rank that was asked to stop waits for the others, so that all stop together
 
 
@@ -23,11 +25,7 @@ def described(launch: Launch) -> str:
 
 
 def meet(launch: Launch, timeout_seconds: float) -> dist.Store:
-    """The key-value store that every rank can reach, once all ranks have reached it.
-
-    Raises:
-        DistributedError: if they do not within a minute.
-    """
+    """The key-value store that every rank can reach, once all have reached it; DistributedError after a minute."""
     choose_interface(launch)
     wait_seconds = min(RENDEZVOUS_SECONDS, timeout_seconds)
     try:
@@ -82,3 +80,57 @@ def leave_if_stopped(waited_seconds: float) -> None:
     """A stop while ranks are still awaited: there is nothing to save, and they may never come."""
     if stop_request() and waited_seconds > STOP_SECONDS:
         raise Stopped(stop_request().reason)
+
+
+def check_paths(store: dist.Store, launch: Launch) -> None:
+    """Let every rank open a port on its interface and connect to that of the next; all raise what one rank finds.
+
+    Costs one connection and a few store entries per rank. One node needs no check.
+    """
+    name = os.environ.get("GLOO_SOCKET_IFNAME", "").partition(",")[0]
+    if launch.local_world_size == launch.world_size or not name:
+        return
+    with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as listener:
+        problem, path = own_problem(name), ""
+        if not problem:
+            listener.bind((interface_address(name), 0))
+            listener.listen(8)  # nothing accepts: that the kernel completes the connection is what is asked
+            address, port = listener.getsockname()
+            path = f"{socket.gethostname()} {address} {port} {name}"
+        store.set(f"path/{launch.rank}", path)
+        problem = problem or problem_with_next(store, launch)
+        if problem or store.add("reached", 1) == launch.world_size:
+            store.set("paths", problem)  # what all wait for: the last rank says that all is well, any that it is not
+        verdict = wait_for(store, "paths", PATHS_SECONDS + 5)
+    if verdict:
+        raise DistributedError(f"{launch.address}:{launch.port}, interface {name}: {verdict}; set GLOO_SOCKET_IFNAME "
+                               f"to the interface that joins the nodes")
+
+
+def own_problem(name: str) -> str:
+    """What is wrong with this rank's own interface; empty if nothing is."""
+    host, address = socket.gethostname(), interface_address(name)
+    if address is None:
+        names = ", ".join(name for _, name in socket.if_nameindex())
+        return f"{host} has no interface {name} with an IPv4 address (it has {names})"
+    return f"{host} cannot be reached by other nodes at {address}" if address.startswith("127.") else ""
+
+
+def problem_with_next(store: dist.Store, launch: Launch) -> str:
+    """Why this rank cannot connect to the next; empty if it can."""
+    told = wait_for(store, f"path/{(launch.rank + 1) % launch.world_size}", PATHS_SECONDS)
+    with suppress(ValueError):
+        host, address, port, name = told.split()
+        reason = connect_problem(address, int(port))
+        return reason and f"{socket.gethostname()} cannot connect to {host} at {address}:{port} ({name}): {reason}"
+    return told  # that there is no answer; or nothing, from a rank that says itself what is wrong
+
+
+def wait_for(store: dist.Store, key: str, seconds: float) -> str:
+    """The value of a key once it is there; after too long, a sentence that it is not."""
+    deadline = time.monotonic() + seconds
+    while not store.check([key]):
+        if time.monotonic() > deadline:
+            return f"no answer ({key}) within {seconds:.0f} s"
+        time.sleep(0.02)
+    return store.get(key).decode()

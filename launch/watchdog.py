@@ -40,7 +40,7 @@ class Watchdog:
         self._before: dict[int, list[Any]] | None = None  # heartbeats at half of the timeout
         self._stopping = threading.Event()
         self._threads: list[threading.Thread] = []
-        self._answered_at = math.inf  # when the store last did; before there is one, never too long ago
+        self._answered_at = math.inf  # when the store last did; inf until there is one
 
     def mark(self, phase: str, step: int | None = None) -> None:
         """The training loop is alive, and in this phase of that step (by default the last one that was named)."""

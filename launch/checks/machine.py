@@ -98,7 +98,7 @@ def backends_finding() -> Finding:
 
 def cores_finding(launch: Launch) -> Finding:
     """Whether the threads of this node's ranks fit onto the cores that they may use."""
-    cores, threads, ranks = usable_cores(), choose_threads(None, launch), launch.local_world_size
+    cores, threads, ranks = usable_cores(), choose_threads(launch), launch.local_world_size
     text = f"{cores} of {os.cpu_count()} usable; {ranks} rank{'s' * (ranks > 1)} here x {threads} threads"
     return warn_if(ranks * threads > cores, "cores", text,
                    f"set OMP_NUM_THREADS={threads_per_rank(ranks)}, start fewer ranks, or ask the scheduler for more "

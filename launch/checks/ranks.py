@@ -47,7 +47,7 @@ def rank_record(launch: Launch, device: str) -> dict[str, Any]:
     """What the other ranks need to know about this one; `device` is None where it would get none."""
     record: dict[str, Any] = {
         "rank": launch.rank, "local_rank": launch.local_rank, "host": socket.gethostname(), "pid": os.getpid(),
-        "threads": choose_threads(None, launch), "torch": torch.__version__, "code": code_hash(),
+        "threads": choose_threads(launch), "torch": torch.__version__, "code": code_hash(),
         "commit": git_commit(), "device": None, "uuid": None, "problem": None,
     }
     try:
