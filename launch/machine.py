@@ -84,8 +84,7 @@ def gpu_uuid(index: int) -> str:
 
 def processor() -> str:
     """The processor's own name, or just `CPU` where /proc does not tell."""
-    try:
-        found = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
-    except OSError:
-        found = None
-    return " ".join(found[1].split()) if found else "CPU"
+    with contextlib.suppress(OSError):
+        if found := re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE):
+            return " ".join(found[1].split())
+    return "CPU"

@@ -90,13 +90,18 @@ def check_paths(store: dist.Store, launch: Launch) -> None:
     name = os.environ.get("GLOO_SOCKET_IFNAME", "").partition(",")[0]
     if launch.local_world_size == launch.world_size or not name:
         return
+    host, address = socket.gethostname(), interface_address(name)
+    problem = path = ""
     with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as listener:
-        problem, path = own_problem(name), ""
-        if not problem:
-            listener.bind((interface_address(name), 0))
+        if address is None:
+            names = ", ".join(other for _, other in socket.if_nameindex())
+            problem = f"{host} has no interface {name} with an IPv4 address (it has {names})"
+        elif address.startswith("127."):
+            problem = f"{host} cannot be reached by other nodes at {address}"
+        else:
+            listener.bind((address, 0))
             listener.listen(8)  # nothing accepts: that the kernel completes the connection is what is asked
-            address, port = listener.getsockname()
-            path = f"{socket.gethostname()} {address} {port} {name}"
+            path = f"{host} {address} {listener.getsockname()[1]} {name}"
         store.set(f"path/{launch.rank}", path)
         problem = problem or problem_with_next(store, launch)
         if problem or store.add("reached", 1) == launch.world_size:
@@ -105,15 +110,6 @@ def check_paths(store: dist.Store, launch: Launch) -> None:
     if verdict:
         raise DistributedError(f"{launch.address}:{launch.port}, interface {name}: {verdict}; set GLOO_SOCKET_IFNAME "
                                f"to the interface that joins the nodes")
-
-
-def own_problem(name: str) -> str:
-    """What is wrong with this rank's own interface; empty if nothing is."""
-    host, address = socket.gethostname(), interface_address(name)
-    if address is None:
-        names = ", ".join(name for _, name in socket.if_nameindex())
-        return f"{host} has no interface {name} with an IPv4 address (it has {names})"
-    return f"{host} cannot be reached by other nodes at {address}" if address.startswith("127.") else ""
 
 
 def problem_with_next(store: dist.Store, launch: Launch) -> str:
