@@ -78,10 +78,10 @@ def test_every_number_out_of_its_range_is_refused_by_the_name_of_its_flag(config
 
 @pytest.mark.parametrize("config_class", CONFIGS)
 def test_defaults_and_recipes_keep_their_own_rules(config_class: type) -> None:
-    parse(config_class, args=[])
+    assert parse(config_class, args=[]) == config_class()
     for module, of in TRAINERS.values():
         for recipe in module.RECIPES if of is config_class else ():
-            parse(config_class, recipes=module.RECIPES, args=["--recipe", recipe])
+            assert parse(config_class, recipes=module.RECIPES, args=["--recipe", recipe]).recipe == recipe
 
 
 def test_the_last_of_a_repeated_flag_wins() -> None:
@@ -95,7 +95,9 @@ def test_the_last_of_a_repeated_flag_wins() -> None:
 @pytest.mark.parametrize("seed", [-2**63, -1, 2**64 - 1])
 def test_every_seed_that_torch_takes_is_taken(seed: int) -> None:
     import torch
-    torch.manual_seed(parse(TrainConfig, args=[f"--seed={seed}"]).seed)
+    taken = parse(TrainConfig, args=[f"--seed={seed}"]).seed
+    assert taken == seed
+    torch.manual_seed(taken)
 
 
 @pytest.mark.parametrize("text", ["cpu:99999999999", "cpu:1025", "cpu:1+threads=99999", "ddp:2+threads=99999999999"])
