@@ -183,12 +183,16 @@ def supervise(command: list[str], environment: dict[str, str], host: str, port: 
         with contextlib.suppress(subprocess.TimeoutExpired):
             code = process.wait(LOOK_SECONDS)
             return code if code >= EXIT_DONE else 128 - code  # a signal's number, as a shell reports it
-        refused = os.strerror(errno.ECONNREFUSED)  # a port that is closed is an answer
-        if has_children(process.pid) or connect_problem(host, port) in ("", refused):
+        if has_children(process.pid) or not unreachable(host, port):
             useful_at = time.monotonic()
         elif time.monotonic() - useful_at > CUT_OFF_SECONDS:
             to_stderr(f"{socket.gethostname()}: cut off from {host}:{port}, its ranks have ended; torchrun ended too")
             process.kill()
+
+
+def unreachable(host: str, port: int) -> bool:
+    """Whether nothing at all comes back from there; a port that is closed is an answer."""
+    return connect_problem(host, port) not in ("", os.strerror(errno.ECONNREFUSED))
 
 
 def has_children(pid: int) -> bool:

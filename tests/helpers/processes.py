@@ -79,6 +79,18 @@ def members(leader: int) -> list[int]:
     return pids
 
 
+def marked(name: str) -> list[int]:
+    """The live processes in whose environment this variable was when they started."""
+    pids = []
+    for entry in Path("/proc").glob("[0-9]*"):
+        try:
+            if f"{name}=".encode() in (entry / "environ").read_bytes():  # a zombie has none
+                pids.append(int(entry.name))
+        except OSError:
+            continue
+    return pids
+
+
 def kill_session(process: subprocess.Popen[str]) -> None:
     """SIGKILL every process of a session that `start` made, and collect its leader."""
     for pid in members(process.pid):

@@ -20,12 +20,13 @@ import subprocess
 import sys
 import tempfile
 import time
+import uuid
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
 from tests.helpers.hooks import Hook, Hooks, small_data, to_json
-from tests.helpers.processes import ROOT, Ended, environment, members
+from tests.helpers.processes import ROOT, Ended, environment, marked, members
 
 HOOKED = ROOT / "tests" / "helpers" / "hooked.py"
 # Two epochs of ten steps on 600 synthetic images: BatchNorm, dropout and augmentation, checkpoints in mid-epoch.
@@ -103,8 +104,10 @@ def common_server() -> Server:
 class Job:
     """The ranks of one job, or the one process that launches them. As a context manager it leaves nothing behind."""
 
-    def __init__(self, processes: list[Any], out: str | None, err: str | None) -> None:
+    def __init__(self, processes: list[Any], out: str | None, err: str | None, *, mark: str = "") -> None:
         self.processes, self.names, self.began = processes, {"out": out, "err": err}, time.monotonic()
+        self.mark = mark
+        """In the environment of every process, where they are not one group: torchrun's ranks lead their own."""
         self.pids: list[int] = [process.pid for process in processes]
 
     def __enter__(self) -> "Job":
@@ -154,7 +157,7 @@ class Job:
 
     def alive(self) -> list[int]:
         """The live processes of the job, loader workers too (zombies are not alive)."""
-        return members(self.pids[0])
+        return sorted({*members(self.pids[0]), *(marked(self.mark) if self.mark else [])})
 
     def wait_for_line(self, text: str, *, timeout: float = 60) -> None:
         """Until some rank has written that text."""
@@ -206,12 +209,14 @@ def start(trainer: str, *flags: Any, folder: Path, ranks: int | None = None, hoo
     script = HOOKED if hooks else ROOT / "trainers" / f"{trainer}.py"
     launched = [] if launcher == "python" else ["-m", "torch.distributed.run", "--standalone",
                                                 f"--nproc-per-node={ranks}", *options]
+    mark = f"JOB_{uuid.uuid4().hex}"
     with open(str(out), "wb") as out_file, open(str(err), "wb") as err_file:
         process = subprocess.Popen(
             [sys.executable, *launched, str(script), *words], stdin=subprocess.DEVNULL, stdout=out_file,
             stderr=err_file, cwd=folder, start_new_session=True,
-            env=environment(**({"TRAINER": trainer, "HOOKS": to_json(hooks)} if hooks else {}), **variables))
-    return Job([process], out, err)
+            env=environment(**({"TRAINER": trainer, "HOOKS": to_json(hooks)} if hooks else {}),
+                            **variables, **{mark: ""}))
+    return Job([process], out, err, mark=mark)
 
 
 def fork_ranks(trainer: str, flags: list[str], ranks: int | None, hooks: str, variables: dict[str, str], folder: Path,

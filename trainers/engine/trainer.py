@@ -236,3 +236,4 @@ class Trainer:
         self.history.load_state(state["history"], best=state["best"])
         self.sums.restore(state["history"]["running"], self.world)
         self.saved_step = self.step
+        self.world.watchdog.mark("resume", self.step)
