@@ -130,6 +130,8 @@ class JobFailure:
     def end_without_launcher(self, *, step: int) -> NoReturn:
         """End the process, whose launcher has died, so that no orphan keeps a GPU; rank 0 speaks."""
         speaks = self.launch.rank == 0 and self.claim_in_this_process()
+        if self._claimed.locked() and not speaks:
+            time.sleep(2)  # the main thread, whose peer has ended too, has claimed the line and is about to print it
         self.end(self._lost_line(step), step=step, speaks=speaks)
 
     def end(self, line: str, *, step: int, speaks: bool = False, stuck: Sequence[int] = ()) -> NoReturn:
