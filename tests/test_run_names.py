@@ -115,6 +115,7 @@ def test_an_output_folder_that_is_a_file_is_one_line(no_launcher: pytest.MonkeyP
         unnamed_run(tmp_path / "runs", "cifar", "fast")
 
 
+@pytest.mark.slow
 def test_a_restart_by_torchrun_continues_the_unnamed_run(tmp_path: Path) -> None:
     hook = on_first_start(at(13, "data", kill, ranks=[1]))
     with start("cifar", *UNNAMED, "--output-dir", tmp_path / "runs", folder=tmp_path, ranks=2, launcher="torchrun",
@@ -128,6 +129,7 @@ def test_a_restart_by_torchrun_continues_the_unnamed_run(tmp_path: Path) -> None
     assert read_json(folders[0] / "owner.json")["incarnation"] == 2
 
 
+@pytest.mark.slow
 def test_a_second_unnamed_run_by_python_is_another_run(tmp_path: Path) -> None:
     for count in (1, 2):
         finished = run("cifar", *TINY, "--max-steps", 2, "--output-dir", tmp_path)

@@ -31,6 +31,7 @@ def test_the_quickstart_starts_without_torchruns_box_and_with_all_cores(tmp_path
     assert f"world      2 x cpu, {threads_per_rank(2)} threads each" in done.out
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(120)
 def test_a_benchmarked_command_starts_without_torchruns_box(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
@@ -41,6 +42,7 @@ def test_a_benchmarked_command_starts_without_torchruns_box(tmp_path: Path, monk
     assert BOX not in log.read_text()
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(180)
 def test_a_node_starts_without_torchruns_box_and_its_ranks_take_as_many_threads_as_under_torchrun(
         tmp_path: Path) -> None:
