@@ -71,6 +71,7 @@ def test_two_ranks_are_mapped_timed_and_found_to_run_the_same_code(tmp_path: Pat
     assert "25 MiB over gloo" in found["all_reduce"]["text"]
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(120)
 def test_a_rank_that_runs_other_code_is_named(tmp_path: Path):
     finished = execute([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2",
@@ -81,6 +82,7 @@ def test_a_rank_that_runs_other_code_is_named(tmp_path: Path):
     assert "ranks 1: code edited" in found["text"]
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(120)
 def test_ranks_that_never_come_are_a_finding_and_not_a_hang(tmp_path: Path):
     with socket.socket() as free:
