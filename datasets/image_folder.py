@@ -7,19 +7,21 @@ Only names are read here; images/read.py reads the pixels, in loader workers (im
 
 import hashlib
 import os
-from collections.abc import Sequence
-from dataclasses import dataclass
+import unicodedata
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
 from PIL import Image
 from torch import Tensor
-from torchvision.datasets.folder import IMG_EXTENSIONS, make_dataset
 
 from datasets import synthetic
 from datasets.download import move_in_place, temporary_folder
 from datasets.errors import DataError
 from datasets.keyed_random import Purpose, random_bits
+from datasets.listing import EXTENSIONS, describe_left_out, is_hidden, list_images
 from datasets.order import epoch_order
 
 TEST_NAMES = ("test", "val", "valid", "validation")
@@ -36,6 +38,10 @@ class ImageTree:
     targets: Tensor
     """int64 (N,)."""
     class_names: tuple[str, ...]
+    left_out: Counter[str] = field(default_factory=Counter)
+    """Files that are no images, counted by extension, and hidden names."""
+    unreadable: Mapping[str, str] = field(default_factory=dict)
+    """What the listing could not read: path and reason."""
 
     def __len__(self) -> int:
         return len(self.names)
@@ -46,8 +52,8 @@ class ImageTree:
 
     def subset(self, samples: Tensor) -> "ImageTree":
         """Some of the images, in the order given."""
-        return ImageTree(root=self.root, names=tuple(self.names[sample] for sample in samples.tolist()),
-                         targets=self.targets[samples], class_names=self.class_names)
+        return replace(self, names=tuple(self.names[sample] for sample in samples.tolist()),
+                       targets=self.targets[samples])
 
     def listing_hash(self) -> str:
         """A hash of names and labels, to see that all ranks found the same files."""
@@ -57,11 +63,16 @@ class ImageTree:
     def fingerprint(self, *, times: bool = False) -> str:
         """A hash of names, labels and sizes, to notice data that changed since a checkpoint; one `stat` per image.
 
+        A file that cannot be read counts as such; decoding it names it.
         With `times`, of the modification times too: for a cache, where a copied folder may count as a new one.
         """
         digest = hashlib.sha256(self.listing_hash().encode())
         for name in self.names:
-            status = os.stat(self.root / name)
+            try:
+                status = os.stat(self.root / name)
+            except OSError:
+                digest.update(b"unreadable\n")
+                continue
             digest.update(f"{status.st_size} {status.st_mtime_ns if times else ''}\n".encode())
         return digest.hexdigest()[:16]
 
@@ -86,58 +97,83 @@ def load(data_dir: Path, *, validation_fraction: float | None = None, seed: int 
     test = next((data_dir / name for name in TEST_NAMES if (data_dir / name).is_dir()), None)
     if not train.is_dir() or test is None:
         missing = "train/" if not train.is_dir() else "test/ or val/"
-        raise DataError(f"--data-dir {data_dir}: has no {missing}; add it, or split one folder with "
-                        f"--validation-fraction 0.2")
+        found = sorted(path.name for path in data_dir.iterdir() if path.is_dir() and not is_hidden(path.name))
+        raise DataError(f"--data-dir {data_dir}: has no {missing} but {some_of(found) or 'no folder'}; add it, or "
+                        f"split one folder of classes with --validation-fraction 0.2")
     training = scan(train)
     return training, shuffled(scan(test, class_names=training.class_names))
 
 
 def scan(folder: Path, *, class_names: Sequence[str] | None = None) -> ImageTree:
-    """All images below `folder`/<class>/, sorted by class and name; files with other extensions are left out.
+    """All images below `folder`/<class>/, sorted by class, folder and name.
 
     Args:
-        folder: one folder per class in it; hidden ones are no classes.
+        folder: one folder per class in it.
         class_names: those of the training split, which fix the labels. By default the folders' own, sorted.
 
     Raises:
-        DataError: if there is no class folder, an empty one, or one that is not in `class_names`.
+        DataError: if there is no class folder, only one, an empty one, or one that is not in `class_names`.
     """
     try:
-        found = sorted(entry.name for entry in os.scandir(folder) if entry.is_dir() and not entry.name.startswith("."))
-        names = tuple(class_names or found)
-        unknown = [name for name in found if name not in names]
-        if unknown:
-            raise DataError(f"--data-dir {folder / unknown[0]}: no such class in the training split; remove it, or add "
-                            f"images of it there")
-        if not found:
-            raise DataError(f"--data-dir {folder}: holds no folder per class; put images into {folder.name}/<class>/")
-        labels = {name: names.index(name) for name in found}
-        files = make_dataset(str(folder), labels, extensions=IMG_EXTENSIONS, allow_empty=True)
+        listing = list_images(folder)
     except OSError as error:
         raise DataError(f"--data-dir {folder}: cannot be read ({error.strerror}); check its permissions") from None
-    filled = {label for _, label in files}
-    for name in found:
-        if labels[name] not in filled:
-            raise DataError(f"--data-dir {folder / name}: holds no image ({' '.join(IMG_EXTENSIONS)}); add some, or "
-                            f"remove the folder")
-    return ImageTree(root=folder, names=tuple(os.path.relpath(path, folder) for path, _ in files),
-                     targets=torch.tensor([label for _, label in files]), class_names=names)
-
-
-def find_images(path: Path) -> list[Path]:
-    """The file itself, or all images in a folder and the folders below it, sorted.
-
-    Raises:
-        DataError: if there is nothing of that name, or no image in the folder.
-    """
-    if path.is_file():
-        return [path]
-    if not path.is_dir():
-        raise DataError(f"{path}: no such file or folder; check the name")
-    found = sorted(file for file in path.rglob("*") if file.suffix.lower() in IMG_EXTENSIONS and file.is_file())
+    broken = {name.partition(os.sep)[0] for name in listing.unreadable}
+    found = sorted({*listing.folders, *(name for name in broken if not os.path.splitext(name)[1])})
+    names = tuple(class_names or found)
+    labels = {name: label for label, name in enumerate(names)}
+    images = [name for name in listing.images if os.sep in name]
+    listing.left_out["outside of the class folders"] += len(listing.images) - len(images)
     if not found:
-        raise DataError(f"{path}: holds no image ({' '.join(IMG_EXTENSIONS)}); name another folder")
-    return found
+        raise DataError(f"--data-dir {folder}: holds no folder per class{describe_left_out(+listing.left_out)}; put "
+                        f"images into {folder.name}/<class>/")
+    check_names(folder, found, names)
+    filled = broken | {image.partition(os.sep)[0] for image in images}
+    for name in found:
+        if name not in filled:
+            raise DataError(f"--data-dir {folder / name}: holds no image ({' '.join(EXTENSIONS)})"
+                            f"{describe_left_out(+listing.left_out)}; add some, or remove the folder")
+    if len(names) == 1:
+        raise DataError(f"--data-dir {folder}: holds one class only, {names[0]}{one_class(folder, images)}")
+    images.sort(key=lambda name: (name.partition(os.sep)[0], os.path.dirname(name), name))
+    return ImageTree(root=folder, names=tuple(images), class_names=names, left_out=+listing.left_out,
+                     targets=torch.tensor([labels[name.partition(os.sep)[0]] for name in images], dtype=torch.int64),
+                     unreadable={str(folder / name): reason for name, reason in sorted(listing.unreadable.items())})
+
+
+def check_names(folder: Path, found: Sequence[str], known: Sequence[str]) -> None:
+    """Raise DataError for a class folder that the training split does not have."""
+    for name in found:
+        if name not in known:
+            alike = next((other for other in known if folded(other) == folded(name)), None)
+            remedy = ("remove it, or add images of it there" if alike is None else
+                      f"that one has {alike}, which is spelled in another way: rename one of them")
+            raise DataError(f"--data-dir {folder / name}: no such class in the training split; {remedy}")
+
+
+def one_class(folder: Path, images: Sequence[str]) -> str:
+    """What is in the only class, and what to do: the end of an error."""
+    inner = sorted({name.split(os.sep)[1] for name in images if name.count(os.sep) > 1})
+    if not inner:
+        return f" with {len(images)} images; put those of each class into {folder.name}/<class>/"
+    return (f" with {len(images)} images in {some_of(inner)}; if those are the classes, move them one level up, into "
+            f"{folder.name}/")
+
+
+def some_of(names: Sequence[str]) -> str:
+    """The first names of many."""
+    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+
+
+def folded(name: str) -> str:
+    """A class name without what people and file systems do not tell apart: case, and how accents are stored."""
+    return unicodedata.normalize("NFC", name).casefold().strip()
+
+
+def describe(train: ImageTree, test: ImageTree) -> str:
+    """What was found, and what of it is left out, in one line."""
+    return (f"{len(train):,} training images in {len(train.class_names)} classes, {len(test):,} test images"
+            f"{describe_left_out(train.left_out + test.left_out)}")
 
 
 def split(tree: ImageTree, fraction: float, *, seed: int) -> tuple[ImageTree, ImageTree]:
@@ -154,7 +190,8 @@ def split(tree: ImageTree, fraction: float, *, seed: int) -> tuple[ImageTree, Im
             raise DataError(f"--validation-fraction {fraction}: class {tree.root / name} has a single image; add more")
         num_chosen = min(max(1, round(fraction * len(members))), len(members) - 1)
         chosen[members[order[members].argsort()[:num_chosen]]] = True
-    return tree.subset((~chosen).nonzero().flatten()), shuffled(tree.subset(chosen.nonzero().flatten()))
+    test = replace(tree, left_out=Counter(), unreadable={})  # said once, of the training split
+    return tree.subset((~chosen).nonzero().flatten()), shuffled(test.subset(chosen.nonzero().flatten()))
 
 
 def shuffled(tree: ImageTree) -> ImageTree:

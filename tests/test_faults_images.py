@@ -8,9 +8,9 @@ import pytest
 
 from tests.helpers.comparing import run_in
 from tests.helpers.faults import Fault, check, check_nothing_left
-from tests.helpers.images import image_tree
+from tests.helpers.images import NUM_TEST, NUM_TRAIN, image_tree, write_tree
 from tests.helpers.processes import read_json
-from tests.helpers.server import IMAGES, start
+from tests.helpers.server import IMAGES, run, start
 
 pytestmark = pytest.mark.timeout(120)
 
@@ -56,3 +56,19 @@ def is_worker(pid: int) -> bool:
     """Whether a process has torch's loader loop in it: the children of the fork server, not the server itself."""
     parent = int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
     return b"forkserver" in Path(f"/proc/{parent}/cmdline").read_bytes()
+
+
+def test_a_link_to_nothing_ends_the_run_by_name_and_is_skipped_where_that_is_allowed(tmp_path: Path) -> None:
+    tree = write_tree(tmp_path / "images")
+    link = tree / "train" / "disc" / "gone.png"
+    link.symlink_to(tree / "nowhere.png")
+    flags = ["--data-dir", tree, "--output-dir", tmp_path, "--batch-size", "12", "--epochs", "1", "--max-steps", "2",
+             "--threads", "1", "--no-pictures"]
+    refused = run("image_folder", *flags, "--run-name", "refused", ranks=2)
+    assert refused.codes == [3, 3]
+    assert refused.errors == [f"ERROR data: {link}: not readable as an image (a link to nothing); repair or remove it, "
+                              f"or allow some with --skip-bad 1"]
+    skipped = run("image_folder", *flags, "--run-name", "skipped", "--skip-bad", "1", ranks=2)
+    assert skipped.codes == [0, 0], skipped.err
+    assert skipped.err.count("gone.png: skipped") == 1
+    assert f"data       {NUM_TRAIN} training images in 10 classes, {NUM_TEST} test images\n" in skipped.out

@@ -165,6 +165,9 @@ def build_loaders(config: ImageFolderConfig, train: ImageTree, test: ImageTree, 
                   ) -> tuple[TrainBatches, EvaluationBatches]:
     """The loaders of this rank."""
     world, bad_images = run.world, remember_bad_images(config, run)
+    if world.is_main:
+        say(f"data       {image_folder.describe(train, test)}")
+    bad_images.add([*train.unreadable.items(), *test.unreadable.items()], log=world.is_main)  # all ranks found the same
     decoding = Decoding(splits={"train": train, "test": test}, size=config.size(), fit=config.fit,
                         seed=config.seed, smallest_area=config.random_crop or 1.0, skip_bad=config.skip_bad)
     decoder = Decoder(decoding, workers=config.workers, pin_memory=world.device.type == "cuda",

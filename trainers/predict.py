@@ -28,8 +28,9 @@ from torch import Tensor, nn
 
 from datasets.augment import normalize
 from datasets.errors import DataError
-from datasets.image_folder import ImageTree, find_images
+from datasets.image_folder import ImageTree
 from datasets.images.read import BadImage, read_image
+from datasets.listing import describe_left_out, find_images
 from launch.command_line import run
 from launch.errors import CheckpointError, UsageError, say, to_stderr
 from launch.launcher import read_launch
@@ -110,7 +111,10 @@ def best_state(run: Path) -> tuple[dict[str, Any], Path]:
 def pictures_of(config: PredictConfig, card: ModelCard) -> Iterator[Picture]:
     """All images to classify, read one at a time."""
     for path in config.images:
-        for file in find_images(path):
+        files, left_out = find_images(path)
+        if left_out:
+            to_stderr(f"{path}{describe_left_out(left_out)}")
+        for file in files:
             parent = file.parent.name
             yield read_picture(file, card, true_class=parent if parent in card.class_names else None)
     if config.test_images is not None:

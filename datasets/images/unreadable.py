@@ -19,7 +19,7 @@ class BadImages:
         self.limit, self.exchange, self.log = limit, exchange, log
         self.known = dict(known or {})
 
-    def add(self, found: Iterable[tuple[str, str]]) -> None:
+    def add(self, found: Iterable[tuple[str, str]], *, log: bool = True) -> None:
         """Add images, and log those that are new.
 
         Raises:
@@ -30,8 +30,9 @@ class BadImages:
                 continue
             self.known[path] = reason
             self.check(path)
-            self.log(f"WARNING data: {path}: skipped, not readable as an image ({reason}); "
-                     f"{len(self.known)} of at most {self.limit}")
+            if log:
+                self.log(f"WARNING data: {path}: skipped, not readable as an image ({reason}); "
+                         f"{len(self.known)} of at most {self.limit}")
 
     def share(self) -> None:
         """Add what the other ranks have found; called by all of them together.
