@@ -1,14 +1,18 @@
 """One image file to uint8 RGB of a fixed size: any mode that Pillow reads, the right way up, never a bomb."""
 
+import io
 import math
+import os
+import stat
 import struct
 import warnings
+import zlib
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import BinaryIO, Literal, NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image
 from torch import Tensor
 from torchvision.transforms.v2 import functional as v2
 
@@ -16,10 +20,15 @@ from datasets.keyed_random import Purpose, random_uniform
 
 FitName = Literal["squash", "crop"]
 LARGEST_RATIO = 4 / 3  # width / height of a random window is at most this, and at least its inverse (torchvision's)
+FORMATS = ("JPEG", "PNG", "GIF", "BMP", "PPM", "TIFF", "WEBP")  # MPO is a JPEG; to read EPS would start Ghostscript
+PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
+UPRIGHT = {2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM,
+           5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE,
+           8: Image.Transpose.ROTATE_90}  # by EXIF's orientation
 
 # What Pillow's readers raise for files that are damaged, cut off or no image at all (see tests/test_decoded.py)
 UNREADABLE = (OSError, ValueError, SyntaxError, EOFError, LookupError, TypeError, AttributeError, ArithmeticError,
-              MemoryError, struct.error, Image.DecompressionBombError, Image.DecompressionBombWarning)
+              MemoryError, struct.error, zlib.error, Image.DecompressionBombError, Image.DecompressionBombWarning)
 
 
 class BadImage(Exception):
@@ -49,7 +58,7 @@ def read_image(path: str | Path, *, size: int, fit: FitName, window: Window | No
     """A file as uint8 (3, size, size).
 
     Args:
-        path: any format that Pillow reads; of several frames the first.
+        path: one of FORMATS, whatever its extension; of several frames the first.
         size: height and width of the result.
         fit: squash the whole image into the square, or crop its middle to a square first.
         window: show only this part, squashed into the square; `fit` is then ignored.
@@ -89,22 +98,55 @@ def open_rgb(path: str | Path, *, shortest_side: int | None = None) -> Image.Ima
         BadImage: see read_image.
     """
     try:
-        with warnings.catch_warnings():
+        if not stat.S_ISREG(os.stat(path).st_mode):
+            raise BadImage("not a regular file")  # to open a pipe is to wait for its writer
+        with warnings.catch_warnings(), open(path, "rb") as file:
             warnings.simplefilter("ignore")  # remarks on odd metadata, once per file and worker
             warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(path) as image:
-                if shortest_side is not None:
-                    image.draft(None, (shortest_side, shortest_side))  # pyright: ignore[reportArgumentType]
-                image.load()
-                return to_rgb(ImageOps.exif_transpose(image))
+            try:
+                return decode(file, shortest_side)
+            except UNREADABLE:
+                file.seek(0)
+                if file.read(len(PNG_SIGNATURE)) != PNG_SIGNATURE:
+                    raise
+                return decode(without_metadata(file), shortest_side)
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
         raise BadImage(f"more than {Image.MAX_IMAGE_PIXELS or 0:,} pixels, which may be a decompression bomb") from None
     except FileNotFoundError:
-        raise BadImage("no such file") from None
+        raise BadImage("a link to nothing" if os.path.islink(path) else "no such file") from None
     except Image.UnidentifiedImageError:
-        raise BadImage("no image format that Pillow knows") from None
+        raise BadImage(f"no image format that is read here: {', '.join(FORMATS)}") from None
     except UNREADABLE as error:
         raise BadImage(str(error).strip().split("\n")[0] or type(error).__name__) from None
+
+
+def decode(file: BinaryIO, shortest_side: int | None) -> Image.Image:
+    """The image in an open file; see open_rgb."""
+    with Image.open(file, formats=FORMATS) as image:
+        if shortest_side is not None:
+            image.draft(None, (shortest_side, shortest_side))  # pyright: ignore[reportArgumentType]
+        image.load()
+        return to_rgb(upright(image))
+
+
+def upright(image: Image.Image) -> Image.Image:
+    """Turned as its EXIF orientation says, if that can be read."""
+    try:
+        orientation = image.getexif().get(ExifTags.Base.Orientation)
+    except UNREADABLE:
+        return image
+    return image.transpose(UPRIGHT[orientation]) if orientation in UPRIGHT else image
+
+
+def without_metadata(file: BinaryIO) -> BinaryIO:
+    """A PNG file's chunks that decoding needs: Pillow refuses the whole file for a damaged text or colour profile."""
+    file.seek(0)
+    kept = [file.read(len(PNG_SIGNATURE))]
+    while len(head := file.read(8)) == 8:
+        content = file.read(int.from_bytes(head[:4], "big") + 4)  # and the check sum
+        if head[4:] == b"tRNS" or not head[4] & 0x20:  # transparency, and what is critical
+            kept += [head, content]
+    return io.BytesIO(b"".join(kept))
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
