@@ -11,12 +11,14 @@ import contextlib
 import difflib
 import inspect
 import io
+import os
 import re
 import shutil
 import sys
 import textwrap
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
+from pathlib import Path
 from typing import Any, NoReturn
 
 import tyro
@@ -57,7 +59,14 @@ def parse(config_class: type, *, recipes: Mapping[str, Mapping[str, Any]] | None
             raise
         raise UsageError(plain_text(complaint.getvalue())) from None
     check_numbers(config)
-    return config
+    return replace(config, **{field.name: at_home(getattr(config, field.name)) for field in fields(config)})
+
+
+def at_home(value: Any) -> Any:
+    """A path, or several, with a leading `~` replaced: the shell leaves it in `--data-dir=~/photos`."""
+    if isinstance(value, tuple):
+        return tuple(at_home(item) for item in value)
+    return Path(os.path.expanduser(value)) if isinstance(value, Path) else value
 
 
 def in_new_spelling(args: Sequence[str], old: Mapping[str, Sequence[str]]) -> list[str]:

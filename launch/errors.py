@@ -2,10 +2,12 @@
 
 import contextlib
 import os
+import re
 import sys
 
 EXIT_DONE = 0
 EXIT_PREEMPTED = 75  # EX_TEMPFAIL of sysexits.h: the same command, run again, resumes
+UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 
 
 class RunError(Exception):
@@ -57,7 +59,15 @@ def is_users(error: BaseException) -> bool:
 
 def user_line(error: BaseException) -> str | None:
     """`ERROR <kind>: <message>` for an error that a user can cause; None for a bug of ours."""
-    return f"ERROR {error.kind}: {' '.join(str(error).split())}" if is_users(error) else None  # pyright: ignore
+    return f"ERROR {error.kind}: {printable(' '.join(str(error).split()))}" if is_users(error) else None  # pyright: ignore
+
+
+def printable(text: str, *, keep: str = "") -> str:
+    r"""A text whose control characters, and what no encoding knows, are escapes such as \x1b, less those in `keep`.
+
+    So a file's name can neither begin a line of its own nor colour, move or turn round what is printed.
+    """
+    return UNPRINTABLE.sub(lambda found: found[0] if found[0] in keep else ascii(found[0])[1:-1], text)
 
 
 def first_line(error: Exception) -> str:
@@ -74,13 +84,13 @@ def launched_rank() -> int:
 def to_stderr(line: str) -> None:
     """Write one whole line to stderr, in one write so that ranks sharing a terminal do not mix theirs."""
     with contextlib.suppress(OSError, ValueError, AttributeError):  # a closed terminal must not hide the exit code
-        sys.stderr.write(f"{line}\n")
+        sys.stderr.write(f"{printable(line)}\n")
         sys.stderr.flush()
 
 
 def say(text: str) -> None:
-    """Print to stdout. If the reader has gone away, the program continues and later text is dropped."""
+    """Print to stdout, names in it made `printable`. If the reader has gone away, later text is dropped."""
     try:
-        print(text, flush=True)
+        print(printable(text, keep="\n"), flush=True)
     except (OSError, ValueError):
         sys.stdout = open(os.devnull, "w")

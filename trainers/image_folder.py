@@ -36,7 +36,7 @@ from datasets.images.unreadable import BadImages
 from datasets.loaders import check_size, evaluation_loader, train_loader
 from datasets.order import ResumableSampler
 from launch.command_line import run
-from launch.errors import UsageError, say, to_stderr
+from launch.errors import UsageError, printable, say, to_stderr
 from launch.process_group import World, from_main, gather
 from launch.rules import Above, AtLeast
 from trainers import models
@@ -166,7 +166,7 @@ def build_loaders(config: ImageFolderConfig, train: ImageTree, test: ImageTree, 
     """The loaders of this rank."""
     world, bad_images = run.world, remember_bad_images(config, run)
     if world.is_main:
-        say(f"data       {image_folder.describe(train, test)}")
+        say(f"data       {printable(image_folder.describe(train, test))}")
     bad_images.add([*train.unreadable.items(), *test.unreadable.items()], log=world.is_main)  # all ranks found the same
     decoding = Decoding(splits={"train": train, "test": test}, size=config.size(), fit=config.fit,
                         seed=config.seed, smallest_area=config.random_crop or 1.0, skip_bad=config.skip_bad)

@@ -5,6 +5,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from launch.errors import printable
+
 
 @dataclass(frozen=True, kw_only=True)
 class Prediction:
@@ -29,12 +31,12 @@ def accuracy_of(predictions: Sequence[Prediction]) -> float | None:
 
 def as_lines(predictions: Sequence[Prediction], *, top: int) -> str:
     """For people: one line per image, and the accuracy where it is known."""
-    width = max(len(prediction.image) for prediction in predictions)
+    width = max(len(printable(prediction.image)) for prediction in predictions)
     lines = []
     for prediction in predictions:
         ranked = "  ".join(f"{name} {100 * share:5.1f} %" for name, share in prediction.ranked[:top])
         truth = f"  (is {prediction.true_class})" if prediction.true_class is not None else ""
-        lines.append(f"{prediction.image:<{width}}  {ranked}{truth}")
+        lines.append(f"{printable(prediction.image):<{width}}  {printable(ranked + truth)}")
     accuracy = accuracy_of(predictions)
     if accuracy is not None:
         lines.append(f"accuracy {100 * accuracy:.2f} %")

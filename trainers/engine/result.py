@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from launch.errors import say
+from launch.errors import printable, say
 from trainers.engine.checkpoints.snapshot import hash_tensors
 from trainers.engine.config import Statistics
 from trainers.engine.metrics import Evaluation
@@ -67,7 +67,7 @@ def result_text(evaluation: Evaluation, class_names: tuple[str, ...], path: Path
     if evaluation.accuracy is None:
         return f"test loss {evaluation.loss:.6f} over {evaluation.num_samples} samples\nresults in {path}"
     lines = [f"test accuracy {100 * evaluation.accuracy:.2f} % over {evaluation.num_samples} samples"]
-    for name, share in zip(class_names, evaluation.per_class_accuracy or [], strict=False):
+    for name, share in zip(map(printable, class_names), evaluation.per_class_accuracy or [], strict=False):
         lines.append(f"  {name:<12} {100 * share:6.2f} %" if share is not None else f"  {name:<12}   none")
     return "\n".join([*lines, f"results in {path}"])
 
