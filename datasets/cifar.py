@@ -1,11 +1,13 @@
 """CIFAR-10 (Krizhevsky, 2009): 50,000 training and 10,000 test images of 32x32 pixels in ten classes, in memory."""
 
+import tarfile
 from pathlib import Path
 
 import torch
 from torchvision.datasets import CIFAR10
+from torchvision.datasets.utils import check_integrity
 
-from datasets.download import fetch
+from datasets.download import fetch, install
 from datasets.errors import DataError
 from datasets.tensors import TensorDataset
 
@@ -24,7 +26,7 @@ def load(data_dir: Path) -> tuple[TensorDataset, TensorDataset]:
     except (RuntimeError, OSError, ValueError, KeyError, EOFError) as error:
         missing = not (data_dir / CIFAR10.base_folder).is_dir()
         raise DataError(f"--data-dir {data_dir}: CIFAR-10 is {'not there' if missing else f'damaged ({error})'}; add "
-                        f"--download, or train on --dataset synthetic") from None
+                        f"--download, put {CIFAR10.filename} there, or train on --dataset synthetic") from None
     return in_memory(train), in_memory(test)
 
 
@@ -37,6 +39,34 @@ def in_memory(dataset: CIFAR10) -> TensorDataset:
     )
 
 
-def download(data_dir: Path) -> None:
-    """Fetch CIFAR-10. For one process per node; others wait. Raises DataError as `fetch` does."""
-    fetch(lambda folder: CIFAR10(folder, download=True), data_dir, CIFAR10.base_folder, name="CIFAR-10")
+def prepare(data_dir: Path, *, download: bool) -> None:
+    """Unpack the published archive where it lies alone or among some of its files, or fetch what is missing.
+
+    For one process per node; others wait.
+
+    Raises:
+        DataError: if the archive is damaged, or as `fetch` does.
+    """
+    folder, archive = data_dir / CIFAR10.base_folder, data_dir / CIFAR10.filename
+    files = [name for name, _ in (*CIFAR10.train_list, *CIFAR10.test_list)] + [CIFAR10.meta["filename"]]
+    if archive.is_file() and not all((folder / name).is_file() for name in files):
+        if check_integrity(archive, CIFAR10.tgz_md5):
+            unpack(archive, data_dir)
+        elif not download:
+            raise DataError(f"{archive}: is damaged, or not the published one (its md5 is another than "
+                            f"{CIFAR10.tgz_md5}); fetch {CIFAR10.url} again, or add --download")
+    if download:
+        fetch(lambda place: CIFAR10(place, download=True), data_dir, CIFAR10.base_folder, name="CIFAR-10", load=load)
+
+
+def unpack(archive: Path, data_dir: Path) -> None:
+    """The files of an archive whose content is known."""
+    def extract(place: str) -> None:
+        with tarfile.open(archive) as content:
+            content.extractall(place, filter="data")
+
+    try:
+        install(extract, data_dir, CIFAR10.base_folder)
+    except OSError as error:
+        raise DataError(f"{archive}: cannot be unpacked there ({error.strerror}); choose a --data-dir that can be "
+                        f"written") from None

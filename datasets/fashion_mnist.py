@@ -30,4 +30,4 @@ def load(data_dir: Path) -> tuple[TensorDataset, TensorDataset]:
 
 def download(data_dir: Path) -> None:
     """Fetch the four files. For one process per node; others wait. Raises DataError as `fetch` does."""
-    fetch(lambda folder: FashionMNIST(folder, download=True), data_dir, "FashionMNIST", name="FashionMNIST")
+    fetch(lambda folder: FashionMNIST(folder, download=True), data_dir, "FashionMNIST", name="FashionMNIST", load=load)

@@ -1,16 +1,17 @@
 """The IDX files of MNIST and of the data sets in its format: a big-endian header and unsigned bytes, maybe gzipped."""
 
 import gzip
-import zlib
+import math
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from datasets.errors import DataError
+from datasets.errors import DAMAGED, DataError
 from datasets.tensors import TensorDataset
 
 SIZE = 28  # pixels on each side
+MOST_BYTES = 2**30  # of one file, unpacked; MNIST's largest has 47 million
 UNSIGNED_BYTES = 0x08  # the third byte of the magic number; the fourth is the number of dimensions
 REMEDY = "fetch the file again, or train on --dataset synthetic"
 
@@ -73,18 +74,23 @@ def read(path: Path, *, num_dimensions: int) -> np.ndarray:
     Raises:
         DataError: for a wrong magic number, or a length that is not what the header says.
     """
-    try:
-        with gzip.open(path) if path.suffix == ".gz" else open(path, "rb") as file:
-            content = file.read()
-    except (OSError, EOFError, zlib.error) as error:
-        raise DataError(f"{path}: cannot be read ({error}); {REMEDY}") from None
     magic = UNSIGNED_BYTES << 8 | num_dimensions
     header_size = 4 * (1 + num_dimensions)
-    if len(content) < header_size or int.from_bytes(content[:4], "big") != magic:
-        raise DataError(f"{path}: begins with {content[:4].hex() or 'nothing'}, an IDX file of {num_dimensions} "
+    try:
+        with gzip.open(path) if path.suffix == ".gz" else open(path, "rb") as file:
+            header = file.read(header_size)
+            shape = [int(size) for size in np.frombuffer(header[4 : len(header) // 4 * 4], ">u4")]
+            expected = math.prod(shape)  # in Python integers: a damaged header overflows others
+            content = file.read(expected + 1 if expected <= MOST_BYTES else 0)  # a small archive may unpack to any size
+    except DAMAGED as error:
+        raise DataError(f"{path}: cannot be read ({error}); {REMEDY}") from None
+    if len(header) < header_size or int.from_bytes(header[:4], "big") != magic:
+        raise DataError(f"{path}: begins with {header[:4].hex() or 'nothing'}, an IDX file of {num_dimensions} "
                         f"dimensions with {magic:08x}; {REMEDY}")
-    shape = [int(size) for size in np.frombuffer(content[4:header_size], ">u4")]
-    expected = header_size + int(np.prod(shape, dtype=object))  # in Python integers: a damaged header overflows others
+    if expected > MOST_BYTES:
+        raise DataError(f"{path}: its header says {expected:,} bytes, at most {MOST_BYTES:,} are read; {REMEDY}")
     if len(content) != expected:
-        raise DataError(f"{path}: {len(content)} bytes, its header says {expected}; {REMEDY}")
-    return np.frombuffer(content, np.uint8, offset=header_size).reshape(shape)
+        more = "at least " if len(content) > expected else ""
+        raise DataError(f"{path}: {more}{header_size + len(content)} bytes, its header says {header_size + expected}; "
+                        f"{REMEDY}")
+    return np.frombuffer(content, np.uint8).reshape(shape)

@@ -18,7 +18,7 @@ from PIL import Image
 from torch import Tensor
 
 from datasets import synthetic
-from datasets.download import move_in_place, temporary_folder
+from datasets.download import install
 from datasets.errors import DataError
 from datasets.keyed_random import Purpose, random_bits
 from datasets.listing import EXTENSIONS, describe_left_out, is_hidden, list_images
@@ -213,14 +213,16 @@ def write_synthetic(folder: Path, *, seed: int) -> None:
         return
     splits = zip(("train", "test"), synthetic.load(seed=seed, num_train=SYNTHETIC_TRAIN, num_test=SYNTHETIC_TEST),
                  strict=True)
+
+    def write(place: str) -> None:
+        for split_name, images in splits:
+            for sample, (image, label) in enumerate(zip(images.inputs, images.targets.tolist(), strict=True)):
+                path = Path(place, folder.name, split_name, images.class_names[label], f"{sample:05d}.png")
+                path.parent.mkdir(parents=True, exist_ok=True)
+                Image.fromarray(image.permute(1, 2, 0).numpy()).save(path)
+
     try:
-        with temporary_folder(folder.parent, prefix=".synthetic-") as temporary:
-            for split_name, images in splits:
-                for sample, (image, label) in enumerate(zip(images.inputs, images.targets.tolist(), strict=True)):
-                    path = temporary / "whole" / split_name / images.class_names[label] / f"{sample:05d}.png"
-                    path.parent.mkdir(parents=True, exist_ok=True)
-                    Image.fromarray(image.permute(1, 2, 0).numpy()).save(path)
-            move_in_place(temporary / "whole", folder)
+        install(write, folder.parent, folder.name)
     except OSError as error:
         raise DataError(f"--data-dir {folder.parent}: cannot be written ({error.strerror}); choose one that "
                         f"can") from None

@@ -4,8 +4,9 @@ Read from the four IDX files, plain or gzipped, in `data_dir/MNIST/raw` (where t
 `data_dir/MNIST` or `data_dir` itself, or else from `mnist.npz` in one of these, of either kind in common use.
 """
 
+import lzma
+import tokenize
 import zipfile
-import zlib
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,7 @@ from torchvision.datasets import MNIST
 
 from datasets import idx
 from datasets.download import fetch
-from datasets.errors import DataError
+from datasets.errors import DAMAGED, DataError
 from datasets.tensors import TensorDataset
 
 MEAN = (0.1307,)  # over the 60,000 training images; tests/test_mnist.py recomputes it
@@ -23,6 +24,8 @@ NPZ_KEYS = (  # images and labels of the training set, then of the test set
     ("x_train", "y_train", "x_test", "y_test"),  # Keras
     ("trainInps", "trainTargs", "testInps", "testTargs"),  # flat images, one-hot labels
 )
+# RuntimeError for encrypted or deeply nested content, NotImplementedError for a method of compression
+DAMAGED_ARCHIVE = (*DAMAGED, RuntimeError, NotImplementedError, zipfile.BadZipFile, lzma.LZMAError, tokenize.TokenError)
 
 
 def load(data_dir: Path) -> tuple[TensorDataset, TensorDataset]:
@@ -47,7 +50,7 @@ def load(data_dir: Path) -> tuple[TensorDataset, TensorDataset]:
 
 def download(data_dir: Path) -> None:
     """Fetch the four files. For one process per node; others wait. Raises DataError as `fetch` does."""
-    fetch(lambda folder: MNIST(folder, download=True), data_dir, "MNIST", name="MNIST")
+    fetch(lambda folder: MNIST(folder, download=True), data_dir, "MNIST", name="MNIST", load=load)
 
 
 def load_npz(path: Path) -> tuple[TensorDataset, TensorDataset]:
@@ -58,8 +61,12 @@ def load_npz(path: Path) -> tuple[TensorDataset, TensorDataset]:
             if names is None:
                 raise DataError(f"{path}: holds {', '.join(archive.files) or 'nothing'}, not "
                                 f"{' or '.join(', '.join(names) for names in NPZ_KEYS)}; fetch the file again")
+            size = sum(member.file_size for member in archive.zip.infolist())
+            if size > idx.MOST_BYTES:  # a small archive may unpack to any size
+                raise DataError(f"{path}: unpacks to {size:,} bytes, at most {idx.MOST_BYTES:,} are read; fetch the "
+                                f"file again")
             arrays = [archive[name] for name in names]
-    except (OSError, ValueError, EOFError, AttributeError, zipfile.BadZipFile, zlib.error) as error:
+    except DAMAGED_ARCHIVE as error:
         reason = "holds Python objects" if "allow_pickle" in str(error) else f"cannot be read ({error})"
         raise DataError(f"{path}: {reason}; only arrays of numbers are read, fetch the file again") from None
     return split_of(*arrays[:2], path=path, names=names[:2]), split_of(*arrays[2:], path=path, names=names[2:])

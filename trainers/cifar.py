@@ -81,8 +81,7 @@ def load_data(config: CifarConfig, world: World) -> tuple[TensorDataset, TensorD
     """Training and test split; with --download one rank of each node fetches while the others wait."""
     if config.dataset == "synthetic":
         return synthetic.load(seed=config.seed)
-    if config.download:
-        once_per_node(world, lambda: cifar.download(config.data_dir))
+    once_per_node(world, lambda: cifar.prepare(config.data_dir, download=config.download))
     return cifar.load(config.data_dir)
 
 

@@ -4,9 +4,7 @@ import io
 import math
 import os
 import stat
-import struct
 import warnings
-import zlib
 from pathlib import Path
 from typing import BinaryIO, Literal, NamedTuple
 
@@ -16,6 +14,7 @@ from PIL import ExifTags, Image
 from torch import Tensor
 from torchvision.transforms.v2 import functional as v2
 
+from datasets.errors import DAMAGED
 from datasets.keyed_random import Purpose, random_uniform
 
 FitName = Literal["squash", "crop"]
@@ -26,9 +25,7 @@ UPRIGHT = {2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4:
            5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE,
            8: Image.Transpose.ROTATE_90}  # by EXIF's orientation
 
-# What Pillow's readers raise for files that are damaged, cut off or no image at all (see tests/test_decoded.py)
-UNREADABLE = (OSError, ValueError, SyntaxError, EOFError, LookupError, TypeError, AttributeError, ArithmeticError,
-              MemoryError, struct.error, zlib.error, Image.DecompressionBombError, Image.DecompressionBombWarning)
+UNREADABLE = (*DAMAGED, Image.DecompressionBombError, Image.DecompressionBombWarning)  # see tests/test_decoded.py
 
 
 class BadImage(Exception):
