@@ -11,7 +11,6 @@ from datasets import idx, mnist
 from datasets import synthetic_digits as digits
 from datasets.download import fetch
 from datasets.errors import DataError
-from launch.errors import user_line
 from tests.helpers import server
 from tests.helpers.comparing import finished
 from tests.helpers.images import write_idx
