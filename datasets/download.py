@@ -29,7 +29,8 @@ def fetch(download: Callable[[str], object], data_dir: Path, folder: str, *, nam
     try:
         install(download, data_dir, folder)
     except (OSError, RuntimeError) as error:
-        raise DataError(f"--download: {name} could not be fetched ({error}); put it into --data-dir {data_dir} by "
+        reason = str(error).partition("\n")[0]
+        raise DataError(f"--download: {name} could not be fetched ({reason}); put it into --data-dir {data_dir} by "
                         f"hand, or train on --dataset synthetic") from None
     finally:
         socket.setdefaulttimeout(before)
