@@ -23,6 +23,7 @@ from typing import Any, NoReturn
 
 import tyro
 
+from launch.config_file import as_words, read_flags
 from launch.errors import EXIT_DONE, EXIT_PREEMPTED, UsageError, launched_rank, to_stderr, user_line
 from launch.rules import check_numbers
 from launch.stop import Stopped
@@ -32,7 +33,8 @@ HELP_COLUMN = 27  # where the explanations of --help stand
 
 def parse(config_class: type, *, recipes: Mapping[str, Mapping[str, Any]] | None = None,
           args: Sequence[str] | None = None) -> Any:
-    """A config from command-line flags, in hyphens or underscores; `--recipe NAME` first replaces the defaults.
+    """A config from command-line flags, in hyphens or underscores, over `--config FILE`, over `--recipe NAME`, over the
+    defaults.
 
     Raises:
         UsageError: for flags that do not parse, naming the nearest that exists; for a number out of its range.
@@ -40,17 +42,34 @@ def parse(config_class: type, *, recipes: Mapping[str, Mapping[str, Any]] | None
     """
     args = in_new_spelling(sys.argv[1:] if args is None else args, getattr(config_class, "OLD_SPELLINGS", {}))
     default = config_class()
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first.add_argument("--recipe", nargs="?")
+    first.add_argument("--config", nargs="?", type=Path)
+    given = first.parse_known_args(args)[0]
+    file = at_home(given.config) if hasattr(default, "config") else None
+    flags = read_flags(file, config_class) if file is not None else {}
     if recipes:
-        first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-        first.add_argument("--recipe", nargs="?", default=default.recipe, const=default.recipe)
-        name = first.parse_known_args(args)[0].recipe
+        name = given.recipe or flags.get("recipe", default.recipe)
         if name not in recipes:
             raise UsageError(f"--recipe {name}: unknown; choose from {', '.join(recipes)}{nearest(name, recipes)}")
-        default = replace(default, recipe=name, **recipes[name])
+        default = replace(default, **{**recipes[name], "recipe": name})
+    if file is not None:
+        try:
+            default = from_words(config_class, as_words(flags, config_class), default)
+            check_numbers(default)
+        except UsageError as error:
+            raise UsageError(f"--config {file}: {error}") from None
+    config = from_words(config_class, args, default)
+    check_numbers(config)
+    return replace(config, **{field.name: at_home(getattr(config, field.name)) for field in fields(config)})
+
+
+def from_words(config_class: type, args: Sequence[str], default: Any) -> Any:
+    """tyro's reading of a command line over a config; raises as `parse` does."""
     printed, complaint = io.StringIO(), io.StringIO()
     try:
         with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(complaint):
-            config = tyro.cli(config_class, args=args, default=default, compact_help=False)
+            return tyro.cli(config_class, args=args, default=default, compact_help=False)
     except SystemExit as stop:
         if stop.code in (0, None):
             if launched_rank() == 0:
@@ -58,8 +77,6 @@ def parse(config_class: type, *, recipes: Mapping[str, Mapping[str, Any]] | None
                 sys.stdout.write(grouped_help(printed.getvalue(), config_class, width=width))
             raise
         raise UsageError(plain_text(complaint.getvalue())) from None
-    check_numbers(config)
-    return replace(config, **{field.name: at_home(getattr(config, field.name)) for field in fields(config)})
 
 
 def at_home(value: Any) -> Any:
@@ -138,7 +155,7 @@ def plain_text(boxed: str) -> str:
         if line.startswith("Perhaps you meant"):
             in_suggestion = True
         elif in_suggestion:
-            text.append(f"; did you mean {line.split()[0].rstrip(',')}?")
+            text.append(f"; did you mean {max(re.findall(r'--[^ ,]+', line), key=len)}?")  # not its short alias
             break
         else:
             text.append(line)

@@ -24,7 +24,7 @@ MAY_CHANGE = frozenset({
     "data_dir", "download", "output_dir", "run_name", "epochs", "max_steps", "accumulation_steps", "device", "backend",
     "parallel", "compile", "channels_last", "workers", "threads", "onednn", "deterministic", "eval_every",
     "checkpoint_every", "keep_checkpoints", "resume", "evaluate", "timeout", "tensorboard", "init_from",
-    "pictures", "log_gradients", "show_batch", "save_weights",
+    "config", "pictures", "log_gradients", "show_batch", "save_weights",
     "cache", "cache_dir", "skip_bad",  # of image_folder.py: how images are read, and what is forgiven
 })
 
@@ -44,6 +44,8 @@ class TrainConfig:
 
     recipe: str = "default"
     """Named set of defaults, which other flags override."""
+    config: Path | None = None
+    """Flags from a file, JSON such as a run's config.json, or YAML: over the recipe's, below those given here."""
 
     data_dir: Path = Path("data")
     """Folder of the data sets, torchvision's root."""
@@ -145,6 +147,16 @@ class TrainConfig:
     measure: str | None = None
     """Time so many steps after leaving others out, WARMUP:STEPS, write the figures to result.json, and stop."""
 
+    @staticmethod
+    def translated(saved: Mapping[str, Any]) -> dict[str, Any]:
+        """A saved config in the flags of today: `normalize` and `half_statistics` were true or false once."""
+        config = dict(saved)
+        if isinstance(config.get("normalize"), bool):
+            config["normalize"] = "dataset" if config["normalize"] else "none"
+        if "half_statistics" in config:
+            config["normalize"] = "half" if config.pop("half_statistics") else "dataset"
+        return config
+
     def rank_batch_size(self) -> int:
         """Samples per rank per micro-batch, by the launcher's world size; UsageError if the batch does not divide."""
         world_size = read_launch().world_size
@@ -216,16 +228,6 @@ class ImageConfig(TrainConfig):
         mean, std = known[self.normalize]
         return {"seed": self.seed, "mean": mean, "std": std, "shift": self.shift, "padding": self.padding,
                 "flip": self.flip}
-
-
-def translated(saved: Mapping[str, Any]) -> dict[str, Any]:
-    """A saved config in the flags of today: `normalize` and `half_statistics` were true or false once."""
-    config = dict(saved)
-    if isinstance(config.get("normalize"), bool):
-        config["normalize"] = "dataset" if config["normalize"] else "none"
-    if "half_statistics" in config:
-        config["normalize"] = "half" if config.pop("half_statistics") else "dataset"
-    return config
 
 
 def measured_steps(text: str) -> tuple[int, int]:

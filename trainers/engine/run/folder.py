@@ -14,7 +14,7 @@ from typing import Any
 from launch.errors import CheckpointError, UsageError, user_line
 from launch.files import read_object, replace_file
 from launch.machine import environment_record
-from trainers.engine.config import MAY_CHANGE, translated
+from trainers.engine.config import MAY_CHANGE, TrainConfig
 from trainers.engine.run.ownership import Ownership, output_dir_writable
 
 
@@ -61,7 +61,7 @@ class RunFolder:
     def read_config(self) -> dict[str, Any] | None:
         """The flags that the run was started with, in the spelling of today; None as above."""
         saved = self.read_json("config.json")
-        return None if saved is None else translated(saved)
+        return None if saved is None else TrainConfig.translated(saved)
 
     def write_bytes(self, name: str, content: bytes) -> None:
         """Replace a file of the folder; CheckpointError if a later incarnation owns the run, or the disk refuses."""
