@@ -6,6 +6,7 @@
 
 import contextlib
 import os
+import re
 import socket
 import threading
 import time
@@ -15,7 +16,7 @@ from typing import NoReturn, Protocol
 import torch
 import torch.distributed as dist
 
-from launch.errors import DeviceError, DistributedError, is_users, to_stderr, user_line
+from launch.errors import DeviceError, DistributedError, UsageError, is_users, to_stderr, user_line
 from launch.heartbeats import Heartbeats
 from launch.launcher import Launch
 from launch.stop import stop_request
@@ -188,6 +189,11 @@ def translated(error: Exception) -> Exception:
     if isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in text:
         return DeviceError(f"memory: {str(error).splitlines()[0] if text else 'used up'}; lower --batch-size, raise "
                            f"--accumulation-steps, or use --precision bf16")
+    if "finished reduction in the prior iteration" in text:
+        indices = re.search(r"did not receive grad for rank \d+: ([\d ]+)", str(error))
+        which = f" (numbers {indices[1].strip()})" if indices else ""
+        return UsageError(f"--find-unused-parameters: parameters of the model{which} had no part in the loss of a "
+                          f"step, and DDP waits for their gradients; give this flag, or --freeze them")
     words = ("gloo", "nccl", "connection closed by peer", "connection reset", "timed out waiting", "broken pipe")
     if isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and any(word in text for word in words)):
         return LostPeer("another rank was lost")

@@ -1,11 +1,14 @@
 """trainers/engine/schedule.py against torch's own schedulers and the formulas it names."""
 
 import math
+from typing import Any
 
 import pytest
 import torch
 from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, LRScheduler, MultiStepLR
 
+from launch.errors import UsageError
+from trainers.engine.config import TrainConfig
 from trainers.engine.schedule import SCHEDULES, schedule
 
 STEPS = 200
@@ -22,7 +25,7 @@ def rates(make: type[LRScheduler], **arguments: object) -> list[float]:
     return found
 
 
-def ours(name: str, **arguments: int) -> list[float]:
+def ours(name: str, **arguments: Any) -> list[float]:
     """The multipliers of one of our curves."""
     multiplier = schedule(name, total_steps=STEPS, **arguments)  # pyright: ignore[reportArgumentType]
     return [multiplier(step) for step in range(STEPS)]
@@ -34,6 +37,43 @@ def test_cosine_is_torchs_cosine_annealing() -> None:
 
 def test_step_falls_tenfold_at_a_half_and_at_three_quarters() -> None:
     assert ours("step") == pytest.approx(rates(MultiStepLR, milestones=[100, 150], gamma=0.1))
+
+
+def test_a_floor_is_where_the_curves_of_torch_end_too() -> None:
+    assert ours("cosine", floor=0.1) == pytest.approx(rates(CosineAnnealingLR, T_max=STEPS, eta_min=0.1), abs=1e-9)
+    linear = rates(LinearLR, start_factor=1.0, end_factor=0.25, total_iters=STEPS)
+    assert ours("linear", floor=0.25) == pytest.approx(linear)
+    assert ours("linear")[STEPS // 2] == 0.5
+    falling = schedule("onecycle", total_steps=STEPS, floor=0.01)
+    assert (falling(0), falling(46), falling(STEPS)) == pytest.approx((0.2, 1.0, 0.01))
+    assert min(ours("step", floor=0.05)) == 0.05
+
+
+def test_milestones_are_torchs() -> None:
+    assert ours("step", milestones=[30, 60, 190]) == pytest.approx(rates(MultiStepLR, milestones=[30, 60, 190]))
+
+
+def test_flags_of_epochs_become_steps() -> None:
+    config = TrainConfig(schedule="step", epochs=10, milestones=(3, 6), warmup_epochs=0.5, learning_rate=2.0)
+    curve = config.rate_curve(20)
+    assert [curve(step) for step in (0, 4, 9, 10, 59, 60, 119, 120)] == pytest.approx(
+        [0.1, 0.5, 1, 1, 1, 0.1, 0.1, 0.01])
+    config = TrainConfig(schedule="cosine", epochs=2, min_lr=0.5, learning_rate=2.0)
+    assert config.rate_curve(10)(20) == pytest.approx(0.25)
+
+
+@pytest.mark.parametrize(("flags", "wrong"), [
+    ({"min_lr": 0.01}, "--min-lr 0.01: needs a --schedule"),
+    ({"min_lr": 0.2, "schedule": "cosine"}, "--min-lr 0.2: needs .* above"),
+    ({"milestones": (3,), "schedule": "cosine"}, "--milestones 3: must be rising epochs of --schedule step"),
+    ({"milestones": (3, 3), "schedule": "step"}, "--milestones 3 3: must be rising"),
+    ({"warmup_steps": 3, "warmup_epochs": 1.0}, "--warmup-epochs 1.0: is given beside --warmup-steps"),
+    ({"ema_warmup_steps": 3}, "--ema-warmup-steps 3: does nothing alone"),
+    ({"compile_mode": "max-autotune"}, "--compile-mode max-autotune: does nothing alone"),
+])
+def test_flags_that_contradict_each_other_are_refused(flags: dict[str, Any], wrong: str) -> None:
+    with pytest.raises(UsageError, match=wrong):
+        TrainConfig(**flags).check()
 
 
 def test_constant_stays() -> None:

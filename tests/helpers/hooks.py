@@ -276,6 +276,17 @@ def bad_loss_from(step: int, *, ranks: Collection[int] | None = None) -> None:
 
 
 @hook
+def model_with_unused_layer() -> None:
+    """Give the network a layer that its forward never calls."""
+    class Unused(Normed):
+        def __init__(self, num_classes: int) -> None:
+            super().__init__(num_classes)
+            self.spare = nn.Linear(3, 3)
+
+    models.OURS["normed"] = Unused
+
+
+@hook
 def gradients_apart() -> None:
     """Have no rank average its gradients with the others'."""
     engine_step.gradient_sync = lambda model, last: model.no_sync()

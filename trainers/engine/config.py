@@ -5,7 +5,7 @@ stands beside it (launch/rules.py).
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
@@ -17,13 +17,13 @@ from launch.launcher import read_launch
 from launch.rules import LARGEST, MOST_SECONDS, Above, AtLeast, check_numbers
 from trainers.engine.parallel import ParallelName
 from trainers.engine.precision import PrecisionName
-from trainers.engine.schedule import ScheduleName
+from trainers.engine.schedule import ScheduleName, schedule
 
 # A resumed run may differ in these: they change where, how long and how fast it runs, not what is learned.
 MAY_CHANGE = frozenset({
     "data_dir", "download", "output_dir", "run_name", "epochs", "max_steps", "accumulation_steps", "device", "backend",
-    "parallel", "compile", "channels_last", "workers", "threads", "onednn", "deterministic", "eval_every",
-    "checkpoint_every", "keep_checkpoints", "resume", "evaluate", "timeout", "tensorboard", "init_from",
+    "parallel", "find_unused_parameters", "compile", "compile_mode", "channels_last", "workers", "threads", "onednn",
+    "deterministic", "eval_every", "checkpoint_every", "keep_checkpoints", "resume", "evaluate", "timeout", "tensorboard", "init_from",
     "config", "pictures", "log_gradients", "show_batch", "save_weights",
     "cache", "cache_dir", "skip_bad",  # of image_folder.py: how images are read, and what is forgiven
 })
@@ -68,10 +68,14 @@ class TrainConfig:
     """Parts of the model that are not trained: names, prefixes or patterns with *. Frozen BatchNorm stays fixed."""
     ema_decay: Annotated[float | None, Above(0, below=1, such_as=0.999)] = None
     """Keep an exponential moving average of the weights, and evaluate that."""
+    ema_warmup_steps: Annotated[int, AtLeast(0)] = 0
+    """Let the average follow faster at first: after t steps its decay is at most (1 + t) / (this + t)."""
     precision: PrecisionName = "fp32"
     """Autocast type; fp32 turns autocast off."""
     compile: bool = False
     """torch.compile the model."""
+    compile_mode: Literal["default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"] = "default"
+    """What torch.compile aims at."""
     channels_last: bool = False
     """Keep images and convolutions in NHWC memory order."""
 
@@ -92,9 +96,15 @@ class TrainConfig:
     norm_bias_lr_scale: Annotated[float, Above(0)] = 1.0
     """Factor on the learning rate of normalisation biases."""
     schedule: ScheduleName = "constant"
-    """Learning-rate curve over the run."""
+    """Learning-rate curve over the run. linear and cosine fall to --min-lr, step by ten at half and three quarters."""
+    min_lr: Annotated[float | None, AtLeast(0)] = None
+    """Lowest rate of a schedule. Default: 0, of onecycle 7 % of the peak."""
+    milestones: Annotated[tuple[int, ...], AtLeast(1)] = ()
+    """Epochs after each of which --schedule step divides the rate by ten, in place of its own."""
     warmup_steps: Annotated[int, AtLeast(0)] = 0
     """Steps over which the rate first rises linearly."""
+    warmup_epochs: Annotated[float, AtLeast(0)] = 0.0
+    """The same in epochs."""
     label_smoothing: Annotated[float, AtLeast(0, below=1)] = 0.0
     """Share of the target probability that is spread over all classes."""
     class_weights: Annotated[tuple[float, ...], AtLeast(0)] = ()
@@ -110,6 +120,12 @@ class TrainConfig:
     """auto: nccl on GPUs, gloo on CPUs."""
     parallel: ParallelName = "auto"
     """auto: ddp under torchrun or srun, else none. dp: DataParallel over the GPUs of one process."""
+    comm_hook: Literal["none", "bf16", "fp16"] = "none"
+    """Type in which DDP sends gradients: half the traffic, rounded."""
+    find_unused_parameters: bool = False
+    """Let parameters go without a gradient under DDP, at the cost of a search in every step."""
+    sync_bn: bool = False
+    """BatchNorm over the batch of all ranks (CUDA)."""
     threads: Annotated[int | None, AtLeast(1, most=1024)] = None
     """Threads per rank. Default: OMP_NUM_THREADS, else usable cores / ranks on the node."""
     onednn: bool = True
@@ -184,7 +200,31 @@ class TrainConfig:
         if self.compile and self.parallel == "dp":  # nn.Module.compile keeps the original's bound method in each copy
             raise UsageError("--compile with --parallel dp: DataParallel's copies of a compiled model would all run "
                              "the original; leave --compile out, or use torchrun and --parallel ddp")
+        if self.compile_mode != "default" and not self.compile:
+            raise UsageError(f"--compile-mode {self.compile_mode}: does nothing alone; add --compile")
+        if self.ema_warmup_steps and self.ema_decay is None:
+            raise UsageError(f"--ema-warmup-steps {self.ema_warmup_steps}: does nothing alone; add --ema-decay 0.999")
+        self.check_schedule()
         self.rank_batch_size()
+
+    def check_schedule(self) -> None:
+        """Raise UsageError for flags of the learning rate that contradict each other."""
+        if self.min_lr is not None and (self.schedule == "constant" or self.min_lr > self.learning_rate):
+            raise UsageError(f"--min-lr {self.min_lr}: needs a --schedule that falls to it, from a --learning-rate "
+                             f"above it; these are {self.schedule} and {self.learning_rate}")
+        if self.milestones and (self.schedule != "step" or sorted(set(self.milestones)) != [*self.milestones]):
+            raise UsageError(f"--milestones {' '.join(map(str, self.milestones))}: must be rising epochs of --schedule "
+                             f"step; that is {self.schedule}")
+        if self.warmup_epochs and self.warmup_steps:
+            raise UsageError(f"--warmup-epochs {self.warmup_epochs}: is given beside --warmup-steps; leave one out")
+
+    def rate_curve(self, steps_per_epoch: int) -> Callable[[int], float]:
+        """step -> share of the peak learning rate, over the whole run."""
+        return schedule(
+            self.schedule, total_steps=self.total_steps(steps_per_epoch),
+            warmup_steps=self.warmup_steps or round(self.warmup_epochs * steps_per_epoch),
+            milestones=[epoch * steps_per_epoch for epoch in self.milestones],
+            floor=None if self.min_lr is None or not self.learning_rate else self.min_lr / self.learning_rate)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,11 +1,13 @@
 """torch's optimizers, from flags; each group remembers its peak rate as `initial_lr`, which the schedule scales."""
 
+from collections.abc import Callable
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 from torch.optim import Optimizer
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from launch.errors import UsageError
 
@@ -99,6 +101,15 @@ class MuonWithAdamW:
         """The inverse."""
         for part, saved in zip(self.parts, state["parts"], strict=True):
             part.load_state_dict(saved)
+
+
+def ema_average(decay: float, *, warmup_steps: int) -> Callable[[Any, Any, Any], None]:
+    """The update of a moving average of weights for `AveragedModel`: torch's own, slower to forget once warmed up."""
+    def average(averaged: Any, current: Any, num_averaged: Any) -> None:
+        steps = int(num_averaged)  # on the CPU: no wait for a GPU
+        get_ema_multi_avg_fn(min(decay, (1 + steps) / (warmup_steps + steps)))(averaged, current, num_averaged)
+
+    return average if warmup_steps else get_ema_multi_avg_fn(decay)
 
 
 def freeze(model: nn.Module, patterns: tuple[str, ...]) -> None:

@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from launch.errors import UsageError
@@ -15,6 +16,7 @@ from launch.process_group import World
 from trainers.engine.task import Batch
 
 ParallelName = Literal["auto", "none", "dp", "ddp"]
+COMM_HOOKS = {"bf16": default_hooks.bf16_compress_hook, "fp16": default_hooks.fp16_compress_hook}
 # torch 2.15 renamed broadcast_buffers and deprecates the old name
 BUFFERS_ARGUMENT = next(name for name in ("forward_sync_buffers", "broadcast_buffers")
                         if name in inspect.signature(DistributedDataParallel.__init__).parameters)
@@ -40,7 +42,8 @@ def choose_parallel(name: ParallelName, world: World, *, num_gpus: int) -> tuple
     return name, ""
 
 
-def parallelize(model: nn.Module, parallel: Literal["none", "dp", "ddp"], world: World) -> nn.Module:
+def parallelize(model: nn.Module, parallel: Literal["none", "dp", "ddp"], world: World, *, comm_hook: str = "none",
+                find_unused_parameters: bool = False) -> nn.Module:
     """Wrap a model that is on its device. DDP starts every rank from rank 0's weights.
 
     Buffers are not broadcast at every forward pass: BatchNorm in training mode does not read them, and evaluation
@@ -51,7 +54,11 @@ def parallelize(model: nn.Module, parallel: Literal["none", "dp", "ddp"], world:
     if parallel == "ddp" and any(parameter.requires_grad for parameter in model.parameters()):
         devices = [world.device.index] if world.device.type == "cuda" else None
         arguments: dict[str, Any] = {BUFFERS_ARGUMENT: False}
-        return DistributedDataParallel(model, device_ids=devices, gradient_as_bucket_view=True, **arguments)
+        wrapped = DistributedDataParallel(model, device_ids=devices, gradient_as_bucket_view=True,
+                                          find_unused_parameters=find_unused_parameters, **arguments)
+        if comm_hook != "none":
+            wrapped.register_comm_hook(state=None, hook=COMM_HOOKS[comm_hook])
+        return wrapped
     return model
 
 

@@ -7,16 +7,21 @@ A pure function needs no state in a checkpoint, and a run resumed at step k has 
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Literal
 
-ScheduleName = Literal["constant", "step", "cosine", "onecycle"]
+ScheduleName = Literal["constant", "linear", "step", "cosine", "onecycle"]
 START, PEAK_AT, END = 0.2, 0.23, 0.07  # of onecycle: cifar10-airbench's triangle
 
 
 def constant(step: int, total_steps: int) -> float:
     """1 throughout."""
     return 1.0
+
+
+def linear(step: int, total_steps: int) -> float:
+    """A straight line from 1 to 0."""
+    return 1 - min(1.0, step / total_steps)
 
 
 def step_decay(step: int, total_steps: int) -> float:
@@ -38,18 +43,37 @@ def onecycle(step: int, total_steps: int) -> float:
 
 
 SCHEDULES: dict[str, Callable[[int, int], float]] = {
-    "constant": constant, "step": step_decay, "cosine": cosine, "onecycle": onecycle,
+    "constant": constant, "linear": linear, "step": step_decay, "cosine": cosine, "onecycle": onecycle,
 }
 
 
-def schedule(name: ScheduleName, *, total_steps: int, warmup_steps: int = 0) -> Callable[[int], float]:
-    """step -> multiplier. The warm-up rises linearly to 1 over its steps, and the curve is laid over the rest."""
+def schedule(name: ScheduleName, *, total_steps: int, warmup_steps: int = 0, milestones: Sequence[int] = (),
+             floor: float | None = None) -> Callable[[int], float]:
+    """step -> multiplier. The warm-up rises linearly to 1 over its steps, and the curve is laid over the rest.
+
+    Args:
+        name: the curve.
+        total_steps: of the whole run, warm-up included.
+        warmup_steps: of the rise.
+        milestones: steps of the run, of which each divides the rate by ten: in place of `step`'s own.
+        floor: the lowest share of the peak: where linear, cosine and onecycle end, and below which step does not fall.
+    """
     curve = SCHEDULES[name]
     remaining = max(1, total_steps - warmup_steps)
 
     def multiplier(step: int) -> float:
         if step < warmup_steps:
             return (step + 1) / warmup_steps
-        return curve(step - warmup_steps, remaining)
+        if milestones:
+            value = 0.1 ** sum(step >= milestone for milestone in milestones)
+        else:
+            value = curve(step - warmup_steps, remaining)
+        if floor is None:
+            return value
+        if name in ("linear", "cosine"):
+            return floor + (1 - floor) * value
+        if name == "onecycle" and step - warmup_steps >= PEAK_AT * remaining:
+            return 1 - (1 - floor) * (1 - value) / (1 - END)
+        return max(floor, value)
 
     return multiplier

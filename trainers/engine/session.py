@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.optim.swa_utils import AveragedModel
 
 from launch.errors import UsageError, say
 from launch.failure import translated
@@ -28,7 +28,7 @@ from launch.stop import Stopped, signals_caught
 from trainers.engine.checkpoints.save import Checkpointer
 from trainers.engine.config import ImageConfig, Statistics, TrainConfig
 from trainers.engine.measure import write_measurement
-from trainers.engine.optimizer import build_optimizer, freeze
+from trainers.engine.optimizer import build_optimizer, ema_average, freeze
 from trainers.engine.parallel import choose_parallel, num_parameters, parallelize
 from trainers.engine.precision import Precision
 from trainers.engine.result import draw_first_batch, draw_result, finish
@@ -37,7 +37,6 @@ from trainers.engine.run.card import CARD_FILE, ModelCard
 from trainers.engine.run.folder import RunFolder
 from trainers.engine.run.ownership import unnamed_run
 from trainers.engine.run.report import Report
-from trainers.engine.schedule import schedule
 from trainers.engine.step import StepOptions, TrainStep
 from trainers.engine.task import EvaluationBatches, Task, TrainBatches, classification_task
 from trainers.engine.trainer import LoopOptions, Run, Trainer
@@ -116,7 +115,7 @@ def write_preempted(folder: RunFolder, stopped: Stopped) -> None:
         say(f"stopped at step {step} ({stopped}); the same command continues from there")
 
 
-def build_trainer(config: TrainConfig, run: Run, model: nn.Module, task: Task, *, total_steps: int,
+def build_trainer(config: TrainConfig, run: Run, model: nn.Module, task: Task, *, steps_per_epoch: int,
                   dataset_fingerprint: str) -> Trainer:
     """A model and all that trains it. Raises UsageError as build_step does."""
     world = run.world
@@ -124,7 +123,7 @@ def build_trainer(config: TrainConfig, run: Run, model: nn.Module, task: Task, *
                    "world_size": world.world_size, "threads": world.threads, "torch": str(torch.__version__),
                    **job_identity()}
     return Trainer(
-        build_step(config, model, task, world, total_steps=total_steps), run,
+        build_step(config, model, task, world, steps_per_epoch=steps_per_epoch), run,
         checkpointer=Checkpointer(run.folder, keep=config.keep_checkpoints),
         report=Report(run.folder, pictures=config.pictures, tensorboard=config.tensorboard),
         options=LoopOptions(eval_every=config.eval_every, checkpoint_every=config.checkpoint_every,
@@ -132,7 +131,8 @@ def build_trainer(config: TrainConfig, run: Run, model: nn.Module, task: Task, *
         config=to_plain(config), fingerprint=fingerprint)
 
 
-def build_step(config: TrainConfig, model: nn.Module, task: Task, world: World, *, total_steps: int) -> TrainStep:
+def build_step(config: TrainConfig, model: nn.Module, task: Task, world: World, *, steps_per_epoch: int
+               ) -> TrainStep:
     """Freeze, move and wrap a model, for steps by the flags; UsageError if these do not fit model, device or world."""
     precision = Precision(config.precision, world.device)
     freeze(model, config.freeze)
@@ -146,13 +146,19 @@ def build_step(config: TrainConfig, model: nn.Module, task: Task, world: World, 
         raise UsageError(f"--freeze {' '.join(config.freeze)}: leaves nothing to train; freeze less")
     ema = None
     if config.ema_decay is not None:
-        ema = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(config.ema_decay), use_buffers=True)
+        average = ema_average(config.ema_decay, warmup_steps=config.ema_warmup_steps)
+        ema = AveragedModel(model, multi_avg_fn=average, use_buffers=True)
     optimizer = build_optimizer(model, config)
+    if config.sync_bn and world.device.type != "cuda":
+        raise UsageError(f"--sync-bn: torch's SyncBatchNorm needs CUDA, this is {world.device.type}; leave it out")
+    if config.sync_bn and parallel == "ddp":
+        model = nn.SyncBatchNorm.convert_sync_batchnorm(model)  # of the same parameters
     if config.compile:
-        model.compile()
+        model.compile(mode=config.compile_mode)
+    wrapped = parallelize(model, parallel, world, comm_hook=config.comm_hook,
+                          find_unused_parameters=config.find_unused_parameters)
     return TrainStep(
-        parallelize(model, parallel, world), optimizer, task, world, precision=precision, ema=ema,
-        schedule=schedule(config.schedule, total_steps=total_steps, warmup_steps=config.warmup_steps),
+        wrapped, optimizer, task, world, precision=precision, ema=ema, schedule=config.rate_curve(steps_per_epoch),
         options=StepOptions(seed=config.seed, accumulation_steps=config.accumulation_steps,
                             clip_grad_norm=config.clip_grad_norm, channels_last=config.channels_last))
 
@@ -182,8 +188,8 @@ def train_model(config: TrainConfig, run: Run, model: nn.Module, task: Task, tra
     Returns what result.json holds. Pictures of images are drawn with `statistics`, which normalised them.
     """
     began = time.perf_counter()
-    total_steps = config.total_steps(train.steps_per_epoch)
-    trainer = build_trainer(config, run, model, task, total_steps=total_steps, dataset_fingerprint=dataset_fingerprint)
+    trainer = build_trainer(config, run, model, task, steps_per_epoch=train.steps_per_epoch,
+                            dataset_fingerprint=dataset_fingerprint)
     with contextlib.closing(trainer.report):
         if config.evaluate is not None:
             load_for_evaluation(config.evaluate, trainer)
@@ -196,7 +202,7 @@ def train_model(config: TrainConfig, run: Run, model: nn.Module, task: Task, tra
                     draw_first_batch(run.folder, first, statistics, class_names)
             if config.measure is not None:
                 return write_measurement(trainer, train, config.measure)
-            trainer.fit(train, test, last_step=total_steps)
+            trainer.fit(train, test, last_step=config.total_steps(train.steps_per_epoch))
         evaluation = trainer.last_evaluation or trainer.evaluate(test)
         result = finish(trainer, evaluation, class_names, batch_size=config.batch_size,
                         save_weights=config.save_weights, total_seconds=time.perf_counter() - began)

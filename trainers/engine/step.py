@@ -156,7 +156,7 @@ class TrainStep:
         self.precision.load_state_dict(state["scaler"])
         if self.ema is not None and state["ema"] is not None:
             self.ema.module.load_state_dict(state["ema"])
-            self.ema.n_averaged.fill_(min(1, state["step"]))  # 0 would start the average again
+            self.ema.n_averaged.fill_(state["step"])  # 0 would start the average again
 
 
 def is_frozen_norm(module: nn.Module) -> bool:
