@@ -23,8 +23,8 @@ from trainers.engine.schedule import ScheduleName, schedule
 MAY_CHANGE = frozenset({
     "data_dir", "download", "output_dir", "run_name", "epochs", "max_steps", "accumulation_steps", "device", "backend",
     "parallel", "find_unused_parameters", "compile", "compile_mode", "channels_last", "workers", "threads", "onednn",
-    "deterministic", "eval_every", "checkpoint_every", "keep_checkpoints", "resume", "evaluate", "timeout", "tensorboard", "init_from",
-    "config", "pictures", "log_gradients", "show_batch", "save_weights",
+    "deterministic", "eval_every", "checkpoint_every", "keep_checkpoints", "resume", "evaluate", "timeout",
+    "tensorboard", "init_from", "config", "pictures", "log_gradients", "show_batch", "save_weights",
     "cache", "cache_dir", "skip_bad",  # of image_folder.py: how images are read, and what is forgiven
 })
 
