@@ -12,6 +12,8 @@ from trainers.engine.optimizer import MuonWithAdamW, build_optimizer, parameter_
 
 RATES = {"sgd": 0.05, "adam": 0.01, "adamw": 0.01, "rmsprop": 0.005, "muon": 0.02}
 
+LAYOUTS = [torch.contiguous_format, torch.channels_last]
+
 
 @pytest.fixture(autouse=True)
 def one_thread() -> Iterator[None]:
@@ -89,19 +91,81 @@ def test_nesterov_is_torchs() -> None:
         torch.testing.assert_close(mine, reference, rtol=1e-4, atol=1e-5)
 
 
-def test_muon_updates_the_matrices_and_adamw_the_rest() -> None:
-    model = network()
-    optimizer = build_optimizer(model, config("muon"))
-    assert isinstance(optimizer, MuonWithAdamW)
-    shapes = [[parameter.ndim for group in part.param_groups for parameter in group["params"]]
-              for part in optimizer.parts]
-    assert shapes == [[2, 2], [4, 1, 1, 1, 1]]
-    assert [type(part) for part in optimizer.parts] == [torch.optim.Muon, torch.optim.AdamW]
+class Parts(nn.Module):
+    """A parameter of every kind that networks have, one of them used twice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.features = nn.Sequential(nn.Conv2d(1, 8, 3, bias=False), nn.BatchNorm2d(8),
+                                      nn.Conv2d(8, 8, 3, groups=8, bias=False), nn.GroupNorm(2, 8),
+                                      nn.ConvTranspose2d(8, 4, 2), nn.Conv2d(4, 6, 1))
+        self.token, self.positions = nn.Parameter(torch.randn(1, 1, 6)), nn.Parameter(torch.randn(1, 26, 6))
+        self.scale, self.temperature = nn.Parameter(torch.ones(6, 1, 1)), nn.Parameter(torch.tensor(1.0))
+        self.mix, self.norm, self.gate = nn.Linear(6, 6), nn.LayerNorm(6), nn.Linear(6, 1)
+        self.head = nn.Linear(6, 3)
+
+    def forward(self, images: Tensor) -> Tensor:
+        features = (self.features(images) * self.scale).flatten(2).mT
+        tokens = torch.cat([self.token.expand(len(images), -1, -1), features], 1) + self.positions
+        tokens = self.mix(self.norm(self.mix(tokens))) * self.gate(tokens).sigmoid()
+        return self.head(tokens.mean(1)) * self.temperature
 
 
+OPTIONS: dict[str, dict[str, object]] = {
+    "plain": {}, "norm biases apart": {"norm_bias_lr_scale": 4.0}, "decayed": {"weight_decay": 0.01},
+    "all": {"norm_bias_lr_scale": 0.5, "weight_decay": 0.01, "nesterov": True, "momentum": 0.6},
+    "no momentum": {"momentum": 0.0},
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+@pytest.mark.parametrize("options", OPTIONS)
 @pytest.mark.parametrize("name", RATES)
-def test_training_goes_on_from_a_saved_state_as_if_never_stopped(name: str) -> None:
-    model = network()
+def test_each_trained_parameter_is_in_exactly_one_group_and_moves(name: str, options: str,
+                                                                  layout: torch.memory_format) -> None:
+    model = Parts().to(memory_format=layout)
+    model.head.bias.requires_grad_(False)
+    before = copy.deepcopy(model)
+    optimizer = build_optimizer(model, config(name, **OPTIONS[options]))
+    grouped = [id(parameter) for group in optimizer.param_groups for parameter in group["params"]]
+    assert sorted(grouped) == sorted(id(parameter) for parameter in model.parameters() if parameter.requires_grad)
+    train(model, optimizer, 2)
+    pairs = zip(model.named_parameters(), before.parameters(), strict=True)
+    assert [name for (name, now), was in pairs if torch.equal(now, was)] == ["head.bias"]
+
+
+def test_muon_updates_matrices_and_filters_and_adamw_the_rest() -> None:
+    model = Parts()
+    optimizer = build_optimizer(model, config("muon", norm_bias_lr_scale=2.0))
+    assert isinstance(optimizer, MuonWithAdamW)
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    filters, *rest = [{names[id(parameter)] for group in part.param_groups for parameter in group["params"]}
+                      for part in optimizer.parts]
+    assert filters == {"features.0.weight", "features.2.weight", "features.4.weight", "features.5.weight", "mix.weight",
+                       "head.weight"}
+    assert rest == [set(names.values()) - filters]
+
+
+def test_filters_are_updated_as_torchs_muon_updates_the_matrix_of_them() -> None:
+    filters, before = nn.Conv2d(3, 4, 2, bias=False), torch.randn(4, 3, 2, 2)
+    filters.weight.data.copy_(before)
+    matrix = nn.Parameter(before.flatten(1).clone())
+    ours = build_optimizer(filters, config("muon", weight_decay=0.1))
+    theirs = torch.optim.Muon([matrix], lr=RATES["muon"], momentum=0.9, weight_decay=0.1,
+                              adjust_lr_fn="match_rms_adamw")
+    for seed in range(3):
+        gradient = torch.randn(4, 3, 2, 2, generator=torch.Generator().manual_seed(seed))
+        filters.weight.grad, matrix.grad = gradient, gradient.flatten(1)
+        ours.step()
+        theirs.step()
+    assert torch.equal(filters.weight.flatten(1), matrix)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+@pytest.mark.parametrize("name", RATES)
+def test_training_goes_on_from_a_saved_state_as_if_never_stopped(name: str, layout: torch.memory_format) -> None:
+    model = Parts().to(memory_format=layout)
     optimizer = build_optimizer(model, config(name))
     train(model, optimizer, 5)
     other = copy.deepcopy(model)

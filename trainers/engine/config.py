@@ -84,7 +84,7 @@ class TrainConfig:
     max_steps: Annotated[int | None, AtLeast(1)] = None
     """Stop after so many optimizer steps, even within an epoch."""
     optimizer: Literal["sgd", "adam", "adamw", "rmsprop", "muon"] = "sgd"
-    """Update rule (torch.optim). muon updates weight matrices, and AdamW the rest."""
+    """Update rule (torch.optim). muon updates weight matrices and filters, and AdamW the rest."""
     learning_rate: Annotated[float, tyro.conf.arg(aliases=["--lr"]), AtLeast(0)] = 0.1
     """Peak rate, at the global batch size."""
     momentum: Annotated[float, AtLeast(0, below=1)] = 0.9

@@ -5,7 +5,7 @@ from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
@@ -33,7 +33,7 @@ def build_optimizer(model: nn.Module, config: "TrainConfig") -> "Optimizer | Muo
     elif config.optimizer == "rmsprop":
         optimizer = torch.optim.RMSprop(groups, momentum=momentum, foreach=True, **common)
     else:
-        optimizer = MuonWithAdamW(groups[0]["params"], momentum=momentum, **common)
+        optimizer = MuonWithAdamW(groups, momentum=momentum, **common)
     for group in optimizer.param_groups:
         group.setdefault("initial_lr", group["lr"])
     return optimizer
@@ -49,11 +49,10 @@ def parameter_groups(model: nn.Module, config: "TrainConfig") -> list[dict[str, 
     if scale == 1.0:
         return [{"params": trained}]
     norms = [module for module in model.modules() if isinstance(module, NORMS)]
-    biases = [norm.bias for norm in norms if norm.bias is not None and norm.bias.requires_grad]
-    chosen = {id(bias) for bias in biases}
+    chosen = {id(norm.bias): norm.bias for norm in norms if norm.bias is not None and norm.bias.requires_grad}
     return [
         {"params": [parameter for parameter in trained if id(parameter) not in chosen]},
-        {"params": biases, "lr": config.learning_rate * scale, "weight_decay": config.weight_decay / scale},
+        {"params": list(chosen.values()), "lr": config.learning_rate * scale, "weight_decay": config.weight_decay / scale},
     ]
 
 
@@ -63,19 +62,58 @@ def fused_works(model: nn.Module) -> bool:
     return devices <= {"cpu"} or devices <= {"cuda"}
 
 
+def is_matrix(parameter: nn.Parameter) -> bool:
+    """Whether a parameter is a matrix, or filters that flatten to one; a row or column alone is a vector."""
+    return parameter.ndim >= 2 and 1 < len(parameter) < parameter.numel()
+
+
+def as_matrix(tensor: Tensor, like: Tensor) -> Tensor:
+    """Filters (O, I, ...) as a matrix (O, I * ...), its columns in the order in which `like` holds them in memory.
+
+    A tensor laid out as `like`, channels_last too, is not copied. Muon's update does not depend on the columns' order.
+    """
+    order = sorted(range(1, like.ndim), key=like.stride, reverse=True)
+    return tensor.permute(0, *order).flatten(1)
+
+
+class FilterMuon(torch.optim.Muon):
+    """torch's Muon, which takes matrices only, for filters too: flattened, as cifar10-airbench and timm do."""
+
+    def __init__(self, groups: list[dict[str, Any]], **options: Any) -> None:
+        matrices = [[as_matrix(parameter.detach(), parameter) for parameter in group["params"]] for group in groups]
+        super().__init__([{**group, "params": flat} for group, flat in zip(groups, matrices, strict=True)], **options)
+        for group, given in zip(self.param_groups, groups, strict=True):
+            group["params"] = given["params"]
+
+    def _init_group(self, group: Any, params_with_grad: list[Tensor], grads: list[Tensor],
+                    muon_momentum_bufs: list[Tensor]) -> bool:
+        for parameter in group["params"]:
+            if "momentum_buffer" not in self.state[parameter]:
+                self.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+        is_complex = super()._init_group(group, params_with_grad, grads, muon_momentum_bufs)
+        parameters = list(params_with_grad)
+        for tensors in (params_with_grad, grads, muon_momentum_bufs):
+            tensors[:] = [as_matrix(tensor, like) for tensor, like in zip(tensors, parameters, strict=True)]
+        return is_complex
+
+
 class MuonWithAdamW:
-    """torch's Muon for weight matrices and AdamW for everything else, stepped and saved as one.
+    """Muon for weight matrices and filters and AdamW for everything else, stepped and saved as one.
 
     Muon's rates are matched to AdamW's (adjust_lr_fn), so one learning rate serves both.
     """
 
-    def __init__(self, parameters: list[nn.Parameter], *, momentum: float, **common: Any) -> None:
-        matrices = [parameter for parameter in parameters if parameter.ndim == 2]
-        others = [parameter for parameter in parameters if parameter.ndim != 2]
+    def __init__(self, groups: list[dict[str, Any]], *, momentum: float, **common: Any) -> None:
+        def chosen(matrices: bool) -> list[dict[str, Any]]:
+            """The groups with only their matrices, or with only the rest; those left empty are dropped."""
+            parts = [{**group, "params": [each for each in group["params"] if is_matrix(each) is matrices]}
+                     for group in groups]
+            return [part for part in parts if part["params"]]
+
         self.parts: list[Optimizer] = []
-        if matrices:
-            self.parts.append(torch.optim.Muon(matrices, momentum=momentum, adjust_lr_fn="match_rms_adamw", **common))
-        if others:
+        if matrices := chosen(True):
+            self.parts.append(FilterMuon(matrices, momentum=momentum, adjust_lr_fn="match_rms_adamw", **common))
+        if others := chosen(False):
             self.parts.append(torch.optim.AdamW(others, **common))
 
     @property
