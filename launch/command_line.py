@@ -145,7 +145,7 @@ def examples(docstring: str, width: int) -> str:
 
 def plain_text(boxed: str) -> str:
     """tyro's framed error message on one line: what is wrong, then the nearest flag if it names one."""
-    lines = [re.sub(r"\x1b\[[0-9;]*m", "", line).strip("│╭╮╰╯ \n") for line in boxed.splitlines()]
+    lines = [re.sub(r"\x1b\[[0-9;]*m|\[/?bold\]", "", line).strip("│╭╮╰╯ \n") for line in boxed.splitlines()]
     text, in_suggestion = [], False
     for line in lines[1:]:  # the first is the frame's title
         if set(line) <= {"─", "-"}:

@@ -42,7 +42,7 @@ def numbers_in(hint: Any) -> set[type]:
 def numbers_of(config_class: type) -> dict[str, tuple[type, int]]:
     """Each field that holds numbers: which kind, and how many words its flag takes."""
     hints = typing.get_type_hints(config_class)
-    return {field.name: (kinds.pop(), 2 if field.name == "channels" else 1) for field in fields(config_class)
+    return {field.name: (kinds.pop(), 2 if field.name in ("channels", "betas") else 1) for field in fields(config_class)
             if (kinds := numbers_in(hints[field.name]))}
 
 
@@ -70,8 +70,9 @@ def test_every_number_out_of_its_range_is_refused_by_the_name_of_its_flag(config
         if config_class is not TrainConfig and rules[name] is shared.get(name):
             words = words[-1:]  # TrainConfig's own case tries them all
         for word in words:
+            args = [f"{flag}={word}"] if count == 1 else [flag, *[repr(rules[name].low)] * (count - 1), word]
             with pytest.raises(UsageError, match=f"^{flag} .*must be (at least|above) "):
-                parse(config_class, args=[f"{flag}={word}"] if count == 1 else [flag, *["3"] * (count - 1), word])
+                parse(config_class, args=args)
             tried += 1
     assert tried >= len(rules)
 

@@ -1,14 +1,17 @@
 """trainers/engine/optimizer.py: every rule trains, is torch's own, and resumes from its saved state."""
 
 import copy
+import functools
 from collections.abc import Iterator
 
 import pytest
 import torch
+import torchvision
 from torch import Tensor, nn
 
+from launch.errors import UsageError
 from trainers.engine.config import TrainConfig
-from trainers.engine.optimizer import MuonWithAdamW, build_optimizer, parameter_groups
+from trainers.engine.optimizer import MuonWithAdamW, build_optimizer, layer_numbers, parameter_groups
 
 RATES = {"sgd": 0.05, "adam": 0.01, "adamw": 0.01, "rmsprop": 0.005, "muon": 0.02}
 
@@ -116,6 +119,8 @@ OPTIONS: dict[str, dict[str, object]] = {
     "plain": {}, "norm biases apart": {"norm_bias_lr_scale": 4.0}, "decayed": {"weight_decay": 0.01},
     "all": {"norm_bias_lr_scale": 0.5, "weight_decay": 0.01, "nesterov": True, "momentum": 0.6},
     "no momentum": {"momentum": 0.0},
+    "by name": {"weight_decay": 0.01, "no_decay": ("norm", "bias", "token"), "norm_bias_lr_scale": 2.0},
+    "by layer": {"weight_decay": 0.01, "no_decay": ("bias",), "layer_decay": 0.5},
 }
 
 
@@ -189,6 +194,51 @@ def test_biases_of_norms_get_their_own_rate_and_the_same_pull_towards_zero() -> 
     assert biases["lr"] * biases["weight_decay"] == pytest.approx(0.05 * 0.64)
     assert biases["lr"] == pytest.approx(0.05 * 64)
     assert len(rest["params"]) + 1 == len(list(model.parameters()))
+
+
+def test_no_decay_names_norms_biases_and_patterns() -> None:
+    model = Parts()
+    flags = config("sgd", weight_decay=0.1, no_decay=("norm", "token", "head", "features.4.*"))
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    decayed = {names[id(parameter)] for group in parameter_groups(model, flags) if group["weight_decay"]
+               for parameter in group["params"]}
+    assert set(names.values()) - decayed == {
+        "token", "features.1.weight", "features.1.bias", "features.3.weight", "features.3.bias", "features.4.weight",
+        "features.4.bias", "norm.weight", "norm.bias", "head.weight", "head.bias"}
+    with pytest.raises(UsageError, match="--no-decay nrom: matches no parameter"):
+        parameter_groups(model, config("sgd", no_decay=("nrom",)))
+
+
+@pytest.mark.parametrize(("make", "num_layers", "layers"), [
+    (torchvision.models.resnet18, 11,
+     {"conv1.weight": 0, "layer1.0.conv1.weight": 2, "layer4.1.bn2.bias": 9, "fc.bias": 10}),
+    (functools.partial(torchvision.models.VisionTransformer, 32, 16, 3, 2, 12, 24), 6,
+     {"conv_proj.weight": 0, "class_token": 0, "encoder.layers.encoder_layer_0.ln_1.weight": 1,
+      "encoder.layers.encoder_layer_2.mlp.0.weight": 3, "encoder.ln.bias": 4, "heads.head.weight": 5}),
+])
+def test_layer_decay_slows_each_layer_by_its_distance_from_the_last(make, num_layers, layers) -> None:
+    model = make()
+    numbers = layer_numbers(model)
+    assert numbers.keys() == dict(model.named_parameters()).keys()
+    assert sorted(set(numbers.values())) == list(range(num_layers))
+    assert {name: numbers[name] for name in layers} == layers
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    for group in parameter_groups(model, config("sgd", layer_decay=0.5)):
+        for parameter in group["params"]:
+            assert group["lr"] == pytest.approx(0.05 * 0.5 ** (num_layers - 1 - numbers[names[id(parameter)]]))
+
+
+def test_betas_and_eps_are_torchs() -> None:
+    flags = {"betas": (0.5, 0.7), "eps": 1e-3}
+    for name in ("adam", "adamw", "muon"):
+        optimizer = build_optimizer(Parts(), config(name, **flags))
+        last = (optimizer.parts if isinstance(optimizer, MuonWithAdamW) else [optimizer])[-1].param_groups[0]
+        assert (last["betas"], last["eps"]) == ((0.5, 0.7), 1e-3)
+    assert build_optimizer(Parts(), config("rmsprop", eps=1e-3)).param_groups[0]["eps"] == 1e-3
+    with pytest.raises(UsageError, match="--betas: sgd has none to set"):
+        config("sgd", betas=(0.5, 0.7)).check()
+    with pytest.raises(UsageError, match="--betas: rmsprop has none"):
+        config("rmsprop", **flags).check()
 
 
 def test_frozen_parameters_are_left_alone() -> None:

@@ -93,6 +93,14 @@ class TrainConfig:
     """Nesterov's momentum, for sgd."""
     weight_decay: Annotated[float, AtLeast(0)] = 0.0
     """L2 penalty, decoupled in adamw and muon."""
+    betas: Annotated[tuple[float, float] | None, AtLeast(0, below=1)] = None
+    """Of adam, adamw and what muon leaves to AdamW. Default: torch's 0.9 0.999."""
+    eps: Annotated[float | None, AtLeast(0)] = None
+    """Of the same and of rmsprop. Default: torch's 1e-8."""
+    no_decay: tuple[str, ...] = ()
+    """Parameters without weight decay: norm, bias, and names, prefixes or patterns with *."""
+    layer_decay: Annotated[float, Above(0, most=1)] = 1.0
+    """Factor on the learning rate from each layer to the one before it; to fine-tune."""
     norm_bias_lr_scale: Annotated[float, Above(0)] = 1.0
     """Factor on the learning rate of normalisation biases."""
     schedule: ScheduleName = "constant"
@@ -204,6 +212,10 @@ class TrainConfig:
             raise UsageError(f"--compile-mode {self.compile_mode}: does nothing alone; add --compile")
         if self.ema_warmup_steps and self.ema_decay is None:
             raise UsageError(f"--ema-warmup-steps {self.ema_warmup_steps}: does nothing alone; add --ema-decay 0.999")
+        takes = {"sgd": (), "rmsprop": ("eps",)}.get(self.optimizer, ("betas", "eps"))
+        for name in ("betas", "eps"):
+            if getattr(self, name) is not None and name not in takes:
+                raise UsageError(f"--{name}: {self.optimizer} has none to set; leave it out, or use adamw")
         self.check_schedule()
         self.rank_batch_size()
 

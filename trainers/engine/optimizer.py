@@ -1,6 +1,6 @@
 """torch's optimizers, from flags; each group remembers its peak rate as `initial_lr`, which the schedule scales."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Any
 
@@ -21,39 +21,90 @@ def build_optimizer(model: nn.Module, config: "TrainConfig") -> "Optimizer | Muo
     """The optimizer of the parameters that are trained."""
     groups, momentum = parameter_groups(model, config), config.momentum
     common: dict[str, Any] = {"lr": config.learning_rate, "weight_decay": config.weight_decay}
+    adams = {name: getattr(config, name) for name in ("betas", "eps") if getattr(config, name) is not None}
     kernel: dict[str, Any] = {"fused": True} if fused_works(model) else {"foreach": True}
     optimizer: Optimizer | MuonWithAdamW
     if config.optimizer == "sgd":
         optimizer = torch.optim.SGD(groups, momentum=momentum, nesterov=config.nesterov and momentum > 0, **common,
                                     **kernel)
     elif config.optimizer == "adam":
-        optimizer = torch.optim.Adam(groups, **common, **kernel)
+        optimizer = torch.optim.Adam(groups, **common, **adams, **kernel)
     elif config.optimizer == "adamw":
-        optimizer = torch.optim.AdamW(groups, **common, **kernel)
+        optimizer = torch.optim.AdamW(groups, **common, **adams, **kernel)
     elif config.optimizer == "rmsprop":
-        optimizer = torch.optim.RMSprop(groups, momentum=momentum, foreach=True, **common)
+        optimizer = torch.optim.RMSprop(groups, momentum=momentum, foreach=True, **common, **adams)
     else:
-        optimizer = MuonWithAdamW(groups, momentum=momentum, **common)
+        optimizer = MuonWithAdamW(groups, momentum=momentum, adams=adams, **common)
     for group in optimizer.param_groups:
         group.setdefault("initial_lr", group["lr"])
     return optimizer
 
 
 def parameter_groups(model: nn.Module, config: "TrainConfig") -> list[dict[str, Any]]:
-    """All trained parameters; the biases of norms apart where they learn at a rate of their own.
+    """All trained parameters, those with the same learning rate and weight decay together.
 
-    Their weight decay is divided by the same factor, so that the pull towards zero stays what it is.
+    The biases of norms may learn at a rate of their own; their weight decay is divided by the same factor, so that the
+    pull towards zero stays what it is. UsageError for a pattern of `--no-decay` that matches nothing.
     """
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    scale = config.norm_bias_lr_scale
-    if scale == 1.0:
-        return [{"params": trained}]
+    scale, decay = config.norm_bias_lr_scale, config.weight_decay
     norms = [module for module in model.modules() if isinstance(module, NORMS)]
-    chosen = {id(norm.bias): norm.bias for norm in norms if norm.bias is not None and norm.bias.requires_grad}
-    return [
-        {"params": [parameter for parameter in trained if id(parameter) not in chosen]},
-        {"params": list(chosen.values()), "lr": config.learning_rate * scale, "weight_decay": config.weight_decay / scale},
-    ]
+    norm_biases = {id(norm.bias) for norm in norms if norm.bias is not None} if scale != 1.0 else set()
+    undecayed = without_decay(model, norms, config.no_decay)
+    layers = layer_numbers(model) if config.layer_decay != 1.0 else {}
+    last = max(layers.values(), default=0)
+    settings = [(1.0, decay), *([(scale, decay / scale)] if scale != 1.0 else [])]  # first, as in checkpoints
+    groups: dict[tuple[float, float], list[nn.Parameter]] = {setting: [] for setting in settings}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            own = scale if id(parameter) in norm_biases else 1.0
+            rate = own * config.layer_decay ** (last - layers.get(name, last))
+            groups.setdefault((rate, 0.0 if name in undecayed else decay / own), []).append(parameter)
+    if len(groups) == 1:
+        return [{"params": groups[settings[0]]}]
+    return [{"params": parameters, "lr": config.learning_rate * rate, "weight_decay": its_decay}
+            for (rate, its_decay), parameters in groups.items()]
+
+
+def without_decay(model: nn.Module, norms: Sequence[nn.Module], patterns: tuple[str, ...]) -> set[str]:
+    """The names of parameters that `--no-decay` leaves alone: `norm`, `bias`, and patterns as of `--freeze`."""
+    of_norms = {id(parameter) for norm in norms for parameter in norm.parameters(recurse=False)}
+    chosen: set[str] = set()
+    for pattern in patterns:
+        if pattern == "norm":
+            chosen |= {name for name, parameter in model.named_parameters() if id(parameter) in of_norms}
+        elif pattern == "bias":
+            chosen |= {name for name, _ in model.named_parameters() if name.rpartition(".")[2] == "bias"}
+        else:
+            chosen |= set(matching(model, pattern, flag="--no-decay"))
+    return chosen
+
+
+def layer_numbers(model: nn.Module) -> dict[str, int]:
+    """The layer of each parameter by its name, counted from the inputs; timm's models know theirs.
+
+    Otherwise each child of the model is a layer, but a Sequential or ModuleList, and what holds one directly below the
+    model, counts as many as it has children.
+    """
+    if hasattr(model, "group_matcher"):
+        from timm.models import group_parameters  # pyright: ignore[reportMissingImports]
+
+        return group_parameters(model, model.group_matcher(coarse=False), reverse=True)  # pyright: ignore
+    containers = (nn.Sequential, nn.ModuleList)
+    names: list[str] = []
+
+    def walk(module: nn.Module, prefix: str, depth: int) -> None:
+        for name, child in module.named_children():
+            opened = isinstance(child, containers) or (
+                depth == 0 and any(isinstance(inner, containers) for inner in child.children()))
+            if opened:
+                walk(child, f"{prefix}{name}.", depth + 1)
+            elif any(True for _ in child.parameters()):
+                names.append(f"{prefix}{name}.")
+
+    walk(model, "", 0)
+    numbers = {name: number for number, name in enumerate(names)}
+    return {parameter: next((numbers[layer] for layer in names if parameter.startswith(layer)), 0)
+            for parameter, _ in model.named_parameters()}
 
 
 def fused_works(model: nn.Module) -> bool:
@@ -103,7 +154,8 @@ class MuonWithAdamW:
     Muon's rates are matched to AdamW's (adjust_lr_fn), so one learning rate serves both.
     """
 
-    def __init__(self, groups: list[dict[str, Any]], *, momentum: float, **common: Any) -> None:
+    def __init__(self, groups: list[dict[str, Any]], *, momentum: float, adams: Mapping[str, Any] | None = None,
+                 **common: Any) -> None:
         def chosen(matrices: bool) -> list[dict[str, Any]]:
             """The groups with only their matrices, or with only the rest; those left empty are dropped."""
             parts = [{**group, "params": [each for each in group["params"] if is_matrix(each) is matrices]}
@@ -114,7 +166,7 @@ class MuonWithAdamW:
         if matrices := chosen(True):
             self.parts.append(FilterMuon(matrices, momentum=momentum, adjust_lr_fn="match_rms_adamw", **common))
         if others := chosen(False):
-            self.parts.append(torch.optim.AdamW(others, **common))
+            self.parts.append(torch.optim.AdamW(others, **common, **(adams or {})))
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:
@@ -156,12 +208,16 @@ def freeze(model: nn.Module, patterns: tuple[str, ...]) -> None:
     Raises:
         UsageError: if a pattern matches no parameter.
     """
-    parameters = dict(model.named_parameters())
     for pattern in patterns:
-        matching = [name for name in parameters
-                    if name == pattern or name.startswith(pattern + ".") or fnmatchcase(name, pattern)]
-        if not matching:
-            tops = ", ".join(name for name, _ in model.named_children())
-            raise UsageError(f"--freeze {pattern}: matches no parameter; the model's parts are {tops}")
-        for name in matching:
-            parameters[name].requires_grad_(False)
+        for name in matching(model, pattern, flag="--freeze"):
+            model.get_parameter(name).requires_grad_(False)
+
+
+def matching(model: nn.Module, pattern: str, *, flag: str) -> list[str]:
+    """The names of parameters that begin with, or match (`*`), a pattern; UsageError if none does."""
+    found = [name for name, _ in model.named_parameters()
+             if name == pattern or name.startswith(pattern + ".") or fnmatchcase(name, pattern)]
+    if not found:
+        tops = ", ".join(name for name, _ in model.named_children())
+        raise UsageError(f"{flag} {pattern}: matches no parameter; the model's parts are {tops}")
+    return found
