@@ -2,7 +2,8 @@
 
 Training keeps three numbers since the epoch began. Evaluation keeps a confusion matrix and a loss sum, which ONE
 all_reduce adds over the ranks; accuracy, per-class accuracy and the plot come from that matrix, and its total is the
-number of test samples. A task without classes has a loss only.
+number of test samples. Of many thousand classes only two columns are kept, wrong and right: the matrix of 21,841 classes
+is 3.8 GB. A task without classes has a loss only.
 """
 
 import math
@@ -14,6 +15,8 @@ from torch import Tensor, nn
 
 from launch.process_group import World
 from launch.stop import Stopped, StopRequest
+
+MOST_MATRIX_CLASSES = 2000  # a matrix of 32 MB
 
 
 def all_reduce_sum(values: Tensor, world: World) -> Tensor:
@@ -93,21 +96,30 @@ class Evaluation:
     loss: float
     num_samples: int
     confusion_matrix: list[list[int]] | None = None
-    """Rows are true classes, columns predicted ones; None where the task has no classes."""
+    """Rows are true classes, columns predicted ones; None where the task has no classes, or too many."""
+    wrong_and_right: list[list[int]] | None = None
+    """Of each class, where there is no matrix but there are classes."""
+
+    @property
+    def class_counts(self) -> list[tuple[int, int]] | None:
+        """Of each class, the samples predicted right and all."""
+        if self.wrong_and_right is not None:
+            return [(right, wrong + right) for wrong, right in self.wrong_and_right]
+        if self.confusion_matrix is None:
+            return None
+        return [(row[label], sum(row)) for label, row in enumerate(self.confusion_matrix)]
 
     @property
     def accuracy(self) -> float | None:
-        """The share of all samples on the diagonal."""
-        if self.confusion_matrix is None:
-            return None
-        return sum(row[label] for label, row in enumerate(self.confusion_matrix)) / self.num_samples
+        """The share of all samples predicted right."""
+        counts = self.class_counts
+        return None if counts is None else sum(right for right, _ in counts) / self.num_samples
 
     @property
     def per_class_accuracy(self) -> list[float | None] | None:
         """Of each class, the share predicted right; None for a class without samples."""
-        if self.confusion_matrix is None:
-            return None
-        return [row[label] / sum(row) if sum(row) else None for label, row in enumerate(self.confusion_matrix)]
+        counts = self.class_counts
+        return None if counts is None else [right / samples if samples else None for right, samples in counts]
 
     def is_better_than(self, best: dict[str, float | None] | None) -> bool:
         """Higher accuracy, or without classes lower loss, than the best so far."""
@@ -122,26 +134,31 @@ class EvaluationSums:
     """Loss sum and confusion matrix of this rank's share of a test set, in one float64 vector (exact below 2**53)."""
 
     def __init__(self, device: torch.device, *, num_classes: int | None) -> None:
-        self.num_classes = num_classes
-        self.sums = torch.zeros(2 + (num_classes or 0) ** 2 + 1, dtype=torch.float64, device=device)
+        self.num_classes = num_classes or 0
+        self.num_columns = self.num_classes if self.num_classes <= MOST_MATRIX_CLASSES else 2
+        self.sums = torch.zeros(2 + self.num_classes * self.num_columns + 1, dtype=torch.float64, device=device)
 
     def update(self, loss: Tensor, outputs: Tensor, targets: Tensor) -> None:
         """Add a batch: its mean loss, outputs (B, num_classes) or (B, ...), targets (B,) or (B, ...)."""
         self.sums[0] += loss.detach() * len(targets)
         self.sums[1] += len(targets)
-        if self.num_classes is not None:
-            cells = targets * self.num_classes + outputs.argmax(1)
-            self.sums[2:-1] += torch.bincount(cells, minlength=self.num_classes**2)
+        if self.num_classes:
+            predicted = outputs.argmax(1)
+            columns = predicted if self.num_columns == self.num_classes else predicted == targets
+            cells = targets * self.num_columns + columns
+            self.sums[2:-1] += torch.bincount(cells, minlength=self.num_classes * self.num_columns)
 
     def reduce(self, world: World, stop: StopRequest) -> Evaluation:
         """The evaluation over all ranks, by one all_reduce; Stopped on every rank if any was asked to stop midway."""
         self.sums[-1] = float(bool(stop))
-        loss, samples, *cells, any_stopped = all_reduce_sum(self.sums, world).tolist()
-        if any_stopped:
+        sums = all_reduce_sum(self.sums, world)
+        if sums[-1].item():
             raise Stopped(stop.reason)
-        size = self.num_classes or 0
-        matrix = [[int(cell) for cell in cells[row * size : (row + 1) * size]] for row in range(size)]
-        return Evaluation(loss=loss / max(samples, 1), num_samples=int(samples), confusion_matrix=matrix or None)
+        loss, samples = sums[:2].tolist()
+        rows = sums[2:-1].long().view(self.num_classes, -1).tolist() if self.num_classes else None
+        has_matrix = self.num_columns == self.num_classes
+        return Evaluation(loss=loss / max(samples, 1), num_samples=int(samples),
+                          confusion_matrix=rows if has_matrix else None, wrong_and_right=None if has_matrix else rows)
 
 
 def sync_buffers(model: nn.Module, world: World) -> None:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from launch.errors import printable, say
@@ -20,6 +21,9 @@ from trainers.engine.step import TrainStep
 from trainers.engine.task import Batch, EvaluationBatches
 from trainers.engine.trainer import Trainer
 
+MOST_RESULT_CLASSES = 200  # up to which result.json holds the confusion matrix
+MOST_SHOWN_CLASSES, ENDS = 20, 5  # up to which the terminal shows every class, and how many of either end beyond
+
 
 def finish(trainer: Trainer, evaluation: Evaluation, class_names: tuple[str, ...], *, batch_size: int,
            total_seconds: float, save_weights: bool) -> dict[str, Any]:
@@ -28,7 +32,7 @@ def finish(trainer: Trainer, evaluation: Evaluation, class_names: tuple[str, ...
     seconds = trainer.history.train_seconds
     result = {
         "accuracy": evaluation.accuracy, "per_class_accuracy": evaluation.per_class_accuracy,
-        "confusion_matrix": evaluation.confusion_matrix, "loss": evaluation.loss, "num_samples": evaluation.num_samples,
+        "confusion_matrix": write_matrix(folder, evaluation.confusion_matrix), "loss": evaluation.loss, "num_samples": evaluation.num_samples,
         "class_names": list(class_names), "train_seconds": seconds, "total_seconds": total_seconds,
         "samples_per_second": trainer.step * batch_size / seconds if seconds else None,
         "world_size": world.world_size, "device": str(world.device), "precision": step.precision.name,
@@ -50,6 +54,16 @@ def finish(trainer: Trainer, evaluation: Evaluation, class_names: tuple[str, ...
     return result
 
 
+def write_matrix(folder: RunFolder, matrix: list[list[int]] | None) -> list[list[int]] | None:
+    """The matrix as result.json takes it; one of many classes goes into confusion_matrix.npz, under that name."""
+    if matrix is None or len(matrix) <= MOST_RESULT_CLASSES:
+        return matrix
+    buffer = io.BytesIO()
+    np.savez_compressed(buffer, confusion_matrix=np.array(matrix, np.int64))
+    folder.write_bytes("confusion_matrix.npz", buffer.getvalue())
+    return None
+
+
 def draw_result(trainer: Trainer, evaluation: Evaluation, class_names: tuple[str, ...], *, steps_per_epoch: int,
                 test: EvaluationBatches, statistics: Statistics | None) -> None:
     """The pictures of a finished run, on rank 0; after an evaluation only there are no curves."""
@@ -67,9 +81,19 @@ def result_text(evaluation: Evaluation, class_names: tuple[str, ...], path: Path
     if evaluation.accuracy is None:
         return f"test loss {evaluation.loss:.6f} over {evaluation.num_samples} samples\nresults in {path}"
     lines = [f"test accuracy {100 * evaluation.accuracy:.2f} % over {evaluation.num_samples} samples"]
-    for name, share in zip(map(printable, class_names), evaluation.per_class_accuracy or [], strict=False):
-        lines.append(f"  {name:<12} {100 * share:6.2f} %" if share is not None else f"  {name:<12}   none")
+    shares = list(zip(map(printable, class_names), evaluation.per_class_accuracy or [], strict=False))
+    if len(shares) <= MOST_SHOWN_CLASSES:
+        lines += [class_line(*share) for share in shares]
+    else:
+        ranked = sorted((share for share in shares if share[1] is not None), key=lambda share: share[1] or 0.0)
+        lines += [f"worst and best of {len(shares):,} classes:", *(class_line(*share) for share in ranked[:ENDS]),
+                  "  ...", *(class_line(*share) for share in ranked[max(ENDS, len(ranked) - ENDS) :])]
     return "\n".join([*lines, f"results in {path}"])
+
+
+def class_line(name: str, share: float | None) -> str:
+    """One class of the summary; None where it has no samples."""
+    return f"  {name:<12} {100 * share:6.2f} %" if share is not None else f"  {name:<12}   none"
 
 
 def peak_memory_bytes(device: torch.device) -> int:
