@@ -7,6 +7,7 @@ choices are one hash each; the pixels are moved by one gather and one select for
 from dataclasses import dataclass
 from typing import Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -65,7 +66,7 @@ class Augmentation:
         else:
             images = prepared[rows]
         if self.flip is not None:
-            images = torch.where(self.flipped(samples, epoch)[:, None, None, None], images.flip(-1), images)
+            images = mirror(images, self.flipped(samples, epoch))
         return normalize(images, self.mean, self.std)
 
     def normalize(self, images: Tensor) -> Tensor:
@@ -95,8 +96,20 @@ def pad(images: Tensor, amount: int, mode: Literal["reflect", "zeros"]) -> Tenso
 def crop(padded: Tensor, samples: Tensor, rows: Tensor, columns: Tensor, shift: int) -> Tensor:
     """Windows of the unpadded size whose upper left corners are (rows, columns), each (B,) in [0, 2 shift]."""
     height, width = padded.shape[2] - 2 * shift, padded.shape[3] - 2 * shift
+    if padded.device.type == "cpu":  # numpy copies whole rows, 5 times as fast as torch's element by element
+        views = np.lib.stride_tricks.sliding_window_view(padded.numpy(), (height, width), axis=(2, 3))
+        return torch.from_numpy(views[samples.numpy(), :, rows.numpy(), columns.numpy()])
     windows = padded.unfold(2, height, 1).unfold(3, width, 1)  # a view: (N, C, 2 shift + 1, 2 shift + 1, H, W)
     return windows[samples, :, rows, columns]
+
+
+def mirror(images: Tensor, chosen: Tensor) -> Tensor:
+    """Some of the images (B, C, H, W), by a bool (B,), the other way round; on a CPU in place, 5 times as fast."""
+    if images.device.type != "cpu":
+        return torch.where(chosen[:, None, None, None], images.flip(-1), images)  # does not wait for the device
+    pixels, which = images.numpy(), chosen.numpy()
+    pixels[which] = torch.from_numpy(pixels[which]).flip(-1).numpy()
+    return images
 
 
 def normalize(images: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> Tensor:
