@@ -24,7 +24,7 @@ MAY_CHANGE = frozenset({
     "data_dir", "download", "output_dir", "run_name", "epochs", "max_steps", "accumulation_steps", "device", "backend",
     "parallel", "find_unused_parameters", "compile", "compile_mode", "channels_last", "workers", "threads", "onednn",
     "deterministic", "eval_every", "checkpoint_every", "keep_checkpoints", "resume", "evaluate", "timeout",
-    "tensorboard", "init_from", "config", "pictures", "log_gradients", "show_batch", "save_weights",
+    "tensorboard", "init_from", "config", "dry_run", "pictures", "log_gradients", "show_batch", "save_weights",
     "cache", "cache_dir", "skip_bad",  # of image_folder.py: how images are read, and what is forgiven
 })
 
@@ -168,6 +168,8 @@ class TrainConfig:
     """Add the norm of each layer's gradient to every reported training line, and to TensorBoard."""
     show_batch: bool = False
     """Draw the first training batch as the network sees it into the run folder."""
+    dry_run: bool = False
+    """Take a few steps, save and load in a temporary place, say what the run would take, and keep nothing."""
     measure: str | None = None
     """Time so many steps after leaving others out, WARMUP:STEPS, write the figures to result.json, and stop."""
 

@@ -1,5 +1,7 @@
 """What one set-up is worth, measured inside a real run: `--measure WARMUP:STEPS`, which launch/benchmark.py passes.
 
+And `--dry-run`: whether a run would work, and what it would take.
+
 The window is timed on the loop that trains (votes, reports and all); only then is the step split into phases, since
 that needs a wait for the device at every phase. Communication is what gradient averaging adds to forward and backward:
 windows with and without it alternate, and waiting for the slowest rank is part of it.
@@ -7,6 +9,7 @@ windows with and without it alternate, and waiting for the slowest rank is part 
 
 import os
 import resource
+import shutil
 import time
 from contextlib import nullcontext, suppress
 from pathlib import Path
@@ -17,8 +20,12 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.flop_counter import FlopCounterMode
 
-from launch.process_group import barrier, gather
-from trainers.engine.config import measured_steps
+from launch.errors import CheckpointError, say
+from launch.process_group import barrier, from_main, gather
+from trainers.engine.checkpoints.load import load_or_fail
+from trainers.engine.checkpoints.save import write_checkpoint
+from trainers.engine.checkpoints.snapshot import hash_tensors, tensors_in
+from trainers.engine.config import TrainConfig, measured_steps
 from trainers.engine.parallel import synchronize
 from trainers.engine.precision import DTYPES
 from trainers.engine.result import peak_memory_bytes
@@ -29,6 +36,7 @@ from trainers.engine.trainer import Trainer
 MOST_PHASE_STEPS = 40  # steps split into phases: half of them with gradient averaging, half without
 MATRIX_SIZE = {"cpu": 1024, "cuda": 8192}
 MATRIX_SECONDS = 0.3
+DRY_STEPS = 3  # timed, after the first
 
 
 def write_measurement(trainer: Trainer, train: TrainBatches, steps: str) -> dict[str, Any]:
@@ -65,6 +73,39 @@ def write_measurement(trainer: Trainer, train: TrainBatches, steps: str) -> dict
     trainer.folder.write_json("result.json", result)
     trainer.folder.write_status("DONE", step=trainer.step, epoch=trainer.epoch)
     return result
+
+
+def dry_run(trainer: Trainer, train: TrainBatches, config: TrainConfig) -> dict[str, Any]:
+    """Some steps, one save and one load, and what the whole run would need, printed by rank 0; nothing is kept.
+
+    Raises what training, saving or loading would.
+    """
+    world, history = trainer.world, trainer.history
+    advance(trainer, train, 1)  # compiles, allocates
+    began = history.train_seconds
+    advance(trainer, train, DRY_STEPS)
+    step_seconds = max(gather(world, (history.train_seconds - began) / DRY_STEPS))
+    memory = max(gather(world, peak_memory_bytes(world.device)))
+    state = trainer.state(trainer.sums.of_all_ranks(world))
+
+    def save_and_load() -> int:
+        path = write_checkpoint(trainer.folder.checkpoints, state)
+        if hash_tensors(tensors_in(load_or_fail(path)["model"])) != hash_tensors(tensors_in(state["model"])):
+            raise CheckpointError(f"{path}: what was loaded differs from what was saved; check the disk")
+        return path.stat().st_size
+
+    num_bytes = from_main(world, save_and_load)
+    num_files, num_steps = config.keep_checkpoints + 2, config.total_steps(train.steps_per_epoch)  # best, unfinished
+    if world.is_main:
+        free = shutil.disk_usage(trainer.folder.path).free
+        say("\n".join([
+            f"memory     {memory / 2**20:,.0f} MiB at most, per rank",
+            f"files      checkpoints of {num_bytes / 2**20:,.1f} MiB, up to {num_files} of them; "
+            f"{free / 2**20:,.0f} MiB are free",
+            f"time       about {num_steps * step_seconds:,.0f} s: {num_steps:,} steps of {step_seconds:.3g} s, "
+            f"without evaluations",
+            f"dry run    {DRY_STEPS + 1} steps, a save and a load worked; nothing is kept"]))
+    return {"memory_bytes": memory, "checkpoint_bytes": num_bytes, "step_seconds": step_seconds}
 
 
 def advance(trainer: Trainer, train: TrainBatches, steps: int) -> None:

@@ -11,9 +11,11 @@
 import contextlib
 import functools
 import json
+import tempfile
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict
+from dataclasses import asdict, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -27,7 +29,7 @@ from launch.process_group import World, from_main, process_group
 from launch.stop import Stopped, signals_caught
 from trainers.engine.checkpoints.save import Checkpointer
 from trainers.engine.config import ImageConfig, Statistics, TrainConfig
-from trainers.engine.measure import write_measurement
+from trainers.engine.measure import dry_run, write_measurement
 from trainers.engine.optimizer import build_optimizer, ema_average, freeze
 from trainers.engine.parallel import choose_parallel, num_parameters, parallelize
 from trainers.engine.precision import Precision
@@ -47,11 +49,18 @@ class AlreadyDone(BaseException):
 
 
 def entry_point(main: Callable[[Any], dict[str, Any]]) -> Callable[[Any], dict[str, Any]]:
-    """Let `main(config)` return the stored result of a run that was DONE before it was called."""
+    """Let `main(config)` return the stored result of a run that was DONE before it was called.
+
+    A dry run has a temporary folder, on the file system of --output-dir: rank 0's, as no other rank writes or reads.
+    """
     @functools.wraps(main)
     def call(config: Any) -> dict[str, Any]:
         try:
-            return main(config)
+            if not config.dry_run:
+                return main(config)
+            place = next(path for path in (config.output_dir, *config.output_dir.absolute().parents) if path.is_dir())
+            with tempfile.TemporaryDirectory(dir=place, prefix=".dry-run-") as folder:
+                return main(replace(config, output_dir=Path(folder)))
         except AlreadyDone as done:
             return done.args[0]
     return call
@@ -200,6 +209,8 @@ def train_model(config: TrainConfig, run: Run, model: nn.Module, task: Task, tra
                 if config.show_batch and statistics is not None:
                     first = next(train.batches(trainer.epoch, trainer.samples_consumed))
                     draw_first_batch(run.folder, first, statistics, class_names)
+            if config.dry_run:
+                return dry_run(trainer, train, config)
             if config.measure is not None:
                 return write_measurement(trainer, train, config.measure)
             trainer.fit(train, test, last_step=config.total_steps(train.steps_per_epoch))
