@@ -35,13 +35,21 @@ FLAGS = [
           error="ERROR usage: --parallel none: 2 ranks would train apart"),
     Fault(name="a-checkpoint-that-is-not-there", ranks=2, flags=("--resume", "none.pt"), codes=(4,), state="FAILED",
           error="ERROR checkpoint: none.pt: no such checkpoint"),
+    Fault(name="images-too-small-for-the-model", ranks=2, flags=("--model", "alexnet"), codes=(2,), state="FAILED",
+          error=r"ERROR usage: --model alexnet: cannot take inputs of 3 x 32 x 32 \(.*\); choose a model"),
+    Fault(name="one-sample-per-micro-batch", ranks=2, codes=(2,), state="FAILED",
+          flags=("--model", "mobilenet_v3_small", "--accumulation-steps", "30"),
+          error="ERROR usage: --accumulation-steps 30: leaves one sample per rank and micro-batch, .*; lower it"),
+    Fault(name="one-sample-per-rank", flags=("--model", "mobilenet_v3_small", "--batch-size", "1"), codes=(2,),
+          state="FAILED", error="ERROR usage: --batch-size 1: leaves one sample per rank.*; raise it"),
     Fault(name="data-missing", ranks=2, flags=("--dataset", "cifar10", "--data-dir", "nowhere"), codes=(3,),
           state="FAILED", error="ERROR data: --data-dir nowhere: CIFAR-10 is not there"),
 ]
 
 
 @pytest.mark.parametrize("fault", cases(FLAGS, default={
-    "batch-not-divisible", "data-set-smaller-than-a-batch", "unknown-flag", "no-CUDA-device", "data-missing"}))
+    "batch-not-divisible", "data-set-smaller-than-a-batch", "unknown-flag", "no-CUDA-device", "data-missing",
+    "images-too-small-for-the-model", "one-sample-per-micro-batch"}))
 def test_a_mistake_is_told_in_one_line_before_anything_is_trained(tmp_path: Path, fault: Fault) -> None:
     assert_ends_as_specified(fault, tmp_path)
     assert not (tmp_path / "runs" / "r" / "metrics.jsonl").exists()

@@ -1,6 +1,8 @@
 """trainers/engine/schedule.py against torch's own schedulers and the formulas it names."""
 
 import math
+import re
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -8,6 +10,8 @@ import torch
 from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, LRScheduler, MultiStepLR
 
 from launch.errors import UsageError
+from tests.helpers.comparing import run_in
+from tests.helpers.processes import metrics
 from trainers.engine.config import TrainConfig
 from trainers.engine.schedule import SCHEDULES, schedule
 
@@ -100,3 +104,26 @@ def test_the_warm_up_rises_linearly_and_then_lays_the_curve_over_the_rest() -> N
 def test_every_curve_stays_within_zero_and_one_in_short_runs_and_past_the_end(name: str, total_steps: int) -> None:
     multiplier = schedule(name, total_steps=total_steps, warmup_steps=2)  # pyright: ignore[reportArgumentType]
     assert all(0 <= multiplier(step) <= 1 for step in range(total_steps + 3))
+
+
+@pytest.mark.parametrize(("name", "limit"), [("cosine", ("--epochs", 1, 3)), ("onecycle", ("--max-steps", 7, 18)),
+                                             ("constant", ("--epochs", 1, 2))])
+def test_a_run_that_is_made_longer_says_from_which_rate_to_which(tmp_path: Path, name: str,
+                                                                 limit: tuple[str, int, int]) -> None:
+    flag, few, more = limit
+    flags = ("--schedule", name, "--checkpoint-every", "100")
+    assert "schedule  " not in run_in(tmp_path, *flags, flag, few).out
+    before = metrics(tmp_path / "r", "learning_rate")[-1][0]
+    ended = run_in(tmp_path, *flags, flag, more)
+    assert ended.code == 0, ended.err
+    found = re.findall(r"^schedule .* over (\d+) steps, not (\d+): the learning rate goes from (\S+) to (\S+)$",
+                       ended.out, re.MULTILINE)
+    if name == "constant":
+        assert found == []
+        return
+    old, new = (10 * few, 10 * more) if flag == "--epochs" else (few, more)
+    ((now, then, was, becomes),) = found
+    assert (int(now), int(then)) == (new, old)
+    assert float(was) == pytest.approx(before, rel=0.01)
+    assert float(becomes) == pytest.approx(0.05 * schedule(name, total_steps=new)(old), rel=0.01)
+    assert "schedule  " not in run_in(tmp_path, *flags, flag, more).out

@@ -2,8 +2,8 @@
 
 Training keeps three numbers since the epoch began. Evaluation keeps a confusion matrix and a loss sum, which ONE
 all_reduce adds over the ranks; accuracy, per-class accuracy and the plot come from that matrix, and its total is the
-number of test samples. Of many thousand classes only two columns are kept, wrong and right: the matrix of 21,841 classes
-is 3.8 GB. A task without classes has a loss only.
+number of test samples. Of many thousand classes only two columns are kept, wrong and right: the matrix of 21,841
+classes is 3.8 GB. A task without classes has a loss only.
 """
 
 import math

@@ -32,8 +32,9 @@ def finish(trainer: Trainer, evaluation: Evaluation, class_names: tuple[str, ...
     seconds = trainer.history.train_seconds
     result = {
         "accuracy": evaluation.accuracy, "per_class_accuracy": evaluation.per_class_accuracy,
-        "confusion_matrix": write_matrix(folder, evaluation.confusion_matrix), "loss": evaluation.loss, "num_samples": evaluation.num_samples,
-        "class_names": list(class_names), "train_seconds": seconds, "total_seconds": total_seconds,
+        "confusion_matrix": write_matrix(folder, evaluation.confusion_matrix), "loss": evaluation.loss,
+        "num_samples": evaluation.num_samples, "class_names": list(class_names),
+        "train_seconds": seconds, "total_seconds": total_seconds,
         "samples_per_second": trainer.step * batch_size / seconds if seconds else None,
         "world_size": world.world_size, "device": str(world.device), "precision": step.precision.name,
         "parallel": parallel_name(step.model), "num_parameters": num_parameters(step.network),

@@ -1,12 +1,13 @@
 """Which checkpoint a run resumes from, by `--resume` and what is on disk, and putting its weights into a trainer."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from torch.optim.swa_utils import AveragedModel
 
-from launch.errors import CheckpointError, to_stderr
+from launch.errors import CheckpointError, say, to_stderr
 from launch.launcher import job_identity
 from launch.process_group import from_main, gather
 from trainers.engine.checkpoints.files import committed, give_name, set_aside, step_of, sweep
@@ -98,8 +99,10 @@ def check_same_on_all_ranks(trainer: Trainer, source: Path) -> None:
         raise CheckpointError(f"{source}: the ranks loaded different weights; let every node see the same folder")
 
 
-def resume(config: TrainConfig, trainer: Trainer) -> str:
+def resume(config: TrainConfig, trainer: Trainer, *, steps_per_epoch: int) -> str:
     """Put the trainer where the run was, or at the weights of `--init-from`; returns a sentence for the summary.
+
+    Says from which learning rate to which it goes where the schedule is laid over more steps, or fewer, than before.
 
     Raises:
         CheckpointError: if no checkpoint is whole, what is loaded does not fit, or differs between the ranks.
@@ -117,6 +120,13 @@ def resume(config: TrainConfig, trainer: Trainer) -> str:
     check_fits(state, trainer.train_step.network, source, config=trainer.config, fingerprint=trainer.fingerprint)
     trainer.load_state(state)
     check_same_on_all_ranks(trainer, source)
+    before = replace(config, epochs=state["config"].get("epochs", config.epochs),
+                     max_steps=state["config"].get("max_steps")).total_steps(steps_per_epoch)
+    if (total := config.total_steps(steps_per_epoch)) != before and config.schedule != "constant" and world.is_main:
+        group = trainer.train_step.optimizer.param_groups[0]
+        then, now = group["lr"], group["initial_lr"] * trainer.train_step.schedule(trainer.step)
+        say(f"schedule   {config.schedule} over {total} steps, not {before}: the learning rate goes from {then:.3g} to "
+            f"{now:.3g}")
     evaluated = trainer.history.has_recorded(trainer.step)
     from_main(world, lambda: folder.truncate_metrics(trainer.step, evaluated=evaluated))
     return f"from {source.name}, step {trainer.step}, epoch {trainer.epoch}"

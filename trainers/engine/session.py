@@ -203,7 +203,7 @@ def train_model(config: TrainConfig, run: Run, model: nn.Module, task: Task, tra
         if config.evaluate is not None:
             load_for_evaluation(config.evaluate, trainer)
         else:
-            where = resume(config, trainer)
+            where = resume(config, trainer, steps_per_epoch=train.steps_per_epoch)
             if run.world.is_main:
                 say(summary(config, trainer, train, where))
                 if config.show_batch and statistics is not None:

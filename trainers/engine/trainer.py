@@ -15,6 +15,7 @@ from trainers.engine.checkpoints.save import Checkpointer
 from trainers.engine.history import History
 from trainers.engine.metrics import Evaluation
 from trainers.engine.parallel import rebuild_buckets_early
+from trainers.engine.preflight import tried_first
 from trainers.engine.run.folder import RunFolder
 from trainers.engine.run.progress import Progress, epoch_text
 from trainers.engine.run.report import Report
@@ -108,6 +109,7 @@ class Trainer:
         interval = max(1, train.steps_per_epoch // REPORTS_PER_EPOCH)
         batches = train.batches(self.epoch, self.samples_consumed)
         if not self.history.samples_here:
+            batches = tried_first(step, batches, self.config)
             batches = rebuild_buckets_early(step.model, self.world, batches,
                                             loss=lambda *batch: step.forward(*step.to_device(*batch))[1])
         self.history.start_clock()

@@ -1,0 +1,61 @@
+"""The network, tried before training: once in eval and once in train mode, on blank inputs of the real size."""
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+
+from launch.errors import UsageError, first_line, is_users
+from launch.failure import translated
+from trainers.engine.step import TrainStep
+from trainers.engine.task import Batch
+
+ENOUGH_SAMPLES = 2  # behave as any larger micro-batch does; one may have no variance to normalise by
+
+
+def tried_first(step: TrainStep, batches: Iterator[Batch], flags: Mapping[str, Any]) -> Iterator[Batch]:
+    """The batches; before the first one is handed out, the network is tried on blanks of its shape.
+
+    Raises:
+        UsageError: if the network cannot take such inputs, or cannot be trained on so few of them.
+    """
+    for first in batches:
+        try_network(step, first, flags)
+        yield first
+        yield from batches
+
+
+@torch.no_grad()
+def try_network(step: TrainStep, batch: Batch, flags: Mapping[str, Any]) -> None:
+    """Raises as above. Buffers and random generators are left as they were. A compiled model is tried as written."""
+    blank, _ = step.to_device(torch.zeros_like(batch[0][:ENOUGH_SAMPLES]), batch[1][:1])
+    network, size = step.network, " x ".join(map(str, blank.shape[1:]))
+    before = [buffer.clone() for buffer in network.buffers()]  # BatchNorm's running statistics
+    devices = [blank.device] if blank.is_cuda else []
+
+    def attempt(set_mode: Callable[[], object], explain: Callable[[str], str]) -> None:
+        set_mode()
+        try:
+            with torch.random.fork_rng(devices), step.precision.autocast():
+                network.forward(blank)  # not network(): what torch.compile makes of two samples is of no use
+        except Exception as error:  # whatever a network does with inputs that it was not made for
+            if is_users(translated(error)):
+                raise
+            raise UsageError(explain(first_line(error))) from None
+
+    model = f"--model {flags.get('model')}"
+    attempt(network.eval, lambda reason: f"{model}: cannot take inputs of {size} ({reason}); choose a model for this "
+                                         f"size")
+    attempt(step.train_mode, lambda reason: few_samples(reason, flags) if len(blank) == 1 else
+            f"{model}: fails in training on inputs of {size} ({reason}); choose another")
+    for buffer, value in zip(network.buffers(), before, strict=True):
+        buffer.copy_(value)
+
+
+def few_samples(reason: str, flags: Mapping[str, Any]) -> str:
+    """The line for a network that cannot be trained on one sample at a time."""
+    flag, remedy = f"--batch-size {flags.get('batch_size')}", "raise it, or use fewer ranks"
+    if flags.get("accumulation_steps", 1) > 1:
+        flag, remedy = f"--accumulation-steps {flags['accumulation_steps']}", "lower it, or raise --batch-size"
+    return (f"{flag}: leaves one sample per rank and micro-batch, on which --model {flags.get('model')} cannot be "
+            f"trained ({reason}); {remedy}")
