@@ -1,13 +1,20 @@
 """`--init-from`: files as torchvision's references, timm, pytorch/examples and we write them, and what is refused."""
 
 import argparse
+import datetime
+import os
+import random
 import re
+import warnings
+import zipfile
 from collections import OrderedDict
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import safetensors.torch
 import torch
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
@@ -53,6 +60,14 @@ def ours(model: nn.Module) -> dict[str, Any]:
     return {**state_of(1), "model": model.state_dict()}
 
 
+def eight_bit(model: nn.Module) -> dict[str, torch.Tensor]:
+    """The model is rounded to what they hold."""
+    small = {name: value.to(torch.float8_e4m3fn) if value.is_floating_point() else value
+             for name, value in model.state_dict().items()}
+    model.load_state_dict(small)
+    return small
+
+
 FILES: dict[str, Callable[[nn.Module], Any]] = {
     "a plain state_dict": lambda model: model.state_dict(),
     "torchvision's references": torchvision_reference,
@@ -67,6 +82,21 @@ FILES: dict[str, Callable[[nn.Module], Any]] = {
     "a compiled part": lambda model: nn.Sequential(torch.compile(model[0]), *model[1:]).state_dict(),
     "ours": ours,
     "ours, with a moving average": lambda model: {**ours(network(seed=1)), "ema": model.state_dict()},
+    "Lightning": lambda model: {"state_dict": {f"model.{name}": value for name, value in model.state_dict().items()},
+                                "hyper_parameters": {"lr": 0.1}, "callbacks": {}},
+    "a backbone": lambda model: {f"encoder.trunk_{name}": value for name, value in model.state_dict().items()},
+    "a prefix twice": lambda model: nn.DataParallel(nn.DataParallel(model)).state_dict(),
+    "net": lambda model: {"net": model.state_dict(), "acc": 93.1, "epoch": 7},
+    "net, wrapped": lambda model: {"net": nn.DataParallel(model).state_dict(), "acc": torch.tensor(93.1)},
+    "an average with its decay": lambda model: {"model": network(seed=1).state_dict(),
+                                                "ema": {"module": model.state_dict(), "decay": 0.999}},
+    "two wrappers": lambda model: {"state": {"model": model.state_dict(), "epoch": 3}, "config": {}},
+    "three wrappers": lambda model: {"checkpoint": {"ema": {"state_dict": model.state_dict()}}},
+    "an empty average": lambda model: {"ema": {}, "model": model.state_dict(), "optimizer": {"state": {}}},
+    "BasicSR": lambda model: {"params": network(seed=1).state_dict(), "params_ema": model.state_dict()},
+    "numpy's scalars": lambda model: {"model": model.state_dict(), "best": np.float64(0.5), "epoch": np.int64(3),
+                                      "done": np.bool_(True), "loss": np.float32(0.1), "name": np.str_("a")},
+    "eight-bit floats": eight_bit,
     "half precision": lambda model: model.half().state_dict(),
     "before batches were counted": lambda model: OrderedDict(
         (name, value) for name, value in model.state_dict().items() if "num_batches" not in name),
@@ -82,6 +112,20 @@ def test_weights_are_found_in_files_of(tmp_path: Path, kind: str):
         assert torch.equal(target.state_dict()[name], value.to(target.state_dict()[name].dtype)), name
 
 
+@pytest.mark.parametrize("suffix", [".safetensors", ".pt"])
+@pytest.mark.parametrize("prefix", ["", "backbone."])
+def test_safetensors_are_read_whatever_their_name(tmp_path: Path, suffix: str, prefix: str):
+    source, target = network(seed=7), network(seed=8)
+    path = tmp_path / f"model{suffix}"
+    safetensors.torch.save_file({prefix + name: value for name, value in source.state_dict().items()}, path)
+    said = load_weights(target, path, flag="--init-from")
+    assert all(torch.equal(target.state_dict()[name], value) for name, value in source.state_dict().items())
+    assert (", names without backbone." in said) == bool(prefix)
+    path.write_bytes(path.read_bytes()[:-5])
+    with pytest.raises(CheckpointError, match=r"--init-from .*: cannot be read \(.*\); get it again"):
+        load_weights(target, path, flag="--init-from")
+
+
 class Code:
     def __reduce__(self) -> tuple[object, tuple[str]]:
         return eval, ("1",)
@@ -89,7 +133,16 @@ class Code:
 
 REFUSED: dict[str, tuple[Any, str]] = {
     "an object that would run code": ({"model": network().state_dict(), "extra": Code()}, "more than tensors"),
-    "a whole model": (network(), "more than tensors and plain values"),
+    "a whole model": (network(), "more than tensors and plain values (torch.nn.modules.container.Sequential)"),
+    "a date": ({"model": network().state_dict(), "saved": datetime.date(2026, 1, 1)},
+               "more than tensors and plain values (datetime.date); save its state_dict() alone"),
+    "an array": ({"0.weight": np.ones((5, 4))}, "plain values (numpy._core.multiarray._reconstruct)"),
+    "a meta tensor": ({**network().state_dict(), "0.bias": torch.empty(5, device="meta")},
+                      "0.bias is a meta tensor (torch.float32)"),
+    "a complex tensor": ({**network().state_dict(), "0.bias": torch.zeros(5, dtype=torch.complex64)},
+                         "0.bias is a complex tensor (torch.complex64)"),
+    "an expanded tensor": ({**network().state_dict(), "0.weight": torch.ones(1).expand(10**5, 10**6)},
+                           "0.weight is expanded: 400,000,000,000 bytes from 4"),
     "no weights": ({"epoch": 3, "loss": 0.5}, "holds epoch, loss, not weights by name"),
     "a list": ([torch.ones(3)], "holds list, not weights"),
     "an empty dict": ({}, "holds nothing, not weights"),
@@ -119,6 +172,82 @@ def test_a_damaged_file_is_refused_in_one_line(tmp_path: Path, spoil: Callable[[
     path.write_bytes(spoil(path.read_bytes()))
     with pytest.raises(CheckpointError, match=f"--init-from {path}: "):
         load_weights(network(), path, flag="--init-from")
+
+
+def quantized() -> dict[str, torch.Tensor]:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch's own, about a type that it is to lose
+        return {**network().state_dict(), "0.bias": torch.quantize_per_tensor(torch.ones(5), 0.1, 0, torch.qint8)}
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")
+def test_a_quantized_tensor_is_refused_by_name(tmp_path: Path):
+    torch.save(quantized(), tmp_path / "weights.pt")
+    with pytest.raises(CheckpointError, match=r"0.bias is a quantized tensor \(torch.qint8\)"):
+        load_weights(network(), tmp_path / "weights.pt", flag="--init-from")
+
+
+def test_of_300_bit_flips_none_is_taken_for_weights(tmp_path: Path):
+    path, rng = tmp_path / "weights.pt", random.Random(0)
+    torch.save(network(seed=7).state_dict(), path)
+    good = path.read_bytes()
+    records = [record for record in zipfile.ZipFile(path).infolist() if "/data/" in record.filename]
+    for _ in range(300):
+        record = rng.choice(records)
+        target = record.header_offset + rng.randrange(30, 60 + len(record.filename) + record.file_size)
+        path.write_bytes(good[:target] + bytes([good[target] ^ 1 << rng.randrange(8)]) + good[target + 1 :])
+        model = network(seed=8)
+        try:
+            load_weights(model, path, flag="--init-from")
+            expected = network(seed=7)
+        except CheckpointError:
+            expected = network(seed=8)
+        assert all(torch.equal(model.state_dict()[name], value) for name, value in expected.state_dict().items())
+
+
+def test_a_flipped_number_names_its_record(tmp_path: Path):
+    path = tmp_path / "weights.pt"
+    torch.save(network(seed=7).state_dict(), path)
+    data = path.read_bytes()
+    place = data.index(network(seed=7)[0].weight.detach().numpy().tobytes())
+    path.write_bytes(data[:place] + bytes([data[place] ^ 1]) + data[place + 1 :])
+    with pytest.raises(CheckpointError, match=r"its record weights/data/0 is damaged \(CRC\); get it again"):
+        load_weights(network(), path, flag="--init-from")
+
+
+def test_an_archive_that_inflates_is_refused_in_little_memory(tmp_path: Path):
+    path = tmp_path / "weights.pt"
+    torch.save(network().state_dict(), path)
+    with zipfile.ZipFile(path, "a", zipfile.ZIP_DEFLATED) as archive, archive.open("weights/data/99", "w") as record:
+        for _ in range(100):
+            record.write(bytes(2**20))
+    with pytest.raises(CheckpointError, match="claim to be larger than the file"):
+        load_weights(network(), path, flag="--init-from")
+
+
+@pytest.mark.parametrize(("content", "message"), [
+    (b"<!DOCTYPE html>\n<html><body>Sign in</body></html>", "is an HTML page"),
+    (b"\xef\xbb\xbf\n <!-- cached --><HTML lang='en'>", "is an HTML page"),
+    (b'<?xml version="1.0"?>\n<!DOCTYPE HTML PUBLIC "-//W3C//DTD XHTML 1.0">', "is an HTML page"),
+    (b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a", "is a Git LFS pointer"),
+    (b"weights", "cannot be read"), (b"", "cannot be read"), (bytes(100), "cannot be read"),
+    (b"\x80\x02" + b"(" * 10**5, "cannot be read"),
+], ids=["page", "page with a comment", "XHTML", "LFS", "text", "empty", "zeros", "pickle of marks"])
+def test_what_a_download_leaves_in_the_place_of_weights_is_called_by_its_name(tmp_path: Path, content: bytes,
+                                                                             message: str):
+    path = tmp_path / "weights.pt"
+    path.write_bytes(content)
+    with pytest.raises(CheckpointError, match=f"--init-from {path}: {message}") as refused:
+        load_weights(network(), path, flag="--init-from")
+    assert "\n" not in str(refused.value)
+
+
+@pytest.mark.timeout(20)
+def test_a_folder_or_a_pipe_is_no_file_of_weights(tmp_path: Path):
+    os.mkfifo(tmp_path / "pipe")
+    for path in (tmp_path, tmp_path / "pipe"):
+        with pytest.raises(CheckpointError, match="is no regular file"):
+            load_weights(network(), path, flag="--init-from")
 
 
 def test_a_missing_file_is_refused(tmp_path: Path):

@@ -117,6 +117,17 @@ def hash_tensors(named: Iterable[tuple[str, Tensor]]) -> str:
     return digest.hexdigest()
 
 
+def strange_kind(name: str, tensor: Tensor, *, complex_too: bool = True) -> str | None:
+    """A sentence about a tensor that is no plain array of real numbers, or claims more of them than it holds."""
+    kind = ("a meta" if tensor.is_meta else "a quantized" if tensor.is_quantized else "a nested" if tensor.is_nested
+            else "a complex" if complex_too and tensor.is_complex() else None)
+    if kind is not None:
+        return f"{name} is {kind} tensor ({tensor.dtype})"
+    if tensor.layout is torch.strided and tensor.nbytes > tensor.untyped_storage().nbytes():
+        return f"{name} is expanded: {tensor.nbytes:,} bytes from {tensor.untyped_storage().nbytes():,}"
+    return None
+
+
 def not_finite(tree: Any) -> str | None:
     """The path of the first tensor that is sparse, or holds a NaN or an infinity; None if there is none."""
     for name, tensor in tensors_in(tree):
@@ -124,6 +135,7 @@ def not_finite(tree: Any) -> str | None:
             return name
         if tensor.is_floating_point() or tensor.is_complex():
             flat = tensor.reshape(-1)
-            if not all(torch.isfinite(part).all() for part in flat.split(SERIAL_ELEMENTS)):
+            parts = (part.float() if part.itemsize == 1 else part for part in flat.split(SERIAL_ELEMENTS))
+            if not all(torch.isfinite(part).all() for part in parts):  # not every 8-bit float knows isfinite
                 return name
     return None

@@ -3,27 +3,29 @@
     torchvision's references   {"model": ..., "model_ema": ..., "args": argparse.Namespace}
     timm                       {"state_dict": ..., "state_dict_ema": ..., "args": argparse.Namespace}
     pytorch/examples           {"state_dict": ...} with "module." before every name, or {"MODEL_STATE": ...}
+    Lightning                  {"state_dict": ...} with the attribute's name, such as "model.", before every name
     ours                       {"model": ..., "ema": ...}
-    a plain state_dict         {name: tensor}
+    a plain state_dict         {name: tensor}, torch.save's or safetensors
 
 Where a file holds a moving average of the weights, that is taken, as timm does: it is what was evaluated.
 """
 
-import argparse
-import pickle
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
-from launch.errors import CheckpointError, first_line
-from trainers.engine.checkpoints.snapshot import not_finite
+from launch.errors import CheckpointError
+from trainers.engine.checkpoints.snapshot import not_finite, strange_kind
+from trainers.engine.checkpoints.weight_files import read_weights_file
 
 AUXILIARY = ("aux1.", "aux2.", "AuxLogits.")  # heads that GoogLeNet and Inception had in their own training only
 
-PARTS = ("ema", "state_dict_ema", "model_ema", "model", "state_dict", "model_state_dict", "MODEL_STATE")
+# By these names the weights are wrapped, perhaps twice, as in {"ema": {"module": ...}}; the first one found is taken.
+PARTS = ("ema", "state_dict_ema", "model_ema", "params_ema", "model", "state_dict", "model_state_dict", "model_state",
+         "MODEL_STATE", "net", "network", "module", "params", "weights", "state", "checkpoint")
+MOST_WRAPPERS = 3
 
 
 def load_weights(model: nn.Module, path: Path, *, flag: str, new_head: bool = False) -> str:
@@ -37,13 +39,17 @@ def load_weights(model: nn.Module, path: Path, *, flag: str, new_head: bool = Fa
         CheckpointError: if the file cannot be read, or its names or shapes differ from the model's.
     """
     source = f"{flag} {path}"
-    part, saved = weights_in(read(path, source), source)
+    part, saved = weights_in(read_weights_file(path, source), source)
     current = model.state_dict()
+    prefix, saved = without_prefix(saved, current)
+    for name, tensor in saved.items():
+        if kind := strange_kind(name, tensor, complex_too=name not in current or not current[name].is_complex()):
+            raise CheckpointError(f"{source}: {kind}; save a state_dict() of plain tensors")
     weights = {name: value for name, value in saved.items() if name in current or not name.startswith(AUXILIARY)}
     for name, value in current.items():
         if name.endswith("num_batches_tracked"):  # files from before BatchNorm counted its batches lack it
             weights.setdefault(name, value)
-    taken = f"weights in {path}" + (f" ({part})" if part else "")
+    taken = f"weights in {path}" + (f" ({part})" if part else "") + (f", names without {prefix}" if prefix else "")
     if new_head:
         taken += replace_head(weights, model)
     if differences := model_differences(weights, current, compare_dtypes=False):
@@ -70,33 +76,41 @@ def replace_head(weights: dict[str, Tensor], model: nn.Module) -> str:
     return f"; the last layer, {layer}, is new: {outputs} outputs instead of {before}"
 
 
-def read(path: Path, source: str) -> Any:
-    """What torch.load returns, on the CPU, without running any code from the file; errors name `source`."""
-    try:
-        with torch.serialization.safe_globals([argparse.Namespace]):  # the flags in torchvision's and timm's files
-            return torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise CheckpointError(f"{source}: no such file; give the path of a file of weights") from None
-    except pickle.UnpicklingError as error:
-        raise CheckpointError(f"{source}: holds more than tensors and plain values ({first_line(error)[:150]}); save "
-                              f"its state_dict() alone") from None
-    except (OSError, RuntimeError, EOFError, KeyError, ValueError) as error:
-        raise CheckpointError(f"{source}: cannot be read ({first_line(error)[:150]}); get it again") from None
-
-
 def weights_in(content: Any, source: str) -> tuple[str, dict[str, Tensor]]:
     """The part of a file's content that holds the weights, and these by the names that an unwrapped model gives."""
-    part = next((name for name in PARTS if isinstance(content, Mapping) and isinstance(content.get(name), Mapping)), "")
-    found = content[part] if part else content
-    if not isinstance(found, Mapping) or not found or not all(isinstance(value, Tensor) for value in found.values()):
-        held = ", ".join(map(str, list(found)[:4])) if isinstance(found, Mapping) else type(found).__name__
+    part, found = next(parts_with_weights(content), ("", None))
+    if found is None:
+        held = ", ".join(map(str, list(content)[:4])) if isinstance(content, Mapping) else type(content).__name__
         raise CheckpointError(f"{source}: holds {held or 'nothing'}, not weights by name; save the model's "
                               f"state_dict()")
-    weights = {str(name).replace("_orig_mod.", ""): value  # torch.compile puts it before the names of a module
-               for name, value in found.items() if name != "n_averaged"}  # AveragedModel's counter
-    while weights and all(name.startswith("module.") for name in weights):
-        weights = {name.removeprefix("module."): value for name, value in weights.items()}
-    return part, weights
+    return part, {str(name).replace("_orig_mod.", ""): value  # torch.compile puts it before the names of a module
+                  for name, value in found.items() if name != "n_averaged"}  # AveragedModel's counter
+
+
+def parts_with_weights(content: Any, part: str = "") -> Iterator[tuple[str, Mapping[str, Tensor]]]:
+    """Every part of nested dicts that holds tensors only, by its path such as `ema.module`, the preferred one first."""
+    if not isinstance(content, Mapping) or not content:
+        return
+    if all(isinstance(value, Tensor) for value in content.values()):
+        yield part, content
+    elif part.count(".") < MOST_WRAPPERS - 1:
+        for name in PARTS:
+            yield from parts_with_weights(content.get(name), f"{part}.{name}" if part else name)
+
+
+def without_prefix(saved: dict[str, Tensor], current: Mapping[str, Tensor]) -> tuple[str, dict[str, Tensor]]:
+    """The weights without what a wrapper put before all of their names, and that prefix; empty where names fit as is.
+
+    Of all prefixes that leave the name of some parameter of the model, the one that leaves the most of them.
+    """
+    def number_known(prefix: str) -> int:
+        return sum(name.removeprefix(prefix) in current for name in saved)
+
+    first = min(saved, key=len, default="")
+    prefixes = {first.removesuffix(name) for name in current if first.endswith(name)}
+    common = [prefix for prefix in prefixes if all(name.startswith(prefix) for name in saved)]
+    best = max(["", *sorted(common)], key=number_known)
+    return best, {name.removeprefix(best): value for name, value in saved.items()}
 
 
 def first_three(differences: list[str]) -> str:
