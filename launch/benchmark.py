@@ -49,6 +49,7 @@ from launch.command_line import nearest, run
 from launch.errors import UsageError, say, to_stderr
 from launch.files import ROOT
 from launch.rules import MOST_SECONDS, Above, AtLeast
+from launch.stop import stop_signals
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,7 +113,7 @@ def main(config: BenchmarkConfig) -> int:
         return 0
     check(config)
     check_output_dir(config.output_dir)
-    for number in (signal.SIGINT, signal.SIGTERM):  # a batch system's stop keeps what was finished, too
+    for number in stop_signals():  # a batch system's stop keeps what was finished, too
         signal.signal(number, signal.default_int_handler)  # a shell has its background jobs ignore SIGINT
     if config.pipeline:
         return benchmark_pipeline(config.output_dir, rounds=config.rounds, seconds=config.seconds,

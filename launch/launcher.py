@@ -156,6 +156,12 @@ def users_omp() -> bool:
         return True
 
 
+def signals_passed_on(environ: Mapping[str, str] = os.environ) -> list[str] | None:
+    """The names of the signals that torchrun passes on to this process; None where torchrun did not start it."""
+    names = environ.get("TORCHELASTIC_SIGNALS_TO_HANDLE")
+    return None if names is None else [name.strip() for name in names.split(",")]
+
+
 def job_identity() -> dict[str, Any]:
     """The scheduler's or launcher's name for this job, and how often it has restarted it."""
     restarts = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))

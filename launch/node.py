@@ -28,7 +28,7 @@ if not __package__:
 from launch.errors import EXIT_DONE, DistributedError, to_stderr
 from launch.launcher import host_names, parent_of, threads_per_rank
 from launch.network import address_among, connect_problem, interface_of
-from launch.stop import SIGNALS, signals_flag
+from launch.stop import signals_flag, stop_signals
 
 ARRIVAL_SECONDS = 60  # for the slowest node; srun starts them together
 LINE_SECONDS = 5  # a node that has connected sends its line at once
@@ -173,7 +173,7 @@ def supervise(command: list[str], environment: dict[str, str], host: str, port: 
             if process is not None:
                 process.send_signal(number)
 
-    for number in SIGNALS:
+    for number in stop_signals():
         signal.signal(number, handle)
     process = subprocess.Popen(command, env=environment)
     if passed_on:

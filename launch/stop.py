@@ -7,8 +7,9 @@
             if agreement.due():
                 agreement.vote(request)      # raises Stopped at the same step on every rank
 
-SIGTERM and SIGUSR1 are what Slurm, torchrun and Kubernetes send; SIGINT is Ctrl-C. A second Ctrl-C, a second or
-more after the first, ends the process at once (the delay because torchrun passes the terminal's SIGINT on again).
+SIGTERM, SIGUSR1 and SIGUSR2 are what Slurm, torchrun, Kubernetes and Grid Engine send, SIGXCPU comes at a limit on CPU
+time, SIGHUP from a terminal that closes; SIGINT is Ctrl-C and SIGQUIT Ctrl-\\. A second Ctrl-C, a second or more after
+the first, ends the process at once (the delay because torchrun passes the terminal's SIGINT on again).
 """
 
 import atexit
@@ -20,7 +21,8 @@ import time
 from collections.abc import Iterator
 from types import FrameType
 
-SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)  # that ask for a stop; torchrun must be told to pass them on
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2,
+           signal.SIGXCPU)  # all that ask for a stop, for ranks, launchers and tools alike
 POLL_SECONDS = 0.5  # how long a stop may wait for the next agreement
 MOST_STEPS = 64  # between two agreements, so that a step that becomes slow does not delay the next one much
 
@@ -65,12 +67,17 @@ class StopRequest:
 _request = StopRequest()  # one a process, as signal handlers are
 
 
+def stop_signals() -> list[signal.Signals]:
+    """Those of SIGNALS that this process is to stop at: not SIGHUP where it is ignored, as under `nohup`."""
+    return [number for number in SIGNALS if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN]
+
+
 def catch_signals() -> StopRequest:
     """Install the handlers (main thread only; again is harmless) and return this process's request."""
     if _request.launcher is None:
         _request.launcher = os.getppid()
         atexit.register(ignore_signals)  # first in, so last out: Python then gives back handlers that kill
-    for number in SIGNALS:
+    for number in stop_signals():
         signal.signal(number, _request.handle)
     return _request
 
@@ -107,7 +114,10 @@ def ignore_signals() -> None:
 
 
 def signals_flag() -> str:
-    """What makes torchrun pass all of them on to its ranks; by default it knows nothing of SIGUSR1."""
+    """What makes torchrun pass all of them on to its ranks; it takes every name that Python's `signal` has.
+
+    By default it dies of SIGUSR1, SIGUSR2 and SIGXCPU, and leaves its ranks running.
+    """
     return f"--signals-to-handle={','.join(number.name for number in SIGNALS)}"
 
 

@@ -21,7 +21,7 @@ from datasets.images.unreadable import BadImages
 from datasets.loaders import train_loader
 from datasets.order import ResumableSampler
 from launch.process_group import World
-from launch.stop import Stopped, StopRequest
+from launch.stop import Stopped, StopRequest, signals_flag
 from tests.helpers.images import write_photos, write_tree
 from tests.helpers.processes import read_json
 from tests.helpers.server import run, start
@@ -221,7 +221,7 @@ def test_a_build_outlasts_the_collective_timeout_and_a_stop_leaves_nothing_of_it
     assert time.monotonic() - began > 8
     shutil.rmtree(tree / ".cache")
     with start("image_folder", *flags, "--run-name", "stopped", folder=tmp_path, ranks=2, launcher="torchrun",
-               options=("--signals-to-handle", "SIGTERM,SIGINT,SIGUSR1")) as job:
+               options=(signals_flag(),)) as job:
         job.wait_until(lambda: bool(list((tree / ".cache").glob(".*.tmp"))), timeout=90)
         job.signal(signal.SIGTERM)
         ended = job.wait(60)

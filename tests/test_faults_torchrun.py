@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from launch.stop import signals_flag
 from tests.helpers.faults import check_lines, check_nothing_left
 from tests.helpers.hooks import at, kill, on_first_start, sleep_for, touch
 from tests.helpers.processes import Ended, metrics, newest_checkpoint, read_json, wait_until
@@ -16,7 +17,7 @@ from tests.helpers.server import NORMED, Job, start
 
 pytestmark = pytest.mark.timeout(150)
 
-SIGNALS = ("--signals-to-handle=SIGTERM,SIGINT,SIGUSR1",)
+SIGNALS = (signals_flag(),)
 
 
 def torchrun(folder: Path, *flags: Any, **how: Any) -> Job:
@@ -42,7 +43,8 @@ def ours(ended: Ended) -> Ended:
 
 
 @pytest.mark.parametrize("number", [pytest.param(signal.SIGTERM, marks=pytest.mark.slow), signal.SIGUSR1,
-                                    pytest.param(signal.SIGINT, marks=pytest.mark.slow)],
+                                    pytest.param(signal.SIGINT, marks=pytest.mark.slow),
+                                    pytest.param(signal.SIGXCPU, marks=pytest.mark.slow)],
                          ids=lambda number: number.name)
 def test_a_signal_to_torchrun_stops_the_run_with_nothing_lost(tmp_path: Path, number: signal.Signals) -> None:
     with torchrun(tmp_path, "--epochs", 500, options=SIGNALS) as job:

@@ -10,6 +10,7 @@ import pytest
 from launch.bench.runs import execute as run_benchmarked
 from launch.bench.setups import command, parse_setup
 from launch.bench.setups import environment as benchmark_environment
+from launch.checks.job import signals_finding
 from launch.launcher import threads_per_rank
 from launch.stop import signals_flag
 from tests.helpers.processes import PROGRAMS, ROOT, Ended, execute
@@ -59,6 +60,22 @@ def test_the_readme_names_the_signals_that_a_rank_stops_at() -> None:
     named = re.findall(r"--signals-to-handle[ =](\S+?)`", (ROOT / "README.md").read_text())
     assert named
     assert {f"--signals-to-handle={signals}" for signals in named} == {signals_flag()}
+    commands = [line for line in (ROOT / "README.md").read_text().splitlines() if line.startswith("    torchrun ")]
+    assert [line for line in commands if "--signals-to-handle=$signals" not in line] == []
+    assert set(re.findall(r"^    signals=(\S+)", (ROOT / "README.md").read_text(), re.MULTILINE)) == set(named)
+
+
+@pytest.mark.parametrize(("passed_on", "lost"), [(None, []), (signals_flag().partition("=")[2], []),
+                                                 ("SIGTERM,SIGINT,SIGHUP,SIGQUIT", ["SIGUSR1", "SIGUSR2", "SIGXCPU"])])
+def test_the_doctor_names_the_signals_that_torchrun_would_not_pass_on(
+        monkeypatch: pytest.MonkeyPatch, passed_on: str | None, lost: list[str]) -> None:
+    monkeypatch.delenv("TORCHELASTIC_SIGNALS_TO_HANDLE", raising=False)
+    if passed_on is not None:
+        monkeypatch.setenv("TORCHELASTIC_SIGNALS_TO_HANDLE", passed_on)
+    found = signals_finding()
+    assert found.state == ("WARN" if lost else "OK")
+    assert re.findall(r"SIG\w+", found.text.partition("die of")[2]) == lost
+    assert not lost or found.fix == f"start torchrun with {signals_flag()}"
 
 
 @pytest.mark.parametrize("module", ["launch.errors", "launch.launcher", "launch.stop"])

@@ -1,6 +1,7 @@
 """The flag that a signal sets, and the agreement of ranks on the step at which they stop; ranks here are threads."""
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -9,8 +10,17 @@ import time
 
 import pytest
 
-from launch.stop import MOST_STEPS, POLL_SECONDS, StopAgreement, Stopped, StopRequest, signals_caught, stop_request
-from tests.helpers.processes import PROGRAMS, execute
+from launch.stop import (
+    MOST_STEPS,
+    POLL_SECONDS,
+    StopAgreement,
+    Stopped,
+    StopRequest,
+    signals_caught,
+    signals_flag,
+    stop_request,
+)
+from tests.helpers.processes import PROGRAMS, ROOT, execute
 
 pytestmark = pytest.mark.timeout(60)
 
@@ -33,6 +43,42 @@ def test_two_interrupts_at_once_are_one_since_torchrun_repeats_the_terminals() -
 
 def test_handlers_are_installed_before_torch_is_imported() -> None:
     assert execute([sys.executable, str(PROGRAMS / "catch_signals.py"), "early"]).out.split() == ["SIGTERM", "True"]
+
+
+ALL = ["SIGTERM", "SIGINT", "SIGHUP", "SIGQUIT", "SIGUSR1", "SIGUSR2", "SIGXCPU"]
+
+
+@pytest.mark.parametrize("ignored", [[], [signal.SIGHUP], [signal.SIGINT, signal.SIGQUIT]],
+                         ids=["nothing ignored", "SIGHUP ignored, as by nohup", "as in a script's background"])
+def test_every_stop_signal_is_caught_but_a_hangup_that_was_ignored_on_entry(ignored: list[signal.Signals]) -> None:
+    def ignore() -> None:
+        for number in ignored:
+            signal.signal(number, signal.SIG_IGN)
+
+    done = subprocess.run([sys.executable, str(PROGRAMS / "catch_signals.py"), "all"], capture_output=True, text=True,
+                          preexec_fn=ignore)
+    heard = dict(line.split() for line in done.stdout.splitlines())
+    assert heard == {name: "None" if name == "SIGHUP" and signal.SIGHUP in ignored else name for name in ALL}
+
+
+def test_the_stop_signals_are_listed_in_one_place() -> None:
+    naming = [path.relative_to(ROOT).as_posix() for package in ("launch", "datasets", "trainers", "slurm")
+              for path in (ROOT / package).rglob("*") if path.suffix in (".py", ".sbatch", "") and path.is_file()
+              and re.search("SIG(HUP|QUIT|USR2|XCPU)", path.read_text())]
+    assert naming == ["launch/stop.py"]
+
+
+def test_torchrun_passes_on_whatever_this_flag_names(monkeypatch: pytest.MonkeyPatch) -> None:
+    from torch.distributed.elastic.multiprocessing import api
+
+    handled = []
+    monkeypatch.setattr(api.signal, "signal", lambda number, handler: handled.append(number.name))
+    monkeypatch.setenv("TORCHELASTIC_SIGNALS_TO_HANDLE", signals_flag().partition("=")[2])
+    context = object.__new__(api.SubprocessContext)
+    monkeypatch.setattr(api.SubprocessContext, "_start", lambda self: None)
+    context._tail_logs = []
+    context.start()
+    assert handled == ALL
 
 
 def test_a_second_interrupt_a_second_later_ends_the_process_at_once() -> None:

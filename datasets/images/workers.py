@@ -17,7 +17,6 @@ from multiprocessing.connection import Connection
 
 # Imported once by the server, for all workers. Libraries only: it would look for our own packages in the wrong place.
 PRELOADED = ["torch", "torch.utils.data", "torchvision.transforms.v2", "PIL.Image"]
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
 
 def worker_context() -> multiprocessing.context.BaseContext:
@@ -60,8 +59,12 @@ class WorkerStart:
 
 @contextlib.contextmanager
 def blocked_signals() -> Iterator[None]:
-    """Hold stop signals back from this thread; one that comes meanwhile is delivered at the end."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+    """Hold back from this thread the signals that this process has a handler for: those stop it, once it has saved.
+
+    One that comes meanwhile is delivered at the end.
+    """
+    handled = [number for number in signal.valid_signals() if callable(signal.getsignal(number))]
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, handled)
     try:
         yield
     finally:

@@ -4,8 +4,9 @@ import os
 import socket
 
 from launch.checks.finding import Finding, fail, ok, warn, warn_if
-from launch.launcher import Launch
+from launch.launcher import Launch, signals_passed_on
 from launch.network import address_towards
+from launch.stop import SIGNALS, signals_flag, stop_signals
 
 SHOWN_VARIABLES = (  # an allow-list: tokens and passwords live in the environment too
     "RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "TORCHELASTIC_RESTART_COUNT",
@@ -25,7 +26,16 @@ def job_findings(launch: Launch) -> list[Finding]:
     return [warn_if(alone and "SLURM_JOB_ID" in os.environ, "launcher", text,
                     "this is a Slurm job: start the ranks with srun, or with torchrun"),
             ok("variables", " ".join(shown) or "none of torchrun's or Slurm's is set"),
-            address_finding(launch), port_finding(launch)]
+            signals_finding(), address_finding(launch), port_finding(launch)]
+
+
+def signals_finding() -> Finding:
+    """At which signals training saves and stops, and whether torchrun, if it started this process, passes them on."""
+    passed_on = signals_passed_on()
+    lost = [number.name for number in SIGNALS if passed_on is not None and number.name not in passed_on]
+    text = f"a run saves and stops at {', '.join(number.name for number in stop_signals())}"
+    return warn_if(bool(lost), "signals", f"{text}; torchrun would die of {', '.join(lost)}" if lost else text,
+                   f"start torchrun with {signals_flag()}")
 
 
 def address_finding(launch: Launch) -> Finding:

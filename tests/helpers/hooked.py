@@ -94,7 +94,7 @@ def become(request: dict[str, Any]) -> None:
             file = os.open(name, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
             os.dup2(file, number)
             os.close(file)
-    faulthandler.register(signal.SIGUSR2, all_threads=True)  # a test that runs out of time asks where this process is
+    faulthandler.register(signal.SIGRTMIN, all_threads=True)  # a test that runs out of time asks where this process is
     sys.argv = [request["trainer"], *request["flags"]]
 
 

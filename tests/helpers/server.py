@@ -137,7 +137,7 @@ class Job:
             if time.monotonic() > deadline:
                 for process in self.processes:
                     if isinstance(process, Forked) and process.poll() is None:
-                        os.kill(process.pid, signal.SIGUSR2)  # it shows its stack
+                        os.kill(process.pid, signal.SIGRTMIN)  # it shows its stack
                 time.sleep(1)
                 raise TimeoutError(f"still alive after {timeout} s: {self.alive()}; {self.text('err')[-4000:]}")
         return Ended([code for code in codes if code is not None], self.text("out"), self.text("err"),
