@@ -136,3 +136,36 @@ def test_the_interface_is_that_of_the_way_to_the_other_host():
     assert interface_of(address_among(["localhost"])) == "lo"
     assert address_among(["no-such-host.invalid", "127.0.0.1"]) == "127.0.0.1"
     assert "refused" in connect_problem("127.0.0.1", 1)
+
+
+STUB = """
+refuse() { echo "ERROR usage: $*"; exit 2; }
+flag_value() { :; }
+enter_environment() { :; }
+say() { :; }
+status_file() { :; }
+stamp_of() { :; }
+train_on_all_nodes() { printf '%s ' "$@"; }
+conclude_or_requeue() { :; }
+"""
+
+
+def sweep(folder: Path, task: int, *args: str) -> str:
+    """What a task of the sweep would run, or why not."""
+    (folder / "slurm").mkdir(exist_ok=True)
+    (folder / "slurm" / "common.sh").write_text(STUB)
+    variables = {"TRAINERS_ROOT": str(folder), "SLURM_ARRAY_TASK_ID": str(task), "SLURM_ARRAY_JOB_ID": "7"}
+    done = subprocess.run(["bash", "-eu", SLURM / "sweep.sbatch", *args], capture_output=True, text=True, timeout=20,
+                          env={**os.environ, **variables})
+    return done.stdout.strip() + done.stderr
+
+
+def test_a_sweep_runs_seeds_or_every_combination_of_the_values_of_flags(tmp_path: Path):
+    assert sweep(tmp_path, 4, "trainers/cifar.py", "--epochs", "1") == "trainers/cifar.py --epochs 1 --seed 4"
+    grid = ("--lr", "0.1,0.3,1.0", "--seed", "5,6", "trainers/cifar.py")
+    assert [sweep(tmp_path, task, *grid).removeprefix("trainers/cifar.py ") for task in range(6)] == [
+        f"--lr {rate} --seed {seed}" for rate in ("0.1", "0.3", "1.0") for seed in (5, 6)]
+    assert sweep(tmp_path, 6, *grid).endswith("task 6 has no value in --lr --seed 0.1,0.3,1.0 5,6; use --array=0-5")
+    assert sweep(tmp_path, 2, "--lr", "0.1,0.3", "x.py").endswith("use --array=0-1")
+    for args in (("--lr",), ("--lr", ""), ("--lr", "--seed", "1")):
+        assert "ERROR usage: --lr: has no values" in sweep(tmp_path, 0, *args)
