@@ -1,7 +1,9 @@
 """CIFAR-10 (Krizhevsky, 2009): 50,000 training and 10,000 test images of 32x32 pixels in ten classes, in memory."""
 
 import tarfile
+from functools import partial
 from pathlib import Path
+from typing import ClassVar
 
 import torch
 from torchvision.datasets import CIFAR10
@@ -9,25 +11,32 @@ from torchvision.datasets.utils import check_integrity
 
 from datasets.download import fetch, install
 from datasets.errors import DataError
-from datasets.tensors import TensorDataset
+from datasets.tensors import Splits, TensorDataset
 
 MEAN = (0.4914, 0.4822, 0.4465)  # per channel, over the 50,000 training images; tests/test_cifar.py recomputes it
 STD = (0.2470, 0.2435, 0.2616)  # likewise
 
 
-def load(data_dir: Path) -> tuple[TensorDataset, TensorDataset]:
+class TestBatch(CIFAR10):
+    """The test batch alone: CIFAR10 checks all six files to read one."""
+
+    train_list: ClassVar = []
+
+
+def load(data_dir: Path, *, train: bool = True) -> Splits:
     """The training and test split from `data_dir/cifar-10-batches-py`, checked against the published md5.
 
     Raises:
         DataError: if files are missing or damaged.
     """
     try:
-        train, test = (CIFAR10(str(data_dir), train=is_train, download=False) for is_train in (True, False))
+        training = CIFAR10(str(data_dir), train=True) if train else None
+        test = TestBatch(str(data_dir), train=False)
     except (RuntimeError, OSError, ValueError, KeyError, EOFError) as error:
         missing = not (data_dir / CIFAR10.base_folder).is_dir()
         raise DataError(f"--data-dir {data_dir}: CIFAR-10 is {'not there' if missing else f'damaged ({error})'}; add "
                         f"--download, put {CIFAR10.filename} there, or train on --dataset synthetic") from None
-    return in_memory(train), in_memory(test)
+    return in_memory(training) if training is not None else None, in_memory(test)
 
 
 def in_memory(dataset: CIFAR10) -> TensorDataset:
@@ -39,7 +48,7 @@ def in_memory(dataset: CIFAR10) -> TensorDataset:
     )
 
 
-def prepare(data_dir: Path, *, download: bool) -> None:
+def prepare(data_dir: Path, *, download: bool, train: bool = True) -> None:
     """Unpack the published archive where it lies alone or among some of its files, or fetch what is missing.
 
     For one process per node; others wait.
@@ -48,7 +57,7 @@ def prepare(data_dir: Path, *, download: bool) -> None:
         DataError: if the archive is damaged, or as `fetch` does.
     """
     folder, archive = data_dir / CIFAR10.base_folder, data_dir / CIFAR10.filename
-    files = [name for name, _ in (*CIFAR10.train_list, *CIFAR10.test_list)] + [CIFAR10.meta["filename"]]
+    files = [name for name, _ in (*CIFAR10.train_list[: 5 * train], *CIFAR10.test_list)] + [CIFAR10.meta["filename"]]
     if archive.is_file() and not all((folder / name).is_file() for name in files):
         if check_integrity(archive, CIFAR10.tgz_md5):
             unpack(archive, data_dir)
@@ -56,7 +65,8 @@ def prepare(data_dir: Path, *, download: bool) -> None:
             raise DataError(f"{archive}: is damaged, or not the published one (its md5 is another than "
                             f"{CIFAR10.tgz_md5}); fetch {CIFAR10.url} again, or add --download")
     if download:
-        fetch(lambda place: CIFAR10(place, download=True), data_dir, CIFAR10.base_folder, name="CIFAR-10", load=load)
+        fetch(lambda place: CIFAR10(place, download=True), data_dir, CIFAR10.base_folder, name="CIFAR-10",
+              load=partial(load, train=train))
 
 
 def unpack(archive: Path, data_dir: Path) -> None:

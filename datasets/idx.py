@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from datasets.errors import DAMAGED, DataError
-from datasets.tensors import TensorDataset
+from datasets.tensors import Splits, TensorDataset
 
 SIZE = 28  # pixels on each side
 MOST_BYTES = 2**30  # of one file, unpacked; MNIST's largest has 47 million
@@ -16,13 +16,13 @@ UNSIGNED_BYTES = 0x08  # the third byte of the magic number; the fourth is the n
 REMEDY = "fetch the file again, or train on --dataset synthetic"
 
 
-def load(folder: Path, class_names: tuple[str, ...]) -> tuple[TensorDataset, TensorDataset]:
+def load(folder: Path, class_names: tuple[str, ...], *, train: bool = True) -> Splits:
     """The training and test split from four files in a folder, plain or .gz, `idx3-ubyte` after a hyphen or a dot.
 
     Raises:
         DataError: if a file is missing or damaged, or does not fit the others.
     """
-    return load_split(folder, "train", class_names), load_split(folder, "t10k", class_names)
+    return load_split(folder, "train", class_names) if train else None, load_split(folder, "t10k", class_names)
 
 
 def load_split(folder: Path, split: str, class_names: tuple[str, ...]) -> TensorDataset:
@@ -56,10 +56,11 @@ def in_memory(images: np.ndarray, labels: np.ndarray, class_names: tuple[str, ..
                          class_names=class_names)
 
 
-def is_complete(folder: Path) -> bool:
-    """Whether all four files are there, in any of their spellings."""
+def is_complete(folder: Path, *, train: bool = True) -> bool:
+    """Whether all four files are there, in any of their spellings; without `train`, the two of the test split."""
     return all(find(folder, f"{split}-{content}", num_dimensions) is not None
-               for split in ("train", "t10k") for content, num_dimensions in (("images", 3), ("labels", 1)))
+               for split in ("train", "t10k")[not train :]
+               for content, num_dimensions in (("images", 3), ("labels", 1)))
 
 
 def find(folder: Path, stem: str, num_dimensions: int) -> Path | None:

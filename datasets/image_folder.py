@@ -5,9 +5,9 @@ Only names are read here; images/read.py reads the pixels, in loader workers (im
 (images/cache.py).
 """
 
+import contextlib
 import hashlib
 import os
-import unicodedata
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -18,6 +18,7 @@ from PIL import Image
 from torch import Tensor
 
 from datasets import synthetic
+from datasets.classes import join_classes, some_of
 from datasets.download import install
 from datasets.errors import DataError
 from datasets.keyed_random import Purpose, random_bits
@@ -60,56 +61,72 @@ class ImageTree:
         text = "\n".join(self.names) + str(self.targets.tolist()) + str(self.class_names)
         return hashlib.sha256(text.encode(errors="surrogateescape")).hexdigest()[:16]
 
-    def fingerprint(self, *, times: bool = False) -> str:
-        """A hash of names, labels and sizes, to notice data that changed since a checkpoint; one `stat` per image.
+    def sizes_and_times(self) -> dict[str, list[int]]:
+        """Bytes and modification time (ns) of each image, by one `stat` each; -1 for one that cannot be read."""
+        files = {name: [-1, -1] for name in self.names}
+        for name in self.names:
+            with contextlib.suppress(OSError):
+                status = os.stat(os.path.join(self.root, name))
+                files[name] = [status.st_size, status.st_mtime_ns]
+        return files
 
-        A file that cannot be read counts as such; decoding it names it.
+    def fingerprint(self, files: Mapping[str, Sequence[int]] | None = None, *, times: bool = False) -> str:
+        """A hash of names, labels and sizes, to notice data that changed since a checkpoint.
+
         With `times`, of the modification times too: for a cache, where a copied folder may count as a new one.
         """
         digest = hashlib.sha256(self.listing_hash().encode())
-        for name in self.names:
-            try:
-                status = os.stat(self.root / name)
-            except OSError:
-                digest.update(b"unreadable\n")
-                continue
-            digest.update(f"{status.st_size} {status.st_mtime_ns if times else ''}\n".encode())
+        for size, time in (files or self.sizes_and_times()).values():
+            digest.update(f"{size} {time if times else ''}\n".encode() if size >= 0 else b"unreadable\n")
         return digest.hexdigest()[:16]
 
 
-def load(data_dir: Path, *, validation_fraction: float | None = None, seed: int = 0) -> tuple[ImageTree, ImageTree]:
+def load(data_dir: Path, *, validation_fraction: float | None = None, seed: int = 0, train: bool = True,
+         known: Sequence[str] | None = None) -> tuple[ImageTree | None, ImageTree]:
     """The training and the test split of `data_dir`.
 
     Args:
         data_dir: holds train/ and test/ (or val/); or, to be split, train/ alone or the classes themselves.
         validation_fraction: the share of each class that is set apart as the test split.
         seed: decides which images those are.
+        train: whether the training split is wanted; without, there need be none.
+        known: the classes of a checkpoint, which fix the labels of the test split alone.
 
     Raises:
-        DataError: for missing folders, empty classes, or classes that only the test folder has.
+        DataError: for missing folders, empty classes, or classes in the test folder that are not known.
     """
-    if not data_dir.is_dir():
+    if not os.path.isdir(data_dir):
         raise DataError(f"--data-dir {data_dir}: no such folder; give the one that holds train/ and test/, or train on "
                         f"--dataset synthetic")
-    train = data_dir / "train"
+    folders = subfolders(data_dir)
     if validation_fraction is not None:
-        return split(scan(train if train.is_dir() else data_dir), validation_fraction, seed=seed)
-    test = next((data_dir / name for name in TEST_NAMES if (data_dir / name).is_dir()), None)
-    if not train.is_dir() or test is None:
-        missing = "train/" if not train.is_dir() else "test/ or val/"
-        found = sorted(path.name for path in data_dir.iterdir() if path.is_dir() and not is_hidden(path.name))
-        raise DataError(f"--data-dir {data_dir}: has no {missing} but {some_of(found) or 'no folder'}; add it, or "
+        whole = scan(data_dir / "train" if "train" in folders else data_dir, class_names=known, owner="the checkpoint")
+        return split(whole, validation_fraction, seed=seed)
+    test = next((name for name in TEST_NAMES if name in folders), None)
+    if test is None or (train and "train" not in folders):
+        missing = "train/" if train and "train" not in folders else "test/ or val/"
+        raise DataError(f"--data-dir {data_dir}: has no {missing} but {some_of(folders) or 'no folder'}; add it, or "
                         f"split one folder of classes with --validation-fraction 0.2")
-    training = scan(train)
-    return training, shuffled(scan(test, class_names=training.class_names))
+    training = scan(data_dir / "train") if train or (known is None and "train" in folders) else None
+    owner = "the checkpoint" if training is None else "the training split"
+    known = training.class_names if training is not None else known
+    return training, shuffled(scan(data_dir / test, class_names=known, owner=owner))
 
 
-def scan(folder: Path, *, class_names: Sequence[str] | None = None) -> ImageTree:
+def subfolders(folder: Path) -> list[str]:
+    """The names of the folders in one, links to folders too, sorted, without hidden ones."""
+    try:
+        return sorted(name for name in os.listdir(folder) if os.path.isdir(folder / name) and not is_hidden(name))
+    except OSError as error:
+        raise DataError(f"--data-dir {folder}: cannot be read ({error.strerror}); check its permissions") from None
+
+
+def scan(folder: Path, *, class_names: Sequence[str] | None = None, owner: str = "") -> ImageTree:
     """All images below `folder`/<class>/, sorted by class, folder and name.
 
     Args:
         folder: one folder per class in it.
-        class_names: those of the training split, which fix the labels. By default the folders' own, sorted.
+        class_names: those that `owner` knows, which fix the labels. By default the folders' own, sorted.
 
     Raises:
         DataError: if there is no class folder, only one, an empty one, or one that is not in `class_names`.
@@ -121,13 +138,12 @@ def scan(folder: Path, *, class_names: Sequence[str] | None = None) -> ImageTree
     broken = {name.partition(os.sep)[0] for name in listing.unreadable}
     found = sorted({*listing.folders, *(name for name in broken if not os.path.splitext(name)[1])})
     names = tuple(class_names or found)
-    labels = {name: label for label, name in enumerate(names)}
     images = [name for name in listing.images if os.sep in name]
     listing.left_out["outside of the class folders"] += len(listing.images) - len(images)
     if not found:
         raise DataError(f"--data-dir {folder}: holds no folder per class{describe_left_out(+listing.left_out)}; put "
                         f"images into {folder.name}/<class>/")
-    check_names(folder, found, names)
+    labels = join_classes(found, names, place=f"--data-dir {folder}{os.sep}", owner=owner)
     filled = broken | {image.partition(os.sep)[0] for image in images}
     for name in found:
         if name not in filled:
@@ -141,16 +157,6 @@ def scan(folder: Path, *, class_names: Sequence[str] | None = None) -> ImageTree
                      unreadable={str(folder / name): reason for name, reason in sorted(listing.unreadable.items())})
 
 
-def check_names(folder: Path, found: Sequence[str], known: Sequence[str]) -> None:
-    """Raise DataError for a class folder that the training split does not have."""
-    for name in found:
-        if name not in known:
-            alike = next((other for other in known if folded(other) == folded(name)), None)
-            remedy = ("remove it, or add images of it there" if alike is None else
-                      f"that one has {alike}, which is spelled in another way: rename one of them")
-            raise DataError(f"--data-dir {folder / name}: no such class in the training split; {remedy}")
-
-
 def one_class(folder: Path, images: Sequence[str]) -> str:
     """What is in the only class, and what to do: the end of an error."""
     inner = sorted({name.split(os.sep)[1] for name in images if name.count(os.sep) > 1})
@@ -160,20 +166,11 @@ def one_class(folder: Path, images: Sequence[str]) -> str:
             f"{folder.name}/")
 
 
-def some_of(names: Sequence[str]) -> str:
-    """The first names of many."""
-    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
-
-
-def folded(name: str) -> str:
-    """A class name without what people and file systems do not tell apart: case, and how accents are stored."""
-    return unicodedata.normalize("NFC", name).casefold().strip()
-
-
-def describe(train: ImageTree, test: ImageTree) -> str:
+def describe(train: ImageTree | None, test: ImageTree) -> str:
     """What was found, and what of it is left out, in one line."""
-    return (f"{len(train):,} training images in {len(train.class_names)} classes, {len(test):,} test images"
-            f"{describe_left_out(train.left_out + test.left_out)}")
+    training = f"{len(train):,} training images in {len(train.class_names)} classes, " if train else ""
+    left_out = test.left_out + (train.left_out if train else Counter())
+    return f"{training}{len(test):,} test images{describe_left_out(left_out)}"
 
 
 def split(tree: ImageTree, fraction: float, *, seed: int) -> tuple[ImageTree, ImageTree]:
@@ -186,7 +183,9 @@ def split(tree: ImageTree, fraction: float, *, seed: int) -> tuple[ImageTree, Im
     order = random_bits(torch.arange(len(tree)), seed, Purpose.SPLIT)
     for label, name in enumerate(tree.class_names):
         members = (tree.targets == label).nonzero().flatten()
-        if len(members) < 2:
+        if len(members) == 0:
+            continue  # a class that only the checkpoint has
+        if len(members) == 1:
             raise DataError(f"--validation-fraction {fraction}: class {tree.root / name} has a single image; add more")
         num_chosen = min(max(1, round(fraction * len(members))), len(members) - 1)
         chosen[members[order[members].argsort()[:num_chosen]]] = True

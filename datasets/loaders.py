@@ -78,13 +78,15 @@ class TrainLoader:
                            strict=True)
 
 
-def train_loader(dataset: TensorDataset, transform: Transform, *, batch_size: int, rank_batch_size: int, rank: int,
-                 world_size: int, seed: int, device: torch.device) -> TrainLoader:
-    """The training loader of one rank.
+def train_loader(dataset: TensorDataset | None, transform: Transform, *, batch_size: int, rank_batch_size: int,
+                 rank: int, world_size: int, seed: int, device: torch.device) -> TrainLoader | None:
+    """The training loader of one rank; None of no data set, where nothing is trained.
 
     Raises:
         DataError: if the data set is smaller than one global batch.
     """
+    if dataset is None:
+        return None
     check_size(len(dataset), batch_size)
     sampler = ResumableSampler(dataset, global_batch_size=batch_size, rank=rank, world_size=world_size, seed=seed)
     return TrainLoader(dataset, transform, sampler, rank_batch_size=rank_batch_size, device=device)

@@ -15,7 +15,7 @@ from torchvision.datasets import MNIST
 from datasets import idx
 from datasets.download import fetch
 from datasets.errors import DAMAGED, DataError
-from datasets.tensors import TensorDataset
+from datasets.tensors import Splits, TensorDataset
 
 MEAN = (0.1307,)  # over the 60,000 training images; tests/test_mnist.py recomputes it
 STD = (0.3081,)  # likewise
@@ -28,7 +28,7 @@ NPZ_KEYS = (  # images and labels of the training set, then of the test set
 DAMAGED_ARCHIVE = (*DAMAGED, RuntimeError, NotImplementedError, zipfile.BadZipFile, lzma.LZMAError, tokenize.TokenError)
 
 
-def load(data_dir: Path) -> tuple[TensorDataset, TensorDataset]:
+def load(data_dir: Path, *, train: bool = True) -> Splits:
     """The training and test split.
 
     Raises:
@@ -36,14 +36,14 @@ def load(data_dir: Path) -> tuple[TensorDataset, TensorDataset]:
     """
     folders = [data_dir / "MNIST" / "raw", data_dir / "MNIST", data_dir]
     for folder in folders:
-        if idx.is_complete(folder):
-            return idx.load(folder, CLASS_NAMES)
+        if idx.is_complete(folder, train=train):
+            return idx.load(folder, CLASS_NAMES, train=train)
     for folder in folders:
         if (folder / "mnist.npz").is_file():
             return load_npz(folder / "mnist.npz")
     for folder in folders:
         if list(folder.glob("t*-idx?-ubyte*")):
-            return idx.load(folder, CLASS_NAMES)  # some of the four: says which one is missing
+            return idx.load(folder, CLASS_NAMES, train=train)  # some of the four: says which one is missing
     raise DataError(f"--data-dir {data_dir}: MNIST is not there, neither its IDX files nor mnist.npz; add --download, "
                     f"or train on --dataset synthetic")
 
@@ -53,7 +53,7 @@ def download(data_dir: Path) -> None:
     fetch(lambda folder: MNIST(folder, download=True), data_dir, "MNIST", name="MNIST", load=load)
 
 
-def load_npz(path: Path) -> tuple[TensorDataset, TensorDataset]:
+def load_npz(path: Path) -> Splits:
     """Both splits from one file, whose keys say of which kind it is. Python objects in it are never unpickled."""
     try:
         with np.load(path, allow_pickle=False) as archive:

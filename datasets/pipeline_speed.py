@@ -75,6 +75,7 @@ def whole_batches(train: TensorDataset, batch_size: int) -> Iterator[Any]:
     augmentation = Augmentation(seed=0, mean=synthetic.MEAN, std=synthetic.STD, shift=SHIFT, flip="random")
     loader = train_loader(train, augmentation, batch_size=batch_size, rank_batch_size=batch_size, rank=0, world_size=1,
                           seed=0, device=torch.device("cpu"))
+    assert loader is not None
     for epoch in itertools.count():
         yield from loader.batches(epoch, 0)
 

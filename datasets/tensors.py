@@ -1,10 +1,15 @@
 """A labelled data set in memory, as two tensors."""
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
+
+from datasets.classes import join_classes
+
+Splits = tuple["TensorDataset | None", "TensorDataset"]  # training and test, the first only where it is asked for
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,6 +28,13 @@ class TensorDataset:
     def to(self, device: torch.device) -> "TensorDataset":
         """The same data on a device."""
         return replace(self, inputs=self.inputs.to(device), targets=self.targets.to(device))
+
+    def with_classes(self, known: Sequence[str] | None) -> "TensorDataset":
+        """The same data with the labels of a network that knows these classes; DataError if it lacks one."""
+        if known is None:
+            return self
+        labels = join_classes(self.class_names, known, place="--dataset: class ", owner="the checkpoint")
+        return replace(self, targets=torch.tensor(list(labels.values()))[self.targets], class_names=tuple(known))
 
     def fingerprint(self) -> str:
         """A hash of every byte, to notice that the data changed since a checkpoint; 0.1 s for CIFAR-10."""

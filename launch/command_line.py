@@ -24,7 +24,7 @@ from typing import Any, NoReturn
 import tyro
 
 from launch.config_file import as_words, read_flags
-from launch.errors import EXIT_DONE, EXIT_PREEMPTED, UsageError, launched_rank, to_stderr, user_line
+from launch.errors import EXIT_DONE, EXIT_PREEMPTED, UsageError, launched_rank, say, to_stderr, user_line
 from launch.rules import check_numbers
 from launch.stop import Stopped
 
@@ -61,7 +61,8 @@ def parse(config_class: type, *, recipes: Mapping[str, Mapping[str, Any]] | None
             raise UsageError(f"--config {file}: {error}") from None
     config = from_words(config_class, args, default)
     check_numbers(config)
-    return replace(config, **{field.name: at_home(getattr(config, field.name)) for field in fields(config)})
+    values = {field.name: at_home(getattr(config, field.name)) for field in fields(config)}
+    return replace(config, **{**values, "given": flags_in(args)} if "given" in values else values)
 
 
 def from_words(config_class: type, args: Sequence[str], default: Any) -> Any:
@@ -74,9 +75,15 @@ def from_words(config_class: type, args: Sequence[str], default: Any) -> Any:
         if stop.code in (0, None):
             if launched_rank() == 0:
                 width = max(60, min(120, shutil.get_terminal_size().columns))
-                sys.stdout.write(grouped_help(printed.getvalue(), config_class, width=width))
+                say(grouped_help(printed.getvalue(), config_class, width=width).rstrip("\n"))
             raise
         raise UsageError(plain_text(complaint.getvalue())) from None
+
+
+def flags_in(args: Sequence[str]) -> tuple[str, ...]:
+    """The names of the flags in a command line, as a config's fields spell them; those of aliases as they are."""
+    words = (word.partition("=")[0][2:].replace("-", "_") for word in args if word.startswith("--"))
+    return tuple(dict.fromkeys(words))
 
 
 def at_home(value: Any) -> Any:

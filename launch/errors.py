@@ -4,6 +4,7 @@ import contextlib
 import os
 import re
 import sys
+from typing import TextIO
 
 EXIT_DONE = 0
 EXIT_PREEMPTED = 75  # EX_TEMPFAIL of sysexits.h: the same command, run again, resumes
@@ -81,16 +82,22 @@ def launched_rank() -> int:
     return int(text) if text.isdecimal() else 0
 
 
+def encodable(text: str, stream: TextIO) -> str:
+    r"""A text whose letters that the stream's encoding lacks are escapes such as \u732b: stdout would refuse them."""
+    encoding = getattr(stream, "encoding", None) or "utf-8"
+    return text.encode(encoding, "backslashreplace").decode(encoding)
+
+
 def to_stderr(line: str) -> None:
     """Write one whole line to stderr, in one write so that ranks sharing a terminal do not mix theirs."""
     with contextlib.suppress(OSError, ValueError, AttributeError):  # a closed terminal must not hide the exit code
-        sys.stderr.write(f"{printable(line)}\n")
+        sys.stderr.write(encodable(f"{printable(line)}\n", sys.stderr))
         sys.stderr.flush()
 
 
 def say(text: str) -> None:
     """Print to stdout, names in it made `printable`. If the reader has gone away, later text is dropped."""
     try:
-        print(printable(text, keep="\n"), flush=True)
+        print(encodable(printable(text, keep="\n"), sys.stdout), flush=True)
     except (OSError, ValueError):
         sys.stdout = open(os.devnull, "w")

@@ -8,6 +8,7 @@
 """
 
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -26,7 +27,7 @@ from torch import nn
 from datasets import cifar, synthetic
 from datasets.augment import Augmentation
 from datasets.loaders import evaluation_loader, train_loader
-from datasets.tensors import TensorDataset
+from datasets.tensors import Splits
 from launch.command_line import run
 from launch.errors import UsageError
 from launch.process_group import World
@@ -77,19 +78,23 @@ RECIPES: dict[str, dict[str, Any]] = {
 }
 
 
-def load_data(config: CifarConfig, world: World) -> tuple[TensorDataset, TensorDataset]:
-    """Training and test split; with --download one rank of each node fetches while the others wait."""
+def load_data(config: CifarConfig, world: World, known: Sequence[str] | None = None) -> Splits:
+    """Training and test split; for --evaluate the test split alone, with the classes that the checkpoint knows."""
+    trains = config.evaluate is None
     if config.dataset == "synthetic":
-        return synthetic.load(seed=config.seed)
-    once_per_node(world, lambda: cifar.prepare(config.data_dir, download=config.download))
-    return cifar.load(config.data_dir)
+        train, test = synthetic.load(seed=config.seed)
+    else:
+        once_per_node(world, lambda: cifar.prepare(config.data_dir, download=config.download, train=trains))
+        train, test = cifar.load(config.data_dir, train=trains)
+    return (train if trains else None), test.with_classes(known)
 
 
-def build_model(config: CifarConfig, train: TensorDataset, images: Augmentation) -> nn.Module:
+def build_model(config: CifarConfig, splits: Splits, images: Augmentation) -> nn.Module:
     """The network, from the seed; whitenet's first layer is set from the first 5,000 training images."""
+    train, test = splits
     torch.manual_seed(config.seed)
-    model = models.build(**config.network(), num_classes=len(train.class_names))
-    if isinstance(model, models.WhiteNet):
+    model = models.build(**config.network(), num_classes=len(test.class_names))
+    if isinstance(model, models.WhiteNet) and train is not None:
         model.whiten(images.normalize(train.inputs[:5000]))
     return model
 
@@ -98,13 +103,14 @@ def build_model(config: CifarConfig, train: TensorDataset, images: Augmentation)
 def main(config: CifarConfig) -> dict[str, Any]:
     """One run, on this rank; returns its result."""
     with open_run(config, "cifar") as run:
-        train, test = load_data(config, run.world)
+        config = run.config
+        train, test = load_data(config, run.world, run.known)
         source = cifar if config.dataset == "cifar10" else synthetic
         images = Augmentation(**config.augmentation((source.MEAN, source.STD)))
-        model = build_model(config, train, images)
-        return train_classifier(config, run, model, train.class_names, (images.mean, images.std),
+        model = build_model(config, (train, test), images)
+        return train_classifier(config, run, model, test.class_names, (images.mean, images.std),
                                 train_loader(train, images, **config.batches(), **run.world.shard),
-                                evaluation_loader(test, images.normalize, **run.world.shard), train.fingerprint())
+                                evaluation_loader(test, images.normalize, **run.world.shard), train)
 
 
 if __name__ == "__main__":

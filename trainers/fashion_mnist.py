@@ -7,6 +7,7 @@
 """
 
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -25,7 +26,7 @@ from datasets import fashion_mnist
 from datasets import synthetic_digits as digits
 from datasets.augment import Augmentation
 from datasets.loaders import evaluation_loader, train_loader
-from datasets.tensors import TensorDataset
+from datasets.tensors import Splits
 from launch.command_line import run
 from launch.process_group import World
 from trainers import models
@@ -68,26 +69,29 @@ RECIPES: dict[str, dict[str, Any]] = {
 }
 
 
-def load_data(config: FashionMnistConfig, world: World) -> tuple[TensorDataset, TensorDataset]:
-    """Training and test split."""
+def load_data(config: FashionMnistConfig, world: World, known: Sequence[str] | None = None) -> Splits:
+    """Training and test split; for --evaluate the test split alone, with the classes that the checkpoint knows."""
     if config.dataset == "synthetic":
-        return digits.load(seed=config.seed)
-    if config.download:
-        once_per_node(world, lambda: fashion_mnist.download(config.data_dir))
-    return fashion_mnist.load(config.data_dir)
+        train, test = digits.load(seed=config.seed)
+    else:
+        if config.download:
+            once_per_node(world, lambda: fashion_mnist.download(config.data_dir))
+        train, test = fashion_mnist.load(config.data_dir, train=config.evaluate is None)
+    return (train if config.evaluate is None else None), test.with_classes(known)
 
 
 @entry_point
 def main(config: FashionMnistConfig) -> dict[str, Any]:
     """One run, on this rank; returns its result."""
     with open_run(config, "fashion_mnist") as run:
-        train, test = load_data(config, run.world)
+        config = run.config
+        train, test = load_data(config, run.world, run.known)
         images = Augmentation(**config.augmentation((MEAN, STD)))
         torch.manual_seed(config.seed)
-        model = models.build(**config.network(), num_classes=len(train.class_names))
-        return train_classifier(config, run, model, train.class_names, (images.mean, images.std),
+        model = models.build(**config.network(), num_classes=len(test.class_names))
+        return train_classifier(config, run, model, test.class_names, (images.mean, images.std),
                                 train_loader(train, images, **config.batches(), **run.world.shard),
-                                evaluation_loader(test, images.normalize, **run.world.shard), train.fingerprint())
+                                evaluation_loader(test, images.normalize, **run.world.shard), train)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@
 """
 
 import sys
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -117,16 +117,24 @@ RECIPES: dict[str, dict[str, Any]] = {
 }
 
 
-def load_data(config: ImageFolderConfig, world: World) -> tuple[ImageTree, ImageTree]:
-    """Training and test split: names and labels, no pixels yet."""
+def load_data(config: ImageFolderConfig, world: World, known: Sequence[str] | None = None
+              ) -> tuple[ImageTree | None, ImageTree]:
+    """Training and test split: names and labels, no pixels yet.
+
+    For --evaluate the test split alone, with the classes that the checkpoint knows.
+    """
+    trains = config.evaluate is None
     folder = config.data_dir
     if config.dataset == "synthetic":
         folder = image_folder.synthetic_folder(config.data_dir, seed=config.seed)
         once_per_node(world, lambda: image_folder.write_synthetic(folder, seed=config.seed))
-    train, test = image_folder.load(folder, validation_fraction=config.validation_fraction, seed=config.seed)
-    if len(set(gather(world, train.listing_hash() + test.listing_hash()))) > 1:
+    train, test = image_folder.load(folder, validation_fraction=config.validation_fraction, seed=config.seed,
+                                    train=trains, known=known)
+    train = train if trains else None
+    if len(set(gather(world, "".join(split.listing_hash() for split in (train, test) if split)))) > 1:
         raise DataError(f"--data-dir {folder}: the ranks found different files in it; give every node the same folder")
-    check_size(len(train), config.batch_size)
+    if train is not None:
+        check_size(len(train), config.batch_size)
     return train, test
 
 
@@ -161,33 +169,36 @@ def remember_bad_images(config: ImageFolderConfig, run: Run) -> BadImages:
     return BadImages(config.skip_bad, exchange=exchange, log=to_stderr, known=known)
 
 
-def build_loaders(config: ImageFolderConfig, train: ImageTree, test: ImageTree, images: Augmentation, run: Run
-                  ) -> tuple[TrainBatches, EvaluationBatches]:
-    """The loaders of this rank."""
+def build_loaders(config: ImageFolderConfig, train: ImageTree | None, test: ImageTree, images: Augmentation, run: Run
+                  ) -> tuple[TrainBatches | None, EvaluationBatches]:
+    """The loaders of this rank; None of a training split that is not there."""
     world, bad_images = run.world, remember_bad_images(config, run)
     if world.is_main:
         say(f"data       {printable(image_folder.describe(train, test))}")
-    bad_images.add([*train.unreadable.items(), *test.unreadable.items()], log=world.is_main)  # all ranks found the same
-    decoding = Decoding(splits={"train": train, "test": test}, size=config.size(), fit=config.fit,
+    splits = {"test": test} if train is None else {"train": train, "test": test}
+    bad_images.add([item for tree in splits.values() for item in tree.unreadable.items()], log=world.is_main)
+    decoding = Decoding(splits=splits, size=config.size(), fit=config.fit,
                         seed=config.seed, smallest_area=config.random_crop or 1.0, skip_bad=config.skip_bad)
     decoder = Decoder(decoding, workers=config.workers, pin_memory=world.device.type == "cuda",
                       prepare_worker=ignore_signals)
     if not config.cache:
+        testing = DecodedEvaluationLoader(test, decoder, images.normalize, bad_images, **world.shard)
+        if train is None:
+            return None, testing
         sampler = ResumableSampler(train, global_batch_size=config.batch_size, seed=config.seed, rank=world.rank,
                                    world_size=world.world_size)
-        return (DecodedTrainLoader(train, decoder, images, sampler, bad_images, device=world.device,
-                                   rank_batch_size=config.rank_batch_size()),
-                DecodedEvaluationLoader(test, decoder, images.normalize, bad_images, **world.shard))
+        return DecodedTrainLoader(train, decoder, images, sampler, bad_images, device=world.device,
+                                  rank_batch_size=config.rank_batch_size()), testing
     folder = config.cache_dir or config.data_dir / ".cache"
-    caches = [ImageCache(tree, split, folder, size=config.size(), fit=config.fit)
-              for tree, split in ((train, "train"), (test, "test"))]
-    for cache in caches:
+    caches = {split: ImageCache(tree, split, folder, size=config.size(), fit=config.fit)
+              for split, tree in splits.items()}
+    for cache in caches.values():
         once_per_node(world, fill(cache, decoder, bad_images))
-    training, testing = (cache.open(bad_images) for cache in caches)
-    shard = {**world.shard, "device": cache_device(world.device, sum(cache.num_bytes for cache in caches))}
-    return (train_loader(training, GatherThenAugment(images), **config.batches(), **shard),
-            evaluation_loader(testing, images.normalize, **shard,
-                              batch_size=max(8, min(500, 2**24 // caches[1].row_bytes))))  # 16 MiB
+    opened = {split: cache.open(bad_images) for split, cache in caches.items()}
+    shard = {**world.shard, "device": cache_device(world.device, sum(cache.num_bytes for cache in caches.values()))}
+    return (train_loader(opened.get("train"), GatherThenAugment(images), **config.batches(), **shard),
+            evaluation_loader(opened["test"], images.normalize, **shard,
+                              batch_size=max(8, min(500, 2**24 // caches["test"].row_bytes))))  # 16 MiB
 
 
 def fill(cache: ImageCache, decoder: Decoder, bad_images: BadImages) -> Generator[int]:
@@ -208,12 +219,12 @@ def cache_device(device: torch.device, num_bytes: int) -> torch.device:
 def main(config: ImageFolderConfig) -> dict[str, Any]:
     """One run, on this rank; returns its result."""
     with open_run(config, "image_folder") as run:
-        train, test = load_data(config, run.world)
+        config = run.config
+        train, test = load_data(config, run.world, run.known)
         images = Augmentation(**config.augmentation(IMAGENET))
-        fingerprint = from_main(run.world, train.fingerprint)
-        return train_classifier(config, run, build_model(config, len(train.class_names), run.world),
-                                train.class_names, (images.mean, images.std),
-                                *build_loaders(config, train, test, images, run), fingerprint)
+        return train_classifier(config, run, build_model(config, len(test.class_names), run.world),
+                                test.class_names, (images.mean, images.std),
+                                *build_loaders(config, train, test, images, run), train)
 
 
 if __name__ == "__main__":

@@ -27,21 +27,23 @@ import tyro
 from torch import Tensor, nn
 
 from datasets.augment import normalize
+from datasets.classes import some_of
 from datasets.errors import DataError
 from datasets.image_folder import ImageTree
 from datasets.images.read import BadImage, read_image
 from datasets.listing import describe_left_out, find_images
 from launch.command_line import run
-from launch.errors import CheckpointError, UsageError, say, to_stderr
+from launch.errors import CheckpointError, UsageError, first_line, say, to_stderr
 from launch.launcher import read_launch
 from launch.machine import choose_device
 from launch.process_group import World
 from launch.rules import AtLeast
 from trainers import models
 from trainers.engine.checkpoints.load import check_fits, load_or_fail, newest_good
+from trainers.engine.data_record import saved_class_names
 from trainers.engine.export import export
 from trainers.engine.predictions import Prediction, as_json, as_lines
-from trainers.engine.run.card import ModelCard, read_card
+from trainers.engine.run.card import CARD_FILE, ModelCard, read_card
 from trainers.engine.run.folder import RunFolder
 from trainers.engine.run.pictures import MOST_IMAGES, predictions
 
@@ -85,12 +87,16 @@ class Picture:
 
 def load_model(run: Path, card: ModelCard, checkpoint: Path | None, device: torch.device) -> tuple[nn.Module, Path]:
     """The network with its trained weights, in evaluation mode, and the file they are from."""
+    state, source = (load_or_fail(checkpoint), checkpoint) if checkpoint is not None else best_state(run)
+    known = saved_class_names(state)
+    if known not in ((), card.class_names):
+        raise CheckpointError(f"{source}: knows the classes {some_of(known)}, and {run / CARD_FILE} has "
+                              f"{some_of(card.class_names)}; use a checkpoint and a {CARD_FILE} of one run")
     try:
         model = models.build(card.model, num_classes=len(card.class_names), **card.options)
-    except ValueError as error:
-        raise CheckpointError(f"--run {run}: its model {card.model} cannot be built here ({error}); use the version "
-                              f"of this code that trained it") from None
-    state, source = (load_or_fail(checkpoint), checkpoint) if checkpoint is not None else best_state(run)
+    except (ValueError, TypeError, RuntimeError) as error:
+        raise CheckpointError(f"--run {run}: its model {card.model} cannot be built here ({first_line(error)}); use "
+                              f"the version of this code that trained it") from None
     if state["ema"] is not None:
         state = {**state, "model": state["ema"]}
     check_fits(state, model, source)
@@ -108,43 +114,52 @@ def best_state(run: Path) -> tuple[dict[str, Any], Path]:
     return found.state, found.path
 
 
-def pictures_of(config: PredictConfig, card: ModelCard) -> Iterator[Picture]:
-    """All images to classify, read one at a time."""
+def pictures_of(config: PredictConfig, card: ModelCard, source: Path, bad: dict[str, str]) -> Iterator[Picture]:
+    """All images to classify, read one at a time; adds what cannot be read to `bad`, with the reason."""
     for path in config.images:
-        files, left_out = find_images(path)
+        try:
+            files, left_out = find_images(path)
+        except DataError as error:
+            bad[str(path)] = str(error).removeprefix(f"{path}: ")
+            continue
         if left_out:
             to_stderr(f"{path}{describe_left_out(left_out)}")
         for file in files:
-            parent = file.parent.name
-            yield read_picture(file, card, true_class=parent if parent in card.class_names else None)
+            parent = file.absolute().parent.name
+            yield from read_picture(file, card, bad, true_class=parent if parent in card.class_names else None)
     if config.test_images is not None:
-        yield from test_pictures(config, card)
+        yield from test_pictures(config, card, source, bad)
 
 
-def read_picture(path: Path, card: ModelCard, *, true_class: str | None) -> Picture:
-    """An image file at the size and with the channels that the network was trained on."""
+def read_picture(path: Path, card: ModelCard, bad: dict[str, str], *, true_class: str | None) -> Iterator[Picture]:
+    """An image file at the size and with the channels that the network was trained on; none of a bad one."""
     try:
         pixels = read_image(path, size=card.image_size[0], fit=card.fit)
     except BadImage as error:
-        raise DataError(f"{path}: not readable as an image ({error}); repair it or leave it out") from None
+        bad[str(path)] = f"not readable as an image ({error}); repair it or leave it out"
+        return
     if card.channels == 1:
         weights = torch.tensor([0.299, 0.587, 0.114])[:, None, None]  # of ITU-R 601-2, as Pillow has them
         pixels = (pixels * weights).sum(0, keepdim=True).round().to(torch.uint8)
-    return Picture(name=str(path), pixels=pixels, true_class=true_class)
+    yield Picture(name=str(path), pixels=pixels, true_class=true_class)
 
 
-def test_pictures(config: PredictConfig, card: ModelCard) -> Iterator[Picture]:
-    """The first images of the run's test set, loaded by the run's trainer."""
+def test_pictures(config: PredictConfig, card: ModelCard, source: Path, bad: dict[str, str]) -> Iterator[Picture]:
+    """The first images of the run's test set, loaded by the run's trainer, its classes joined to the network's."""
     assert config.run is not None
-    trainer = importlib.import_module(f"trainers.{card.trainer}")
-    settings = restore_config(typing.get_type_hints(trainer.main)["config"], config.run)
-    if config.data_dir is not None:
-        settings = replace(settings, data_dir=config.data_dir)
-    _, test = trainer.load_data(settings, World())
+    try:
+        trainer = importlib.import_module(f"trainers.{card.trainer}")
+        settings = restore_config(typing.get_type_hints(trainer.main)["config"], config.run)
+        load_data = trainer.load_data
+    except (ImportError, AttributeError, KeyError):
+        raise CheckpointError(f"--run {config.run}: {CARD_FILE}: {card.trainer} is no trainer of images; name image "
+                              f"files, not --test-images") from None
+    settings = replace(settings, evaluate=source, data_dir=config.data_dir or settings.data_dir)
+    _, test = load_data(settings, World(), card.class_names)
     for sample in range(min(config.test_images or 0, len(test))):
         true_class = card.class_names[int(test.targets[sample])]
         if isinstance(test, ImageTree):
-            yield read_picture(test.path(sample), card, true_class=true_class)
+            yield from read_picture(test.path(sample), card, bad, true_class=true_class)
         else:
             yield Picture(name=f"test {sample}", pixels=test.inputs[sample], true_class=true_class)
 
@@ -194,16 +209,25 @@ def main(config: PredictConfig) -> int:
     model, source = load_model(config.run, card, config.checkpoint, device)
     if config.export is not None:
         lines = export(model, config.export, image_shape=(card.channels, *card.image_size))
-        (sys.stderr if config.json else sys.stdout).write("\n".join(lines) + "\n")
+        for line in lines:
+            (to_stderr if config.json else say)(line)
     classified: list[Prediction] = []
     shown: list[Picture] = []
-    pictures = pictures_of(config, card)
+    bad: dict[str, str] = {}
+    pictures = pictures_of(config, card, source, bad)
     while batch := list(itertools.islice(pictures, config.batch_size)):
         classified += classify(model, batch, card, device)
         shown += batch[: MOST_IMAGES - len(shown)]
+    if config.json and (classified or bad):
+        say(as_json(classified, source, bad))
+    elif classified:
+        say(as_lines(classified, top=config.top))
+    for path, reason in bad.items() if len(bad) > 1 else ():
+        to_stderr(f"WARNING data: {path}: {reason}")
     if classified:
         draw(config.picture or config.run / "predict.png", shown, classified[: len(shown)])
-        say(as_json(classified, source) if config.json else as_lines(classified, top=config.top))
+    for path, reason in bad.items():
+        raise DataError(f"{path}: {reason}" + f"; so are {len(bad) - 1} others, named above" * (len(bad) > 1))
     return 0
 
 

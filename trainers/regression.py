@@ -108,10 +108,10 @@ def learned_text(model: nn.Module, relation: regression.LinearRelation) -> str:
     return "\n".join(["learned", *lines, f"generated with w = {list(relation.weights)}, b = {relation.learned_bias}"])
 
 
-def build_model(config: RegressionConfig, train: TensorDataset) -> nn.Module:
+def build_model(config: RegressionConfig, samples: TensorDataset) -> nn.Module:
     """One linear layer, from the seed: float32 (B, features) to (B, 1)."""
     torch.manual_seed(config.seed)
-    return nn.Sequential(nn.Linear(train.inputs.shape[1], 1))
+    return nn.Sequential(nn.Linear(samples.inputs.shape[1], 1))
 
 
 @entry_point
@@ -120,10 +120,11 @@ def main(config: RegressionConfig) -> dict[str, Any]:
     loss = choose_loss(config.loss)
     with open_run(config, "regression") as run:
         train, test = regression.load(config.dataset, seed=config.seed)
-        model, task = build_model(config, train), Task(loss=loss, test_loss=loss, num_classes=None)
+        train = train if config.evaluate is None else None
+        model, task = build_model(config, test), Task(loss=loss, test_loss=loss, num_classes=None)
         batches = train_loader(train, PlainTransform(), **config.batches(), **run.world.shard)
         test_batches = evaluation_loader(test, PlainTransform().normalize, **run.world.shard)
-        result = train_model(config, run, model, task, batches, test_batches, dataset_fingerprint=train.fingerprint())
+        result = train_model(config, run, model, task, batches, test_batches, dataset=train)
         if "loss" in result and run.world.is_main:  # not where --measure timed some steps
             say(learned_text(model, regression.RELATIONS[config.dataset]))
         return result

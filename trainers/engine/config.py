@@ -46,6 +46,8 @@ class TrainConfig:
     """Named set of defaults, which other flags override."""
     config: Path | None = None
     """Flags from a file, JSON such as a run's config.json, or YAML: over the recipe's, below those given here."""
+    given: Annotated[tuple[str, ...], tyro.conf.Suppress] = ()
+    """No flag: the names of those that were on the command line (command_line.parse)."""
 
     data_dir: Path = Path("data")
     """Folder of the data sets, torchvision's root."""
@@ -184,10 +186,13 @@ class TrainConfig:
         return config
 
     def rank_batch_size(self) -> int:
-        """Samples per rank per micro-batch, by the launcher's world size; UsageError if the batch does not divide."""
+        """Samples per rank per micro-batch, by the launcher's world size.
+
+        Raises UsageError if the batch does not divide; where nothing is trained, it need not.
+        """
         world_size = read_launch().world_size
         parts = world_size * self.accumulation_steps
-        if self.batch_size % parts:
+        if self.batch_size % parts and self.evaluate is None:
             nearest = max(parts, (self.batch_size + parts // 2) // parts * parts)
             raise UsageError(f"--batch-size {self.batch_size}: not divisible by {world_size} ranks x "
                              f"{self.accumulation_steps} accumulation steps; try {nearest}")

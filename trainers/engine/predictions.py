@@ -1,7 +1,7 @@
 """Predictions for people and for programs."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -43,12 +43,12 @@ def as_lines(predictions: Sequence[Prediction], *, top: int) -> str:
     return "\n".join(lines)
 
 
-def as_json(predictions: Sequence[Prediction], source: Path) -> str:
-    """For programs: one object."""
+def as_json(predictions: Sequence[Prediction], source: Path, unreadable: Mapping[str, str]) -> str:
+    """For programs: one object; `unreadable` is by file, with the reason."""
     entries = []
     for prediction in predictions:
         name, share = prediction.ranked[0]
         entries.append({"image": prediction.image, "class": name, "probability": share,
                         "probabilities": prediction.probabilities, "true_class": prediction.true_class})
-    return json.dumps({"checkpoint": str(source), "accuracy": accuracy_of(predictions), "predictions": entries},
-                      indent=2)
+    return json.dumps({"checkpoint": str(source), "accuracy": accuracy_of(predictions), "predictions": entries,
+                       "unreadable": dict(unreadable)}, indent=2)

@@ -1,5 +1,6 @@
 """Which checkpoint a run resumes from, by `--resume` and what is on disk, and putting its weights into a trainer."""
 
+import contextlib
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -7,17 +8,21 @@ from typing import Any
 
 from torch.optim.swa_utils import AveragedModel
 
-from launch.errors import CheckpointError, say, to_stderr
+from launch.errors import CheckpointError, UsageError, launched_rank, say, to_stderr
 from launch.launcher import job_identity
 from launch.process_group import from_main, gather
 from trainers.engine.checkpoints.files import committed, give_name, set_aside, step_of, sweep
 from trainers.engine.checkpoints.load import check_fits, load_or_fail, newest_good
 from trainers.engine.checkpoints.snapshot import hash_tensors, tensors_in
 from trainers.engine.checkpoints.weights import load_weights
-from trainers.engine.config import TrainConfig
+from trainers.engine.config import TrainConfig, translated
+from trainers.engine.data_record import saved_class_names
+from trainers.engine.run.card import CARD_FILE, read_card
 from trainers.engine.run.folder import RunFolder
 from trainers.engine.run.ownership import is_restart_of
 from trainers.engine.trainer import Trainer
+
+PREPROCESSING = ("image_size", "resize_size", "fit", "interpolation", "normalize")  # flags that belong to the weights
 
 
 def choose_checkpoint(resume: str, folder: RunFolder) -> Path | None:
@@ -74,13 +79,13 @@ def start_over(resume: str, folder: RunFolder) -> Path | None:
     return path
 
 
-def load_for_evaluation(path: Path, trainer: Trainer) -> None:
+def load_for_evaluation(state: Mapping[str, Any], path: Path, trainer: Trainer) -> None:
     """Put a checkpoint's weights, and their moving average if it has one, into the trainer; flags need not agree.
 
     Raises:
-        CheckpointError: if it is missing, damaged or of another model, or the ranks loaded different files.
+        CheckpointError: if it is of another model, or the ranks loaded different files.
     """
-    state, train_step = load_or_fail(path), trainer.train_step
+    train_step = trainer.train_step
     check_fits(state, train_step.network, path)
     train_step.network.load_state_dict(state["model"])
     train_step.ema = None
@@ -89,6 +94,39 @@ def load_for_evaluation(path: Path, trainer: Trainer) -> None:
         train_step.ema.module.load_state_dict(state["ema"])
     trainer.step, trainer.epoch, trainer.history.best = state["step"], state["epoch"], state["best"]
     check_same_on_all_ranks(trainer, path)
+
+
+def as_trained(config: Any, state: Mapping[str, Any]) -> Any:
+    """The config of an evaluation with the preprocessing that a checkpoint's weights were trained with.
+
+    What is given on the command line stands; where it differs, one line says so.
+
+    Raises:
+        UsageError: if another normalisation was given.
+    """
+    saved = translated(state["config"])
+    names = [name for name in PREPROCESSING if name in saved and hasattr(config, name)]
+    trained: Any = replace(config, **{name: saved[name] for name in names})
+    for name in set(names) & set(config.given):
+        now, was = (each.size() if name == "image_size" else getattr(each, name) for each in (config, trained))
+        line = f"--{name.replace('_', '-')} {now}: the weights were trained with {was}"
+        if now != was and name == "normalize":
+            raise UsageError(f"{line}; leave the flag out")
+        if now != was and launched_rank() == 0:
+            say(f"evaluate   {line}")
+    return replace(trained, **{name: getattr(config, name) for name in set(names) & set(config.given)})
+
+
+def known_classes(state: Mapping[str, Any], path: Path) -> tuple[str, ...] | None:
+    """The classes that a checkpoint's outputs stand for, from itself or model.json of its run; else None, said once."""
+    names = saved_class_names(state)
+    for folder in (path.absolute().parent.parent, path.absolute().parent):
+        with contextlib.suppress(CheckpointError):
+            names = names or read_card(folder).class_names
+    if not names and launched_rank() == 0:
+        to_stderr(f"WARNING checkpoint: {path}: holds no names of classes and lies in no run folder with {CARD_FILE}; "
+                  f"they are taken to be those of --data-dir, in sorted order")
+    return names or None
 
 
 def check_same_on_all_ranks(trainer: Trainer, source: Path) -> None:
@@ -118,6 +156,7 @@ def resume(config: TrainConfig, trainer: Trainer, *, steps_per_epoch: int) -> st
         return f"from the {taken}"
     state = load_or_fail(source)
     check_fits(state, trainer.train_step.network, source, config=trainer.config, fingerprint=trainer.fingerprint)
+    trainer.data.expect(state, source)
     trainer.load_state(state)
     check_same_on_all_ranks(trainer, source)
     before = replace(config, epochs=state["config"].get("epochs", config.epochs),

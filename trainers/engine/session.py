@@ -27,14 +27,16 @@ from launch.failure import translated
 from launch.launcher import job_identity
 from launch.process_group import World, from_main, process_group
 from launch.stop import Stopped, signals_caught
+from trainers.engine.checkpoints.load import load_or_fail
 from trainers.engine.checkpoints.save import Checkpointer
 from trainers.engine.config import ImageConfig, Statistics, TrainConfig
+from trainers.engine.data_record import DataRecord
 from trainers.engine.measure import dry_run, write_measurement
 from trainers.engine.optimizer import build_optimizer, ema_average, freeze
 from trainers.engine.parallel import choose_parallel, num_parameters, parallelize
 from trainers.engine.precision import Precision
 from trainers.engine.result import draw_first_batch, draw_result, finish
-from trainers.engine.resume import load_for_evaluation, resume
+from trainers.engine.resume import as_trained, known_classes, load_for_evaluation, resume
 from trainers.engine.run.card import CARD_FILE, ModelCard
 from trainers.engine.run.folder import RunFolder
 from trainers.engine.run.ownership import unnamed_run
@@ -68,7 +70,8 @@ def entry_point(main: Callable[[Any], dict[str, Any]]) -> Callable[[Any], dict[s
 
 def to_plain(config: TrainConfig) -> dict[str, Any]:
     """The config as JSON and `weights_only` take it: paths as text, tuples as lists."""
-    return json.loads(json.dumps(asdict(config), default=str))
+    return {name: value for name, value in json.loads(json.dumps(asdict(config), default=str)).items()
+            if name != "given"}
 
 
 @contextlib.contextmanager
@@ -92,8 +95,14 @@ def open_run(config: TrainConfig, trainer: str) -> Iterator[Run]:
         from_main(world, folder.claim)
         world.watchdog.attend(folder)
         try:
+            state, known = None, None
+            if config.evaluate is not None:
+                state = load_or_fail(config.evaluate)
+                known = known_classes(state, config.evaluate) if isinstance(config, ImageConfig) else None
+                config = as_trained(config, state)
             begin(config, folder, world)
-            yield Run(trainer=trainer, world=world, folder=folder, stop=stop)
+            yield Run(trainer=trainer, world=world, folder=folder, stop=stop, config=config, evaluated=state,
+                      known=known)
         except Stopped as stopped:
             write_preempted(folder, stopped)
             raise
@@ -125,10 +134,10 @@ def write_preempted(folder: RunFolder, stopped: Stopped) -> None:
 
 
 def build_trainer(config: TrainConfig, run: Run, model: nn.Module, task: Task, *, steps_per_epoch: int,
-                  dataset_fingerprint: str) -> Trainer:
+                  data: DataRecord) -> Trainer:
     """A model and all that trains it. Raises UsageError as build_step does."""
     world = run.world
-    fingerprint = {"dataset": dataset_fingerprint, "global_batch_size": config.batch_size,
+    fingerprint = {"dataset": None if data.has_files else data.fingerprint, "global_batch_size": config.batch_size,
                    "world_size": world.world_size, "threads": world.threads, "torch": str(torch.__version__),
                    **job_identity()}
     return Trainer(
@@ -137,7 +146,7 @@ def build_trainer(config: TrainConfig, run: Run, model: nn.Module, task: Task, *
         report=Report(run.folder, pictures=config.pictures, tensorboard=config.tensorboard),
         options=LoopOptions(eval_every=config.eval_every, checkpoint_every=config.checkpoint_every,
                             max_bad_steps=config.max_bad_steps, log_gradients=config.log_gradients),
-        config=to_plain(config), fingerprint=fingerprint)
+        config=to_plain(config), fingerprint=fingerprint, data=data)
 
 
 def build_step(config: TrainConfig, model: nn.Module, task: Task, world: World, *, steps_per_epoch: int
@@ -173,8 +182,8 @@ def build_step(config: TrainConfig, model: nn.Module, task: Task, world: World, 
 
 
 def train_classifier(config: ImageConfig, run: Run, model: nn.Module, class_names: tuple[str, ...],
-                     statistics: Statistics, train: TrainBatches, test: EvaluationBatches,
-                     dataset_fingerprint: str) -> dict[str, Any]:
+                     statistics: Statistics, train: TrainBatches | None, test: EvaluationBatches,
+                     dataset: Any) -> dict[str, Any]:
     """A classifier of images, from its parts to the end of the run; returns its result. Writes model.json first."""
     mean, std = statistics
     options = {name: value for name, value in config.network().items() if value is not None}
@@ -185,25 +194,27 @@ def train_classifier(config: ImageConfig, run: Run, model: nn.Module, class_name
     run.folder.write_json(CARD_FILE, asdict(card))
     task = classification_task(class_names, run.world.device, label_smoothing=config.label_smoothing,
                                class_weights=config.class_weights)
-    return train_model(config, run, model, task, train, test, dataset_fingerprint=dataset_fingerprint,
-                       class_names=class_names, statistics=statistics)
+    return train_model(config, run, model, task, train, test, dataset=dataset, class_names=class_names,
+                       statistics=statistics)
 
 
-def train_model(config: TrainConfig, run: Run, model: nn.Module, task: Task, train: TrainBatches,
-                test: EvaluationBatches, *, dataset_fingerprint: str, class_names: tuple[str, ...] = (),
+def train_model(config: TrainConfig, run: Run, model: nn.Module, task: Task, train: TrainBatches | None,
+                test: EvaluationBatches, *, dataset: Any, class_names: tuple[str, ...] = (),
                 statistics: Statistics | None = None) -> dict[str, Any]:
     """Resume, train, evaluate, and write down how it ended; with `--evaluate PATH`, load that and train nothing.
 
-    Returns what result.json holds. Pictures of images are drawn with `statistics`, which normalised them.
+    Returns what result.json holds. Pictures of images are drawn with `statistics`, which normalised them. `dataset` is
+    the training set; both it and `train` are None where nothing is trained.
     """
     began = time.perf_counter()
-    trainer = build_trainer(config, run, model, task, steps_per_epoch=train.steps_per_epoch,
-                            dataset_fingerprint=dataset_fingerprint)
+    steps_per_epoch = train.steps_per_epoch if train is not None else 1
+    trainer = build_trainer(config, run, model, task, steps_per_epoch=steps_per_epoch,
+                            data=DataRecord(run.world, dataset, class_names))
     with contextlib.closing(trainer.report):
-        if config.evaluate is not None:
-            load_for_evaluation(config.evaluate, trainer)
-        else:
-            where = resume(config, trainer, steps_per_epoch=train.steps_per_epoch)
+        if config.evaluate is not None and run.evaluated is not None:
+            load_for_evaluation(run.evaluated, config.evaluate, trainer)
+        elif train is not None:
+            where = resume(config, trainer, steps_per_epoch=steps_per_epoch)
             if run.world.is_main:
                 say(summary(config, trainer, train, where))
                 if config.show_batch and statistics is not None:
@@ -218,7 +229,7 @@ def train_model(config: TrainConfig, run: Run, model: nn.Module, task: Task, tra
         result = finish(trainer, evaluation, class_names, batch_size=config.batch_size,
                         save_weights=config.save_weights, total_seconds=time.perf_counter() - began)
         draw_result(trainer, evaluation, class_names, test=test, statistics=statistics,
-                    steps_per_epoch=train.steps_per_epoch)
+                    steps_per_epoch=steps_per_epoch)
     run.folder.write_status("DONE", step=trainer.step, epoch=trainer.epoch)
     return result
 

@@ -4,7 +4,7 @@ A position is (step, epoch, samples consumed in the epoch). Everything else that
 `state()`; random choices are keyed by position, so none of their state is saved.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +12,7 @@ from launch.errors import NumericError
 from launch.process_group import World, from_main
 from launch.stop import StopAgreement, Stopped, StopRequest
 from trainers.engine.checkpoints.save import Checkpointer
+from trainers.engine.data_record import DataRecord
 from trainers.engine.history import History
 from trainers.engine.metrics import Evaluation
 from trainers.engine.parallel import rebuild_buckets_early
@@ -34,6 +35,12 @@ class Run:
     world: World
     folder: RunFolder
     stop: StopRequest
+    config: Any = None
+    """The flags, with the preprocessing of the checkpoint where one is evaluated."""
+    evaluated: Mapping[str, Any] | None = None
+    """The state of that checkpoint."""
+    known: tuple[str, ...] | None = None
+    """The classes that its outputs stand for."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,11 +60,11 @@ class Trainer:
     """Trains one model on one rank, in step with the other ranks."""
 
     def __init__(self, train_step: TrainStep, run: Run, *, checkpointer: Checkpointer, report: Report,
-                 options: LoopOptions, config: dict[str, Any], fingerprint: dict[str, Any]) -> None:
+                 options: LoopOptions, config: dict[str, Any], fingerprint: dict[str, Any], data: DataRecord) -> None:
         self.train_step, self.sums = train_step, train_step.sums
         self.world, self.folder, self.stop = run.world, run.folder, run.stop
         self.checkpointer, self.report, self.options = checkpointer, report, options
-        self.config, self.fingerprint = config, fingerprint
+        self.config, self.fingerprint, self.data = config, fingerprint, data
         self.step = self.epoch = self.samples_consumed = 0
         self.saved_step: int | None = None
         """The last step whose state was handed to the checkpointer, or loaded."""
@@ -218,6 +225,7 @@ class Trainer:
         running = self.sums.of_all_ranks(self.world)
         if any(bad_steps for _, _, _, bad_steps in running):
             return
+        self.data.settle()
         self.saved_step = self.step
         if self.world.is_main:
             self.checkpointer.save(self.state(running), is_best=is_best)
@@ -228,7 +236,7 @@ class Trainer:
             **self.train_step.state(), "step": self.step, "epoch": self.epoch,
             "samples_consumed": self.samples_consumed, "best": self.history.best,
             "history": {**self.history.state(), "running": running}, "config": self.config,
-            "fingerprint": self.fingerprint, "format": 1,
+            "fingerprint": {**self.fingerprint, "dataset": self.data.fingerprint}, "format": 1, **self.data.state(),
         }
 
     def load_state(self, state: dict[str, Any]) -> None:

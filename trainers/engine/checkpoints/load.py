@@ -100,7 +100,7 @@ def check_fits(state: Mapping[str, Any], model: nn.Module, source: Path, *, conf
             differences.append(f"--{name.replace('_', '-')} was {was} and is {now}")
     for name in ("dataset", "global_batch_size"):
         was, now = state["fingerprint"].get(name), (fingerprint or {}).get(name)
-        if fingerprint is not None and was != now:
+        if now is not None and was != now:  # None of files, which data_record.py compares
             differences.append(f"{name} was {was} and is {now}")
     if differences:
         raise CheckpointError(f"{source}: does not fit this run: {first_three(differences)}; use the flags and data it "

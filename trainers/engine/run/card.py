@@ -8,6 +8,7 @@ from launch.errors import CheckpointError
 from launch.files import read_object
 
 CARD_FILE = "model.json"
+LARGEST = 1e5  # of the numbers in it
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,10 +30,31 @@ class ModelCard:
     fit: Literal["squash", "crop"] = "squash"
     """How an image of another shape is made to fit."""
 
+    def __post_init__(self) -> None:
+        """Raise ValueError for what a damaged or edited file may hold."""
+        for name, is_good in (
+            ("trainer", isinstance(self.trainer, str) and self.trainer.isidentifier()),
+            ("model", isinstance(self.model, str)),
+            ("class_names", are_all(self.class_names, str) and len({*self.class_names}) == len(self.class_names)),
+            ("mean", are_all(self.mean, (int, float)) and len(self.mean) in (1, 3)),
+            ("std", are_all(self.std, (int, float), above=0) and len(self.std) == len(self.mean)),
+            ("image_size", are_all(self.image_size, int, above=0) and len(self.image_size) == 2),
+            ("options", isinstance(self.options, dict)),
+            ("fit", self.fit in ("squash", "crop")),
+        ):
+            if not is_good:
+                raise ValueError(f"{name} cannot be {getattr(self, name)!r:.100}")
+
     @property
     def channels(self) -> int:
         """3 for colour, 1 for greyscale."""
         return len(self.mean)
+
+
+def are_all(values: object, kind: type | tuple[type, ...], *, above: float = -LARGEST) -> bool:
+    """Whether it is a tuple of such values, not empty, and numbers among them within limits."""
+    return isinstance(values, tuple) and len(values) > 0 and all(
+        isinstance(value, kind) and (isinstance(value, str) or above < value < LARGEST) for value in values)
 
 
 def read_card(run: Path) -> ModelCard:
@@ -43,6 +65,7 @@ def read_card(run: Path) -> ModelCard:
     values: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in saved.items()}
     try:
         return ModelCard(**values)
-    except TypeError:
-        raise CheckpointError(f"--run {run}: has no readable {CARD_FILE}; only runs of the image trainers do, from the "
-                              f"moment they start training") from None
+    except (TypeError, ValueError) as error:
+        reason = f" ({str(error).removeprefix('ModelCard.__init__() ')})" if saved else ""
+        raise CheckpointError(f"--run {run}: has no readable {CARD_FILE}{reason}; only runs of the image trainers do, "
+                              f"from the moment they start training") from None

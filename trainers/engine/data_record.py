@@ -1,0 +1,96 @@
+"""What checkpoints record of the data: the names of the classes and, where it is files, their names, sizes and times.
+
+Those cost a look at each file, minutes for 200,000 of them on a shared file system. So rank 0 takes them in a thread
+while training begins; they are in the first checkpoint, and a run that resumes compares them before its next.
+"""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from launch.errors import CheckpointError, to_stderr
+from launch.process_group import World, from_main
+from trainers.engine.once_per_node import in_thread
+
+ABSENT = [-2, 0]  # as a size and a time
+SAID = {-2: "no file", -1: "an unreadable one"}
+
+
+class DataRecord:
+    """The training set of one run, `None` where nothing is trained: anything with a `fingerprint()`.
+
+    One of files also has `sizes_and_times()` by name, and takes these for its fingerprint.
+    """
+
+    def __init__(self, world: World, dataset: Any, class_names: tuple[str, ...] = ()) -> None:
+        self.world, self.dataset, self.class_names = world, dataset, class_names
+        self.has_files = hasattr(dataset, "sizes_and_times")
+        self.fingerprint: str | None = None if dataset is None or self.has_files else dataset.fingerprint()
+        """None until files have been looked at."""
+        self._files, self._text = {}, "{}"
+        self._before: tuple[Mapping[str, Any], Path] | None = None
+        self._looking = in_thread(self._look) if self.has_files and world.is_main else iter(())
+        next(self._looking, None)  # starts it
+
+    def _look(self) -> None:
+        self._files = self.dataset.sizes_and_times()
+        self._text, self.fingerprint = json.dumps(self._files), self.dataset.fingerprint(self._files)
+
+    def state(self) -> dict[str, Any]:
+        """The part of a checkpoint; both entries are optional when read."""
+        return {"class_names": list(self.class_names), "files": self._text}
+
+    def expect(self, state: Mapping[str, Any], source: Path) -> None:
+        """Remember a checkpoint for `settle`; raises CheckpointError if its classes have other names."""
+        self._before = state, source
+        was = saved_class_names(state)
+        if was not in ((), self.class_names):
+            other = sorted({*was} ^ {*self.class_names}) or ["order"]
+            raise self._refused(f"class {other[0]} {'was not there' if other[0] in self.class_names else 'is gone'}")
+
+    def settle(self) -> None:
+        """Before the first save: have the files looked at, and compare them with the checkpoint's. A collective, once.
+
+        Raises:
+            CheckpointError: on all ranks, if a file is new, gone or of another size.
+        """
+        if self.has_files:
+            self.has_files = False
+            from_main(self.world, self._compare)
+
+    def _compare(self) -> None:
+        for _ in self._looking:
+            self.world.watchdog.mark("data")
+        if self._before is None:
+            return
+        state, was = self._before[0], saved_files(self._before[0])
+        for name in sorted({*was, *self._files}) if was else ():
+            (before, _), (now, _) = was.get(name, ABSENT), self._files.get(name, ABSENT)
+            if before != now:
+                raise self._refused(f"{self.dataset.root / name}: {SAID.get(before, f'{before:,} bytes')} at the "
+                                    f"checkpoint, {SAID.get(now, f'{now:,} bytes')} now")
+        if (digest := state["fingerprint"].get("dataset")) != self.fingerprint:
+            raise self._refused(f"dataset was {digest} and is {self.fingerprint}")
+        if touched := [name for name, seen in self._files.items() if was and was[name] != seen]:
+            to_stderr(f"WARNING data: {self.dataset.root / touched[0]}: written since the checkpoint, the first of "
+                      f"{len(touched):,}, all of the sizes that they had; if they are no copies, start another run")
+
+    def _refused(self, difference: str) -> CheckpointError:
+        assert self._before is not None
+        return CheckpointError(f"{self._before[1]}: does not fit this run: {difference}; use the data it was made "
+                               f"with, or another --run-name")
+
+
+def saved_files(state: Mapping[str, Any]) -> dict[str, Any]:
+    """Size and time of each file in a checkpoint; none in one of before they were recorded."""
+    try:
+        files = json.loads(state.get("files", "{}"))
+        return {name: [int(size), int(time)] for name, (size, time) in files.items()}
+    except (ValueError, TypeError, AttributeError):
+        return {}
+
+
+def saved_class_names(state: Mapping[str, Any]) -> tuple[str, ...]:
+    """The names of the classes in a checkpoint; none in one of before they were recorded."""
+    return tuple(map(str, state.get("class_names") or ()))
