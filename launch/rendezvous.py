@@ -1,8 +1,11 @@
 """How the ranks find each other: the key-value store at MASTER_ADDR:MASTER_PORT, and a path from each to the next."""
 
+import json
 import os
+import secrets
 import socket
 import time
+from collections.abc import Iterator
 from contextlib import suppress
 from datetime import timedelta
 
@@ -25,7 +28,7 @@ def described(launch: Launch) -> str:
 
 
 def meet(launch: Launch, timeout_seconds: float) -> dist.Store:
-    """The key-value store that every rank can reach, once all have reached it; DistributedError after a minute."""
+    """The key-value store that every rank can reach, once all have reached it; DistributedError as `take_place`."""
     choose_interface(launch)
     wait_seconds = min(RENDEZVOUS_SECONDS, timeout_seconds)
     try:
@@ -33,7 +36,7 @@ def meet(launch: Launch, timeout_seconds: float) -> dist.Store:
             wait_for_port(launch, wait_seconds)
         store = dist.TCPStore(launch.address, launch.port, is_master=launch.hosts_store, wait_for_workers=False,
                               timeout=timedelta(seconds=wait_seconds))
-        return wait_for_all(store, launch, wait_seconds)
+        return take_place(store, launch, wait_seconds)
     except (RuntimeError, OSError) as error:  # torch's DistError and its kin
         raise DistributedError(
             f"{described(launch)}: not all ranks met within {wait_seconds:.0f} s ({first_line(error)}); check that "
@@ -57,23 +60,76 @@ def wait_for_port(launch: Launch, wait_seconds: float) -> None:
         time.sleep(0.1)
 
 
-def wait_for_all(store: dist.Store, launch: Launch, wait_seconds: float) -> dist.Store:
-    """The part of the store that belongs to this start of the job; RuntimeError names ranks that did not arrive."""
-    # only torchrun's store outlives its ranks; each node counts its own restarts, so that one that joins late differs
-    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") if launch.torchrun_hosts_store else "0"
-    shared = dist.PrefixStore(f"trainers/{attempt}", store)
-    shared.set(f"arrived/{launch.rank}", "")
-    awaited = [f"arrived/{rank}" for rank in range(launch.world_size)] if launch.rank == 0 else ["all"]
+def take_place(store: dist.Store, launch: Launch, wait_seconds: float) -> dist.Store:
+    """The part of the store that is this job's alone, once each of its ranks has taken its place in a roll.
+
+    Rank 0 opens the roll and, once it is full, closes it with a random token, under which all later keys lie: so a rank
+    of another job that was given the same address cannot write there. torchrun's store outlives its ranks: in every
+    round rank 0 opens another roll.
+
+    Raises:
+        DistributedError: if this rank has no place in the job that meets here.
+        RuntimeError: if ranks do not arrive in time.
+    """
+    rolls = dist.PrefixStore("trainers", store)
+    step = f"{os.environ.get('SLURM_JOB_ID')}.{os.environ.get('SLURM_STEP_ID')}" if launch.launcher == "slurm" else ""
+    job = json.dumps([launch.world_size, os.environ.get("TORCHELASTIC_RUN_ID", step)])  # the same on all of its ranks
+    token = (open_roll if launch.rank == 0 else enter_roll)(rolls, launch, job, wait_seconds)
+    return dist.PrefixStore(token, rolls)
+
+
+def open_roll(rolls: dist.Store, launch: Launch, job: str, wait_seconds: float) -> str:
+    """Rank 0's part: a roll for this round, closed with a token once every rank has its place."""
+    roll = dist.PrefixStore(str(rolls.add("open", 1)), rolls)
+    roll.set("job", job)
+    roll.add("place/0", 1)
+    places = [f"place/{rank}" for rank in range(launch.world_size)]
+    for _ in ticks(launch, wait_seconds):
+        if roll.check(places):
+            token = secrets.token_hex(8)
+            roll.set("token", token)
+            return token
+    missing = [place.rpartition("/")[2] for place in places if not roll.check([place])]
+    raise RuntimeError(f"missing: rank {', '.join(missing[:8])}")
+
+
+def enter_roll(rolls: dist.Store, launch: Launch, job: str, wait_seconds: float) -> str:
+    """Another rank's part: the token, once the roll in which it has a place is full.
+
+    A roll that refuses it may be that of an earlier round, where the store is torchrun's: then another one is awaited.
+    """
+    number, refused = b"", "rank 0 did not come"
+    for _ in ticks(launch, wait_seconds):
+        if rolls.check(["open"]) and (latest := rolls.get("open")) != number:
+            number, roll = latest, dist.PrefixStore(latest.decode(), rolls)
+            refused = why_refused(roll, launch, job)
+            if refused and not launch.torchrun_hosts_store:
+                break
+        if number and not refused and roll.check(["token"]):
+            return roll.get("token").decode()
+    if number and refused:
+        raise DistributedError(f"{described(launch)}: {refused}; start each rank once, and give each job a port of its "
+                               f"own (MASTER_PORT)")
+    raise RuntimeError(refused or "rank 0 gave up")
+
+
+def why_refused(roll: dist.Store, launch: Launch, job: str) -> str:
+    """Why this rank has no place in a roll; empty if it has just taken it."""
+    theirs = roll.get("job").decode()
+    if theirs != job:
+        return f"the {json.loads(theirs)[0]} ranks of another job meet there"
+    if roll.check(["token"]):
+        return f"{launch.world_size} ranks have met there already"
+    return f"another rank {launch.rank} has come before" if roll.add(f"place/{launch.rank}", 1) > 1 else ""
+
+
+def ticks(launch: Launch, wait_seconds: float) -> Iterator[None]:
+    """The moments to look at the store in, until so many seconds have passed; Stopped if this rank is asked to stop."""
     began = time.monotonic()
-    while not shared.check(awaited):
-        if time.monotonic() - began > wait_seconds:
-            missing = [key.rpartition("/")[2] for key in awaited if not shared.check([key])]
-            raise RuntimeError(f"missing: rank {', '.join(missing[:8])}" if launch.rank == 0 else "rank 0 gave up")
-        leave_if_stopped(time.monotonic() - began)
+    while (waited := time.monotonic() - began) <= wait_seconds:
+        yield
+        leave_if_stopped(waited)
         time.sleep(0.01 * max(1.0, launch.world_size / 16))  # what the store must serve does not grow with W
-    if launch.rank == 0:
-        shared.set("all", "")
-    return shared
 
 
 def leave_if_stopped(waited_seconds: float) -> None:

@@ -20,6 +20,7 @@ from tests.helpers.hooks import (
     say,
     silent_after,
     sleep_for,
+    slow_steps,
     stop,
     taken_over,
 )
@@ -138,6 +139,31 @@ def test_a_port_that_is_taken_is_named(tmp_path: Path) -> None:
                       "EADDRINUSE.*MASTER_PORT", variables=(
                           ("RANK", "0"), ("WORLD_SIZE", "1"), ("MASTER_PORT", str(holder.getsockname()[1]))))
         assert_ends_as_specified(fault, tmp_path)
+
+
+@pytest.mark.parametrize(("variables", "ranks", "why"), [
+    ({}, 2, "EADDRINUSE|2 ranks have met there already"),
+    pytest.param({"RANK": "1", "WORLD_SIZE": "2"}, None, "rank 1 of 2 .*2 ranks have met there already; .*MASTER_PORT",
+                 marks=pytest.mark.slow),
+    pytest.param({"RANK": "2", "WORLD_SIZE": "3"}, None, "rank 2 of 3 .*the 2 ranks of another job meet there; .*PORT",
+                 marks=pytest.mark.slow)], ids=["a whole job", "a late rank", "another world size"])
+def test_ranks_that_come_to_another_jobs_port_are_refused_and_that_job_trains_on(
+        tmp_path: Path, variables: dict[str, str], ranks: int | None, why: str) -> None:
+    port = str(free_port())
+    flags = [*NORMED, "--output-dir"]
+    with start("cifar", *flags, tmp_path, folder=tmp_path / "first", ranks=2, hook=slow_steps(0.15),
+               MASTER_PORT=port) as job:
+        job.wait_until(lambda: (tmp_path / "r" / "metrics.jsonl").exists())
+        with start("cifar", *flags, tmp_path / "second", folder=tmp_path / "other", ranks=ranks,
+                   **{"MASTER_PORT": port, "MASTER_ADDR": "localhost", **variables}) as other:
+            refused = other.wait(20)
+            check_nothing_left(other)
+        assert set(refused.codes) == {6}
+        check_lines(refused, f"ERROR distributed: .*({why})")
+        assert not (tmp_path / "second").exists()
+        assert job.codes() == [None, None]
+        assert job.wait(30).codes == [0, 0]
+    assert read_json(tmp_path / "r" / "status.json")["state"] == "DONE"
 
 
 @pytest.mark.parametrize(("name", "value"), [("RANK", "first"), ("WORLD_SIZE", "")])
