@@ -15,7 +15,7 @@ from trainers.engine.checkpoints.files import committed, give_name, set_aside, s
 from trainers.engine.checkpoints.load import check_fits, load_or_fail, newest_good
 from trainers.engine.checkpoints.snapshot import hash_tensors, tensors_in
 from trainers.engine.checkpoints.weights import load_weights
-from trainers.engine.config import TrainConfig, translated
+from trainers.engine.config import TrainConfig
 from trainers.engine.data_record import saved_class_names
 from trainers.engine.run.card import CARD_FILE, read_card
 from trainers.engine.run.folder import RunFolder
@@ -104,7 +104,7 @@ def as_trained(config: Any, state: Mapping[str, Any]) -> Any:
     Raises:
         UsageError: if another normalisation was given.
     """
-    saved = translated(state["config"])
+    saved = TrainConfig.translated(state["config"])
     names = [name for name in PREPROCESSING if name in saved and hasattr(config, name)]
     trained: Any = replace(config, **{name: saved[name] for name in names})
     for name in set(names) & set(config.given):
