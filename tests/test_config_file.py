@@ -1,7 +1,7 @@
 """--config FILE: defaults < recipe < file < flags, from JSON as a run writes it and from YAML."""
 
 import json
-from dataclasses import asdict, fields, replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ from launch.errors import UsageError
 from tests.helpers.comparing import finished
 from tests.helpers.processes import read_json
 from trainers import cifar, image_folder, mnist, regression
+from trainers.engine.session import to_plain
 
 
 def parsed(path: Path, content: str | dict[str, Any], *args: str, name: str = "flags.yaml", module: Any = cifar) -> Any:
@@ -38,10 +39,10 @@ def test_every_flag_of_a_config_json_is_read_back_as_it_was(tmp_path: Path, modu
     config = parsed(tmp_path, {}, name="empty.json", module=module)
     changed = replace(config, epochs=7, freeze=("a b", "c=*"), learning_rate=1e-7, class_weights=(1.0, 0.5),
                       max_steps=12, measure="1:2", data_dir=Path("with space"), run_name="mine", resume="never")
-    saved = json.loads(json.dumps(asdict(changed), default=str))
+    saved = to_plain(changed)
     again = parsed(tmp_path, saved, name="config.json", module=module)
     different = {field.name for field in fields(config) if getattr(again, field.name) != getattr(changed, field.name)}
-    assert different == {"config", "run_name", "resume"}  # those are of one run
+    assert different == {"config", "given", "run_name", "resume"}  # those are of one run
     assert (again.run_name, again.resume) == (None, "auto")
 
 
