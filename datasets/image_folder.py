@@ -21,9 +21,9 @@ from datasets import synthetic
 from datasets.classes import join_classes, some_of
 from datasets.download import install
 from datasets.errors import DataError
-from datasets.keyed_random import Purpose, random_bits
 from datasets.listing import EXTENSIONS, describe_left_out, is_hidden, list_images
 from datasets.order import epoch_order
+from datasets.tensors import held_out
 
 TEST_NAMES = ("test", "val", "valid", "validation")
 SYNTHETIC_TRAIN, SYNTHETIC_TEST = 2000, 500
@@ -113,6 +113,12 @@ def load(data_dir: Path, *, validation_fraction: float | None = None, seed: int 
     return training, shuffled(scan(data_dir / test, class_names=known, owner=owner))
 
 
+def load_test(data_dir: Path, known: Sequence[str]) -> ImageTree | None:
+    """The test split alone, with the labels of the classes that are known; None where there is no folder of it."""
+    name = next((name for name in TEST_NAMES if name in subfolders(data_dir)), None)
+    return None if name is None else shuffled(scan(data_dir / name, class_names=known, owner="the training split"))
+
+
 def subfolders(folder: Path) -> list[str]:
     """The names of the folders in one, links to folders too, sorted, without hidden ones."""
     try:
@@ -166,11 +172,13 @@ def one_class(folder: Path, images: Sequence[str]) -> str:
             f"{folder.name}/")
 
 
-def describe(train: ImageTree | None, test: ImageTree) -> str:
+def describe(train: ImageTree | None, test: ImageTree | None, validation: ImageTree | None = None) -> str:
     """What was found, and what of it is left out, in one line."""
-    training = f"{len(train):,} training images in {len(train.class_names)} classes, " if train else ""
-    left_out = test.left_out + (train.left_out if train else Counter())
-    return f"{training}{len(test):,} test images{describe_left_out(left_out)}"
+    found = {"training": train, "validation": validation, "test": test}
+    parts = [f"{len(tree):,} {name} images" + (f" in {len(tree.class_names)} classes" if tree is train else "")
+             for name, tree in found.items() if tree is not None]
+    left_out = sum((tree.left_out for tree in found.values() if tree is not None), Counter[str]())
+    return ", ".join(parts) + describe_left_out(left_out)
 
 
 def split(tree: ImageTree, fraction: float, *, seed: int) -> tuple[ImageTree, ImageTree]:
@@ -179,16 +187,8 @@ def split(tree: ImageTree, fraction: float, *, seed: int) -> tuple[ImageTree, Im
     Raises:
         DataError: if a class has a single image.
     """
-    chosen = torch.zeros(len(tree), dtype=torch.bool)
-    order = random_bits(torch.arange(len(tree)), seed, Purpose.SPLIT)
-    for label, name in enumerate(tree.class_names):
-        members = (tree.targets == label).nonzero().flatten()
-        if len(members) == 0:
-            continue  # a class that only the checkpoint has
-        if len(members) == 1:
-            raise DataError(f"--validation-fraction {fraction}: class {tree.root / name} has a single image; add more")
-        num_chosen = min(max(1, round(fraction * len(members))), len(members) - 1)
-        chosen[members[order[members].argsort()[:num_chosen]]] = True
+    folders = [str(tree.root / name) for name in tree.class_names]
+    chosen = held_out(tree.targets, fraction, seed=seed, class_names=folders)
     test = replace(tree, left_out=Counter(), unreadable={})  # said once, of the training split
     return tree.subset((~chosen).nonzero().flatten()), shuffled(test.subset(chosen.nonzero().flatten()))
 

@@ -115,7 +115,9 @@ class EvaluationLoader:
             yield self.normalize(self.inputs[part]), self.targets[part]
 
 
-def evaluation_loader(dataset: TensorDataset, normalize: Callable[[Tensor], Tensor], *, rank: int, world_size: int,
-                      device: torch.device, batch_size: int = 500) -> EvaluationLoader:
-    """The evaluation loader of one rank; `normalize` turns stored inputs into what the network sees."""
+def evaluation_loader(dataset: TensorDataset | None, normalize: Callable[[Tensor], Tensor], *, rank: int,
+                      world_size: int, device: torch.device, batch_size: int = 500) -> EvaluationLoader | None:
+    """The evaluation loader of one rank, None of no data; `normalize` makes what the network sees of stored inputs."""
+    if dataset is None:
+        return None
     return EvaluationLoader(dataset, normalize, batch_size=batch_size, rank=rank, world_size=world_size, device=device)

@@ -8,8 +8,11 @@ import torch
 from torch import Tensor
 
 from datasets.classes import join_classes
+from datasets.errors import DataError
+from datasets.keyed_random import Purpose, random_bits
 
 Splits = tuple["TensorDataset | None", "TensorDataset"]  # training and test, the first only where it is asked for
+ThreeSplits = tuple["TensorDataset | None", "TensorDataset | None", "TensorDataset"]  # with validation in the middle
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,12 +32,17 @@ class TensorDataset:
         """The same data on a device."""
         return replace(self, inputs=self.inputs.to(device), targets=self.targets.to(device))
 
+
     def with_classes(self, known: Sequence[str] | None) -> "TensorDataset":
         """The same data with the labels of a network that knows these classes; DataError if it lacks one."""
         if known is None:
             return self
         labels = join_classes(self.class_names, known, place="--dataset: class ", owner="the checkpoint")
         return replace(self, targets=torch.tensor(list(labels.values()))[self.targets], class_names=tuple(known))
+
+    def subset(self, samples: Tensor) -> "TensorDataset":
+        """Some of the samples, in the order given."""
+        return replace(self, inputs=self.inputs[samples], targets=self.targets[samples])
 
     def fingerprint(self) -> str:
         """A hash of every byte, to notice that the data changed since a checkpoint; 0.1 s for CIFAR-10."""
@@ -43,3 +51,31 @@ class TensorDataset:
             digest.update(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
             digest.update(tensor.cpu().contiguous().numpy().data.cast("B"))
         return digest.hexdigest()[:16]
+
+
+def hold_out(dataset: TensorDataset | None, fraction: float | None, *, seed: int
+             ) -> tuple[TensorDataset | None, TensorDataset | None]:
+    """The training set, and a validation set of a share of it where a fraction is given; by class, if it has any."""
+    if fraction is None or dataset is None:
+        return dataset, None
+    chosen = held_out(dataset.targets, fraction, seed=seed, class_names=dataset.class_names)
+    return dataset.subset((~chosen).nonzero().flatten()), dataset.subset(chosen.nonzero().flatten())
+
+
+def held_out(targets: Tensor, fraction: float, *, seed: int, class_names: Sequence[str] = ()) -> Tensor:
+    """Which samples are set apart, bool (N,): of each class at least one and never all, by keyed random order.
+
+    Raises:
+        DataError: if a class, or a set without classes, has a single sample.
+    """
+    chosen = torch.zeros(len(targets), dtype=torch.bool)
+    order = random_bits(torch.arange(len(targets)), seed, Purpose.SPLIT)
+    classes = targets if not targets.is_floating_point() else torch.zeros(len(targets), dtype=torch.int64)
+    for label in classes.unique().tolist():
+        members = (classes == label).nonzero().flatten()
+        if len(members) < 2:
+            name = class_names[label] if class_names else "of all"
+            raise DataError(f"--validation-fraction {fraction}: class {name} has a single sample; add more")
+        num_chosen = min(max(1, round(fraction * len(members))), len(members) - 1)
+        chosen[members[order[members].argsort()[:num_chosen]]] = True
+    return chosen

@@ -122,7 +122,8 @@ def grouped_help(text: str, config_class: type, *, width: int) -> str:
         for name in inspect.get_annotations(base):
             title = base.__dict__.get("TITLES", {}).get(name, title)
             titles.setdefault(name, title)
-    groups: dict[str, list[str]] = {own: [], **{title: [] for title in titles.values()}}
+    order = [title for base in config_class.__mro__ for title in base.__dict__.get("TITLES", {}).values()]
+    groups: dict[str, list[str]] = {title: [] for title in (own, *order, *titles.values())}
     for flag in flags:
         header, _, explained = re.sub(r"\{None\}\|", "", flag).strip().partition("  ")
         header, _, rest = header.partition("\n")

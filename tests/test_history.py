@@ -28,7 +28,7 @@ def test_the_best_epoch_has_the_highest_accuracy_or_without_classes_the_lowest_l
     assert [record(history, step, found) for step, found in enumerate([
         evaluation(loss=1.0, correct=6), None, evaluation(loss=0.5, correct=5), evaluation(loss=2.0, correct=7),
     ])] == [True, False, False, True]
-    assert history.best == {"accuracy": 0.7, "loss": 2.0, "step": 3}
+    assert history.best == {"accuracy": 0.7, "accuracy_top5": None, "loss": 2.0, "step": 3}
     regression = History()
     assert [record(regression, step, evaluation(loss=loss, correct=None))
             for step, loss in enumerate([1.0, 2.0, 0.5])] == [True, False, True]

@@ -27,7 +27,7 @@ from torch import nn
 from datasets import cifar, synthetic
 from datasets.augment import Augmentation
 from datasets.loaders import evaluation_loader, train_loader
-from datasets.tensors import Splits
+from datasets.tensors import TensorDataset, ThreeSplits, hold_out
 from launch.command_line import run
 from launch.errors import UsageError
 from launch.process_group import World
@@ -78,22 +78,21 @@ RECIPES: dict[str, dict[str, Any]] = {
 }
 
 
-def load_data(config: CifarConfig, world: World, known: Sequence[str] | None = None) -> Splits:
-    """Training and test split; for --evaluate the test split alone, with the classes that the checkpoint knows."""
+def load_data(config: CifarConfig, world: World, known: Sequence[str] | None = None) -> ThreeSplits:
+    """Training, validation and test; for --evaluate the latter alone, with the classes that the checkpoint knows."""
     trains = config.evaluate is None
     if config.dataset == "synthetic":
         train, test = synthetic.load(seed=config.seed)
     else:
         once_per_node(world, lambda: cifar.prepare(config.data_dir, download=config.download, train=trains))
         train, test = cifar.load(config.data_dir, train=trains)
-    return (train if trains else None), test.with_classes(known)
+    return *hold_out(train if trains else None, config.validation_fraction, seed=config.seed), test.with_classes(known)
 
 
-def build_model(config: CifarConfig, splits: Splits, images: Augmentation) -> nn.Module:
+def build_model(config: CifarConfig, train: TensorDataset | None, num_classes: int, images: Augmentation) -> nn.Module:
     """The network, from the seed; whitenet's first layer is set from the first 5,000 training images."""
-    train, test = splits
     torch.manual_seed(config.seed)
-    model = models.build(**config.network(), num_classes=len(test.class_names))
+    model = models.build(**config.network(), num_classes=num_classes)
     if isinstance(model, models.WhiteNet) and train is not None:
         model.whiten(images.normalize(train.inputs[:5000]))
     return model
@@ -104,13 +103,14 @@ def main(config: CifarConfig) -> dict[str, Any]:
     """One run, on this rank; returns its result."""
     with open_run(config, "cifar") as run:
         config = run.config
-        train, test = load_data(config, run.world, run.known)
+        train, validation, test = load_data(config, run.world, run.known)
         source = cifar if config.dataset == "cifar10" else synthetic
         images = Augmentation(**config.augmentation((source.MEAN, source.STD)))
-        model = build_model(config, (train, test), images)
+        model = build_model(config, train, len(test.class_names), images)
         return train_classifier(config, run, model, test.class_names, (images.mean, images.std),
                                 train_loader(train, images, **config.batches(), **run.world.shard),
-                                evaluation_loader(test, images.normalize, **run.world.shard), train)
+                                evaluation_loader(test, images.normalize, **run.world.shard), train,
+                                validation=evaluation_loader(validation, images.normalize, **run.world.shard))
 
 
 if __name__ == "__main__":

@@ -62,8 +62,6 @@ class ImageFolderConfig(ImageConfig):
     """folder is --data-dir; synthetic is generated from the seed and written below it."""
     data_dir: Path = Path("data")
     """Folder that holds train/ and test/ (or val/), each with one folder per class."""
-    validation_fraction: Annotated[float | None, Above(0, below=1, such_as=0.2)] = None
-    """Test on this share of the training images (or of one folder of classes), set apart; no test folder is used."""
     model: str = "cheatsheet"
     """cheatsheet, net, resnet9 or a classifier of torchvision.models."""
     pretrained: Path | None = None
@@ -118,24 +116,28 @@ RECIPES: dict[str, dict[str, Any]] = {
 
 
 def load_data(config: ImageFolderConfig, world: World, known: Sequence[str] | None = None
-              ) -> tuple[ImageTree | None, ImageTree]:
-    """Training and test split: names and labels, no pixels yet.
+              ) -> dict[str, ImageTree]:
+    """Training, validation and test split, those that there are: names and labels, no pixels yet.
 
-    For --evaluate the test split alone, with the classes that the checkpoint knows.
+    For --evaluate one alone, with the classes that the checkpoint knows: the test split, if there is a folder of it.
     """
     trains = config.evaluate is None
     folder = config.data_dir
     if config.dataset == "synthetic":
         folder = image_folder.synthetic_folder(config.data_dir, seed=config.seed)
         once_per_node(world, lambda: image_folder.write_synthetic(folder, seed=config.seed))
-    train, test = image_folder.load(folder, validation_fraction=config.validation_fraction, seed=config.seed,
-                                    train=trains, known=known)
-    train = train if trains else None
-    if len(set(gather(world, "".join(split.listing_hash() for split in (train, test) if split)))) > 1:
+    train, evaluated = image_folder.load(folder, validation_fraction=config.validation_fraction, seed=config.seed,
+                                         train=trains, known=known)
+    found = {"train": train if trains else None, "validation": None, "test": evaluated}
+    if config.validation_fraction is not None:
+        test = image_folder.load_test(folder, evaluated.class_names)
+        found |= {"validation": evaluated if trains or test is None else None, "test": test}
+    splits = {name: tree for name, tree in found.items() if tree is not None}
+    if len(set(gather(world, "".join(tree.listing_hash() for tree in splits.values())))) > 1:
         raise DataError(f"--data-dir {folder}: the ranks found different files in it; give every node the same folder")
-    if train is not None:
-        check_size(len(train), config.batch_size)
-    return train, test
+    if trains:
+        check_size(len(splits["train"]), config.batch_size)
+    return splits
 
 
 def build_model(config: ImageFolderConfig, num_classes: int, world: World) -> nn.Module:
@@ -169,26 +171,28 @@ def remember_bad_images(config: ImageFolderConfig, run: Run) -> BadImages:
     return BadImages(config.skip_bad, exchange=exchange, log=to_stderr, known=known)
 
 
-def build_loaders(config: ImageFolderConfig, train: ImageTree | None, test: ImageTree, images: Augmentation, run: Run
-                  ) -> tuple[TrainBatches | None, EvaluationBatches]:
-    """The loaders of this rank; None of a training split that is not there."""
+def build_loaders(config: ImageFolderConfig, splits: dict[str, ImageTree], images: Augmentation, run: Run
+                  ) -> tuple[TrainBatches | None, dict[str, EvaluationBatches]]:
+    """The loader of the training split, if there is one, and those of the others by name, on this rank."""
     world, bad_images = run.world, remember_bad_images(config, run)
     if world.is_main:
-        say(f"data       {printable(image_folder.describe(train, test))}")
-    splits = {"test": test} if train is None else {"train": train, "test": test}
+        say(f"data       {printable(image_folder.describe(*map(splits.get, ('train', 'test', 'validation'))))}")
+    evaluated = [name for name in splits if name != "train"]
     bad_images.add([item for tree in splits.values() for item in tree.unreadable.items()], log=world.is_main)
     decoding = Decoding(splits=splits, size=config.size(), fit=config.fit,
                         seed=config.seed, smallest_area=config.random_crop or 1.0, skip_bad=config.skip_bad)
     decoder = Decoder(decoding, workers=config.workers, pin_memory=world.device.type == "cuda",
                       prepare_worker=ignore_signals)
     if not config.cache:
-        testing = DecodedEvaluationLoader(test, decoder, images.normalize, bad_images, **world.shard)
-        if train is None:
-            return None, testing
-        sampler = ResumableSampler(train, global_batch_size=config.batch_size, seed=config.seed, rank=world.rank,
-                                   world_size=world.world_size)
-        return DecodedTrainLoader(train, decoder, images, sampler, bad_images, device=world.device,
-                                  rank_batch_size=config.rank_batch_size()), testing
+        others: dict[str, EvaluationBatches] = {
+            name: DecodedEvaluationLoader(splits[name], decoder, images.normalize, bad_images, **world.shard)
+            for name in evaluated}
+        if "train" not in splits:
+            return None, others
+        sampler = ResumableSampler(splits["train"], global_batch_size=config.batch_size, seed=config.seed,
+                                   rank=world.rank, world_size=world.world_size)
+        return DecodedTrainLoader(splits["train"], decoder, images, sampler, bad_images, device=world.device,
+                                  rank_batch_size=config.rank_batch_size()), others
     folder = config.cache_dir or config.data_dir / ".cache"
     caches = {split: ImageCache(tree, split, folder, size=config.size(), fit=config.fit)
               for split, tree in splits.items()}
@@ -196,9 +200,10 @@ def build_loaders(config: ImageFolderConfig, train: ImageTree | None, test: Imag
         once_per_node(world, fill(cache, decoder, bad_images))
     opened = {split: cache.open(bad_images) for split, cache in caches.items()}
     shard = {**world.shard, "device": cache_device(world.device, sum(cache.num_bytes for cache in caches.values()))}
+    chunk = max(8, min(500, 2**24 // (3 * config.size() ** 2)))  # 16 MiB
+    loaders = {name: evaluation_loader(opened[name], images.normalize, batch_size=chunk, **shard) for name in evaluated}
     return (train_loader(opened.get("train"), GatherThenAugment(images), **config.batches(), **shard),
-            evaluation_loader(opened["test"], images.normalize, **shard,
-                              batch_size=max(8, min(500, 2**24 // caches["test"].row_bytes))))  # 16 MiB
+            {name: loader for name, loader in loaders.items() if loader is not None})
 
 
 def fill(cache: ImageCache, decoder: Decoder, bad_images: BadImages) -> Generator[int]:
@@ -220,11 +225,13 @@ def main(config: ImageFolderConfig) -> dict[str, Any]:
     """One run, on this rank; returns its result."""
     with open_run(config, "image_folder") as run:
         config = run.config
-        train, test = load_data(config, run.world, run.known)
+        splits = load_data(config, run.world, run.known)
+        class_names = next(iter(splits.values())).class_names
         images = Augmentation(**config.augmentation(IMAGENET))
-        return train_classifier(config, run, build_model(config, len(test.class_names), run.world),
-                                test.class_names, (images.mean, images.std),
-                                *build_loaders(config, train, test, images, run), train)
+        train, others = build_loaders(config, splits, images, run)
+        return train_classifier(config, run, build_model(config, len(class_names), run.world), class_names,
+                                (images.mean, images.std), train, others.get("test"), splits.get("train"),
+                                validation=others.get("validation"))
 
 
 if __name__ == "__main__":

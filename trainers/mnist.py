@@ -27,7 +27,7 @@ from datasets import mnist
 from datasets import synthetic_digits as digits
 from datasets.augment import Augmentation
 from datasets.loaders import evaluation_loader, train_loader
-from datasets.tensors import Splits
+from datasets.tensors import ThreeSplits, hold_out
 from launch.command_line import run
 from launch.errors import UsageError
 from launch.process_group import World
@@ -86,15 +86,16 @@ RECIPES: dict[str, dict[str, Any]] = {
 }
 
 
-def load_data(config: MnistConfig, world: World, known: Sequence[str] | None = None) -> Splits:
-    """Training and test split; for --evaluate the test split alone, with the classes that the checkpoint knows."""
+def load_data(config: MnistConfig, world: World, known: Sequence[str] | None = None) -> ThreeSplits:
+    """Training, validation and test; for --evaluate the latter alone, with the classes that the checkpoint knows."""
     if config.dataset == "synthetic":
         train, test = digits.load(seed=config.seed)
     else:
         if config.download:
             once_per_node(world, lambda: mnist.download(config.data_dir))
         train, test = mnist.load(config.data_dir, train=config.evaluate is None)
-    return (train if config.evaluate is None else None), test.with_classes(known)
+    train = train if config.evaluate is None else None
+    return *hold_out(train, config.validation_fraction, seed=config.seed), test.with_classes(known)
 
 
 @entry_point
@@ -102,13 +103,14 @@ def main(config: MnistConfig) -> dict[str, Any]:
     """One run, on this rank; returns its result."""
     with open_run(config, "mnist") as run:
         config = run.config
-        train, test = load_data(config, run.world, run.known)
+        train, validation, test = load_data(config, run.world, run.known)
         images = Augmentation(**config.augmentation((mnist.MEAN, mnist.STD)))
         torch.manual_seed(config.seed)
         model = models.build(**config.network(), num_classes=len(test.class_names))
         return train_classifier(config, run, model, test.class_names, (images.mean, images.std),
                                 train_loader(train, images, **config.batches(), **run.world.shard),
-                                evaluation_loader(test, images.normalize, **run.world.shard), train)
+                                evaluation_loader(test, images.normalize, **run.world.shard), train,
+                                validation=evaluation_loader(validation, images.normalize, **run.world.shard))
 
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from datasets import regression
 from datasets.errors import DataError
 from datasets.loaders import PlainTransform, evaluation_loader, train_loader
-from datasets.tensors import TensorDataset
+from datasets.tensors import TensorDataset, ThreeSplits, hold_out
 from launch.command_line import run
 from launch.errors import UsageError, say
 from trainers.engine.config import TrainConfig
@@ -108,6 +108,12 @@ def learned_text(model: nn.Module, relation: regression.LinearRelation) -> str:
     return "\n".join(["learned", *lines, f"generated with w = {list(relation.weights)}, b = {relation.learned_bias}"])
 
 
+def load_data(config: RegressionConfig) -> ThreeSplits:
+    """Training, validation and test split; for --evaluate the latter alone."""
+    train, test = regression.load(config.dataset, seed=config.seed)
+    return *hold_out(train if config.evaluate is None else None, config.validation_fraction, seed=config.seed), test
+
+
 def build_model(config: RegressionConfig, samples: TensorDataset) -> nn.Module:
     """One linear layer, from the seed: float32 (B, features) to (B, 1)."""
     torch.manual_seed(config.seed)
@@ -119,12 +125,12 @@ def main(config: RegressionConfig) -> dict[str, Any]:
     """One run, on this rank; returns its result."""
     loss = choose_loss(config.loss)
     with open_run(config, "regression") as run:
-        train, test = regression.load(config.dataset, seed=config.seed)
-        train = train if config.evaluate is None else None
+        train, validation, test = load_data(config)
         model, task = build_model(config, test), Task(loss=loss, test_loss=loss, num_classes=None)
-        batches = train_loader(train, PlainTransform(), **config.batches(), **run.world.shard)
-        test_batches = evaluation_loader(test, PlainTransform().normalize, **run.world.shard)
-        result = train_model(config, run, model, task, batches, test_batches, dataset=train)
+        plain, shard = PlainTransform(), run.world.shard
+        result = train_model(config, run, model, task, train_loader(train, plain, **config.batches(), **shard),
+                             evaluation_loader(test, plain.normalize, **shard), dataset=train,
+                             validation=evaluation_loader(validation, plain.normalize, **shard))
         if "loss" in result and run.world.is_main:  # not where --measure timed some steps
             say(learned_text(model, regression.RELATIONS[config.dataset]))
         return result

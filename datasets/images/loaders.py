@@ -116,7 +116,7 @@ class Decoder:
 
     def __init__(self, decoding: Decoding, *, workers: int = 0, pin_memory: bool = False,
                  prepare_worker: Callable[[], None] | None = None) -> None:
-        self.size, self.workers = decoding.size, workers
+        self.splits, self.size, self.workers = decoding.splits, decoding.size, workers
         self.keys = Keys()
         workers_end, self.lifeline = multiprocessing.Pipe(duplex=False)
         self.loader = DataLoader(
@@ -180,7 +180,7 @@ class DecodedTrainLoader:
 
 
 class DecodedEvaluationLoader:
-    """This rank's share of a test split, decoded from files: over all ranks every readable image once."""
+    """This rank's share of a test or validation split, decoded from files: over all ranks every readable image once."""
 
     def __init__(self, tree: ImageTree, decoder: Decoder, normalize: Callable[[Tensor], Tensor],
                  bad_images: BadImages, *, rank: int, world_size: int, device: torch.device,
@@ -188,7 +188,8 @@ class DecodedEvaluationLoader:
         self.targets, self.decoder, self.normalize = tree.targets, decoder, normalize
         self.bad_images, self.device = bad_images, device
         share = torch.tensor(evaluation_indices(len(tree), rank=rank, world_size=world_size))
-        self.keys = [Key("test", samples.tolist(), 0) for samples in share.split(batch_size) if len(samples)]
+        split = next(name for name, each in decoder.splits.items() if each is tree)
+        self.keys = [Key(split, samples.tolist(), 0) for samples in share.split(batch_size) if len(samples)]
 
     def __iter__(self) -> Iterator[Batch]:
         for batch in self.decoder.decode(self.keys):

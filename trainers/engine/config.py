@@ -5,7 +5,7 @@ stands beside it (launch/rules.py).
 """
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
@@ -17,14 +17,15 @@ from launch.launcher import read_launch
 from launch.rules import LARGEST, MOST_SECONDS, Above, AtLeast, check_numbers
 from trainers.engine.parallel import ParallelName
 from trainers.engine.precision import PrecisionName
-from trainers.engine.schedule import ScheduleName, schedule
+from trainers.engine.schedule import ScheduleFlags
 
 # A resumed run may differ in these: they change where, how long and how fast it runs, not what is learned.
 MAY_CHANGE = frozenset({
     "data_dir", "download", "output_dir", "run_name", "epochs", "max_steps", "accumulation_steps", "device", "backend",
     "parallel", "find_unused_parameters", "compile", "compile_mode", "channels_last", "workers", "threads", "onednn",
     "deterministic", "eval_every", "checkpoint_every", "keep_checkpoints", "resume", "evaluate", "timeout",
-    "tensorboard", "init_from", "config", "dry_run", "pictures", "log_gradients", "show_batch", "save_weights",
+    "tensorboard", "init_from", "config", "dry_run", "patience", "pictures", "log_gradients", "show_batch",
+    "save_weights",
     "cache", "cache_dir", "skip_bad",  # of image_folder.py: how images are read, and what is forgiven
 })
 
@@ -33,11 +34,11 @@ IMAGENET: Statistics = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))  # torchvi
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainConfig:
+class TrainConfig(ScheduleFlags):
     """Flags shared by all trainers."""
 
     TITLES: ClassVar = {
-        "data_dir": "Data", "model": "Model", "epochs": "Optimization", "device": "Distribution",
+        "data_dir": "Data", "model": "Model", "optimizer": "Optimization", "device": "Distribution",
         "output_dir": "Saving and resuming", "eval_every": "Reporting",
     }
     """The groups of --help, each by its first flag."""
@@ -53,6 +54,8 @@ class TrainConfig:
     """Folder of the data sets, torchvision's root."""
     download: bool = False
     """Fetch the data set if it is not there: one rank per node does, the others wait."""
+    validation_fraction: Annotated[float | None, Above(0, below=1, such_as=0.2)] = None
+    """Set this share of each class of the training set apart, choose best.pt by it, and test once, at the end."""
     batch_size: Annotated[int, AtLeast(1)] = 512
     """GLOBAL batch: samples per optimizer step, summed over all ranks and accumulation steps."""
     accumulation_steps: Annotated[int, AtLeast(1)] = 1
@@ -81,14 +84,8 @@ class TrainConfig:
     channels_last: bool = False
     """Keep images and convolutions in NHWC memory order."""
 
-    epochs: Annotated[int, AtLeast(1)] = 10
-    """Passes over the training set."""
-    max_steps: Annotated[int | None, AtLeast(1)] = None
-    """Stop after so many optimizer steps, even within an epoch."""
     optimizer: Literal["sgd", "adam", "adamw", "rmsprop", "muon"] = "sgd"
     """Update rule (torch.optim). muon updates weight matrices and filters, and AdamW the rest."""
-    learning_rate: Annotated[float, tyro.conf.arg(aliases=["--lr"]), AtLeast(0)] = 0.1
-    """Peak rate, at the global batch size."""
     momentum: Annotated[float, AtLeast(0, below=1)] = 0.9
     """Of sgd, rmsprop and muon."""
     nesterov: bool = False
@@ -105,16 +102,6 @@ class TrainConfig:
     """Factor on the learning rate from each layer to the one before it; to fine-tune."""
     norm_bias_lr_scale: Annotated[float, Above(0)] = 1.0
     """Factor on the learning rate of normalisation biases."""
-    schedule: ScheduleName = "constant"
-    """Learning-rate curve over the run. linear and cosine fall to --min-lr, step by ten at half and three quarters."""
-    min_lr: Annotated[float | None, AtLeast(0)] = None
-    """Lowest rate of a schedule. Default: 0, of onecycle 7 % of the peak."""
-    milestones: Annotated[tuple[int, ...], AtLeast(1)] = ()
-    """Epochs after each of which --schedule step divides the rate by ten, in place of its own."""
-    warmup_steps: Annotated[int, AtLeast(0)] = 0
-    """Steps over which the rate first rises linearly."""
-    warmup_epochs: Annotated[float, AtLeast(0)] = 0.0
-    """The same in epochs."""
     label_smoothing: Annotated[float, AtLeast(0, below=1)] = 0.0
     """Share of the target probability that is spread over all classes."""
     class_weights: Annotated[tuple[float, ...], AtLeast(0)] = ()
@@ -160,6 +147,10 @@ class TrainConfig:
 
     eval_every: Annotated[int, AtLeast(1)] = 1
     """Epochs between evaluations; the last epoch is always evaluated."""
+    best: Literal["accuracy", "top5", "loss"] | None = None
+    """The figure by which an evaluation is the best. Default: accuracy, without classes the loss."""
+    patience: Annotated[int | None, AtLeast(1)] = None
+    """Evaluations without a better one after which training ends."""
     evaluate: Path | None = None
     """Evaluate this checkpoint, train nothing."""
     tensorboard: bool = False
@@ -202,11 +193,6 @@ class TrainConfig:
         """What a training loader is told of the batch."""
         return {"batch_size": self.batch_size, "rank_batch_size": self.rank_batch_size(), "seed": self.seed}
 
-    def total_steps(self, steps_per_epoch: int) -> int:
-        """Optimizer steps of the whole run, of so many per epoch."""
-        steps = self.epochs * steps_per_epoch
-        return steps if self.max_steps is None else min(steps, self.max_steps)
-
     def check(self) -> None:
         """Raise UsageError for what cannot work, before any rank waits for another. `open_run` calls it."""
         check_numbers(self)  # of a config that no command line made
@@ -225,25 +211,6 @@ class TrainConfig:
                 raise UsageError(f"--{name}: {self.optimizer} has none to set; leave it out, or use adamw")
         self.check_schedule()
         self.rank_batch_size()
-
-    def check_schedule(self) -> None:
-        """Raise UsageError for flags of the learning rate that contradict each other."""
-        if self.min_lr is not None and (self.schedule == "constant" or self.min_lr > self.learning_rate):
-            raise UsageError(f"--min-lr {self.min_lr}: needs a --schedule that falls to it, from a --learning-rate "
-                             f"above it; these are {self.schedule} and {self.learning_rate}")
-        if self.milestones and (self.schedule != "step" or sorted(set(self.milestones)) != [*self.milestones]):
-            raise UsageError(f"--milestones {' '.join(map(str, self.milestones))}: must be rising epochs of --schedule "
-                             f"step; that is {self.schedule}")
-        if self.warmup_epochs and self.warmup_steps:
-            raise UsageError(f"--warmup-epochs {self.warmup_epochs}: is given beside --warmup-steps; leave one out")
-
-    def rate_curve(self, steps_per_epoch: int) -> Callable[[int], float]:
-        """step -> share of the peak learning rate, over the whole run."""
-        return schedule(
-            self.schedule, total_steps=self.total_steps(steps_per_epoch),
-            warmup_steps=self.warmup_steps or round(self.warmup_epochs * steps_per_epoch),
-            milestones=[epoch * steps_per_epoch for epoch in self.milestones],
-            floor=None if self.min_lr is None or not self.learning_rate else self.min_lr / self.learning_rate)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from trainers.engine.metrics import Evaluation
+from trainers.engine.metrics import BestName, Evaluation
 from trainers.engine.parallel import synchronize
 
 
@@ -15,9 +15,10 @@ class History:
 
     def __init__(self) -> None:
         self.epochs: list[dict[str, Any]] = []
-        """One line per epoch, also of one cut short: epoch, step, train and test loss and accuracy, seconds."""
+        """One line per epoch, also of one cut short: epoch, step, seconds, and loss and accuracy in training and on the
+        evaluated split."""
         self.best: dict[str, Any] | None = None
-        """accuracy, loss and step of the best evaluation."""
+        """accuracy, accuracy_top5, loss and step of the best evaluation."""
         self.train_seconds = 0.0
         """Of all steps: no evaluation, checkpoint or report is in it."""
         self.samples_here = 0
@@ -46,17 +47,22 @@ class History:
         return bool(self.epochs) and self.epochs[-1]["step"] == step
 
     def record(self, *, epoch: int, step: int, train_loss: float, train_accuracy: float | None,
-               evaluation: Evaluation | None) -> bool:
-        """Add the line of an epoch; returns whether its evaluation is the best so far."""
+               evaluation: Evaluation | None, split: str = "test", by: BestName = "accuracy") -> bool:
+        """Add the line of an epoch, evaluated on a split; returns whether that is the best so far, by such a figure."""
         self.epochs.append({
             "epoch": epoch, "step": step, "train_loss": train_loss, "train_accuracy": train_accuracy,
-            "test_loss": evaluation.loss if evaluation is not None else None,
-            "test_accuracy": evaluation.accuracy if evaluation is not None else None, "seconds": self.train_seconds,
+            f"{split}_loss": evaluation.loss if evaluation is not None else None,
+            f"{split}_accuracy": evaluation.accuracy if evaluation is not None else None, "seconds": self.train_seconds,
         })
-        if evaluation is None or not evaluation.is_better_than(self.best):
+        if evaluation is None or not evaluation.is_better_than(self.best, by=by):
             return False
-        self.best = {"accuracy": evaluation.accuracy, "loss": evaluation.loss, "step": step}
+        self.best = {**evaluation.summary(), "step": step}
         return True
+
+    def evaluations_since_best(self, split: str) -> int:
+        """How many evaluations have followed the best one."""
+        best = self.best["step"] if self.best is not None else 0
+        return sum(line["step"] > best and line.get(f"{split}_loss") is not None for line in self.epochs)
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint keeps, beside the best."""

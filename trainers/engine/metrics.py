@@ -7,7 +7,9 @@ classes is 3.8 GB. A task without classes has a loss only.
 """
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 import torch.distributed as dist
@@ -17,6 +19,9 @@ from launch.process_group import World
 from launch.stop import Stopped, StopRequest
 
 MOST_MATRIX_CLASSES = 2000  # a matrix of 32 MB
+
+BestName = Literal["accuracy", "top5", "loss"]
+TOP = 5
 
 
 def all_reduce_sum(values: Tensor, world: World) -> Tensor:
@@ -99,6 +104,8 @@ class Evaluation:
     """Rows are true classes, columns predicted ones; None where the task has no classes, or too many."""
     wrong_and_right: list[list[int]] | None = None
     """Of each class, where there is no matrix but there are classes."""
+    accuracy_top5: float | None = None
+    """The share of samples whose class is among the five with the largest outputs; None for up to five classes."""
 
     @property
     def class_counts(self) -> list[tuple[int, int]] | None:
@@ -121,13 +128,21 @@ class Evaluation:
         counts = self.class_counts
         return None if counts is None else [right / samples if samples else None for right, samples in counts]
 
-    def is_better_than(self, best: dict[str, float | None] | None) -> bool:
-        """Higher accuracy, or without classes lower loss, than the best so far."""
-        if best is None:
-            return True
-        if self.accuracy is not None and best["accuracy"] is not None:
-            return self.accuracy > best["accuracy"]
-        return best["loss"] is not None and self.loss < best["loss"]
+    def summary(self) -> dict[str, float | None]:
+        """The figures by which evaluations are compared."""
+        return {"accuracy": self.accuracy, "accuracy_top5": self.accuracy_top5, "loss": self.loss}
+
+    def is_better_than(self, best: Mapping[str, float | None] | None, *, by: BestName) -> bool:
+        """Whether this is the first evaluation, or beats the best so far: higher, or of a loss lower."""
+        return best is None or score(self.summary(), by) > score(best, by)
+
+
+def score(figures: Mapping[str, float | None], by: BestName) -> float:
+    """A number that grows as an evaluation gets better; without classes that is its loss, negated."""
+    value = figures.get({"top5": "accuracy_top5"}.get(by, by))
+    if by == "loss" or value is None:
+        value = -(math.inf if figures["loss"] is None else figures["loss"])
+    return -math.inf if math.isnan(value) else value
 
 
 class EvaluationSums:
@@ -136,7 +151,7 @@ class EvaluationSums:
     def __init__(self, device: torch.device, *, num_classes: int | None) -> None:
         self.num_classes = num_classes or 0
         self.num_columns = self.num_classes if self.num_classes <= MOST_MATRIX_CLASSES else 2
-        self.sums = torch.zeros(2 + self.num_classes * self.num_columns + 1, dtype=torch.float64, device=device)
+        self.sums = torch.zeros(3 + self.num_classes * self.num_columns + 1, dtype=torch.float64, device=device)
 
     def update(self, loss: Tensor, outputs: Tensor, targets: Tensor) -> None:
         """Add a batch: its mean loss, outputs (B, num_classes) or (B, ...), targets (B,) or (B, ...)."""
@@ -144,9 +159,11 @@ class EvaluationSums:
         self.sums[1] += len(targets)
         if self.num_classes:
             predicted = outputs.argmax(1)
+            if self.num_classes > TOP:
+                self.sums[2] += (outputs.topk(TOP).indices == targets[:, None]).sum()
             columns = predicted if self.num_columns == self.num_classes else predicted == targets
             cells = targets * self.num_columns + columns
-            self.sums[2:-1] += torch.bincount(cells, minlength=self.num_classes * self.num_columns)
+            self.sums[3:-1] += torch.bincount(cells, minlength=self.num_classes * self.num_columns)
 
     def reduce(self, world: World, stop: StopRequest) -> Evaluation:
         """The evaluation over all ranks, by one all_reduce; Stopped on every rank if any was asked to stop midway."""
@@ -154,10 +171,11 @@ class EvaluationSums:
         sums = all_reduce_sum(self.sums, world)
         if sums[-1].item():
             raise Stopped(stop.reason)
-        loss, samples = sums[:2].tolist()
-        rows = sums[2:-1].long().view(self.num_classes, -1).tolist() if self.num_classes else None
+        loss, samples, top5 = sums[:3].tolist()
+        rows = sums[3:-1].long().view(self.num_classes, -1).tolist() if self.num_classes else None
         has_matrix = self.num_columns == self.num_classes
         return Evaluation(loss=loss / max(samples, 1), num_samples=int(samples),
+                          accuracy_top5=top5 / max(samples, 1) if self.num_classes > TOP else None,
                           confusion_matrix=rows if has_matrix else None, wrong_and_right=None if has_matrix else rows)
 
 

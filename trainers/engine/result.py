@@ -25,7 +25,7 @@ MOST_RESULT_CLASSES = 200  # up to which result.json holds the confusion matrix
 MOST_SHOWN_CLASSES, ENDS = 20, 5  # up to which the terminal shows every class, and how many of either end beyond
 
 
-def finish(trainer: Trainer, evaluation: Evaluation, class_names: tuple[str, ...], *, batch_size: int,
+def finish(trainer: Trainer, evaluation: Evaluation, class_names: tuple[str, ...], *, split: str, batch_size: int,
            total_seconds: float, save_weights: bool) -> dict[str, Any]:
     """Write result.json, print the accuracy per class, and return what was written."""
     world, folder, step = trainer.world, trainer.folder, trainer.train_step
@@ -33,8 +33,8 @@ def finish(trainer: Trainer, evaluation: Evaluation, class_names: tuple[str, ...
     result = {
         "accuracy": evaluation.accuracy, "per_class_accuracy": evaluation.per_class_accuracy,
         "confusion_matrix": write_matrix(folder, evaluation.confusion_matrix), "loss": evaluation.loss,
-        "num_samples": evaluation.num_samples, "class_names": list(class_names),
-        "train_seconds": seconds, "total_seconds": total_seconds,
+        "num_samples": evaluation.num_samples, "split": split, "accuracy_top5": evaluation.accuracy_top5,
+        "class_names": list(class_names), "train_seconds": seconds, "total_seconds": total_seconds,
         "samples_per_second": trainer.step * batch_size / seconds if seconds else None,
         "world_size": world.world_size, "device": str(world.device), "precision": step.precision.name,
         "parallel": parallel_name(step.model), "num_parameters": num_parameters(step.network),
@@ -51,7 +51,7 @@ def finish(trainer: Trainer, evaluation: Evaluation, class_names: tuple[str, ...
         torch.save({name: tensor.detach().cpu() for name, tensor in weights.items()}, buffer)  # to be read anywhere
         folder.write_bytes("weights.pt", buffer.getvalue())
     if world.is_main:
-        say(result_text(evaluation, class_names, folder.path))
+        say(result_text(evaluation, class_names, folder.path, split))
     return result
 
 
@@ -77,11 +77,12 @@ def draw_result(trainer: Trainer, evaluation: Evaluation, class_names: tuple[str
             draw_predictions(trainer.folder, trainer.train_step, first, statistics, class_names)
 
 
-def result_text(evaluation: Evaluation, class_names: tuple[str, ...], path: Path) -> str:
+def result_text(evaluation: Evaluation, class_names: tuple[str, ...], path: Path, split: str) -> str:
     """The final summary of a run."""
     if evaluation.accuracy is None:
-        return f"test loss {evaluation.loss:.6f} over {evaluation.num_samples} samples\nresults in {path}"
-    lines = [f"test accuracy {100 * evaluation.accuracy:.2f} % over {evaluation.num_samples} samples"]
+        return f"{split} loss {evaluation.loss:.6f} over {evaluation.num_samples} samples\nresults in {path}"
+    top5 = f", top-5 {100 * evaluation.accuracy_top5:.2f} %" if evaluation.accuracy_top5 is not None else ""
+    lines = [f"{split} accuracy {100 * evaluation.accuracy:.2f} % over {evaluation.num_samples} samples{top5}"]
     shares = list(zip(map(printable, class_names), evaluation.per_class_accuracy or [], strict=False))
     if len(shares) <= MOST_SHOWN_CLASSES:
         lines += [class_line(*share) for share in shares]

@@ -127,6 +127,14 @@ def known_classes(state: Mapping[str, Any], path: Path) -> tuple[str, ...] | Non
         to_stderr(f"WARNING checkpoint: {path}: holds no names of classes and lies in no run folder with {CARD_FILE}; "
                   f"they are taken to be those of --data-dir, in sorted order")
     return names or None
+def load_best(trainer: Trainer) -> None:
+    """Put best.pt's weights, and their moving average, into the trainer, which stays where it is; raises as above."""
+    path, train_step = trainer.folder.checkpoints / "best.pt", trainer.train_step
+    state = load_or_fail(path)
+    train_step.network.load_state_dict(state["model"])
+    if train_step.ema is not None:
+        train_step.ema.module.load_state_dict(state["ema"])
+    check_same_on_all_ranks(trainer, path)
 
 
 def check_same_on_all_ranks(trainer: Trainer, source: Path) -> None:

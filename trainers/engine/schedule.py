@@ -8,7 +8,13 @@ A pure function needs no state in a checkpoint, and a run resumed at step k has 
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Literal
+from dataclasses import dataclass
+from typing import Annotated, ClassVar, Literal
+
+import tyro
+
+from launch.errors import UsageError
+from launch.rules import AtLeast
 
 ScheduleName = Literal["constant", "linear", "step", "cosine", "onecycle"]
 START, PEAK_AT, END = 0.2, 0.23, 0.07  # of onecycle: cifar10-airbench's triangle
@@ -77,3 +83,51 @@ def schedule(name: ScheduleName, *, total_steps: int, warmup_steps: int = 0, mil
         return max(floor, value)
 
     return multiplier
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScheduleFlags:
+    """The flags of a run's length and learning rate."""
+
+    TITLES: ClassVar = {"epochs": "Optimization"}
+
+    epochs: Annotated[int, AtLeast(1)] = 10
+    """Passes over the training set."""
+    max_steps: Annotated[int | None, AtLeast(1)] = None
+    """Stop after so many optimizer steps, even within an epoch."""
+    learning_rate: Annotated[float, tyro.conf.arg(aliases=["--lr"]), AtLeast(0)] = 0.1
+    """Peak rate, at the global batch size."""
+    schedule: ScheduleName = "constant"
+    """Learning-rate curve over the run. linear and cosine fall to --min-lr, step by ten at half and three quarters."""
+    min_lr: Annotated[float | None, AtLeast(0)] = None
+    """Lowest rate of a schedule. Default: 0, of onecycle 7 % of the peak."""
+    milestones: Annotated[tuple[int, ...], AtLeast(1)] = ()
+    """Epochs after each of which --schedule step divides the rate by ten, in place of its own."""
+    warmup_steps: Annotated[int, AtLeast(0)] = 0
+    """Steps over which the rate first rises linearly."""
+    warmup_epochs: Annotated[float, AtLeast(0)] = 0.0
+    """The same in epochs."""
+
+    def total_steps(self, steps_per_epoch: int) -> int:
+        """Optimizer steps of the whole run, of so many per epoch."""
+        steps = self.epochs * steps_per_epoch
+        return steps if self.max_steps is None else min(steps, self.max_steps)
+
+    def check_schedule(self) -> None:
+        """Raise UsageError for flags of the learning rate that contradict each other."""
+        if self.min_lr is not None and (self.schedule == "constant" or self.min_lr > self.learning_rate):
+            raise UsageError(f"--min-lr {self.min_lr}: needs a --schedule that falls to it, from a --learning-rate "
+                             f"above it; these are {self.schedule} and {self.learning_rate}")
+        if self.milestones and (self.schedule != "step" or sorted(set(self.milestones)) != [*self.milestones]):
+            raise UsageError(f"--milestones {' '.join(map(str, self.milestones))}: must be rising epochs of --schedule "
+                             f"step; that is {self.schedule}")
+        if self.warmup_epochs and self.warmup_steps:
+            raise UsageError(f"--warmup-epochs {self.warmup_epochs}: is given beside --warmup-steps; leave one out")
+
+    def rate_curve(self, steps_per_epoch: int) -> Callable[[int], float]:
+        """step -> share of the peak learning rate, over the whole run."""
+        return schedule(
+            self.schedule, total_steps=self.total_steps(steps_per_epoch),
+            warmup_steps=self.warmup_steps or round(self.warmup_epochs * steps_per_epoch),
+            milestones=[epoch * steps_per_epoch for epoch in self.milestones],
+            floor=None if self.min_lr is None or not self.learning_rate else self.min_lr / self.learning_rate)

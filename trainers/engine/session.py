@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -32,13 +32,14 @@ from trainers.engine.checkpoints.save import Checkpointer
 from trainers.engine.config import ImageConfig, Statistics, TrainConfig
 from trainers.engine.data_record import DataRecord
 from trainers.engine.measure import dry_run, write_measurement
+from trainers.engine.metrics import TOP
 from trainers.engine.optimizer import build_optimizer, ema_average, freeze
 from trainers.engine.parallel import choose_parallel, num_parameters, parallelize
 from trainers.engine.precision import Precision
 from trainers.engine.result import draw_first_batch, draw_result, finish
-from trainers.engine.resume import as_trained, known_classes, load_for_evaluation, resume
+from trainers.engine.resume import as_trained, known_classes, load_best, load_for_evaluation, resume
 from trainers.engine.run.card import CARD_FILE, ModelCard
-from trainers.engine.run.folder import RunFolder
+from trainers.engine.run.folder import OUT_OF_PATIENCE, RunFolder
 from trainers.engine.run.ownership import unnamed_run
 from trainers.engine.run.report import Report
 from trainers.engine.step import StepOptions, TrainStep
@@ -134,8 +135,11 @@ def write_preempted(folder: RunFolder, stopped: Stopped) -> None:
 
 
 def build_trainer(config: TrainConfig, run: Run, model: nn.Module, task: Task, *, steps_per_epoch: int,
-                  data: DataRecord) -> Trainer:
-    """A model and all that trains it. Raises UsageError as build_step does."""
+                  data: DataRecord, split: Literal["test", "validation"]) -> Trainer:
+    """A model and all that trains it, evaluated on a split. Raises UsageError as build_step does."""
+    num_classes = task.num_classes or 0
+    if num_classes <= {"top5": TOP, "accuracy": 0}.get(config.best or "loss", -1):
+        raise UsageError(f"--best {config.best}: the data has {num_classes or 'no'} classes; use --best loss")
     world = run.world
     fingerprint = {"dataset": None if data.has_files else data.fingerprint, "global_batch_size": config.batch_size,
                    "world_size": world.world_size, "threads": world.threads, "torch": str(torch.__version__),
@@ -145,7 +149,8 @@ def build_trainer(config: TrainConfig, run: Run, model: nn.Module, task: Task, *
         checkpointer=Checkpointer(run.folder, keep=config.keep_checkpoints),
         report=Report(run.folder, pictures=config.pictures, tensorboard=config.tensorboard),
         options=LoopOptions(eval_every=config.eval_every, checkpoint_every=config.checkpoint_every,
-                            max_bad_steps=config.max_bad_steps, log_gradients=config.log_gradients),
+                            max_bad_steps=config.max_bad_steps, log_gradients=config.log_gradients, split=split,
+                            best=config.best or "accuracy", patience=config.patience),
         config=to_plain(config), fingerprint=fingerprint, data=data)
 
 
@@ -182,8 +187,8 @@ def build_step(config: TrainConfig, model: nn.Module, task: Task, world: World, 
 
 
 def train_classifier(config: ImageConfig, run: Run, model: nn.Module, class_names: tuple[str, ...],
-                     statistics: Statistics, train: TrainBatches | None, test: EvaluationBatches,
-                     dataset: Any) -> dict[str, Any]:
+                     statistics: Statistics, train: TrainBatches | None, test: EvaluationBatches | None,
+                     dataset: Any, validation: EvaluationBatches | None = None) -> dict[str, Any]:
     """A classifier of images, from its parts to the end of the run; returns its result. Writes model.json first."""
     mean, std = statistics
     options = {name: value for name, value in config.network().items() if value is not None}
@@ -194,21 +199,36 @@ def train_classifier(config: ImageConfig, run: Run, model: nn.Module, class_name
     run.folder.write_json(CARD_FILE, asdict(card))
     task = classification_task(class_names, run.world.device, label_smoothing=config.label_smoothing,
                                class_weights=config.class_weights)
-    return train_model(config, run, model, task, train, test, dataset=dataset, class_names=class_names,
-                       statistics=statistics)
+    return train_model(config, run, model, task, train, test, validation=validation, dataset=dataset,
+                       class_names=class_names, statistics=statistics)
+
+
+def chosen_splits(run: Run, test: EvaluationBatches | None, validation: EvaluationBatches | None
+                  ) -> tuple[Literal["test", "validation"], EvaluationBatches, EvaluationBatches | None]:
+    """What training is evaluated on, by name, and what is evaluated once at its end, if that is something else.
+
+    A run of before there were three splits called the validation split its test set, and keeps doing so.
+    """
+    evaluated = test if validation is None else validation
+    assert evaluated is not None
+    if validation is None or from_main(run.world, run.folder.first_evaluated_split) == "test":
+        return "test", evaluated, None
+    return "validation", evaluated, test
 
 
 def train_model(config: TrainConfig, run: Run, model: nn.Module, task: Task, train: TrainBatches | None,
-                test: EvaluationBatches, *, dataset: Any, class_names: tuple[str, ...] = (),
-                statistics: Statistics | None = None) -> dict[str, Any]:
+                test: EvaluationBatches | None, *, dataset: Any, validation: EvaluationBatches | None = None,
+                class_names: tuple[str, ...] = (), statistics: Statistics | None = None) -> dict[str, Any]:
     """Resume, train, evaluate, and write down how it ended; with `--evaluate PATH`, load that and train nothing.
 
-    Returns what result.json holds. Pictures of images are drawn with `statistics`, which normalised them. `dataset` is
-    the training set; both it and `train` are None where nothing is trained.
+    Where there are a validation and a test split, the former chooses best.pt, with whose weights the latter is
+    evaluated once, at the end. Returns what result.json holds. Pictures of images are drawn with `statistics`, which
+    normalised them. `dataset` is the training set; both it and `train` are None where nothing is trained.
     """
     began = time.perf_counter()
     steps_per_epoch = train.steps_per_epoch if train is not None else 1
-    trainer = build_trainer(config, run, model, task, steps_per_epoch=steps_per_epoch,
+    split, evaluated, at_the_end = chosen_splits(run, test, validation)
+    trainer = build_trainer(config, run, model, task, steps_per_epoch=steps_per_epoch, split=split,
                             data=DataRecord(run.world, dataset, class_names))
     with contextlib.closing(trainer.report):
         if config.evaluate is not None and run.evaluated is not None:
@@ -224,14 +244,29 @@ def train_model(config: TrainConfig, run: Run, model: nn.Module, task: Task, tra
                 return dry_run(trainer, train, config)
             if config.measure is not None:
                 return write_measurement(trainer, train, config.measure)
-            trainer.fit(train, test, last_step=config.total_steps(train.steps_per_epoch))
-        evaluation = trainer.last_evaluation or trainer.evaluate(test)
-        result = finish(trainer, evaluation, class_names, batch_size=config.batch_size,
+            trainer.fit(train, evaluated, last_step=config.total_steps(train.steps_per_epoch))
+            if at_the_end is not None:
+                load_best(trainer)
+        if at_the_end is not None:
+            split, evaluated, trainer.last_evaluation = "test", at_the_end, None
+        evaluation = trainer.last_evaluation or trainer.evaluate(evaluated)
+        result = finish(trainer, evaluation, class_names, split=split, batch_size=config.batch_size,
                         save_weights=config.save_weights, total_seconds=time.perf_counter() - began)
-        draw_result(trainer, evaluation, class_names, test=test, statistics=statistics,
+        draw_result(trainer, evaluation, class_names, test=evaluated, statistics=statistics,
                     steps_per_epoch=steps_per_epoch)
-    run.folder.write_status("DONE", step=trainer.step, epoch=trainer.epoch)
+    write_done(trainer)
     return result
+
+
+def write_done(trainer: Trainer) -> None:
+    """DONE, and why if that was before the last step."""
+    reason = ""
+    if trainer.out_of_patience:
+        best = (trainer.history.best or {}).get("step")
+        reason = f"{OUT_OF_PATIENCE} {trainer.options.patience}: no evaluation since step {best} was better"
+        if trainer.world.is_main:
+            say(f"ended by {reason}")
+    trainer.folder.write_status("DONE", step=trainer.step, epoch=trainer.epoch, reason=reason)
 
 
 def summary(config: TrainConfig, trainer: Trainer, train: TrainBatches, where: str) -> str:

@@ -6,7 +6,7 @@ A position is (step, epoch, samples consumed in the epoch). Everything else that
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from launch.errors import NumericError
 from launch.process_group import World, from_main
@@ -14,7 +14,7 @@ from launch.stop import StopAgreement, Stopped, StopRequest
 from trainers.engine.checkpoints.save import Checkpointer
 from trainers.engine.data_record import DataRecord
 from trainers.engine.history import History
-from trainers.engine.metrics import Evaluation
+from trainers.engine.metrics import BestName, Evaluation
 from trainers.engine.parallel import rebuild_buckets_early
 from trainers.engine.preflight import tried_first
 from trainers.engine.run.folder import RunFolder
@@ -54,6 +54,12 @@ class LoopOptions:
     max_bad_steps: int = 10
     """Consecutive steps with a non-finite loss."""
     log_gradients: bool = False
+    split: Literal["test", "validation"] = "test"
+    """What the evaluations during training are of, for metrics.jsonl."""
+    best: BestName = "accuracy"
+    """The figure by which one is the best."""
+    patience: int | None = None
+    """Evaluations without a better one after which training ends."""
 
 
 class Trainer:
@@ -82,7 +88,7 @@ class Trainer:
         """
         progress = Progress(shown=self.world.is_main, total_steps=last_step, step=self.step)
         try:
-            while self.step < last_step or not self.history.has_recorded(self.step):
+            while (self.step < last_step and not self.out_of_patience) or not self.history.has_recorded(self.step):
                 self.fit_epoch(train, test, last_step, progress)
             from_main(self.world, self.checkpointer.join)
         except Stopped:
@@ -101,10 +107,17 @@ class Trainer:
         if is_last or (self.epoch + 1) % options.eval_every == 0:
             self.last_evaluation = self.evaluate(test)
         is_best = self._record_epoch(train, progress)
+        is_last = is_last or self.out_of_patience
         self.finish_epoch(train)
         self.folder.write_status("RUNNING", step=self.step, epoch=self.epoch)
         if is_best or is_last or options.checkpoint_every is None or self.step % options.checkpoint_every == 0:
             self._save(is_best=is_best)
+
+    @property
+    def out_of_patience(self) -> bool:
+        """Whether the last `patience` evaluations were no better than one before; the same on every rank."""
+        since_best = self.history.evaluations_since_best(self.options.split)
+        return self.options.patience is not None and since_best >= self.options.patience
 
     def train_epoch(self, train: TrainBatches, last_step: int, progress: Progress, *,
                     checkpoint_every: int | None = None) -> None:
@@ -187,13 +200,14 @@ class Trainer:
         self.history.pause_clock(self.world.device)
         loss, accuracy = self.sums.means(self.world)
         speed = self.history.lap_samples_per_second()
-        self._write_line("train", loss, accuracy, speed)
+        self.write_line("train", {"loss": loss, "accuracy": accuracy}, speed)
         seconds_left = (last_step - self.step) * self.history.train_seconds / max(self.step, 1)
         progress.show_figures(loss=loss, accuracy=accuracy, samples_per_second=speed, seconds_left=seconds_left)
 
-    def _write_line(self, split: str, loss: float, accuracy: float | None, speed: float | None) -> None:
+    def write_line(self, split: str, figures: Mapping[str, float | None], speed: float | None = None) -> None:
+        """One line of metrics.jsonl: loss, accuracy and perhaps accuracy_top5 at the present position."""
         line: dict[str, Any] = {
-            "split": split, "step": self.step, "epoch": self.epoch, "loss": loss, "accuracy": accuracy,
+            "split": split, "step": self.step, "epoch": self.epoch, **figures,
             "learning_rate": self.train_step.learning_rate, "samples_per_second": speed,
             "seconds": self.history.train_seconds,
         }
@@ -206,9 +220,9 @@ class Trainer:
         evaluation = self.last_evaluation
         loss, accuracy = self.sums.means(self.world)
         if evaluation is not None:
-            self._write_line("test", evaluation.loss, evaluation.accuracy, None)
+            self.write_line(self.options.split, evaluation.summary())
         is_best = self.history.record(epoch=self.epoch, step=self.step, train_loss=loss, train_accuracy=accuracy,
-                                      evaluation=evaluation)
+                                      evaluation=evaluation, split=self.options.split, by=self.options.best)
         speed = self.step * train.global_batch_size / self.history.train_seconds
         progress.line_above(epoch_text(self.history.epochs[-1], samples_per_second=speed))
         self.report.curves(self.history.epochs, steps_per_epoch=train.steps_per_epoch)

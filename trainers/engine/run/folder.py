@@ -17,6 +17,8 @@ from launch.machine import environment_record
 from trainers.engine.config import MAY_CHANGE, TrainConfig
 from trainers.engine.run.ownership import Ownership, output_dir_writable
 
+OUT_OF_PATIENCE = "--patience"  # how the reason of a run begins that it ended
+
 
 class RunFolder:
     """Rank 0's view of its run; on other ranks every method that writes does nothing."""
@@ -102,7 +104,7 @@ class RunFolder:
         def stays(text: str) -> bool:
             try:
                 line = json.loads(text)
-                return line["step"] < step or (line["step"] == step and (evaluated or line["split"] != "test"))
+                return line["step"] < step or (line["step"] == step and (evaluated or line["split"] == "train"))
             except (ValueError, KeyError, TypeError):
                 return False  # cut off in the middle by a kill
 
@@ -110,6 +112,14 @@ class RunFolder:
             with self._writing("metrics.jsonl") as path:
                 lines = path.read_text(errors="replace").splitlines()
                 replace_file(path, "".join(text + "\n" for text in lines if stays(text)).encode())
+
+    def first_evaluated_split(self) -> str | None:
+        """The split of the first evaluation that metrics.jsonl holds; None before there is one."""
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+            for text in (self.path / "metrics.jsonl").read_text(errors="replace").splitlines():
+                if (split := json.loads(text)["split"]) != "train":
+                    return split
+        return None
 
     def set_aside(self) -> None:
         """Make room for a run from the start: what an earlier one left is renamed, not overwritten."""
@@ -135,7 +145,7 @@ class RunFolder:
                              f"would replace; give the evaluation another --run-name")
         if has_progress and before is not None and config.get("resume") != "never":
             self._check_unchanged(config, before)
-            if status.get("state") == "DONE" and not asks_for_more(config, before):
+            if status.get("state") == "DONE" and not asks_for_more(config, before, status):
                 return False
         self.write_json("config.json", config)
         self.write_json("environment.json", {**environment_record(), **world})
@@ -152,9 +162,10 @@ class RunFolder:
                              f"another --run-name")
 
 
-def asks_for_more(config: Mapping[str, Any], before: Mapping[str, Any]) -> bool:
-    """Whether a limit of the run was raised, or taken away (None is no limit)."""
-    limits = [(config.get(name), before.get(name)) for name in ("epochs", "max_steps")]
+def asks_for_more(config: Mapping[str, Any], before: Mapping[str, Any], status: Mapping[str, Any]) -> bool:
+    """Whether the limit that ended the run was raised, or taken away (None is no limit)."""
+    names = ("patience",) if str(status.get("reason")).startswith(OUT_OF_PATIENCE) else ("epochs", "max_steps")
+    limits = [(config.get(name), before.get(name)) for name in names]
     return any(then is not None and (now is None or now > then) for now, then in limits)
 
 

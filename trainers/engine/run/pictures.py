@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 RIGHT, WRONG = "#1a7f37", "#c62828"
 STYLES: dict[str, dict[str, Any]] = {
     "train": {"color": "#1f77b4", "linestyle": "-"}, "test": {"color": "#d62728", "linestyle": "--"},
+    "validation": {"color": "#d62728", "linestyle": "--"},
 }
 MOST_NUMBERS = 20  # classes up to which each cell of a confusion matrix shows its count
 MOST_NAMES = 60  # and up to which each row shows its name
@@ -41,10 +42,10 @@ def as_png(figure: "Figure", *, dpi: int = 110) -> bytes:
 
 
 def curves(epochs: Sequence[dict[str, Any]], *, steps_per_epoch: int, title: str = "") -> bytes:
-    """Loss and, where there are classes, accuracy over the epochs, of the training and the test set.
+    """Loss and, where there are classes, accuracy over the epochs, of the training and the evaluated set.
 
     Args:
-        epochs: lines with `step`, `train_loss`, `test_loss`, `train_accuracy` and `test_accuracy`, None where unknown.
+        epochs: lines with `step`, `train_loss`, `train_accuracy`, and those of `test` or `validation`; None if unknown.
         steps_per_epoch: turns a step into epochs, so that one that was cut short is not drawn as whole.
     """
     has_accuracy = any(line["train_accuracy"] is not None for line in epochs)
@@ -53,7 +54,8 @@ def curves(epochs: Sequence[dict[str, Any]], *, steps_per_epoch: int, title: str
     places = [line["step"] / steps_per_epoch for line in epochs]
     draw_lines(panels[0], places, epochs, "loss")
     panels[0].set_ylabel("loss")
-    losses = [line[f"{split}_loss"] for line in epochs for split in STYLES if line[f"{split}_loss"] is not None]
+    losses = [line[f"{split}_loss"] for line in epochs for split in STYLES
+              if line.get(f"{split}_loss") is not None]
     if losses and min(losses) > 0 and max(losses) > 100 * min(losses):
         panels[0].set_yscale("log")
     if has_accuracy:
@@ -70,7 +72,8 @@ def draw_lines(axes: "Axes", places: Sequence[float], epochs: Sequence[dict[str,
     from matplotlib.ticker import MaxNLocator
 
     for split, style in STYLES.items():
-        values = [math.nan if line[f"{split}_{name}"] is None else scale * line[f"{split}_{name}"] for line in epochs]
+        found = [line.get(f"{split}_{name}") for line in epochs]
+        values = [math.nan if value is None else scale * value for value in found]
         known = [(place, value) for place, value in zip(places, values, strict=True) if math.isfinite(value)]
         if known:
             marker = "o" if len(known) <= MOST_MARKERS else None

@@ -60,9 +60,10 @@ class Progress:
 def epoch_text(line: dict[str, Any], *, samples_per_second: float) -> str:
     """An epoch's figures in one line."""
     parts = [f"epoch {line['epoch']}: train loss {line['train_loss']:.4f}"]
-    for name, value in (("train accuracy", line["train_accuracy"]), ("test accuracy", line["test_accuracy"])):
+    split = "validation" if "validation_loss" in line else "test"
+    for name, value in (("train accuracy", line["train_accuracy"]), (f"{split} accuracy", line[f"{split}_accuracy"])):
         if value is not None:
             parts.append(f"{name} {100 * value:.2f} %")
-    if line["test_loss"] is not None and line["test_accuracy"] is None:
-        parts.append(f"test loss {line['test_loss']:.6f}")
+    if line[f"{split}_loss"] is not None and line[f"{split}_accuracy"] is None:
+        parts.append(f"{split} loss {line[f'{split}_loss']:.6f}")
     return ", ".join(parts) + f", {line['seconds']:.1f} s of training, {samples_per_second:,.0f} samples/s"

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 FIRST_COST_SECONDS = 1.0  # of the first drawing, which imports matplotlib
 SHARE = 0.05  # of the run's time that drawing may take
-SCALARS = ("loss", "accuracy", "learning_rate", "samples_per_second")
+SCALARS = ("loss", "accuracy", "accuracy_top5", "learning_rate", "samples_per_second")
 
 
 class Report:
@@ -39,7 +39,7 @@ class Report:
             self._writer = SummaryWriter(str(self.folder.path / "tensorboard"), flush_secs=10,
                                          purge_step=line["step"])  # hides what a killed run wrote from there on
         for name in SCALARS:
-            if line.get(name) is not None and not (name == "learning_rate" and line["split"] == "test"):
+            if line.get(name) is not None and not (name == "learning_rate" and line["split"] != "train"):
                 self._writer.add_scalar(f"{line['split']}/{name}", line[name], line["step"])
         for name, norm in line.get("gradient_norms", {}).items():
             self._writer.add_scalar(f"gradient_norm/{name}", norm, line["step"])
