@@ -110,7 +110,7 @@ def test_a_checkpoint_of_before_takes_its_classes_from_its_run_and_alone_by_posi
 
 
 @pytest.mark.parametrize(("trainer", "flags"), [
-    ("mnist", ["--dataset", "synthetic", "--max-steps", "5"]),
+    pytest.param("mnist", ["--dataset", "synthetic", "--max-steps", "5"], marks=pytest.mark.slow),
     pytest.param("fashion_mnist", ["--dataset", "synthetic", "--max-steps", "5"], marks=pytest.mark.slow),
     ("regression", []), pytest.param("regression", ["--recipe", "cheatsheet"], marks=pytest.mark.slow),
 ])

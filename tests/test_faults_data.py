@@ -12,7 +12,7 @@ from launch.errors import CheckpointError
 from launch.process_group import World
 from tests.helpers.comparing import run_in
 from tests.helpers.faults import Fault, check
-from tests.helpers.hooks import at, kill
+from tests.helpers.hooks import at, send
 from tests.helpers.images import image_tree
 from tests.helpers.processes import read_json
 from trainers.engine.checkpoints.load import load_verified
@@ -23,18 +23,18 @@ pytestmark = pytest.mark.timeout(120)
 
 
 @pytest.fixture(scope="module")
-def killed(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run on files that was killed at step 7."""
-    folder = tmp_path_factory.mktemp("killed")
+def stopped(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run on files that was stopped at step 8."""
+    folder = tmp_path_factory.mktemp("stopped")
     image_tree(folder / "images")
-    ended = run_in(folder, "--data-dir", folder / "images", trainer="image_folder", hook=at(7, "backward", kill))
-    assert ended.codes == [-9], ended.err
+    ended = run_in(folder, "--data-dir", folder / "images", trainer="image_folder", hook=at(7, "backward", send(15)))
+    assert ended.codes == [75], ended.err
     return folder
 
 
 @pytest.fixture
-def spoilt(killed: Path, tmp_path: Path) -> Path:
-    return Path(shutil.copytree(killed, tmp_path / "job"))
+def spoilt(stopped: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(stopped, tmp_path / "job"))
 
 
 def some_file(folder: Path) -> Path:
@@ -97,11 +97,11 @@ def test_a_checkpoint_of_before_is_compared_by_its_fingerprint(spoilt: Path, tmp
     check(resume(other), Fault(name="fingerprint", codes=(4,), error="ERROR checkpoint: .*dataset was .* and is "))
 
 
-def test_a_class_that_the_checkpoint_does_not_know_is_refused_in_an_evaluation(killed: Path, tmp_path: Path) -> None:
-    images = Path(shutil.copytree(killed / "images", tmp_path / "images"))
+def test_a_class_that_the_checkpoint_does_not_know_is_refused_in_an_evaluation(stopped: Path, tmp_path: Path) -> None:
+    images = Path(shutil.copytree(stopped / "images", tmp_path / "images"))
     (images / "test" / "b").rename(images / "test" / "wolf")
     shutil.rmtree(images / "train")
-    newest = sorted((killed / "r" / "checkpoints").glob("step-*.pt"))[-1]
+    newest = sorted((stopped / "r" / "checkpoints").glob("step-*.pt"))[-1]
     ended = resume(tmp_path, "--evaluate", str(newest), "--batch-size", "7", "--run-name", "e", ranks=3)
     check(ended, Fault(name="class", codes=(3, 3, 3), ranks=3, error=(
         "ERROR data: .*wolf: no such class in the checkpoint, which knows a, b; leave it out, or train")))

@@ -1,6 +1,8 @@
 """Names of files and classes that hold newlines, escape codes or bytes that are no text: what is printed stays ours."""
 
+import io
 import os
+import sys
 from pathlib import Path
 
 import pytest
@@ -63,6 +65,22 @@ def test_a_run_on_files_and_classes_of_such_names_prints_them_escaped(tmp_path: 
     assert refused.code == 3
     assert len(refused.errors) == 1
     assert is_clean(refused.err.replace("ERROR", "", 1))
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1", "cp1252", "utf-16", "shift_jis", "utf-8"])
+def test_every_print_shows_an_escape_for_what_its_encoding_lacks(encoding: str, monkeypatch: pytest.MonkeyPatch):
+    for name, show in (("stdout", say), ("stderr", to_stderr)):
+        written = io.BytesIO()
+        monkeypatch.setattr(sys, name, io.TextIOWrapper(written, encoding=encoding, errors="strict"))
+        show("accuracy of \u732b and \U0001f408: \u00e9")
+        text = written.getvalue().decode(encoding)
+        assert text.startswith("accuracy of ")
+        assert r"\U0001f408" in text or encoding in ("utf-8", "utf-16")
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written, encoding=encoding))
+    monkeypatch.setattr(sys, "argv", ["trainers/x.py"])
+    with pytest.raises(SystemExit):
+        parse(ImageFolderConfig, args=["--help"])
+    assert "--batch-size" in written.getvalue().decode(encoding, "replace")
 
 
 def test_a_tilde_that_the_shell_left_is_the_home_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):

@@ -189,3 +189,86 @@ def test_runs_of_the_other_image_trainers_can_predict_too(trainer: str, tree: Pa
     image = next((tree / "test" / "disc").iterdir())  # in colour, 32 x 32, whatever the network takes
     assert len(as_json(capsys, tmp_path / "run", image)["predictions"]) == 1
     assert main(PredictConfig(run=tmp_path / "run", export=tmp_path / "net", device="cpu")) == 0
+
+
+def started(run: Path, *words: object, **variables: str) -> Any:
+    return execute([sys.executable, str(ROOT / "trainers" / "predict.py"), "--run", str(run), "--device", "cpu",
+                    *map(str, words)], **variables)
+
+
+def test_bad_files_are_listed_after_the_results_of_the_others(run: Path, tree: Path, tmp_path: Path,
+                                                              capsys: pytest.CaptureFixture[str]):
+    good = Path(shutil.copy(next((tree / "test" / "disc").iterdir()), tmp_path / ".hidden"))
+    (tmp_path / "spoiled.png").write_bytes(b"no image")
+    (tmp_path / "dangling.jpg").symlink_to(tmp_path / "nowhere")
+    bad = [tmp_path / name for name in ("spoiled.png", "dangling.jpg", "absent.png")]
+    for json_wanted in (False, True):
+        with pytest.raises(DataError, match=r"spoiled\.png: not readable as an image .*; so are 2 others, named above"):
+            main(PredictConfig(run=run, images=(*bad[:1], good, *bad[1:]), device="cpu", json=json_wanted,
+                               picture=tmp_path / f"{json_wanted}.png"))
+        said = capsys.readouterr()
+        assert [line.split(": ")[1] for line in said.err.splitlines()] == list(map(str, bad))
+        assert (tmp_path / f"{json_wanted}.png").exists()
+        if json_wanted:
+            content = json.loads(said.out)
+            assert list(content["unreadable"]) == list(map(str, bad))
+            assert [each["image"] for each in content["predictions"]] == [str(good)]
+        else:
+            assert said.out.startswith(str(good))
+
+
+def test_results_are_printed_before_a_picture_that_cannot_be_drawn(run: Path, tree: Path, tmp_path: Path,
+                                                                   capsys: pytest.CaptureFixture[str]):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UsageError, match="--picture"):
+        main(PredictConfig(run=run, images=(tree / "test",), device="cpu", picture=tmp_path / "file" / "x.png"))
+    assert "accuracy" in capsys.readouterr().out
+    (run / "predict.png").mkdir()
+    assert main(PredictConfig(run=run, images=(tree / "test",), device="cpu")) == 0
+    assert capsys.readouterr().err.count("WARNING picture") == 1
+
+
+@pytest.mark.timeout(100)
+@pytest.mark.parametrize("encoding", ["ascii", pytest.param("latin-1", marks=pytest.mark.slow),
+                                      pytest.param("cp1252:strict", marks=pytest.mark.slow)])
+def test_a_name_that_the_output_cannot_show_is_an_escape(run: Path, tree: Path, tmp_path: Path, encoding: str):
+    image = Path(shutil.copy(next((tree / "test" / "disc").iterdir()), tmp_path / "\u732b.png"))
+    ended = started(run, image, tmp_path / "\u732b\u732b.png", PYTHONIOENCODING=encoding)
+    assert (ended.code, len(ended.errors)) == (3, 1), ended.err
+    assert ended.out.startswith(str(tmp_path / r"\u732b.png") + "  ")
+    assert r"\u732b\u732b.png: no such file" in ended.errors[0]
+
+
+@pytest.mark.parametrize("change", [
+    "{", "[]", "null", '"text"', "{}", {"class_names": None}, {"class_names": [1, 2]}, {"class_names": "abc"},
+    {"class_names": []}, {"class_names": ["a", "a"]}, {"mean": ["x", 1, 2]}, {"mean": 5}, {"mean": [0.5, 0.5]},
+    {"std": [0, 1, 1]}, {"std": [0.5]}, {"std": [1e999] * 3}, {"image_size": [32]}, {"image_size": [0, 0]},
+    {"image_size": "40"}, {"fit": "stretch"}, {"fit": ["crop"]}, {"trainer": 5}, {"trainer": "../x"},
+    {"model": ["net"]}, {"model": "nett"}, {"options": [1]}, {"options": {"width": "wide"}}, {"unknown": 1},
+    {"class_names": ["a", "b"]},
+])
+def test_an_odd_model_json_is_one_line(run: Path, tree: Path, change: Any):
+    path = run / "model.json"
+    path.write_text(change if isinstance(change, str) else json.dumps({**read_json(path), **change}))
+    with pytest.raises(CheckpointError, match=r"--run|model\.json"):
+        main(PredictConfig(run=run, images=(tree / "test" / "disc",), device="cpu"))
+
+
+def test_a_trainer_that_is_none_is_one_line_too(run: Path):
+    for trainer in ("nothing", "models", "predict"):
+        (run / "model.json").write_text(json.dumps({**read_json(run / "model.json"), "trainer": trainer}))
+        with pytest.raises(CheckpointError, match=rf"model\.json: {trainer} is no trainer"):
+            main(PredictConfig(run=run, test_images=3, device="cpu"))
+
+
+def test_the_test_set_of_another_folder_is_compared_by_name(run: Path, tree: Path, tmp_path: Path,
+                                                            capsys: pytest.CaptureFixture[str]):
+    for name in ("saltire", "bars"):
+        shutil.copytree(tree / "test" / name, tmp_path / "data" / "test" / name)
+    said = as_json(capsys, run, test_images=100, data_dir=tmp_path / "data")
+    assert {each["true_class"] for each in said["predictions"]} == {"saltire", "bars"}
+    whole = as_json(capsys, run, tree / "test" / "saltire", tree / "test" / "bars")
+    assert said["accuracy"] == whole["accuracy"]
+    (tmp_path / "data" / "test" / "bars").rename(tmp_path / "data" / "test" / "wolf")
+    with pytest.raises(DataError, match=r"wolf: no such class in the checkpoint, which knows bars, checks"):
+        main(PredictConfig(run=run, test_images=9, device="cpu", data_dir=tmp_path / "data"))

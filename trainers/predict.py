@@ -187,15 +187,17 @@ def classify(model: nn.Module, batch: list[Picture], card: ModelCard, device: to
             for picture, row in zip(batch, probabilities, strict=True)]
 
 
-def draw(path: Path, shown: list[Picture], classified: list[Prediction]) -> None:
-    """The pictures with predicted and true names, as a PNG."""
+def draw(path: Path, shown: list[Picture], classified: list[Prediction], *, asked: bool) -> None:
+    """The pictures with predicted and true names, as a PNG; one that was not asked for costs a warning at most."""
     names, shares = zip(*(each.ranked[0] for each in classified), strict=True)
     images = torch.stack([picture.pixels for picture in shown]).float() / 255
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(predictions(images, [each.true_class for each in classified], names, shares=shares))
-    except OSError as error:
-        raise UsageError(f"--picture {path}: cannot be written ({error.strerror}); choose a folder that can") from None
+    except (OSError, ValueError, RuntimeError) as error:
+        if asked and isinstance(error, OSError):
+            raise UsageError(f"--picture {path}: cannot be written ({error.strerror}); choose another folder") from None
+        to_stderr(f"WARNING picture: {path}: not drawn ({first_line(error)})")
 
 
 def main(config: PredictConfig) -> int:
@@ -225,7 +227,8 @@ def main(config: PredictConfig) -> int:
     for path, reason in bad.items() if len(bad) > 1 else ():
         to_stderr(f"WARNING data: {path}: {reason}")
     if classified:
-        draw(config.picture or config.run / "predict.png", shown, classified[: len(shown)])
+        draw(config.picture or config.run / "predict.png", shown, classified[: len(shown)],
+             asked=config.picture is not None)
     for path, reason in bad.items():
         raise DataError(f"{path}: {reason}" + f"; so are {len(bad) - 1} others, named above" * (len(bad) > 1))
     return 0
