@@ -1,6 +1,7 @@
 """Files that are read although something about them is odd, and files that are not opened at all."""
 
 import io
+import logging
 import os
 import random
 import struct
@@ -51,7 +52,18 @@ def damaged_png(kind: bytes, content: bytes | None, *, last: bool = False) -> by
     return as_png(chunks, wrong_sum=kind if content is None else b"")
 
 
+def damaged_tiff(kind: int, count: int, place: int) -> bytes:
+    """A sound picture whose description has another type, count or place than it says."""
+    content = bytearray(encoded("TIFF", description="a description of the picture"))
+    entry = content.index(struct.pack("<HH", 270, 2))
+    content[entry : entry + 12] = struct.pack("<HHII", 270, kind, count, place)
+    return bytes(content)
+
+
 @pytest.mark.parametrize("content", [
+    damaged_tiff(99, 3, 8), damaged_tiff(2, 2**31, 8), damaged_tiff(5, 10, 8), damaged_tiff(3, 0, 0),
+    encoded("TIFF", icc_profile=b"garbage"), encoded("TIFF", exif=EXIF.tobytes().replace(b"MM\0*", b"MM\0+")),
+    encoded("MPO", exif=b"Exif\0\0MM"), encoded("BMP") + b"trailing", encoded("PPM") + b"trailing",
     damaged_png(b"zTXt", None), damaged_png(b"zTXt", None, last=True), damaged_png(b"iCCP", b"name\0\0garbage"),
     damaged_png(b"iCCP", b"name\0\7" + zlib.compress(b"x")), damaged_png(b"pHYs", b"\0"), damaged_png(b"gAMA", b""),
     damaged_png(b"zTXt", b"bomb\0\0" + zlib.compress(bytes(80 * 2**20))), damaged_png(b"sRGB", b""),
@@ -68,6 +80,20 @@ def test_broken_metadata_does_not_keep_the_pixels_from_being_read(content: bytes
         assert sorted(open_rgb(path).size) == sorted(PICTURE.size)
     if content.startswith(b"\x89PNG"):
         assert open_rgb(path).tobytes() == PICTURE.tobytes()
+
+
+def test_pillows_own_remarks_do_not_reach_the_terminal(tmp_path: Path, capfd: pytest.CaptureFixture[str]):
+    content = bytearray(encoded("TIFF"))
+    entry = content.index(struct.pack("<HH", 277, 3))
+    content[entry + 8 : entry + 10] = struct.pack("<H", 2048)  # samples per pixel, which Pillow logs as an error
+    (tmp_path / "a.tif").write_bytes(content)
+    with pytest.raises(BadImage):
+        open_rgb(tmp_path / "a.tif")
+    logger = logging.getLogger("PIL.TiffImagePlugin")
+    while logger.parent is not None and not logger.handlers:
+        logger = logger.parent
+    assert logger.name == "PIL"
+    assert capfd.readouterr().err == ""
 
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])

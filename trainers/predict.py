@@ -156,6 +156,7 @@ def test_pictures(config: PredictConfig, card: ModelCard, source: Path, bad: dic
                               f"files, not --test-images") from None
     settings = replace(settings, evaluate=source, data_dir=config.data_dir or settings.data_dir)
     _, test = load_data(settings, World(), card.class_names)
+    bad |= getattr(test, "unreadable", {})
     for sample in range(min(config.test_images or 0, len(test))):
         true_class = card.class_names[int(test.targets[sample])]
         if isinstance(test, ImageTree):

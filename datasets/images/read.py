@@ -1,6 +1,7 @@
 """One image file to uint8 RGB of a fixed size: any mode that Pillow reads, the right way up, never a bomb."""
 
 import io
+import logging
 import math
 import os
 import stat
@@ -25,6 +26,7 @@ UPRIGHT = {2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4:
            5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE,
            8: Image.Transpose.ROTATE_90}  # by EXIF's orientation
 
+logging.getLogger("PIL").addHandler(logging.NullHandler())  # else its remarks on odd tags would reach stderr
 UNREADABLE = (*DAMAGED, Image.DecompressionBombError, Image.DecompressionBombWarning)  # see tests/test_decoded.py
 
 
