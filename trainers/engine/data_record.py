@@ -13,9 +13,6 @@ from launch.errors import CheckpointError, to_stderr
 from launch.process_group import World, from_main
 from trainers.engine.once_per_node import in_thread
 
-ABSENT = [-2, 0]  # as a size and a time
-SAID = {-2: "no file", -1: "an unreadable one"}
-
 
 class DataRecord:
     """The training set of one run, `None` where nothing is trained: anything with a `fingerprint()`.
@@ -44,16 +41,14 @@ class DataRecord:
     def expect(self, state: Mapping[str, Any], source: Path) -> None:
         """Remember a checkpoint for `settle`; raises CheckpointError if its classes have other names."""
         self._before = state, source
-        was = saved_class_names(state)
-        if was not in ((), self.class_names):
-            other = sorted({*was} ^ {*self.class_names}) or ["order"]
-            raise self._refused(f"class {other[0]} {'was not there' if other[0] in self.class_names else 'is gone'}")
+        if (was := saved_class_names(state)) not in ((), self.class_names):
+            renamed = ", ".join(sorted({*was} ^ {*self.class_names})[:5])
+            raise self._refused(f"its classes have other names ({renamed})")
 
     def settle(self) -> None:
         """Before the first save: have the files looked at, and compare them with the checkpoint's. A collective, once.
 
-        Raises:
-            CheckpointError: on all ranks, if a file is new, gone or of another size.
+        Raises CheckpointError on all ranks if a file is new, gone or of another size.
         """
         if self.has_files:
             self.has_files = False
@@ -66,10 +61,9 @@ class DataRecord:
             return
         state, was = self._before[0], saved_files(self._before[0])
         for name in sorted({*was, *self._files}) if was else ():
-            (before, _), (now, _) = was.get(name, ABSENT), self._files.get(name, ABSENT)
-            if before != now:
-                raise self._refused(f"{self.dataset.root / name}: {SAID.get(before, f'{before:,} bytes')} at the "
-                                    f"checkpoint, {SAID.get(now, f'{now:,} bytes')} now")
+            before, now = (files.get(name, ["absent"])[0] for files in (was, self._files))
+            if before != now:  # -1 of one that cannot be read
+                raise self._refused(f"{self.dataset.root / name}: its size was {before} and is {now}")
         if (digest := state["fingerprint"].get("dataset")) != self.fingerprint:
             raise self._refused(f"dataset was {digest} and is {self.fingerprint}")
         if touched := [name for name, seen in self._files.items() if was and was[name] != seen]:
