@@ -1,9 +1,15 @@
 """Files that are whole or absent: what every writer of a run folder uses; and where this checkout is."""
 
+import contextlib
+import errno
+import functools
 import json
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+from launch.errors import CheckpointError, to_stderr
 
 ROOT = Path(__file__).resolve().parents[1]  # of this checkout
 
@@ -32,18 +38,49 @@ def replace_file(path: Path, content: bytes, *, durable: bool = False) -> None:
 
 
 def sync_folder(folder: Path) -> None:
-    """Put a folder's entries on the disk."""
+    """Put a folder's entries on the disk. A file system that cannot, as of some networks, costs one WARNING."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS):
+            raise
+        warn_of_folders(error.strerror)
     finally:
         os.close(descriptor)
+
+
+@functools.cache
+def warn_of_folders(reason: str) -> None:
+    """One line, the first time."""
+    to_stderr(f"WARNING checkpoint: this file system cannot sync folders ({reason}): a power cut may lose new files")
+
+
+@contextlib.contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Raises CheckpointError for what the file system refuses in the block, with what to do about it."""
+    try:
+        yield
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be written ({error.strerror or error}); {remedy(error)}, then start the "
+                              f"same command again") from None
+
+
+def remedy(error: OSError) -> str:
+    """What a user can do about what a file system refused."""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        return "free some space"
+    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+        return "make it readable and writable"
+    if error.errno in (errno.EISDIR, errno.ENOTDIR, errno.EEXIST, errno.ENOTEMPTY):
+        return "move away what has that name"
+    return "check the disk"
 
 
 def read_object(path: Path) -> dict[str, Any] | None:
     """The JSON object in a file, or None if it is missing, damaged or something else."""
     try:
-        content = json.loads(path.read_text())
-    except (OSError, ValueError):
+        content = json.loads(path.read_text()) if path.is_file() else None  # to read a pipe may wait without end
+    except (OSError, ValueError, RecursionError):
         return None
     return content if isinstance(content, dict) else None

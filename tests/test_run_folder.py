@@ -143,7 +143,7 @@ def test_a_damaged_owner_file_stops_nobody(tmp_path: Path, content: str) -> None
 
 def test_a_file_that_cannot_be_written_is_one_line_with_a_remedy(folder: RunFolder) -> None:
     (folder.path / "status.json").mkdir()
-    with pytest.raises(CheckpointError, match=r"status.json: cannot be written \(Is a directory\); free some space"):
+    with pytest.raises(CheckpointError, match=r"status.json: cannot be written \(it is no regular file\); move away"):
         folder.write_status("RUNNING")
     assert not list(folder.path.glob(".*.tmp"))
 

@@ -1,18 +1,20 @@
 """Which checkpoint a run resumes from, by `--resume` and what is on disk, and putting its weights into a trainer."""
 
 import contextlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
 from torch.optim.swa_utils import AveragedModel
 
-from launch.errors import CheckpointError, UsageError, launched_rank, say, to_stderr
+from launch.errors import CheckpointError, UsageError, first_line, launched_rank, say, to_stderr
+from launch.files import writing
 from launch.launcher import job_identity
 from launch.process_group import from_main, gather
 from trainers.engine.checkpoints.files import committed, give_name, set_aside, step_of, sweep
-from trainers.engine.checkpoints.load import check_fits, load_or_fail, newest_good
+from trainers.engine.checkpoints.load import check_fits, load_or_fail, newest_good, unlike
 from trainers.engine.checkpoints.snapshot import hash_tensors, tensors_in
 from trainers.engine.checkpoints.weights import load_weights
 from trainers.engine.config import TrainConfig
@@ -20,22 +22,29 @@ from trainers.engine.data_record import saved_class_names
 from trainers.engine.run.card import CARD_FILE, read_card
 from trainers.engine.run.folder import RunFolder
 from trainers.engine.run.ownership import is_restart_of
+from trainers.engine.step import TrainStep
 from trainers.engine.trainer import Trainer
 
 PREPROCESSING = ("image_size", "resize_size", "fit", "interpolation", "normalize")  # flags that belong to the weights
+MOMENTS = ("momentum_buffer", "exp_avg", "exp_avg_sq", "square_avg")  # of optimizers, as large as their parameter
 
 
-def choose_checkpoint(resume: str, folder: RunFolder) -> Path | None:
+
+def choose_checkpoint(resume: str, folder: RunFolder,
+                      unfit: Callable[[dict[str, Any]], str | None] = lambda state: None) -> Path | None:
     """What to resume from, by `--resume` and by what is on disk; None for the start. Rank 0 only.
 
-    Tidies up what killed saves left, and renames damaged files, so that retention does not count them.
+    Tidies up what killed saves left, and renames damaged files, so that retention does not count them. Files that are
+    `unfit` for the run count as damaged, unless all are: then the flags are not those that they were made with.
 
     Raises:
         CheckpointError: if there are checkpoints and none is whole: starting over silently would lose the run. Or if
             the one that the user named is missing or damaged.
     """
     sweep(folder.checkpoints)
-    newest = newest_good(folder.checkpoints)
+    newest = newest_good(folder.checkpoints, unfit=unfit)
+    if newest.state is None and newest.damaged:
+        newest = newest_good(folder.checkpoints)
     state, damaged = newest.state, newest.damaged
     if not is_meant(resume, state):
         return start_over(resume, folder)
@@ -145,6 +154,30 @@ def check_same_on_all_ranks(trainer: Trainer, source: Path) -> None:
         raise CheckpointError(f"{source}: the ranks loaded different weights; let every node see the same folder")
 
 
+def unlike_run(state: Mapping[str, Any], train_step: TrainStep) -> str | None:
+    """The path of the first part of a state that what is trained cannot continue from; None if there is none."""
+    live, optimizer = train_step.state(), train_step.optimizer
+    if name := unlike(state, {part: live[part] for part in ("model", "ema", "optimizer")}):
+        return name
+    saved_parts = state["optimizer"].get("parts", [state["optimizer"]])
+    for saved, part in zip(saved_parts, getattr(optimizer, "parts", [optimizer]), strict=False):
+        parameters = dict(enumerate(parameter for group in part.param_groups for parameter in group["params"]))
+        names = {frozenset(entry) if isinstance(entry, dict) else None for entry in saved["state"].values()}
+        for index, entry in saved["state"].items():
+            if len(names) > 1 or index not in parameters or not is_memory_of(parameters[index], entry):
+                return f"optimizer.state.{index}"
+    return None
+
+
+def is_memory_of(parameter: Tensor, entry: Any) -> bool:
+    """Whether an optimizer can have remembered this of a parameter: moments of its shape, and no negative step."""
+    step = entry.get("step", 0) if isinstance(entry, dict) else None
+    step = step.item() if isinstance(step, Tensor) and step.numel() == 1 else step
+    return unlike(step, 0.0) is None and all(
+        entry[name] is None or (isinstance(entry[name], Tensor) and entry[name].shape == parameter.shape)
+        for name in MOMENTS if name in entry)
+
+
 def resume(config: TrainConfig, trainer: Trainer, *, steps_per_epoch: int) -> str:
     """Put the trainer where the run was, or at the weights of `--init-from`; returns a sentence for the summary.
 
@@ -154,7 +187,11 @@ def resume(config: TrainConfig, trainer: Trainer, *, steps_per_epoch: int) -> st
         CheckpointError: if no checkpoint is whole, what is loaded does not fit, or differs between the ranks.
     """
     world, folder = trainer.world, trainer.folder
-    source = from_main(world, lambda: choose_checkpoint(config.resume, folder))
+    def choose() -> Path | None:
+        with writing(folder.checkpoints):
+            return choose_checkpoint(config.resume, folder, lambda state: unlike_run(state, trainer.train_step))
+
+    source = from_main(world, choose)
     if source is None:
         from_main(world, lambda: folder.truncate_metrics(-1, evaluated=False))
         if config.init_from is None:
@@ -165,7 +202,11 @@ def resume(config: TrainConfig, trainer: Trainer, *, steps_per_epoch: int) -> st
     state = load_or_fail(source)
     check_fits(state, trainer.train_step.network, source, config=trainer.config, fingerprint=trainer.fingerprint)
     trainer.data.expect(state, source)
-    trainer.load_state(state)
+    try:
+        trainer.load_state(state)
+    except (KeyError, RuntimeError, TypeError, ValueError) as error:  # as an optimizer refuses another's state
+        raise CheckpointError(f"{source}: does not fit this run: {first_line(error)}; use the flags and the version of "
+                              f"this code that it was made with, or another --run-name") from None
     check_same_on_all_ranks(trainer, source)
     before = replace(config, epochs=state["config"].get("epochs", config.epochs),
                      max_steps=state["config"].get("max_steps")).total_steps(steps_per_epoch)

@@ -127,8 +127,7 @@ def begin(config: TrainConfig, folder: RunFolder, world: World) -> None:
 
 def write_preempted(folder: RunFolder, stopped: Stopped) -> None:
     """PREEMPTED and why, at the step that was saved."""
-    before = folder.read_json("status.json") or {}
-    step, epoch = max(stopped.step, before.get("step", 0)), max(stopped.epoch, before.get("epoch", 0))
+    step, epoch = map(max, (stopped.step, stopped.epoch), folder.position())
     folder.write_status("PREEMPTED", step=step, epoch=epoch, reason=str(stopped))
     if folder.is_main:
         say(f"stopped at step {step} ({stopped}); the same command continues from there")

@@ -4,11 +4,15 @@ A checkpoint is `step-00000400.pt` with its manifest `step-00000400.json`; witho
 """
 
 import os
+import re
 import shutil
 from collections.abc import Iterable
 from pathlib import Path
 
-from launch.files import sync_folder
+from launch.errors import CheckpointError
+from launch.files import remedy, sync_folder
+
+MANIFEST = re.compile(r"step-\d+(-earlier)?\.json")
 
 
 def checkpoint_path(folder: Path, step: int) -> Path:
@@ -27,8 +31,16 @@ def manifest_path(path: Path) -> Path:
 
 
 def committed(folder: Path) -> list[Path]:
-    """The checkpoints that have a manifest, oldest first; `step-N-earlier.pt` sorts before `step-N.pt`."""
-    return [path.with_suffix(".pt") for path in sorted(folder.glob("step-*.json"))]
+    """The checkpoints that have a manifest, oldest first; `step-N-earlier.pt` sorts before `step-N.pt`.
+
+    Raises:
+        CheckpointError: if the folder is there and cannot be read: it is not empty then.
+    """
+    try:
+        names = os.listdir(folder) if os.path.lexists(folder) else []
+    except OSError as error:
+        raise CheckpointError(f"{folder}: cannot be read ({error.strerror}); {remedy(error)}") from None
+    return [(folder / name).with_suffix(".pt") for name in sorted(names) if MANIFEST.fullmatch(name)]
 
 
 def give_name(path: Path, stem: str) -> None:
@@ -42,6 +54,7 @@ def give_name(path: Path, stem: str) -> None:
         except OSError:
             shutil.copyfile(file, temporary)
         os.replace(temporary, target)
+        temporary.unlink(missing_ok=True)  # where both already were one file, a rename leaves both names
     sync_folder(path.parent)
 
 
@@ -64,11 +77,12 @@ def prune(folder: Path, *, keep: int) -> None:
 
 def sweep(folder: Path) -> None:
     """Remove what killed saves left behind: temporaries, and files never committed beside others that were."""
-    for path in folder.glob(".*.tmp"):
-        path.unlink(missing_ok=True)
     paths = committed(folder)
-    for path in folder.glob("step-*.pt") if paths else ():  # without any manifest somebody may have lost them
-        if path not in paths:
+    loose = [*folder.glob(".*.tmp")]
+    if paths:  # without any manifest somebody may have lost them
+        loose += [path for path in folder.glob("step-*.pt") if path not in paths]
+    for path in loose:
+        if not path.is_dir():
             path.unlink(missing_ok=True)
 
 

@@ -1,28 +1,35 @@
 """Loading a checkpoint: everything is checked before it is used, and a damaged file costs one warning.
 
-Order of checks: manifest, size, sha256 (torch.load itself verifies no CRC), torch.load with weights_only=True, the
-keys, that every tensor is dense and finite, and that the manifest is the one that saving this state would write. Then,
-against the run that resumes: names, shapes and dtypes, data set and global batch.
+Order of checks: manifest, size, sha256 (torch.load itself verifies no CRC), torch.load with weights_only=True, that
+every tensor is dense, finite and all in the file, that each entry looks like what saving writes, and that the manifest
+is the one that saving this state would write. Then, against the run that resumes: names, shapes and dtypes, optimizer,
+data set and global batch.
 """
 
 import json
-import pickle
-from collections.abc import Mapping
+import math
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from launch.errors import CheckpointError, first_line
 from trainers.engine.checkpoints.files import committed, manifest_path
 from trainers.engine.checkpoints.save import FORMAT, file_sha256, manifest
-from trainers.engine.checkpoints.snapshot import not_finite
+from trainers.engine.checkpoints.snapshot import not_finite, strange_kind, tensors_in
+from trainers.engine.checkpoints.weight_files import inflates
 from trainers.engine.checkpoints.weights import first_three, model_differences
 
-KEYS = ("format", "model", "optimizer", "scaler", "ema", "step", "epoch", "samples_consumed", "best", "history",
-        "config", "fingerprint")
+NUMBER = math.nan  # of any sign, NaN too, or None where there was none
+PATTERN: dict[str, Any] = {  # what saving writes; 0 stands for any number from 0 on, and ... for all other names
+    "format": 0, "model": {...: Tensor}, "optimizer": {}, "scaler": {...: NUMBER}, "ema": {...: Tensor}, "step": 0,
+    "epoch": 0, "samples_consumed": 0, "best": {"step": 0, ...: NUMBER},
+    "history": {"epochs": [{"step": 0, ...: NUMBER}], "running": [[NUMBER]], "train_seconds": 0.0},
+    "config": {"epochs": NUMBER, "max_steps": NUMBER}, "fingerprint": {},
+}
 
 
 class Damaged(Exception):
@@ -30,30 +37,82 @@ class Damaged(Exception):
 
 
 def load_verified(path: Path) -> dict[str, Any]:
-    """The state in a checkpoint file, on the CPU; raises Damaged if any check fails."""
+    """The state in a checkpoint file, on the CPU.
+
+    Raises:
+        Damaged: if any check fails.
+        CheckpointError: if the file may not be read.
+    """
     try:
+        for file in (manifest_path(path), path):
+            if not file.is_file():
+                raise Damaged(f"{file.name} is no regular file" if file.exists() else f"{file.name} is missing")
         written = manifest_path(path).read_bytes()
         expected = json.loads(written)
         size, sha256 = int(expected["size"]), str(expected["sha256"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise Damaged(f"no readable manifest {manifest_path(path).name} ({type(error).__name__})") from None
-    try:
         if path.stat().st_size != size:
             raise Damaged(f"{path.stat().st_size} bytes, the manifest says {size}")
         if file_sha256(path) != sha256:
             raise Damaged("its sha256 is not the manifest's")
+        if inflates(path):
+            raise Damaged("its records claim to be larger than the file")
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+        check_state(state)
+        if manifest(state, size=size, sha256=sha256) != written:
+            raise Damaged("its manifest describes another state")
+    except (Damaged, MemoryError):
+        raise
+    except PermissionError as error:
+        raise CheckpointError(f"{error.filename}: cannot be read ({error.strerror}); make it readable") from None
+    except Exception as error:  # a damaged manifest or pickle raises anything
         raise Damaged(f"cannot be read ({first_line(error)})") from None
-    if missing := [key for key in KEYS if not isinstance(state, dict) or key not in state]:
+    return state
+
+
+def check_state(state: Any) -> None:
+    """Raise Damaged unless this is what saving writes."""
+    if missing := [key for key in PATTERN if not isinstance(state, dict) or key not in state]:
         raise Damaged(f"lacks {', '.join(missing)}")
     if state["format"] != FORMAT:
         raise Damaged(f"format {state['format']}, this code reads {FORMAT}")
+    for name, tensor in tensors_in(state):
+        if kind := strange_kind(name, tensor, complex_too=False):
+            raise Damaged(kind)
     if name := not_finite(state):
         raise Damaged(f"{name} is not dense and finite")
-    if manifest(state, size=size, sha256=sha256) != written:
-        raise Damaged("its manifest describes another state")
-    return state
+    absent = [name for name in ("ema", "best") if state[name] is None]
+    if name := unlike(state, {name: part for name, part in PATTERN.items() if name not in absent}):
+        raise Damaged(f"{name} is not what a run writes")
+
+
+def unlike(saved: Any, pattern: Any, name: str = "") -> str | None:
+    """The path of the first part of nested dicts and lists that is not of the pattern's kind; None if there is none.
+
+    A dict has at least the names of the pattern, a list any length; None and texts in the pattern stand for all.
+    """
+    children: list[tuple[Any, Any, str]] = []
+    if isinstance(pattern, type):
+        fits = isinstance(saved, pattern)
+    elif isinstance(pattern, Tensor):
+        fits = isinstance(saved, Tensor) and (saved.shape, saved.dtype) == (pattern.shape, pattern.dtype)
+    elif isinstance(pattern, Mapping):
+        fits = isinstance(saved, Mapping) and all(isinstance(key, str | int) for key in saved)
+        names = {*pattern, *(saved if fits and ... in pattern else ())} - {...}
+        children = [(saved.get(key), pattern.get(key, pattern.get(...)), str(key)) for key in names] if fits else []
+    elif isinstance(pattern, list | tuple):
+        fits = isinstance(saved, list | tuple)
+        children = [(child, pattern[min(number, len(pattern) - 1)], str(number))
+                    for number, child in enumerate(saved if fits and pattern else ())]
+    elif pattern is NUMBER:
+        fits = saved is None or type(saved) is float or (type(saved) is int and abs(saved) < 2**53)
+    elif isinstance(pattern, bool):
+        fits = saved is None or isinstance(saved, bool)
+    elif isinstance(pattern, int | float):
+        fits = type(saved) in (int, type(pattern)) and abs(saved) < 2**53 and (saved >= 0 or pattern < 0)
+    else:
+        fits = True
+    found = (unlike(*child[:2], f"{name}.{child[2]}" if name else child[2]) for child in children)
+    return next(filter(None, found), None) if fits else name
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,13 +126,20 @@ class Newest:
     """What is wrong with each newer one, newest first."""
 
 
-def newest_good(folder: Path, *, try_best: bool = False) -> Newest:
-    """The newest checkpoint that passes every check, or best.pt with `try_best`; and those tried before."""
+def newest_good(folder: Path, *, try_best: bool = False,
+                unfit: Callable[[dict[str, Any]], str | None] = lambda state: None) -> Newest:
+    """The newest checkpoint that passes every check, or best.pt with `try_best`; and those tried before.
+
+    `unfit` names a part of a state that the run cannot resume from; unless none fits, such a checkpoint is damaged.
+    """
     damaged: dict[Path, str] = {}
     best = [folder / "best.pt"] if try_best and (folder / "best.pt").exists() else []
     for path in [*best, *reversed(committed(folder))]:
         try:
-            return Newest(path=path, state=load_verified(path), damaged=damaged)
+            state = load_verified(path)
+            if name := unfit(state):
+                raise Damaged(f"{name} is not what this run writes")
+            return Newest(path=path, state=state, damaged=damaged)
         except Damaged as damage:
             damaged[path] = str(damage)
     return Newest(damaged=damaged)
@@ -83,6 +149,9 @@ def load_or_fail(path: Path) -> dict[str, Any]:
     """The state of a checkpoint that the user named; raises CheckpointError if it is missing or damaged."""
     if not path.is_file():
         raise CheckpointError(f"{path}: no such checkpoint; look in the run folder's checkpoints/")
+    if not manifest_path(path).exists():
+        raise CheckpointError(f"{path}: its manifest is missing; copy {manifest_path(path).name} too, from the folder "
+                              f"that {path.name} is from, or use --init-from if only its weights are wanted")
     try:
         return load_verified(path)
     except Damaged as damage:

@@ -18,8 +18,8 @@ from typing import Any, BinaryIO
 
 import torch
 
-from launch.errors import CheckpointError, NumericError, first_line
-from launch.files import replace_file, sync_folder
+from launch.errors import CheckpointError, NumericError
+from launch.files import replace_file, sync_folder, writing
 from trainers.engine.checkpoints.files import checkpoint_path, give_name, keep_earlier, manifest_path, prune
 from trainers.engine.checkpoints.snapshot import Snapshot, not_finite, tensors_in
 from trainers.engine.run.folder import RunFolder
@@ -90,20 +90,20 @@ class Checkpointer:
         finally:
             self._copied.set()
         self._snapshot.wait_for_gpu()
-        try:
+        with writing(self.folder.checkpoints):
             path = write_checkpoint(self.folder.checkpoints, self._snapshot.tree,
-                                    check_fence=self.folder.ownership.check)
+                                    check_fence=self.folder.ownership.check, sync_metrics=self.folder.sync_metrics)
             if is_best:
                 give_name(path, "best")
             prune(self.folder.checkpoints, keep=self.keep)
-        except OSError as error:
-            raise CheckpointError(f"{self.folder.checkpoints}: cannot be written ({first_line(error)}); free some "
-                                  f"space, then start the same command again") from None
 
 
 def write_checkpoint(folder: Path, state: Mapping[str, Any], *,
-                     check_fence: Callable[[], None] = lambda: None) -> Path:
+                     check_fence: Callable[[], None] = lambda: None,
+                     sync_metrics: Callable[[], None] = lambda: None) -> Path:
     """Write one checkpoint durably and return its path. The manifest, written last, is the commit point.
+
+    What was reported up to this step is then on the disk too, by `sync_metrics`.
 
     Raises:
         CheckpointError: if what was read back differs from what was written, or `check_fence` says so.
@@ -134,6 +134,7 @@ def write_checkpoint(folder: Path, state: Mapping[str, Any], *,
     finally:
         temporary.unlink(missing_ok=True)
     sync_folder(folder)
+    sync_metrics()
     check_fence()
     replace_file(manifest_path(path), manifest(state, size=path.stat().st_size, sha256=digest), durable=True)
     return path

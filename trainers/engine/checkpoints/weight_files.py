@@ -60,12 +60,17 @@ def read_weights_file(path: Path, source: str) -> Any:
         raise CheckpointError(f"{source}: cannot be read ({reason}); get it again") from None
 
 
+def inflates(path: Path) -> bool:
+    """Whether an archive's records claim to be larger than the file. torch.save compresses nothing."""
+    with zipfile.ZipFile(path) as archive:
+        return sum(record.file_size for record in archive.infolist()) > path.stat().st_size
+
+
 def check_archive(path: Path, source: str) -> None:
     """Raise CheckpointError for an archive with a damaged or inflated record; other files pass."""
     if not zipfile.is_zipfile(path):
         return
-    with zipfile.ZipFile(path) as archive:
-        if sum(record.file_size for record in archive.infolist()) > path.stat().st_size:
-            raise CheckpointError(f"{source}: its records claim to be larger than the file; get it again")
-        if damaged := archive.testzip():
-            raise CheckpointError(f"{source}: its record {damaged} is damaged (CRC); get it again")
+    if inflates(path):
+        raise CheckpointError(f"{source}: its records claim to be larger than the file; get it again")
+    if damaged := zipfile.ZipFile(path).testzip():
+        raise CheckpointError(f"{source}: its record {damaged} is damaged (CRC); get it again")

@@ -5,15 +5,18 @@ step, so that a reader never sees half of one.
 """
 
 import contextlib
+import errno
 import json
 import math
+import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from launch.errors import CheckpointError, UsageError, user_line
-from launch.files import read_object, replace_file
+from launch.files import read_object, replace_file, sync_folder, writing
 from launch.machine import environment_record
+from trainers.engine.checkpoints.files import committed
 from trainers.engine.config import MAY_CHANGE, TrainConfig
 from trainers.engine.run.ownership import Ownership, output_dir_writable
 
@@ -28,6 +31,8 @@ class RunFolder:
         self.checkpoints = path / "checkpoints"
         self.is_main = is_main
         self.ownership = Ownership(path)
+        self._synced_inode: int | None = None
+        """Of the metrics.jsonl whose name is on the disk."""
         self._started = False
         """Whether this process started or resumed the run: only then may it write how the run ended."""
 
@@ -50,11 +55,11 @@ class RunFolder:
     def _writing(self, name: str) -> Iterator[Path]:
         """The path of a file to write, behind the fence; what the disk refuses becomes one line for the user."""
         self.ownership.check()
-        try:
-            yield self.path / name
-        except OSError as error:
-            raise CheckpointError(f"{self.path / name}: cannot be written ({error.strerror}); free some space or "
-                                  f"make it writable, then start the same command again") from None
+        path = self.path / name
+        with writing(path):
+            if path.suffix and path.exists() and not path.is_file():  # opening a pipe may wait without end
+                raise OSError(errno.EEXIST, "it is no regular file")
+            yield path
 
     def read_json(self, name: str) -> dict[str, Any] | None:
         """The content of a JSON file of the folder, or None if it is missing or damaged."""
@@ -79,22 +84,39 @@ class RunFolder:
         """Replace status.json: RUNNING, PREEMPTED, DONE or FAILED."""
         self.write_json("status.json", {"state": state, "step": step, "epoch": epoch, "reason": reason})
 
+    def position(self) -> tuple[int, int]:
+        """Step and epoch in status.json; 0 for what is missing or damaged."""
+        status = self.read_json("status.json") or {}
+        step, epoch = (value if type(value) is int else 0 for value in (status.get("step"), status.get("epoch")))
+        return step, epoch
+
     def failed(self, cause: Exception | str, *, step: int) -> None:
         """FAILED and why; not if this process never started the run, or has lost it, or the disk is full."""
         if not self._started:
             return
-        before = self.read_json("status.json") or {}
+        before_step, epoch = self.position()
         if isinstance(cause, Exception):
             cause = user_line(cause) or f"{type(cause).__name__}: {cause}"
         with contextlib.suppress(CheckpointError):
-            self.write_status("FAILED", step=max(step, before.get("step", 0)), epoch=before.get("epoch", 0),
-                              reason=cause)
+            self.write_status("FAILED", step=max(step, before_step), epoch=epoch, reason=cause)
 
     def append_metrics(self, line: Mapping[str, Any]) -> None:
         """Add one line to metrics.jsonl, in one write; raises as `write_bytes` does."""
         if self.is_main:
             with self._writing("metrics.jsonl") as path, open(path, "a") as file:
                 file.write(json.dumps(finite(line)) + "\n")
+
+    def sync_metrics(self) -> None:
+        """Put metrics.jsonl on the disk, and its name once it was made or replaced."""
+        path = self.path / "metrics.jsonl"
+        if not path.is_file():
+            return
+        with open(path, "rb") as file:
+            os.fsync(file.fileno())
+        if (inode := path.stat().st_ino) != self._synced_inode:
+            sync_folder(self.path)
+            sync_folder(self.path.parent)
+            self._synced_inode = inode
 
     def truncate_metrics(self, step: int, *, evaluated: bool) -> None:
         """Drop the lines that a run resumed at `step` will write again, and a half-written one.
@@ -111,7 +133,7 @@ class RunFolder:
         if self.is_main and (self.path / "metrics.jsonl").exists():
             with self._writing("metrics.jsonl") as path:
                 lines = path.read_text(errors="replace").splitlines()
-                replace_file(path, "".join(text + "\n" for text in lines if stays(text)).encode())
+                replace_file(path, "".join(text + "\n" for text in lines if stays(text)).encode(), durable=True)
 
     def first_evaluated_split(self) -> str | None:
         """The split of the first evaluation that metrics.jsonl holds; None before there is one."""
@@ -139,17 +161,24 @@ class RunFolder:
                 evaluation is asked for, whose result would replace that of the run.
         """
         before, status = self.read_config(), self.read_json("status.json") or {}
-        has_progress = any(self.checkpoints.glob("step-*.json"))  # without, nothing is altered by other flags
+        is_done = status.get("state") == "DONE"
+        has_progress = bool(committed(self.checkpoints))  # without, nothing is altered by other flags
+        if is_done and not has_progress and before is not None:  # cleared, unless nothing was ever trained
+            has_progress = before.get("evaluate") is None and before.get("measure") is None
         if has_progress and config.get("evaluate") is not None:
             raise UsageError(f"--evaluate {config['evaluate']}: {self.path} holds a training run, whose result this "
                              f"would replace; give the evaluation another --run-name")
         if has_progress and before is not None and config.get("resume") != "never":
             self._check_unchanged(config, before)
-            if status.get("state") == "DONE" and not asks_for_more(config, before, status):
+            if is_done and not asks_for_more(config, before, status):
                 return False
+            if is_done and config.get("resume") == "auto" and not committed(self.checkpoints):
+                raise CheckpointError(f"{self.path}: is DONE and its checkpoints are gone, so it cannot continue; use "
+                                      f"--resume never to start over, or another --run-name")
         self.write_json("config.json", config)
         self.write_json("environment.json", {**environment_record(), **world})
-        self.write_status("RUNNING", step=status.get("step", 0), epoch=status.get("epoch", 0))
+        step, epoch = self.position()
+        self.write_status("RUNNING", step=step, epoch=epoch)
         self._started = True
         return True
 
@@ -166,7 +195,7 @@ def asks_for_more(config: Mapping[str, Any], before: Mapping[str, Any], status: 
     """Whether the limit that ended the run was raised, or taken away (None is no limit)."""
     names = ("patience",) if str(status.get("reason")).startswith(OUT_OF_PATIENCE) else ("epochs", "max_steps")
     limits = [(config.get(name), before.get(name)) for name in names]
-    return any(then is not None and (now is None or now > then) for now, then in limits)
+    return any(isinstance(then, int) and (now is None or now > then) for now, then in limits)
 
 
 def finite(content: Any) -> Any:
