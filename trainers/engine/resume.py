@@ -157,7 +157,7 @@ def check_same_on_all_ranks(trainer: Trainer, source: Path) -> None:
 def unlike_run(state: Mapping[str, Any], train_step: TrainStep) -> str | None:
     """The path of the first part of a state that what is trained cannot continue from; None if there is none."""
     live, optimizer = train_step.state(), train_step.optimizer
-    if name := unlike(state, {part: live[part] for part in ("model", "ema", "optimizer")}):
+    if name := unlike(state, {part: live[part] for part in ("model", "ema", "optimizer") if live[part] is not None}):
         return name
     saved_parts = state["optimizer"].get("parts", [state["optimizer"]])
     for saved, part in zip(saved_parts, getattr(optimizer, "parts", [optimizer]), strict=False):

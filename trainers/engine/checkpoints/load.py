@@ -24,10 +24,10 @@ from trainers.engine.checkpoints.weight_files import inflates
 from trainers.engine.checkpoints.weights import first_three, model_differences
 
 NUMBER = math.nan  # of any sign, NaN too, or None where there was none
-PATTERN: dict[str, Any] = {  # what saving writes; 0 stands for any number from 0 on, and ... for all other names
+PATTERN: dict[str, Any] = {  # what saving writes; 0 stands for any number from 0 on, ... for all other names or items
     "format": 0, "model": {...: Tensor}, "optimizer": {}, "scaler": {...: NUMBER}, "ema": {...: Tensor}, "step": 0,
     "epoch": 0, "samples_consumed": 0, "best": {"step": 0, ...: NUMBER},
-    "history": {"epochs": [{"step": 0, ...: NUMBER}], "running": [[NUMBER]], "train_seconds": 0.0},
+    "history": {"epochs": [{"step": 0, ...: NUMBER}, ...], "running": [[NUMBER, ...], ...], "train_seconds": 0.0},
     "config": {"epochs": NUMBER, "max_steps": NUMBER}, "fingerprint": {},
 }
 
@@ -83,12 +83,15 @@ def check_state(state: Any) -> None:
     absent = [name for name in ("ema", "best") if state[name] is None]
     if name := unlike(state, {name: part for name, part in PATTERN.items() if name not in absent}):
         raise Damaged(f"{name} is not what a run writes")
+    rows = state["history"]["running"]
+    if len({len(row) for row in rows}) != 1 or len(rows[0]) < 3 or any(None in row for row in rows):
+        raise Damaged("history.running is not what a run writes")
 
 
 def unlike(saved: Any, pattern: Any, name: str = "") -> str | None:
     """The path of the first part of nested dicts and lists that is not of the pattern's kind; None if there is none.
 
-    A dict has at least the names of the pattern, a list any length; None and texts in the pattern stand for all.
+    A dict has at least the names of the pattern. None in the pattern stands for a flag that may be set.
     """
     children: list[tuple[Any, Any, str]] = []
     if isinstance(pattern, type):
@@ -96,21 +99,20 @@ def unlike(saved: Any, pattern: Any, name: str = "") -> str | None:
     elif isinstance(pattern, Tensor):
         fits = isinstance(saved, Tensor) and (saved.shape, saved.dtype) == (pattern.shape, pattern.dtype)
     elif isinstance(pattern, Mapping):
-        fits = isinstance(saved, Mapping) and all(isinstance(key, str | int) for key in saved)
+        fits = (isinstance(saved, Mapping) and all(isinstance(key, str | int) for key in saved)
+                and all(key in saved or kind is NUMBER for key, kind in pattern.items() if key is not ...))
         names = {*pattern, *(saved if fits and ... in pattern else ())} - {...}
         children = [(saved.get(key), pattern.get(key, pattern.get(...)), str(key)) for key in names] if fits else []
     elif isinstance(pattern, list | tuple):
-        fits = isinstance(saved, list | tuple)
-        children = [(child, pattern[min(number, len(pattern) - 1)], str(number))
-                    for number, child in enumerate(saved if fits and pattern else ())]
+        kinds = pattern[:1] * len(saved) if ... in pattern and isinstance(saved, list) else pattern
+        fits = isinstance(saved, list | tuple) and len(saved) == len(kinds)
+        children = [(child, kinds[number], str(number)) for number, child in enumerate(saved if fits else ())]
     elif pattern is NUMBER:
         fits = saved is None or type(saved) is float or (type(saved) is int and abs(saved) < 2**53)
-    elif isinstance(pattern, bool):
-        fits = saved is None or isinstance(saved, bool)
-    elif isinstance(pattern, int | float):
-        fits = type(saved) in (int, type(pattern)) and abs(saved) < 2**53 and (saved >= 0 or pattern < 0)
+    elif pattern is None or isinstance(pattern, bool | str):
+        fits = saved is None or type(saved) in (bool, type(pattern))
     else:
-        fits = True
+        fits = type(saved) in (int, type(pattern)) and abs(saved) < 2**53 and (saved >= 0 or pattern < 0)
     found = (unlike(*child[:2], f"{name}.{child[2]}" if name else child[2]) for child in children)
     return next(filter(None, found), None) if fits else name
 
