@@ -5,7 +5,7 @@ import errno
 import functools
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +14,16 @@ from launch.errors import CheckpointError, to_stderr
 ROOT = Path(__file__).resolve().parents[1]  # of this checkout
 
 
-def replace_file(path: Path, content: bytes, *, durable: bool = False) -> None:
+def no_check() -> None:
+    """In place of a `check_fence` where only one process writes."""
+
+
+def replace_file(path: Path, content: bytes, *, durable: bool = False,
+                 check_fence: Callable[[], None] = no_check) -> None:
     """Write a file that is whole or absent: a temporary in the same folder, then os.replace.
 
-    With `durable`, the content and the folder entry are on the disk before this returns.
+    With `durable`, the content and the folder entry are on the disk before this returns. `check_fence` is called right
+    before the file is replaced, and raises if this process may not.
 
     Raises:
         OSError: as the file system says; the temporary is removed.
@@ -29,8 +35,9 @@ def replace_file(path: Path, content: bytes, *, durable: bool = False) -> None:
             if durable:
                 file.flush()
                 os.fsync(file.fileno())
+        check_fence()
         os.replace(temporary, path)
-    except OSError:
+    except BaseException:
         temporary.unlink(missing_ok=True)
         raise
     if durable:

@@ -16,6 +16,7 @@ from launch.errors import UsageError
 
 UUID = re.compile(r"[0-9a-f]{8}-[0-9a-f]{4}-4[0-9a-f]{3}-[0-9a-f]{4}-[0-9a-f]{12}")  # torchrun --standalone's run id
 INTERACTIVE_STEP = "4294967290"  # SLURM_STEP_ID of the shell that salloc opens on a node
+REQUEUE = 1000  # what Slurm's restart counts in `restart`: one more than a torchrun ever restarts within it
 
 @dataclass(frozen=True, kw_only=True)
 class Launch:
@@ -167,7 +168,7 @@ def job_identity() -> dict[str, Any]:
     restarts = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
     if job := slurm_job():
         requeues = int(os.environ.get("SLURM_RESTART_COUNT", "0"))
-        return {"job": f"slurm-{job}", "restart": 1000 * requeues + restarts}  # each may hold many restarts
+        return {"job": f"slurm-{job}", "restart": REQUEUE * requeues + restarts}
     agent = launcher_identity()
     if agent is None:
         return {"job": None, "restart": 0}
@@ -192,10 +193,13 @@ def slurm_job() -> str | None:
     """The id of the Slurm job that started this process, or an array task's `<array job>_<task>`; a requeue keeps it.
 
     An interactive allocation is not such a job, for many commands are run in one: the shell of salloc, where Slurm gave
-    no task number or the number of its interactive step, and that of `srun --pty`.
+    no task number or the number of its interactive step, that of `srun --pty`, and the steps that are started there.
+    What a batch script inherits from the shell in which it was submitted does not make it interactive.
     """
-    interactive = os.environ.get("SLURM_STEP_ID") == INTERACTIVE_STEP or "SLURM_PTY_PORT" in os.environ
-    if "SLURM_JOB_ID" not in os.environ or "SLURM_PROCID" not in os.environ or interactive:
+    interactive = (os.environ.get("SLURM_STEP_ID") == INTERACTIVE_STEP or "SLURM_PTY_PORT" in os.environ
+                   or os.environ.get("SLURM_JOB_NAME") == "interactive")  # salloc's default
+    if "SLURM_JOB_ID" not in os.environ or "SLURM_PROCID" not in os.environ or (
+            interactive and os.environ.get("ENVIRONMENT") != "BATCH"):
         return None
     if "SLURM_ARRAY_TASK_ID" in os.environ:
         return f"{os.environ['SLURM_ARRAY_JOB_ID']}_{os.environ['SLURM_ARRAY_TASK_ID']}"

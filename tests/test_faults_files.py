@@ -1,7 +1,9 @@
 """Run folders, checkpoints, disks and streams in every bad state: a run resumes or says in one line why it cannot."""
 
+import errno
 import os
 import shutil
+import signal
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,7 +12,18 @@ import pytest
 
 from tests.helpers.comparing import outcome, run_in
 from tests.helpers.faults import Fault, assert_ends_as_specified, cases, check
-from tests.helpers.hooks import at, clock_jumps, fill, kill, limit_file_size, sleep_for, slow_steps, small_data, touch
+from tests.helpers.hooks import (
+    at,
+    clock_jumps,
+    fill,
+    kill,
+    limit_file_size,
+    no_locks,
+    sleep_for,
+    slow_steps,
+    small_data,
+    touch,
+)
 from tests.helpers.processes import newest_checkpoint, read_json
 from tests.helpers.server import NORMED, run, start
 
@@ -143,6 +156,21 @@ def test_a_second_process_on_a_run_is_told_who_has_it(tmp_path: Path) -> None:
                             error=f"ERROR checkpoint: .*in use by pid {first.pids[0]} on "))
         check(first.wait(), Fault(name="first"))
     assert read_json(tmp_path / "r" / "status.json")["state"] == "DONE"
+
+
+@pytest.mark.slow
+def test_a_second_process_is_refused_by_heartbeats_where_the_file_system_has_no_locks(tmp_path: Path) -> None:
+    flags = [*NORMED, "--output-dir", tmp_path]
+    without = no_locks(errno.ENOLCK)
+    with start("cifar", *flags, "--epochs", "500", folder=tmp_path / "1", hook=[without, slow_steps(0.1)]) as first:
+        first.wait_for_line("parameters")
+        second = run("cifar", *flags, "--epochs", "500", folder=tmp_path / "2", hook=without, timeout=30)
+        check(second, Fault(name="second", codes=(4,), error=f"ERROR checkpoint: .*in use by pid {first.pids[0]} on "))
+        assert first.codes() == [None]
+        first.signal(signal.SIGKILL, 0)
+    third = run("cifar", *flags, folder=tmp_path / "3", hook=without, timeout=60)
+    check(third, Fault(name="third"))
+    assert "(from step-" in third.out
 
 
 @pytest.mark.parametrize("where", ["file", "/proc/none"])

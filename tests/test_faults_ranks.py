@@ -13,6 +13,7 @@ from tests.helpers.hooks import (
     Hook,
     at,
     bad_loss_from,
+    delete,
     kill,
     list_files,
     rank_without_a_gpu,
@@ -48,11 +49,16 @@ FAULTS = [
           hook=at(7, "forward", run_out_of_memory("full"), ranks=[1]), error="ERROR device: memory: full"),
     Fault(name="taken-over-by-a-later-incarnation", ranks=2, hook=at(11, "data", taken_over(), ranks=[0]), codes=(4, 6),
           state="RUNNING", error="ERROR checkpoint: .*a later incarnation, pid 1 on elsewhere, owns this run"),
+    Fault(name="run-folder-deleted", ranks=2, hook=at(11, "data", delete("runs/r"), ranks=[0]), codes=(4, 6),
+          state=None, error="ERROR checkpoint: .*owner.json was deleted or damaged .*; start the same command again",
+          resumes=True),
+    Fault(name="owner-file-deleted", hook=at(11, "data", delete("runs/r/owner.json")), codes=(4,), state="RUNNING",
+          error="ERROR checkpoint: .*owner.json was deleted or damaged", resumes=True),
 ]
 
 
 @pytest.mark.parametrize("fault", cases(FAULTS, default={
-    "rank-0-killed", "loss-not-finite-on-one-rank", "loss-not-finite-in-the-last-step"}))
+    "rank-0-killed", "loss-not-finite-on-one-rank", "loss-not-finite-in-the-last-step", "owner-file-deleted"}))
 def test_a_rank_that_fails_is_named_once_and_every_rank_ends(tmp_path: Path, fault: Fault) -> None:
     assert_ends_as_specified(fault, tmp_path)
 

@@ -13,7 +13,7 @@ from launch.stop import signals_flag
 from tests.helpers.faults import check_lines, check_nothing_left
 from tests.helpers.hooks import at, kill, on_first_start, sleep_for, touch
 from tests.helpers.processes import Ended, metrics, newest_checkpoint, read_json, wait_until
-from tests.helpers.server import NORMED, Job, start
+from tests.helpers.server import NORMED, Job, free_port, start
 
 pytestmark = pytest.mark.timeout(150)
 
@@ -108,3 +108,22 @@ def test_torchrun_restarts_after_a_killed_rank_and_the_run_resumes_from_its_chec
     steps = metrics(tmp_path / "r", "split", "step")
     assert sorted(set(steps)) == sorted(steps)  # nothing twice
     assert read_json(tmp_path / "r" / "owner.json")["incarnation"] == 2
+
+
+@pytest.mark.slow
+def test_a_second_torchrun_of_the_same_id_is_refused_at_every_restart(tmp_path: Path) -> None:
+    def launch(name: str) -> Job:
+        options = ("--rdzv-id=x", "--max-restarts=1", "--rdzv-backend=c10d", f"--rdzv-endpoint=localhost:{free_port()}")
+        return start("cifar", *NORMED, "--output-dir", tmp_path, "--epochs", 500, folder=tmp_path / name, ranks=1,
+                     launcher="torchrun", options=options)
+
+    with launch("first") as first:
+        wait_for_steps(tmp_path / "r", 12)
+        with launch("second") as second:
+            refused = finish(second)
+        assert refused.code == 1
+        assert len(refused.errors) == 2  # at each of two starts
+        assert all("in use by pid" in line for line in refused.errors)
+        first.signal(signal.SIGTERM, 0)
+        finish(first)
+    assert read_json(tmp_path / "r" / "status.json")["state"] == "PREEMPTED"

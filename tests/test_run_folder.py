@@ -1,6 +1,8 @@
 """The run folder: its owner, its fence, what may change between two starts, and files that are whole or absent."""
 
+import errno
 import json
+import shutil
 import socket
 import subprocess
 import sys
@@ -53,11 +55,21 @@ def test_a_folder_locked_by_another_process_is_refused_and_names_it(tmp_path: Pa
     RunFolder(tmp_path / "r", is_main=True).claim()  # the kernel gave the lock up
 
 
-def test_a_restart_of_the_same_job_takes_the_run_over_and_the_old_one_writes_nothing_more(
-        folder: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
-    owner = {**(folder.read_json("owner.json") or {}), "job": "slurm-7", "restart": 0}
+AGENT = {"host": "a", "pid": 7, "started": 100, "run_id": "mine"}
+
+
+@pytest.mark.parametrize(("job", "launcher", "then", "now", "other"), [
+    ("slurm-7", None, 0, 1000, None), ("slurm-7", AGENT, 2, 1000, {**AGENT, "pid": 8}),
+    ("torchrun-mine", AGENT, 0, 1, AGENT), ("slurm-7", AGENT, 1000, 1001, AGENT)],
+    ids=["requeued step", "requeued torchrun", "restarted by torchrun", "restarted by torchrun in Slurm"])
+def test_the_same_job_started_again_takes_the_run_over_and_the_old_one_writes_nothing_more(
+        folder: RunFolder, monkeypatch: pytest.MonkeyPatch, job: str, launcher: Any, then: int, now: int,
+        other: Any) -> None:
+    owner = {**(folder.read_json("owner.json") or {}), "job": job, "restart": then, "launcher": launcher}
     replace_file(folder.path / "owner.json", json.dumps(owner).encode())
-    monkeypatch.setattr(ownership, "job_identity", lambda: {"job": "slurm-7", "restart": 1})
+    monkeypatch.setattr(ownership, "job_identity", lambda: {"job": job, "restart": now})
+    monkeypatch.setattr(ownership, "launcher_identity", lambda: other)
+    monkeypatch.setattr(ownership, "still_beats", lambda *args, **how: pytest.fail("the launcher proves it"))
     later = RunFolder(folder.path, is_main=True)
     later.claim()
     before = sorted(path.name for path in folder.path.iterdir())
@@ -71,6 +83,92 @@ def test_a_restart_of_the_same_job_takes_the_run_over_and_the_old_one_writes_not
     assert sorted(path.name for path in folder.path.iterdir()) == before
     assert (read_object(folder.path / "owner.json") or {})["incarnation"] == 2
     later.write_status("RUNNING")
+
+
+@pytest.mark.parametrize(("job", "restart", "launcher"), [
+    ("slurm-7", 1, None), ("slurm-7", 3, {**AGENT, "pid": 8}), ("torchrun-mine", 1, {**AGENT, "pid": 8}),
+    ("torchrun-mine", 2, {**AGENT, "started": 101}), ("torchrun-mine", 1, {**AGENT, "host": "b"}),
+    ("torchrun-mine", 0, AGENT), ("slurm-8", 1000, AGENT), (None, 0, None)])
+def test_a_second_launcher_of_one_name_is_refused_however_often_it_restarts(
+        folder: RunFolder, monkeypatch: pytest.MonkeyPatch, job: str | None, restart: int, launcher: Any) -> None:
+    elsewhere = {"job": "slurm-7" if "slurm" in str(job) else "torchrun-mine", "restart": 0, "launcher": AGENT}
+    elsewhere = {**(folder.read_json("owner.json") or {}), **elsewhere, "host": "elsewhere", "pid": 5}
+    replace_file(folder.path / "owner.json", json.dumps(elsewhere).encode())
+    monkeypatch.setattr(ownership, "job_identity", lambda: {"job": job, "restart": restart})
+    monkeypatch.setattr(ownership, "launcher_identity", lambda: launcher)
+    monkeypatch.setattr(ownership.time, "sleep", lambda _: replace_file(folder.path / "heartbeat.json", b'{"b": 1}'))
+    with pytest.raises(CheckpointError, match="in use by pid 5 on elsewhere"):
+        RunFolder(folder.path, is_main=True).claim()
+    assert folder.read_json("owner.json") == elsewhere
+
+
+def test_a_folder_that_was_deleted_and_made_again_has_one_writer(folder: RunFolder) -> None:
+    shutil.rmtree(folder.path)
+    for write in (lambda: folder.write_status("RUNNING"), lambda: folder.append_metrics({"step": 1})):
+        with pytest.raises(CheckpointError, match=r"owner.json was deleted or damaged .* start the same command again"):
+            write()
+    assert not folder.path.exists()
+    later = RunFolder(folder.path, is_main=True)
+    later.claim()
+    assert later.ownership.incarnation == folder.ownership.incarnation  # both are the first: the word tells them apart
+    with pytest.raises(CheckpointError, match="a later incarnation"):
+        folder.append_metrics({"step": 1})
+    later.append_metrics({"step": 1})
+    folder.release()
+    later.append_metrics({"step": 2})
+
+
+@pytest.mark.parametrize("content", [None, b"", b"[]", b'{"incarnation": 1}', b'{"incarnation": 1, "word": "x"}'])
+def test_a_claim_that_was_deleted_or_damaged_is_lost(folder: RunFolder, content: bytes | None) -> None:
+    (folder.path / "owner.json").unlink()
+    if content is not None:
+        (folder.path / "owner.json").write_bytes(content)
+    before = sorted(path.name for path in folder.path.iterdir())
+    with pytest.raises(CheckpointError, match=r"deleted or damaged|a later incarnation"):
+        folder.append_metrics({"step": 1})
+    folder.beat()
+    assert sorted(path.name for path in folder.path.iterdir()) == before
+
+
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL])
+def test_without_file_locks_a_second_start_on_the_same_host_is_refused_while_the_first_beats(
+        tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int) -> None:
+    def no_locks(*args: object) -> None:
+        raise OSError(number, "no locks")
+
+    monkeypatch.setattr(ownership.fcntl, "lockf", no_locks)
+    first, second = RunFolder(tmp_path / "r", is_main=True), RunFolder(tmp_path / "r", is_main=True)
+    first.claim()
+
+    def pause(seconds: float) -> None:
+        assert seconds > 2 * ownership.BEAT_SECONDS
+        first.ownership._beat_at = 0
+        first.beat()
+
+    monkeypatch.setattr(ownership.time, "sleep", pause)
+    with pytest.raises(CheckpointError, match="in use by pid"):
+        second.claim()
+    first.append_metrics({"step": 1})
+    monkeypatch.setattr(ownership.time, "sleep", lambda _: None)  # as after kill -9
+    second.claim()
+    with pytest.raises(CheckpointError, match="a later incarnation"):
+        first.append_metrics({"step": 2})
+
+
+def test_a_deleted_lock_lets_nobody_in_while_the_owner_beats(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    words = [sys.executable, str(PROGRAMS / "claim.py"), str(tmp_path / "r")]
+    with subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
+        assert other.stdout is not None
+        assert other.stdout.readline() == b"claimed\n"
+        (tmp_path / "r" / "lock").unlink()
+        beat = tmp_path / "r" / "heartbeat.json"
+        monkeypatch.setattr(ownership.time, "sleep", lambda _: replace_file(beat, b'{"beats": 2}'))
+        with pytest.raises(CheckpointError, match=f"in use by pid {other.pid}"):
+            RunFolder(tmp_path / "r", is_main=True).claim()
+        other.kill()
+        other.wait()
+    monkeypatch.setattr(ownership.time, "sleep", lambda _: pytest.fail("a dead owner is not waited for"))
+    RunFolder(tmp_path / "r", is_main=True).claim()
 
 
 def test_an_owner_on_another_host_counts_as_long_as_its_heartbeat_changes(folder: RunFolder,

@@ -8,14 +8,15 @@ from pathlib import Path
 import pytest
 
 from launch import launcher
-from launch.errors import CheckpointError
+from launch.errors import CheckpointError, UsageError, user_line
 from launch.files import read_object, replace_file
+from tests.helpers.faults import Fault, assert_ends_as_specified
 from tests.helpers.hooks import at, kill, on_first_start
 from tests.helpers.processes import TINY, read_json
 from tests.helpers.server import NORMED, run, start
 from trainers.engine.run import ownership
 from trainers.engine.run.folder import RunFolder
-from trainers.engine.run.ownership import unnamed_run
+from trainers.engine.run.ownership import check_run_name, unnamed_run
 
 pytestmark = pytest.mark.timeout(240)
 
@@ -28,7 +29,7 @@ UNNAMED = NORMED[: NORMED.index("--run-name")]
 @pytest.fixture
 def no_launcher(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
     for name in ("SLURM_JOB_ID", "SLURM_PROCID", "SLURM_STEP_ID", "SLURM_PTY_PORT", "SLURM_ARRAY_TASK_ID",
-                 "TORCHELASTIC_RUN_ID"):
+                 "SLURM_JOB_NAME", "ENVIRONMENT", "TORCHELASTIC_RUN_ID"):
         monkeypatch.delenv(name, raising=False)
     return monkeypatch
 
@@ -42,12 +43,15 @@ def no_launcher(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
     ({"SLURM_JOB_ID": "17"}, TIME),
     ({**BATCH, "SLURM_STEP_ID": "4294967290"}, TIME),
     ({**BATCH, "SLURM_STEP_ID": "0", "SLURM_PTY_PORT": "35017"}, TIME),
+    ({**BATCH, "SLURM_STEP_ID": "1", "SLURM_JOB_NAME": "interactive"}, TIME),
+    ({**BATCH, "ENVIRONMENT": "BATCH", "SLURM_PTY_PORT": "35017", "SLURM_JOB_NAME": "interactive"}, "17"),
     ({"TORCHELASTIC_RUN_ID": "my run"}, "my_run"),
     ({"TORCHELASTIC_RUN_ID": "none"}, TIME),
     (STANDALONE, TIME),
     ({**STANDALONE, "SLURM_JOB_ID": "17"}, TIME),
 ], ids=["python", "batch script", "srun", "torchrun in a batch script", "array task", "salloc", "salloc on a node",
-        "srun --pty", "--rdzv-id", "torchrun", "torchrun --standalone", "torchrun in salloc"])
+        "srun --pty", "srun in salloc", "sbatch from srun --pty", "--rdzv-id", "torchrun", "torchrun --standalone",
+        "torchrun in salloc"])
 def test_a_run_is_named_after(no_launcher: pytest.MonkeyPatch, tmp_path: Path, variables: dict[str, str],
                               ending: str) -> None:
     for name, value in variables.items():
@@ -84,6 +88,61 @@ def test_a_restart_finds_its_folder_and_another_launcher_does_not(no_launcher: p
         replace_file(tmp_path / name / "owner.json", json.dumps(other).encode())
         assert unnamed_run(tmp_path, "cifar", "fast") == f"{name}-{number}"
         replace_file(tmp_path / f"{name}-{number}" / "owner.json", b"{}")
+
+
+def test_the_commands_of_a_batch_script_are_a_run_each_and_found_again_by_their_flags(
+        no_launcher: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    for name, value in {**BATCH, "SLURM_STEP_ID": "0"}.items():
+        no_launcher.setenv(name, value)
+    commands = [{"seed": 0}, {"seed": 1}, {"seed": 1, "epochs": 20}, {"seed": 1, "data_dir": "b"}, {"seed": None}]
+    flags = [{"seed": 0, "epochs": 10, "data_dir": "a", "evaluate": None, **changes} for changes in commands]
+    names = [unnamed_run(tmp_path, "cifar", "fast", config) for config in flags]
+    assert names == ["cifar-fast-17", *(f"cifar-fast-{number}-17" for number in (2, 3, 4, 5))]
+    folder = RunFolder(tmp_path / names[1], is_main=True)
+    folder.claim()
+    folder.begin(flags[1], world={})
+    folder.release()
+    no_launcher.setenv("SLURM_RESTART_COUNT", "1")
+    no_launcher.setenv("SLURM_STEP_ID", "3")
+    for name, config in sorted(zip(names, flags, strict=True), reverse=True):
+        assert unnamed_run(tmp_path, "cifar", "fast", {**config, "of_a_later_version": 1}) == name
+    assert unnamed_run(tmp_path, "mnist", "fast", flags[0]) == "mnist-fast-17"
+    assert {path.name for path in tmp_path.iterdir()} == {*names, "mnist-fast-17"}
+    no_launcher.setenv("SLURM_JOB_ID", "18")
+    assert unnamed_run(tmp_path, "cifar", "fast", flags[1]) == "cifar-fast-18"
+
+
+def test_commands_that_a_batch_script_starts_at_once_get_a_folder_each(no_launcher: pytest.MonkeyPatch,
+                                                                      tmp_path: Path) -> None:
+    for name, value in BATCH.items():
+        no_launcher.setenv(name, value)
+    with ThreadPoolExecutor(max_workers=8) as threads:
+        names = list(threads.map(lambda seed: unnamed_run(tmp_path / "runs", "cifar", "fast", {"seed": seed}),
+                                 range(16)))
+    assert len(set(names)) == 16
+    for seed, name in enumerate(names):
+        assert read_object(tmp_path / "runs" / name / "config.json") == {"seed": seed}
+
+
+@pytest.mark.parametrize("name", ["a/b", "/tmp/x", "..", ".", "../up", "two\nlines", "bell\x07", "\x00", "x" * 300,
+                                  "\u00e9" * 128])
+def test_a_run_name_that_is_not_that_of_one_folder_is_refused(name: str) -> None:
+    with pytest.raises(UsageError, match=r"--run-name .*must name one folder: .*; say with --output-dir") as caught:
+        check_run_name(name)
+    assert len(user_line(caught.value) or "") < 300
+
+
+@pytest.mark.parametrize("name", ["r", "x" * 255, "\u00e9" * 127, "a b", "...", "-x", "x$(touch y);'\"&|*", "\udcff"])
+def test_any_other_run_name_is_taken(tmp_path: Path, name: str) -> None:
+    check_run_name(name)
+    (tmp_path / name).mkdir()
+
+
+def test_a_run_name_is_checked_before_anything_is_written(tmp_path: Path) -> None:
+    fault = Fault(name="name", flags=("--run-name", "../r"), codes=(2,), state=None,
+                  error="ERROR usage: --run-name ../r: must name one folder")
+    assert_ends_as_specified(fault, tmp_path)
+    assert not list(tmp_path.rglob("r"))
 
 
 def test_a_folder_with_an_owner_of_an_earlier_version_is_nobody_elses(no_launcher: pytest.MonkeyPatch,

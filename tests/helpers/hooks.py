@@ -13,7 +13,9 @@ import fcntl
 import functools
 import inspect
 import json
+import math
 import os
+import shutil
 import signal
 import stat
 import struct
@@ -324,6 +326,48 @@ def taken_over() -> None:
         owner = read_object(claimed.path / "owner.json") or {}
         later = {**owner, "incarnation": owner["incarnation"] + 1, "host": "elsewhere", "pid": 1}
         replace_file(claimed.path / "owner.json", json.dumps(later).encode())
+
+
+@hook
+def delete(name: str) -> None:
+    """Delete a file, or a folder with all that is in it, as a person does who tidies up."""
+    shutil.rmtree(name) if Path(name).is_dir() else Path(name).unlink()
+
+
+@hook
+def no_locks(number: int) -> None:
+    """Have file locks fail, as on a file system that has none."""
+    def lockf(*arguments: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    ownership.fcntl.lockf = lockf
+
+
+@hook
+def watch_the_fence(below: str, into: str) -> None:
+    """Write down every change of a file below a folder, and how long before it owner.json was last looked at.
+
+    The seconds are negative where another change came in between, so that this one was not checked by itself. Left out
+    are temporaries, which are this process's own, and the files by which it owns the folder.
+    """
+    looked_at = [0.0]
+    changes = {"os.rename": 1, "os.link": 1, "os.remove": 0, "open": 0}
+
+    def watch(event: str, arguments: tuple[Any, ...]) -> None:
+        path = str(arguments[changes[event]]) if event in changes else ""
+        if below not in path:
+            return
+        name = Path(path).name
+        writes = event != "open" or arguments[2] & (os.O_WRONLY | os.O_RDWR)
+        if not writes:
+            looked_at[0] = time.perf_counter() if name == "owner.json" else looked_at[0]
+        elif not name.endswith(".tmp") and name not in ("owner.json", "heartbeat.json", "lock"):
+            with contextlib.suppress(OSError):
+                os.write(log, f"{event} {name} {time.perf_counter() - looked_at[0]}\n".encode())
+            looked_at[0] = math.inf if event != "open" else looked_at[0]
+
+    log = os.open(into, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    sys.addaudithook(watch)
 
 
 @hook

@@ -207,8 +207,9 @@ def start(trainer: str, *flags: Any, folder: Path, ranks: int | None = None, hoo
     if launcher == "fork":
         return Job(fork_ranks(trainer, words, ranks, to_json(hooks), variables, folder, out, err), out, err)
     script = HOOKED if hooks else ROOT / "trainers" / f"{trainer}.py"
-    launched = [] if launcher == "python" else ["-m", "torch.distributed.run", "--standalone",
-                                                f"--nproc-per-node={ranks}", *options]
+    alone = [] if any(option.startswith("--rdzv") for option in options) else ["--standalone"]
+    launched = [] if launcher == "python" else ["-m", "torch.distributed.run", *alone, f"--nproc-per-node={ranks}",
+                                                *options]
     mark = f"JOB_{uuid.uuid4().hex}"
     with open(str(out), "wb") as out_file, open(str(err), "wb") as err_file:
         process = subprocess.Popen(

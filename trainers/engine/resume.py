@@ -41,7 +41,8 @@ def choose_checkpoint(resume: str, folder: RunFolder,
         CheckpointError: if there are checkpoints and none is whole: starting over silently would lose the run. Or if
             the one that the user named is missing or damaged.
     """
-    sweep(folder.checkpoints)
+    check_fence = folder.ownership.check
+    sweep(folder.checkpoints, check_fence=check_fence)
     newest = newest_good(folder.checkpoints, unfit=unfit)
     if newest.state is None and newest.damaged:
         newest = newest_good(folder.checkpoints)
@@ -59,9 +60,9 @@ def choose_checkpoint(resume: str, folder: RunFolder,
     if damaged:
         reasons = ", ".join(f"{path} ({reason})" for path, reason in damaged.items())
         to_stderr(f"WARNING checkpoint: {reasons}: kept as *.damaged; resuming from {newest.path.name}")
-        set_aside(damaged, "damaged")
+        set_aside(damaged, "damaged", check_fence=check_fence)
     if (state["best"] or {}).get("step") == state["step"]:
-        give_name(newest.path, "best")  # a kill between its two links is mended here
+        give_name(newest.path, "best", check_fence=check_fence)  # a kill between its two links
     return newest.path
 
 
@@ -82,7 +83,8 @@ def start_over(resume: str, folder: RunFolder) -> Path | None:
     path = None if resume == "never" else Path(resume)
     step = load_or_fail(path)["step"] if path is not None else 0
     if path is not None and path.resolve().parent == folder.checkpoints.resolve():
-        set_aside([own for own in committed(folder.checkpoints) if step_of(own) > step], "superseded")
+        set_aside([own for own in committed(folder.checkpoints) if step_of(own) > step], "superseded",
+                  check_fence=folder.ownership.check)
     else:
         folder.set_aside()
     return path

@@ -40,7 +40,7 @@ from trainers.engine.result import draw_first_batch, draw_result, finish
 from trainers.engine.resume import as_trained, known_classes, load_best, load_for_evaluation, resume
 from trainers.engine.run.card import CARD_FILE, ModelCard
 from trainers.engine.run.folder import OUT_OF_PATIENCE, RunFolder
-from trainers.engine.run.ownership import unnamed_run
+from trainers.engine.run.ownership import check_run_name, unnamed_run
 from trainers.engine.run.report import Report
 from trainers.engine.step import StepOptions, TrainStep
 from trainers.engine.task import EvaluationBatches, Task, TrainBatches, classification_task
@@ -87,11 +87,13 @@ def open_run(config: TrainConfig, trainer: str) -> Iterator[Run]:
         Stopped: if all ranks agreed to stop, once that is written down.
     """
     config.check()
+    check_run_name(config.run_name)
     torch.backends.mkldnn.enabled = config.onednn
     with signals_caught() as stop, process_group(
             config.backend, device=config.device, timeout_seconds=config.timeout, threads=config.threads,
             deterministic=config.deterministic) as world:
-        name = from_main(world, lambda: config.run_name or unnamed_run(config.output_dir, trainer, config.recipe))
+        name = from_main(world, lambda: config.run_name or unnamed_run(
+            config.output_dir, trainer, config.recipe, to_plain(config)))
         folder = RunFolder(config.output_dir / name, is_main=world.is_main)
         from_main(world, folder.claim)
         world.watchdog.attend(folder)

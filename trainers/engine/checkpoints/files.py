@@ -6,11 +6,11 @@ A checkpoint is `step-00000400.pt` with its manifest `step-00000400.json`; witho
 import os
 import re
 import shutil
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from launch.errors import CheckpointError
-from launch.files import remedy, sync_folder
+from launch.files import no_check, remedy, sync_folder
 
 MANIFEST = re.compile(r"step-\d+(-earlier)?\.json")
 
@@ -43,39 +43,44 @@ def committed(folder: Path) -> list[Path]:
     return [(folder / name).with_suffix(".pt") for name in sorted(names) if MANIFEST.fullmatch(name)]
 
 
-def give_name(path: Path, stem: str) -> None:
+def give_name(path: Path, stem: str, *, check_fence: Callable[[], None] = no_check) -> None:
     """A second name, such as `best`, for a checkpoint and its manifest: hard links, or copies where links fail."""
     for file in (path, manifest_path(path)):
         target = file.with_stem(stem)
         temporary = file.with_name(f".{target.name}.{os.getpid()}.tmp")
         temporary.unlink(missing_ok=True)
         try:
-            os.link(file, temporary)
-        except OSError:
-            shutil.copyfile(file, temporary)
-        os.replace(temporary, target)
-        temporary.unlink(missing_ok=True)  # where both already were one file, a rename leaves both names
+            try:
+                os.link(file, temporary)
+            except OSError:
+                shutil.copyfile(file, temporary)
+            check_fence()
+            os.replace(temporary, target)
+        finally:
+            temporary.unlink(missing_ok=True)  # where both already were one file, a rename leaves both names
     sync_folder(path.parent)
 
 
-def keep_earlier(path: Path) -> None:
+def keep_earlier(path: Path, *, check_fence: Callable[[], None] = no_check) -> None:
     """Before a step is saved again: its earlier file stays, as `step-N-earlier`, until the new one is committed."""
     if path.exists() and manifest_path(path).exists():
-        give_name(path, f"{path.stem}-earlier")
+        give_name(path, f"{path.stem}-earlier", check_fence=check_fence)
+    check_fence()
     manifest_path(path).unlink(missing_ok=True)
 
 
-def prune(folder: Path, *, keep: int) -> None:
+def prune(folder: Path, *, keep: int, check_fence: Callable[[], None] = no_check) -> None:
     """Delete all but the newest `keep` committed checkpoints; best.pt is a name of its own and stays."""
     paths = committed(folder)
     kept = [path for path in paths if not path.stem.endswith("-earlier")][-keep:]
     for path in paths:
         if path not in kept:
-            manifest_path(path).unlink(missing_ok=True)  # first: a checkpoint without a manifest does not count
-            path.unlink(missing_ok=True)
+            for file in (manifest_path(path), path):  # in this order: without its manifest a checkpoint does not count
+                check_fence()
+                file.unlink(missing_ok=True)
 
 
-def sweep(folder: Path) -> None:
+def sweep(folder: Path, *, check_fence: Callable[[], None] = no_check) -> None:
     """Remove what killed saves left behind: temporaries, and files never committed beside others that were."""
     paths = committed(folder)
     loose = [*folder.glob(".*.tmp")]
@@ -83,12 +88,14 @@ def sweep(folder: Path) -> None:
         loose += [path for path in folder.glob("step-*.pt") if path not in paths]
     for path in loose:
         if not path.is_dir():
+            check_fence()
             path.unlink(missing_ok=True)
 
 
-def set_aside(paths: Iterable[Path], reason: str) -> None:
+def set_aside(paths: Iterable[Path], reason: str, *, check_fence: Callable[[], None] = no_check) -> None:
     """Rename checkpoints to `step-N.pt.<reason>`: they no longer count, and only the user may delete them."""
     for path in paths:
         for file in (manifest_path(path), path):  # the manifest first: from then on the other does not count
             if file.exists():
+                check_fence()
                 os.replace(file, file.with_name(f"{file.name}.{reason}"))

@@ -19,7 +19,7 @@ from typing import Any, BinaryIO
 import torch
 
 from launch.errors import CheckpointError, NumericError
-from launch.files import replace_file, sync_folder, writing
+from launch.files import no_check, replace_file, sync_folder, writing
 from trainers.engine.checkpoints.files import checkpoint_path, give_name, keep_earlier, manifest_path, prune
 from trainers.engine.checkpoints.snapshot import Snapshot, not_finite, tensors_in
 from trainers.engine.run.folder import RunFolder
@@ -90,16 +90,16 @@ class Checkpointer:
         finally:
             self._copied.set()
         self._snapshot.wait_for_gpu()
+        check_fence = self.folder.ownership.check
         with writing(self.folder.checkpoints):
-            path = write_checkpoint(self.folder.checkpoints, self._snapshot.tree,
-                                    check_fence=self.folder.ownership.check, sync_metrics=self.folder.sync_metrics)
+            path = write_checkpoint(self.folder.checkpoints, self._snapshot.tree, check_fence=check_fence,
+                                    sync_metrics=self.folder.sync_metrics)
             if is_best:
-                give_name(path, "best")
-            prune(self.folder.checkpoints, keep=self.keep)
+                give_name(path, "best", check_fence=check_fence)
+            prune(self.folder.checkpoints, keep=self.keep, check_fence=check_fence)
 
 
-def write_checkpoint(folder: Path, state: Mapping[str, Any], *,
-                     check_fence: Callable[[], None] = lambda: None,
+def write_checkpoint(folder: Path, state: Mapping[str, Any], *, check_fence: Callable[[], None] = no_check,
                      sync_metrics: Callable[[], None] = lambda: None) -> Path:
     """Write one checkpoint durably and return its path. The manifest, written last, is the commit point.
 
@@ -128,15 +128,15 @@ def write_checkpoint(folder: Path, state: Mapping[str, Any], *,
         digest = writer.sha256.hexdigest()
         if file_sha256(temporary) != digest:
             raise CheckpointError(f"{temporary}: differs from what was written; check the disk")
+        keep_earlier(path, check_fence=check_fence)
         check_fence()
-        keep_earlier(path)
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
     sync_folder(folder)
     sync_metrics()
-    check_fence()
-    replace_file(manifest_path(path), manifest(state, size=path.stat().st_size, sha256=digest), durable=True)
+    replace_file(manifest_path(path), manifest(state, size=path.stat().st_size, sha256=digest), durable=True,
+                 check_fence=check_fence)
     return path
 
 

@@ -74,7 +74,7 @@ class RunFolder:
         """Replace a file of the folder; CheckpointError if a later incarnation owns the run, or the disk refuses."""
         if self.is_main:
             with self._writing(name) as path:
-                replace_file(path, content)
+                replace_file(path, content, check_fence=self.ownership.check)
 
     def write_json(self, name: str, content: Mapping[str, Any]) -> None:
         """Replace a JSON file of the folder. A number that is not finite becomes null, as JSON has no NaN."""
@@ -103,8 +103,10 @@ class RunFolder:
     def append_metrics(self, line: Mapping[str, Any]) -> None:
         """Add one line to metrics.jsonl, in one write; raises as `write_bytes` does."""
         if self.is_main:
-            with self._writing("metrics.jsonl") as path, open(path, "a") as file:
-                file.write(json.dumps(finite(line)) + "\n")
+            text = (json.dumps(finite(line)) + "\n").encode()
+            with self._writing("metrics.jsonl") as path, open(path, "ab", buffering=0) as file:
+                self.ownership.check()  # again: nothing but the write itself comes after it
+                file.write(text)
 
     def sync_metrics(self) -> None:
         """Put metrics.jsonl on the disk, and its name once it was made or replaced."""
@@ -133,7 +135,8 @@ class RunFolder:
         if self.is_main and (self.path / "metrics.jsonl").exists():
             with self._writing("metrics.jsonl") as path:
                 lines = path.read_text(errors="replace").splitlines()
-                replace_file(path, "".join(text + "\n" for text in lines if stays(text)).encode(), durable=True)
+                kept = "".join(text + "\n" for text in lines if stays(text))
+                replace_file(path, kept.encode(), durable=True, check_fence=self.ownership.check)
 
     def first_evaluated_split(self) -> str | None:
         """The split of the first evaluation that metrics.jsonl holds; None before there is one."""

@@ -1,9 +1,10 @@
 """Who may write to a run folder: one live process, and of two incarnations of a job the later one.
 
 `lock` is locked by the owner as long as it lives. `owner.json` says who it is and holds the fencing token: a number
-that every new owner raises. A process that was cut off while its job restarted elsewhere finds a higher number there
-and writes nothing more. `heartbeat.json` shows that the owner is alive to hosts that the file lock does not reach; it
-is a file of its own so that a late heartbeat of an old owner cannot undo the claim of a new one.
+that every new owner raises, and a random word. A process that was cut off while its job restarted elsewhere, or whose
+folder was deleted, does not find its own token there, and writes nothing more. `heartbeat.json` shows that the owner is
+alive where the file lock does not reach: to other hosts, and on file systems without locks; it is a file of its own so
+that a late heartbeat of an old owner cannot undo the claim of a new one.
 """
 
 import contextlib
@@ -13,6 +14,8 @@ import itertools
 import json
 import os
 import re
+import secrets
+import shutil
 import socket
 import threading
 import time
@@ -21,10 +24,13 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from launch.errors import CheckpointError
+from launch.errors import CheckpointError, UsageError, printable
 from launch.files import read_object, replace_file
-from launch.launcher import given_run_id, job_identity, launcher_identity
+from launch.launcher import REQUEUE, given_run_id, job_identity, launcher_identity, parent_of, slurm_job
+from trainers.engine.config import TrainConfig
 
+NOT_IN_A_NAME = re.compile(r"[/\x00-\x1f\x7f]")
+MOST_NAME_BYTES = 255  # NAME_MAX of Linux file systems
 BEAT_SECONDS = 2.0  # how often an owner shows that it is alive
 
 
@@ -34,7 +40,8 @@ class Ownership:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.incarnation = 0
-        """The fencing token; 0 while nothing is claimed."""
+        """The number in the fencing token; 0 while nothing is claimed."""
+        self._word = ""
         self._lock_file: Any = None
         self._writing = threading.Lock()  # the watchdog's thread beats while the main thread may release
         self._beat_at = 0.0
@@ -51,18 +58,18 @@ class Ownership:
         try:  # a POSIX lock: not inherited by loader workers, released by the kernel however the process ends
             fcntl.lockf(self._lock_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             locked = True
-        except OSError as error:
-            locked = error.errno not in (errno.EAGAIN, errno.EACCES)  # anything else: no locks on this file system
+        except OSError as error:  # None: the file system has no locks
+            locked = False if error.errno in (errno.EAGAIN, errno.EACCES) else None
         previous = read_object(self.path / "owner.json") or {}  # after the lock: its holder may just have written it
         mine = this_process()
-        if not is_restart_of(previous, mine) and (not locked or beats_from_elsewhere(self.path, previous)):
+        if not replaces(previous, mine) and (locked is False or still_beats(self.path, previous, locked=bool(locked))):
             raise CheckpointError(f"{self.path}: in use by pid {previous.get('pid')} on {previous.get('host')}; "
                                   f"wait for it, or choose another --run-name")
-        self.incarnation = incarnation_of(previous) + 1
+        self.incarnation, self._word = incarnation_of(previous) + 1, secrets.token_hex(8)
         self._write_owner(mine, released=False)
 
     def _write_owner(self, mine: Mapping[str, Any], *, released: bool) -> None:
-        owner = {"incarnation": self.incarnation, **mine, "released": released}
+        owner = {"incarnation": self.incarnation, "word": self._word, **mine, "released": released}
         replace_file(self.path / "owner.json", (json.dumps(owner) + "\n").encode())
 
     def beat(self) -> None:
@@ -78,13 +85,17 @@ class Ownership:
                     replace_file(self.path / "heartbeat.json", (text + "\n").encode())
 
     def holds(self) -> bool:
-        """Whether no later incarnation has taken the folder over. A damaged or missing owner.json is nobody's claim."""
-        return incarnation_of(read_object(self.path / "owner.json") or {}) <= self.incarnation
+        """Whether owner.json holds this claim's own token. A claim that is missing or damaged is lost."""
+        owner = read_object(self.path / "owner.json") or {}
+        return (incarnation_of(owner), owner.get("word", "")) == (self.incarnation, self._word)
 
     def check(self) -> None:
-        """The fence, called before every write: raises CheckpointError if a later incarnation owns the folder."""
+        """The fence, called right before every change: raises CheckpointError if this process has lost the folder."""
         if not self.holds():
-            owner = read_object(self.path / "owner.json") or {}
+            owner = read_object(self.path / "owner.json")
+            if owner is None:
+                raise CheckpointError(f"{self.path}: owner.json was deleted or damaged while this process used the "
+                                      f"folder, which writes nothing more; start the same command again")
             raise CheckpointError(f"{self.path}: a later incarnation, pid {owner.get('pid')} on {owner.get('host')}, "
                                   f"owns this run; this one writes nothing more")
 
@@ -100,30 +111,63 @@ class Ownership:
                 self._lock_file = None
 
 
-def unnamed_run(output_dir: Path, trainer: str, recipe: str) -> str:
+def check_run_name(name: str | None) -> None:
+    """UsageError for what cannot be the name of one folder in `--output-dir`."""
+    text = name or ""
+    if text in (".", "..") or NOT_IN_A_NAME.search(text) or len(text.encode(errors="surrogatepass")) > MOST_NAME_BYTES:
+        shown = printable(text if len(text) <= 60 else f"{text[:60]}... ({len(text)} characters)")
+        raise UsageError(f"--run-name {shown}: must name one folder: no / or control characters, not .., at most "
+                         f"{MOST_NAME_BYTES} bytes; say with --output-dir where the folder is to lie")
+
+
+def unnamed_run(output_dir: Path, trainer: str, recipe: str, config: Mapping[str, Any] | None = None) -> str:
     """The name of the run folder where the user gave none: trainer, recipe and an id. Rank 0 only.
 
-    An id that Slurm or the user gave makes the same name in every start of the job. Else the id is the present time,
-    and the folder is created here, with `-2`, `-3` ... where another launcher's has that name. A restart by the same
-    torchrun finds its folder by `launcher` in owner.json. Raises CheckpointError if the folder cannot be created.
+    `--rdzv-id` makes the same name in every start of the job; so does a Slurm job, for a command with the same flags,
+    whose folder is found again by its config.json: commands with others get `2-`, `3-` ... before the job's id.
+    Else the id is the present time, with `-2`, `-3` ... where another launcher's folder has that name; a restart by the
+    same torchrun finds its folder by `launcher` in owner.json. Raises CheckpointError if none can be created.
     """
     kind, given = (re.sub(r"[^A-Za-z0-9._-]", "_", part) for part in (f"{trainer}-{recipe}", given_run_id() or ""))
-    if given:
-        return f"{kind}-{given}"
     launcher = launcher_identity()
-    for folder in output_dir.glob(f"{kind}-*") if launcher is not None else ():
+    if given and slurm_job() is None:
+        return f"{kind}-{given}"
+    for folder in output_dir.glob(f"{kind}-*") if launcher is not None and not given else ():
         if (read_object(folder / "owner.json") or {}).get("launcher") == launcher:
             return folder.name
-    name = f"{kind}-{now()}"
+    first = f"{kind}-{given or now()}"
+    others = (f"{kind}-{number}-{given}" if given else f"{first}-{number}" for number in itertools.count(2))
+    config = config or {}
+    content = {"owner.json": {"incarnation": 0, "launcher": launcher}, **({"config.json": config} if given else {})}
     with output_dir_writable(output_dir):
         output_dir.mkdir(parents=True, exist_ok=True)
-        for candidate in itertools.chain([name], (f"{name}-{number}" for number in itertools.count(2))):
-            with contextlib.suppress(FileExistsError):
-                (output_dir / candidate).mkdir()
-                break
-        owner = {"incarnation": 0, "launcher": launcher}
-        replace_file(output_dir / candidate / "owner.json", json.dumps(owner).encode())
-    return candidate
+        for name in itertools.chain([first], others):
+            if (given and has_flags(output_dir / name, config)) or created(output_dir / name, content):
+                return name
+    raise AssertionError("there is always another number")
+
+
+def has_flags(folder: Path, config: Mapping[str, Any]) -> bool:
+    """Whether a run was started with exactly these flags: those that both know."""
+    saved = read_object(folder / "config.json")
+    saved = None if saved is None else TrainConfig.translated(saved)
+    return saved is not None and all(saved[name] == value for name, value in config.items() if name in saved)
+
+
+def created(folder: Path, content: Mapping[str, Mapping[str, Any]]) -> bool:
+    """Create a folder with these files in it, all in one step; False if there is one that is not empty."""
+    temporary = folder.with_name(f".{secrets.token_hex(8)}.tmp")
+    temporary.mkdir()
+    try:
+        for name, value in content.items():
+            replace_file(temporary / name, (json.dumps(value, indent=2) + "\n").encode())
+        os.rename(temporary, folder)
+        return True
+    except OSError as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        if error.errno not in (errno.EEXIST, errno.ENOTEMPTY, errno.ENOTDIR):
+            raise
+        return False
 
 
 def now() -> str:
@@ -153,15 +197,33 @@ def incarnation_of(owner: Mapping[str, Any]) -> int:
 
 
 def is_restart_of(previous: Mapping[str, Any], mine: Mapping[str, Any]) -> bool:
-    """Whether this is the same job, started again: then the earlier incarnation is dead or cut off."""
+    """Whether both go by the same job's name, and this is a later start of it. Two launchers may have one name."""
     restart = previous.get("restart")
     return (mine["job"] is not None and previous.get("job") == mine["job"] and isinstance(restart, int)
             and mine["restart"] > restart)
 
 
-def beats_from_elsewhere(path: Path, previous: Mapping[str, Any]) -> bool:
-    """Whether an owner on another host, which a file lock may not reach, still writes heartbeats. Waits for one."""
-    if previous.get("released", True) or previous.get("host") == socket.gethostname():
+def replaces(previous: Mapping[str, Any], mine: Mapping[str, Any]) -> bool:
+    """Whether this is certainly the same job, started again, so that the earlier incarnation is dead or cut off.
+
+    Slurm has queued it again, or the same torchrun has restarted its ranks. A second torchrun of one `--rdzv-id`, and
+    a second step of one Slurm job, are neither, however often they restart.
+    """
+    if not is_restart_of(previous, mine):
+        return False
+    requeued = mine["restart"] // REQUEUE > previous["restart"] // REQUEUE
+    launcher = mine["launcher"] or {}
+    return requeued or (launcher.get("started") is not None and launcher == previous.get("launcher"))
+
+
+def still_beats(path: Path, previous: Mapping[str, Any], *, locked: bool) -> bool:
+    """Whether an owner that no file lock shows still writes heartbeats; waits for one.
+
+    `locked`: whether this process has the lock, which on the owner's own host means that it has ended, unless somebody
+    deleted `lock`.
+    """
+    pid, here = previous.get("pid", 0), previous.get("host") == socket.gethostname()
+    if previous.get("released", True) or (here and locked and (pid == os.getpid() or parent_of(pid) is None)):
         return False
     before = read_object(path / "heartbeat.json")
     time.sleep(2.5 * BEAT_SECONDS)
