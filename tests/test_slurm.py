@@ -1,6 +1,8 @@
 """Training on a real Slurm of several nodes: the same weights as on one machine, and jobs that keep to themselves."""
 
 import json
+import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -11,7 +13,7 @@ import torch
 
 from tests.helpers.processes import PROGRAMS, ROOT, TINY, read_json, wait_until
 from tests.helpers.server import run
-from tests.helpers.slurm import Cluster, state_of
+from tests.helpers.slurm import Cluster, Job, state_of
 
 pytestmark = [pytest.mark.slurm, pytest.mark.timeout(240)]
 TWO_BY_TWO = ("--nodes=2", "--ntasks-per-node=2", "--cpus-per-task=1")
@@ -135,3 +137,39 @@ def test_the_doctor_sees_one_code_version_and_a_shared_folder_on_every_node(clus
     text = job.text()
     for words in ("srun: rank 0 of 4", "on every rank", "4 ranks on 2 hosts", "apart"):
         assert words in text, text
+
+
+def submit_script(cluster: Cluster, folder: Path, *lines: str) -> Job:
+    """A batch script of a user's own."""
+    file = folder / "script.sh"
+    file.write_text("\n".join(("#!/bin/bash", *lines, "")))
+    done = cluster.run("sbatch", "--parsable", "--nodes=1", "--requeue", "--open-mode=append",
+                       f"--output={folder / 'log'}", file)
+    assert done.code == 0, done.err
+    cluster.jobs.append(Job(cluster, done.out.strip(), folder / "log"))
+    return cluster.jobs[-1]
+
+
+def test_the_commands_of_a_batch_script_are_a_run_each_found_again_after_a_requeue(cluster: Cluster, tmp_path: Path):
+    trainer = [sys.executable, str(ROOT / "trainers" / "cifar.py"), *TINY, "--output-dir", str(tmp_path / "runs")]
+    job = submit_script(cluster, tmp_path, f"for seed in 0 1; do {shlex.join(trainer)} --seed $seed; done",
+                        '[[ -n ${SLURM_RESTART_COUNT:-} ]] || { scontrol requeue "$SLURM_JOB_ID"; sleep 60; }')
+    assert job.wait() == "COMPLETED", job.text()
+    assert job.restarts == 1
+    names = [f"cifar-blitz-{job.key}", f"cifar-blitz-2-{job.key}"]
+    assert {path.name for path in (tmp_path / "runs").iterdir()} == set(names)
+    for seed, name in enumerate(names):
+        assert read_json(tmp_path / "runs" / name / "config.json")["seed"] == seed
+        assert state_of(tmp_path / "runs" / name) == "DONE"
+        assert job.text().count(f"{name} is DONE") == 1  # in the second start
+
+
+def test_every_command_of_an_interactive_allocation_is_a_new_run(cluster: Cluster, tmp_path: Path):
+    trainer = shlex.join([sys.executable, str(ROOT / "trainers" / "cifar.py"), *TINY, "--output-dir",
+                          str(tmp_path / "runs")])
+    done = cluster.run("salloc", "--nodes=1", "bash", "-c", f"{trainer} && srun {trainer}")
+    assert done.code == 0, done.err
+    assert "is DONE" not in done.out
+    runs = list((tmp_path / "runs").iterdir())
+    assert [state_of(run) for run in runs] == ["DONE"] * 2
+    assert all(re.fullmatch(r"cifar-blitz-20\d{6}-\d{6}(-\d)?", run.name) for run in runs)
