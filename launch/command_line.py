@@ -24,7 +24,16 @@ from typing import Any, NoReturn
 import tyro
 
 from launch.config_file import as_words, read_flags
-from launch.errors import EXIT_DONE, EXIT_PREEMPTED, UsageError, launched_rank, say, to_stderr, user_line
+from launch.errors import (
+    EXIT_DONE,
+    EXIT_PREEMPTED,
+    UsageError,
+    drop_unread_output,
+    launched_rank,
+    say,
+    to_stderr,
+    user_line,
+)
 from launch.rules import check_numbers
 from launch.stop import Stopped
 
@@ -179,6 +188,8 @@ def run(main: Callable[[Any], Any], config_class: type, *,
     Errors inside `process_group()` are shown there by the one rank that failed first; what reaches this function was
     found before the ranks met, by all of them alike, so rank 0 speaks.
     """
+    drop_unread_output()
+    os.environ.pop("MPLBACKEND", None)  # every notebook sets it, to what may not be installed here
     try:
         code = main(parse(config_class, recipes=recipes))
         sys.exit(code if isinstance(code, int) else EXIT_DONE)

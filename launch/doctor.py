@@ -30,7 +30,7 @@ from launch.checks.ranks import ranks_findings
 from launch.command_line import run
 from launch.errors import DeviceError, UsageError, say
 from launch.launcher import Launch, read_launch
-from launch.rules import MOST_SECONDS, Above
+from launch.rules import MOST_SECONDS, Above, AtLeast
 
 COLORS = {"OK": "\x1b[32m", "WARN": "\x1b[33m", "FAIL": "\x1b[1;31m", "reset": "\x1b[0m"}
 
@@ -45,6 +45,12 @@ class DoctorConfig:
     """The --device that training would be given."""
     backend: Literal["auto", "gloo", "nccl"] = "auto"
     """The --backend that training would be given."""
+    batch_size: Annotated[int, AtLeast(1)] = 256
+    """The --batch-size that image_folder.py would be given, for the room in /dev/shm."""
+    image_size: Annotated[int, AtLeast(1, most=8192)] = 224
+    """And its --image-size."""
+    workers: Annotated[int, AtLeast(0)] = 2
+    """And its --workers, on every rank."""
     timeout: Annotated[float, Above(0, most=MOST_SECONDS)] = 60
     """Seconds to wait for the other ranks."""
     json: bool = False
@@ -58,7 +64,9 @@ def main(config: DoctorConfig) -> int:
         job = job_findings(launch)
     except UsageError as error:
         launch, job = Launch(), [fail("launcher", str(error), "start with torchrun, srun python, or plain python")]
-    findings = [*machine_findings(launch, Path(config.output_dir)), *job]
+    rank_batch = -(-config.batch_size // launch.world_size)
+    findings = [*machine_findings(launch, Path(config.output_dir), workers=config.workers,
+                                  batch_bytes=rank_batch * 3 * config.image_size**2), *job]
     ranks: list[dict[str, Any]] = []
     if launch.launcher != "none":
         findings, ranks = ranks_findings(launch, findings, device=config.device, backend=config.backend,

@@ -1,11 +1,15 @@
 """What a user can cause: the kinds of errors, their exit codes, and how a line is printed."""
 
 import contextlib
+import io
 import os
 import re
+import select
+import stat
 import sys
-from typing import TextIO
+from typing import Any, TextIO
 
+PATIENCE_SECONDS = 1.0  # for a reader of stdout or stderr to take what is printed
 EXIT_DONE = 0
 EXIT_PREEMPTED = 75  # EX_TEMPFAIL of sysexits.h: the same command, run again, resumes
 UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
@@ -71,7 +75,7 @@ def printable(text: str, *, keep: str = "") -> str:
     return UNPRINTABLE.sub(lambda found: found[0] if found[0] in keep else ascii(found[0])[1:-1], text)
 
 
-def first_line(error: Exception) -> str:
+def first_line(error: BaseException) -> str:
     """The first line of an error's message, or the name of its type."""
     return str(error).strip().split("\n")[0] or type(error).__name__
 
@@ -86,6 +90,27 @@ def encodable(text: str, stream: TextIO) -> str:
     r"""A text whose letters that the stream's encoding lacks are escapes such as \u732b: stdout would refuse them."""
     encoding = getattr(stream, "encoding", None) or "utf-8"
     return text.encode(encoding, "backslashreplace").decode(encoding)
+
+
+class PatientFile(io.FileIO):
+    """A pipe or terminal whose reader may have stopped reading: what it does not take within a second is dropped."""
+
+    _is_full = False
+
+    def write(self, data: Any) -> int:
+        """Write what the file has room for, or drop the data."""
+        self._is_full = not select.select([], [self], [], 0 if self._is_full else PATIENCE_SECONDS)[1]
+        return len(data) if self._is_full else super().write(bytes(data[:select.PIPE_BUF]))
+
+
+def drop_unread_output() -> None:
+    """Have no print, of whichever library, wait without end for the reader of stdout or stderr."""
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        with contextlib.suppress(OSError, ValueError, AttributeError):  # closed
+            if not stat.S_ISREG(os.fstat(stream.fileno()).st_mode):
+                file = io.BufferedWriter(PatientFile(stream.fileno(), "w", closefd=False))
+                setattr(sys, name, io.TextIOWrapper(file, stream.encoding, stream.errors, line_buffering=True))
 
 
 def to_stderr(line: str) -> None:

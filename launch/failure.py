@@ -135,7 +135,8 @@ class JobFailure:
             time.sleep(2)  # the main thread, whose peer has ended too, has claimed the line and is about to print it
         self.end(self._lost_line(step), step=step, speaks=speaks)
 
-    def end(self, line: str, *, step: int, speaks: bool = False, stuck: Sequence[int] = ()) -> NoReturn:
+    def end(self, line: str, *, step: int, speaks: bool = False, stuck: Sequence[int] = (),
+            code: int = DistributedError.exit_code) -> NoReturn:
         """End the process from the watchdog's thread: the main one waits for something that may never come.
 
         `stuck` are ranks that cannot leave by themselves; those on this host are killed.
@@ -146,9 +147,10 @@ class JobFailure:
             self.heartbeats.kill_siblings(stuck)
         if self.run is not None:
             writing = threading.Thread(target=self.run.failed, args=[line], kwargs={"step": step}, daemon=True)
-            writing.start()
-            writing.join(2)  # a file system that hangs must not keep the process
-        os._exit(DistributedError.exit_code)
+            with contextlib.suppress(RuntimeError):  # no more threads
+                writing.start()
+                writing.join(2)  # a file system that hangs must not keep the process
+        os._exit(code)
 
     def _lost_line(self, step: int) -> str:
         """What this rank has lost: its launcher, or else other ranks; names those without a heartbeat."""
@@ -170,7 +172,8 @@ def exit_after(seconds: float, code: int) -> Iterator[None]:
     """Exit if the block takes longer: NCCL, or the store of a node that is cut off, may be waited for without end."""
     last_resort = threading.Timer(seconds, os._exit, [code])
     last_resort.daemon = True
-    last_resort.start()
+    with contextlib.suppress(RuntimeError):  # where no thread can be started, what is to be said comes all the same
+        last_resort.start()
     try:
         yield
     finally:
@@ -186,6 +189,9 @@ def translated(error: Exception) -> Exception:
     if is_users(error):
         return error
     text = str(error).lower()
+    if isinstance(error, RuntimeError) and "can't start new thread" in text:
+        return DeviceError("threads: no more can be started here; raise `ulimit -u` or the container's limit of "
+                           "processes (pids), or use fewer ranks, --workers and --threads")
     if isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in text:
         return DeviceError(f"memory: {str(error).splitlines()[0] if text else 'used up'}; lower --batch-size, raise "
                            f"--accumulation-steps, or use --precision bf16")

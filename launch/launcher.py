@@ -13,10 +13,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 from launch.errors import UsageError
+from launch.rules import LARGEST
 
 UUID = re.compile(r"[0-9a-f]{8}-[0-9a-f]{4}-4[0-9a-f]{3}-[0-9a-f]{4}-[0-9a-f]{12}")  # torchrun --standalone's run id
 INTERACTIVE_STEP = "4294967290"  # SLURM_STEP_ID of the shell that salloc opens on a node
 REQUEUE = 1000  # what Slurm's restart counts in `restart`: one more than a torchrun ever restarts within it
+MOST_HOSTS = 100_000  # in one Slurm node list
+START_WITH = "start with torchrun, srun python, or plain python"
 
 @dataclass(frozen=True, kw_only=True)
 class Launch:
@@ -53,38 +56,60 @@ def read_launch(environ: Mapping[str, str] = os.environ) -> Launch:
     plain `python` there would wait for ranks that nobody starts.
 
     Raises:
-        UsageError: if a variable is missing or is no number.
+        UsageError: if a variable is missing or is no number, or if some contradict each other.
     """
     try:
+        for name in ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT"):
+            if int(environ.get(name, "0")) < 0:
+                raise ValueError(f"{name}={environ[name]} is below 0")
         if "RANK" in environ and "WORLD_SIZE" in environ:
-            return Launch(
+            return checked(Launch(
                 launcher="torchrun",
                 rank=int(environ["RANK"]),
                 local_rank=int(environ.get("LOCAL_RANK", environ["RANK"])),
                 world_size=int(environ["WORLD_SIZE"]),
                 local_world_size=int(environ.get("LOCAL_WORLD_SIZE", environ["WORLD_SIZE"])),
-                address=environ.get("MASTER_ADDR", "localhost"),
+                address=environ.get("MASTER_ADDR") or "localhost",
                 port=int(environ.get("MASTER_PORT", "29500")),
                 torchrun_hosts_store=environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True",
-            )
+            ))
         if "SLURM_PROCID" in environ and "SLURM_STEP_ID" in environ:
-            return read_slurm(environ)
+            return checked(read_slurm(environ))
     except (KeyError, ValueError) as error:
-        raise UsageError(f"launcher variables: {error}; start with torchrun, srun python, or plain python") from None
+        raise UsageError(f"launcher variables: {error}; {START_WITH}") from None
     return Launch()
+
+
+def checked(launch: Launch) -> Launch:
+    """The same; UsageError, from each rank that has them, for numbers that cannot be those of one job."""
+    for name, value, low, high in (
+            ("world size", launch.world_size, 1, LARGEST), ("port", launch.port, 1, 2**16 - 1),
+            ("ranks on this node", launch.local_world_size, 1, launch.world_size),
+            ("rank", launch.rank, 0, launch.world_size - 1),
+            ("local rank", launch.local_rank, 0, launch.local_world_size - 1)):
+        if not low <= value <= high:
+            error = UsageError(f"launcher variables: {name} {value} is not from {low} to {high}; {START_WITH}")
+            error.speaks = name.endswith("rank") or None
+            raise error
+    return launch
 
 
 def read_slurm(environ: Mapping[str, str]) -> Launch:
     """Rank and world size of a task that srun started. The port lies below the ephemeral range, by job id."""
-    tasks = per_node_counts(environ.get("SLURM_STEP_TASKS_PER_NODE", environ["SLURM_NTASKS"]))
+    world_size = int(environ.get("SLURM_STEP_NUM_TASKS") or environ["SLURM_NTASKS"])
+    tasks = per_node_counts(environ.get("SLURM_STEP_TASKS_PER_NODE", str(world_size)))
     node = int(environ.get("SLURM_NODEID", "0"))
     hosts = host_names(environ.get("SLURM_STEP_NODELIST", "localhost"))
     job_id = int(environ.get("SLURM_JOB_ID", "0"))
+    if not 0 <= node < len(tasks) or len(hosts) != len(tasks) > 1:
+        raise ValueError(f"node {node}, tasks on {len(tasks)} nodes and a list of {len(hosts)} nodes do not fit")
+    if sum(tasks) != world_size:
+        raise ValueError(f"{sum(tasks)} tasks on the nodes of a step of {world_size}")
     return Launch(
         launcher="slurm",
         rank=int(environ["SLURM_PROCID"]),
         local_rank=int(environ["SLURM_LOCALID"]),
-        world_size=int(environ.get("SLURM_STEP_NUM_TASKS", environ["SLURM_NTASKS"])),
+        world_size=world_size,
         local_world_size=tasks[node],
         address=environ.get("MASTER_ADDR") or hosts[0],
         port=int(environ.get("MASTER_PORT") or 10000 + job_id % 20000),
@@ -99,7 +124,7 @@ def per_node_counts(text: str) -> list[int]:
         match = re.fullmatch(r"(\d+)(?:\(x(\d+)\))?", part.strip())
         if match is None:
             raise ValueError(f"{text!r} is no list of tasks per node")
-        counts += [int(match[1])] * int(match[2] or 1)
+        counts += [int(match[1])] * min(int(match[2] or 1), MOST_HOSTS)
     return counts
 
 
@@ -115,6 +140,8 @@ def host_names(node_list: str) -> list[str]:
             continue
         for piece in brackets[1].split(","):
             first, _, last = piece.partition("-")
+            if not 0 <= int(last or first) - int(first) < MOST_HOSTS:
+                raise ValueError(f"{piece!r} is no range of a Slurm node list")
             for number in range(int(first), int(last or first) + 1):
                 names += host_names(f"{part[:brackets.start()]}{number:0{len(first)}d}{part[brackets.end():]}")
     return names
@@ -138,9 +165,19 @@ def choose_threads(launch: Launch, environ: Mapping[str, str] = os.environ) -> i
     idle; the environment torchrun itself was started with tells the two apart.
     """
     asked = environ.get("OMP_NUM_THREADS", "")
-    if asked.isdigit() and int(asked) > 0 and not (launch.launcher == "torchrun" and asked == "1" and not users_omp()):
+    by_torchrun = launch.launcher == "torchrun" and asked == "1" and not users_omp()
+    if asked.isdecimal() and int(asked) > 0 and not by_torchrun:
         return int(asked)
     return threads_per_rank(launch.local_world_size)
+
+
+def too_many_threads(launch: Launch, threads: int) -> str | None:
+    """A warning where this node's ranks together have more threads than cores; None where they do not."""
+    cores, ranks = usable_cores(), launch.local_world_size
+    if ranks * threads <= cores:
+        return None
+    return (f"WARNING --threads {threads}: {ranks} rank{'s' * (ranks > 1)} x {threads} threads on {cores} usable cores "
+            f"hinder each other; use --threads {threads_per_rank(ranks)}" + " and fewer ranks" * (ranks > cores))
 
 
 def threads_per_rank(num_ranks: int) -> int:

@@ -4,6 +4,7 @@ import contextlib
 import ctypes
 import platform
 import re
+import shutil
 import socket
 import subprocess
 import sys
@@ -55,6 +56,13 @@ def keep_freed_memory() -> None:
         mallopt = ctypes.CDLL("libc.so.6").mallopt
         mallopt(-4, 0)  # M_MMAP_MAX: no separate mapping for a large block
         mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
+
+
+def free_shared_memory() -> int | None:
+    """Bytes that are free in /dev/shm, through which loader workers hand over their batches; None without one."""
+    with contextlib.suppress(OSError):
+        return shutil.disk_usage("/dev/shm").free
+    return None
 
 
 def environment_record() -> dict[str, Any]:

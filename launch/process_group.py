@@ -19,14 +19,14 @@ import torch
 import torch.distributed as dist
 
 from launch.errors import DistributedError, first_line, is_users
-from launch.failure import JobFailure, exit_after
+from launch.failure import JobFailure, exit_after, translated
 from launch.launcher import Launch, choose_threads, read_launch
 from launch.machine import choose_backend, choose_device, keep_freed_memory
 from launch.rendezvous import RENDEZVOUS_SECONDS, check_paths, described, meet
+from launch.rules import MOST_SECONDS
 from launch.watchdog import Watchdog
 
 T = TypeVar("T")
-GRACE_SECONDS = 10  # a collective gives up this long after the watchdog has named the rank that hangs
 TEARDOWN_SECONDS = 30  # gloo needs milliseconds
 
 
@@ -66,18 +66,20 @@ def process_group(backend: str = "auto", *, device: str = "auto", timeout_second
     launch = read_launch()
     failure = JobFailure(launch)
     watchdog = Watchdog(failure, timeout_seconds=timeout_seconds)
-    watchdog.start()  # before the ranks meet: their launcher may die meanwhile
     try:
         try:
+            watchdog.start()  # before the ranks meet: their launcher may die meanwhile
             store = meet(launch, timeout_seconds) if launch.is_grouped else None
         except DistributedError as error:
             error.speaks = failure.claim_on_this_node(launch.port)
             raise
+        except RuntimeError as error:
+            raise translated(error) from None
         watchdog.start(store)
         try:
             world = prepare(launch, watchdog, backend, device=device, threads=threads, deterministic=deterministic)
             if store is not None:
-                join(world, store, timeout_seconds)
+                join(world, store)
             yield world
         except Exception as error:
             failure.leave(error, step=watchdog.step)
@@ -108,7 +110,7 @@ def prepare(launch: Launch, watchdog: Watchdog, backend: str, *, device: str, th
                  backend=choose_backend(backend, chosen) if launch.is_grouped else None)
 
 
-def join(world: World, store: dist.Store, timeout_seconds: float) -> None:
+def join(world: World, store: dist.Store) -> None:
     """init_process_group, and one collective, so that ranks that cannot talk find out now."""
     assert world.backend is not None
     backend = f"cpu:gloo,cuda:{world.backend}" if world.device.type == "cuda" else world.backend
@@ -116,7 +118,7 @@ def join(world: World, store: dist.Store, timeout_seconds: float) -> None:
     try:
         dist.init_process_group(
             backend, store=store, rank=world.rank, world_size=world.world_size,
-            timeout=timedelta(seconds=timeout_seconds + GRACE_SECONDS),
+            timeout=timedelta(seconds=MOST_SECONDS),  # hangs are the watchdog's: torch would count a job's SIGSTOP too
             device_id=world.device if world.backend == "nccl" else None,
         )
         dist.all_reduce(torch.zeros(1))

@@ -18,7 +18,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import FrameType
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2,
@@ -46,6 +46,7 @@ class StopRequest:
         self.launcher: int | None = None
         """The process that started this one, known before it can have died unnoticed."""
         self._interrupted_at: float | None = None
+        self._may_interrupt: Callable[[FrameType | None], bool] | None = None
 
     def __bool__(self) -> bool:
         return self.reason is not None
@@ -55,13 +56,23 @@ class StopRequest:
         self.reason = self.reason or reason
 
     def handle(self, number: int, frame: FrameType | None) -> None:
-        """The signal handler: it only sets the flag, unless this is a second Ctrl-C."""
+        """The signal handler: it only sets the flag, unless this is a second Ctrl-C or `interrupt` has called it."""
         now = time.monotonic()
         if number == signal.SIGINT:
             if self._interrupted_at is not None and now - self._interrupted_at > 1:
                 os._exit(130)  # 128 + SIGINT; checkpoints on disk are whole, so nothing needs tidying
             self._interrupted_at = self._interrupted_at or now
         self.ask(signal.Signals(number).name)
+        if self._may_interrupt is not None:
+            allowed, self._may_interrupt = self._may_interrupt(frame), None
+            if allowed:
+                raise Stopped(self.reason)
+
+    def interrupt(self, *, allowed: Callable[[FrameType | None], bool]) -> None:
+        """From another thread: raise Stopped in the main one, which waits and hears no request, if `allowed` there."""
+        if signal.getsignal(signal.SIGTERM) == self.handle:
+            self._may_interrupt = allowed
+            signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGTERM)
 
 
 _request = StopRequest()  # one a process, as signal handlers are

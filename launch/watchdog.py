@@ -1,55 +1,75 @@
-"""Two threads beside the training loop that see what the loop cannot while it waits for its peers.
+"""Threads beside the training loop that see what the loop cannot while it waits.
 
-Twice a second one of them tells the other ranks how far this one is, passes a stop request on, and looks for trouble:
+One of them, twice a second, tells the other ranks how far this one is, passes a stop request on, and looks for trouble:
 a rank that has failed while this one does not notice, or a loop that has made no progress for the timeout (then the
-rank that hangs is named, with its Python stack, and the job ends). The second never asks another machine, so that
+rank that hangs is named, with its Python stack, and the job ends). Another never asks a machine or a disk, so that
 nothing can hold it up: it sees that the launcher has died, or that the first still waits for an answer, as on a node
-whose cable was pulled. How the process then ends is failure.py's.
+whose cable was pulled. With one rank, for which nobody waits, it ends waits for data alone, at the timeout or for a
+stop; of another standstill (compute, compilation, a user's function) it warns once. How the process then ends is
+failure.py's.
 """
 
 import contextlib
 import faulthandler
 import math
+import os
 import sys
+import tempfile
 import threading
 import time
+import traceback
 from collections.abc import Callable
+from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import torch.distributed as dist
 
+from launch.errors import to_stderr
 from launch.failure import JobFailure, RunRecord
+from launch.files import ROOT
 from launch.heartbeats import Heartbeats
 from launch.launcher import Launch
+from launch.machine import free_shared_memory
 from launch.stop import stop_request
 
 TICK_SECONDS = 0.5
+MOST_TICK_SECONDS = 2.0  # that one tick counts for: after more, this process was itself stopped or asleep
 SILENT_SECONDS = 15.0  # beyond the timeout, for the store to answer: its connection itself gives up after 15 minutes
+HEARD_SECONDS = 2.0  # for which a stop waits for the next batch before it interrupts that wait
 WAITING = ("backward", "reduce", "left")  # phases in which a rank may be waiting for another
+READING = ("data", "evaluation data")  # phases in which it waits for its next batch
+DATA_EXIT_CODE = 3  # of datasets.errors.DataError, which launch/ does not import
+OURS = f"{ROOT}{os.sep}"
+LIBRARIES = tuple({sys.prefix, sys.base_prefix, os.path.dirname(os.__file__), "<frozen"})
 
 
 class Watchdog:
-    """Heartbeats and hang detection; a single process, which has no store, is only watched for its launcher's death."""
+    """Heartbeats and hang detection; a single process has no store, and is watched as the module's text says."""
 
     def __init__(self, failure: JobFailure | None = None, *, timeout_seconds: float = 300) -> None:
         self.failure = failure or JobFailure(Launch())
         self.rank, self.world_size = self.failure.launch.rank, self.failure.launch.world_size
         self.timeout_seconds = timeout_seconds
         self.step, self.phase = 0, "start"
-        self._changed_at = time.monotonic()
+        self._seconds = 0.0  # a clock that stands still while the process is stopped: a job may sleep as it likes
+        self._changed_at = 0.0
         self._before: dict[int, list[Any]] | None = None  # heartbeats at half of the timeout
         self._stopping = threading.Event()
         self._threads: list[threading.Thread] = []
         self._answered_at = math.inf  # when the store last did; inf until there is one
+        self._trainer = (threading.get_ident(), threading.get_native_id())  # the thread that trains
+        self._switches, self._moved_at, self._has_warned = "", 0.0, False
 
     def mark(self, phase: str, step: int | None = None) -> None:
         """The training loop is alive, and in this phase of that step (by default the last one that was named)."""
         self.step = self.step if step is None else step
-        self.phase, self._changed_at = phase, time.monotonic()
+        self.phase, self._changed_at = phase, self._seconds
 
     def attend(self, run: RunRecord) -> None:
         """Keep `run` told that this process lives, and why it was ended if a thread here has to end it."""
         self.failure.run = run
+        self._start_thread(self._beat_folder, run)
 
     def start(self, store: dist.Store | None = None) -> None:
         """Begin to watch; again with a store when there is one. It is used through a connection of its own."""
@@ -60,12 +80,13 @@ class Watchdog:
             heartbeats = self.failure.heartbeats = Heartbeats(store, rank=self.rank, world_size=self.world_size)
             with contextlib.suppress(RuntimeError):
                 heartbeats.send(self.step, self.phase)  # at once: a rank that hangs within the first tick is known too
-            self._answered_at = time.monotonic()
+            self._answered_at = self._seconds
             self._start_thread(self._talk, heartbeats)
 
     def _start_thread(self, target: Callable[..., None], *args: Any) -> None:
-        self._threads.append(threading.Thread(target=target, args=args, daemon=True))
-        self._threads[-1].start()
+        thread = threading.Thread(target=target, args=args, daemon=True)
+        thread.start()
+        self._threads.append(thread)
 
     def stop(self) -> None:
         """End the threads; the group is about to be taken down."""
@@ -73,13 +94,21 @@ class Watchdog:
         for thread in self._threads:
             thread.join(timeout=5)
 
-    def _watch(self) -> None:
+    def _beat_folder(self, run: RunRecord) -> None:
         while not self._stopping.wait(TICK_SECONDS):
+            run.beat()
+
+    def _watch(self) -> None:
+        before = time.monotonic()
+        while not self._stopping.wait(TICK_SECONDS):
+            now = time.monotonic()
+            self._seconds += min(now - before, MOST_TICK_SECONDS)
+            before = now
             if self.failure.launcher_died():
                 self.failure.end_without_launcher(step=self.step)
-            if self.failure.run is not None:
-                self.failure.run.beat()
-            seconds = time.monotonic() - self._answered_at
+            if self.world_size == 1:
+                self._check_alone()
+            seconds = self._seconds - self._answered_at
             if seconds > self.timeout_seconds + SILENT_SECONDS:
                 line = (f"ERROR distributed: rank {self.rank} of {self.world_size}: the host of the rendezvous has not "
                         f"answered for {seconds:.0f} s at step {self.step}; look at the network, then start the same "
@@ -94,7 +123,7 @@ class Watchdog:
                     self._beat(heartbeats)
             if self.world_size > 1:
                 self._check_progress(heartbeats)
-            self._answered_at = time.monotonic()
+            self._answered_at = self._seconds
 
     def _beat(self, heartbeats: Heartbeats) -> None:
         """Send a heartbeat; pass a stop request on, or take it over; leave some time after another rank's error."""
@@ -106,9 +135,38 @@ class Watchdog:
             request.ask("another rank was asked to stop")
         self.failure.follow(step=self.step)
 
+    def _check_alone(self) -> None:
+        """With one rank: end a wait for data at the timeout, interrupt it for a stop; warn once of another standstill.
+
+        Outside the training loop, where nothing marks progress, a thread that moves is no hang, however slow a disk is.
+        """
+        since_mark = self._seconds - self._changed_at
+        switches = context_switches(self._trainer[1])
+        if switches != self._switches:
+            self._switches, self._moved_at = switches, self._seconds
+        still = since_mark if self.phase in READING else min(since_mark, self._seconds - self._moved_at)
+        frame = sys._current_frames().get(self._trainer[0])
+        reads, place = self._reads(frame), place_of(frame)
+        if still > HEARD_SECONDS and reads and stop_request():
+            stop_request().interrupt(allowed=self._reads)
+        elif still > self.timeout_seconds and reads and place.startswith(OURS):
+            show_stacks()
+            line = (f"ERROR data: --timeout {self.timeout_seconds:.0f}: no data for longer at step {self.step} "
+                    f"({place}); {data_remedy()}")
+            self.failure.end(line, step=self.step, speaks=self.failure.claim_in_this_process(), code=DATA_EXIT_CODE)
+        elif since_mark > self.timeout_seconds and not self._has_warned:
+            self._has_warned = True
+            to_stderr(f"WARNING no progress for {self.timeout_seconds:.0f} s at step {self.step}, phase {self.phase} "
+                      f"({place}); it is waited for")
+
+    def _reads(self, frame: FrameType | None) -> bool:
+        """Whether the thread that trains, at this frame, waits for data."""
+        return self.phase in READING or any(each.f_code.co_filename.startswith(f"{OURS}datasets")
+                                            for each, _ in traceback.walk_stack(frame))
+
     def _check_progress(self, heartbeats: Heartbeats) -> None:
         """Compare the heartbeats at half of the timeout with those at the timeout."""
-        idle = time.monotonic() - self._changed_at
+        idle = self._seconds - self._changed_at
         if idle < self.timeout_seconds / 2:
             self._before = None
         elif self._before is None:
@@ -124,13 +182,43 @@ class Watchdog:
         culprit = silent[0] if silent else min(busy, key=lambda rank: (last[rank][0], rank))
         step, phase = last.get(culprit, (self.step, "unknown"))
         if culprit == self.rank:
-            with contextlib.suppress(OSError, ValueError, AttributeError, RuntimeError):  # a closed stderr
-                faulthandler.dump_traceback(file=sys.stderr)
+            show_stacks()
         elif not silent:
             time.sleep(TICK_SECONDS)  # the culprit shows its stack and prints this line itself
         where = f"step {step}, phase {phase}"
         if silent and step < self.step:  # its last heartbeat is older than its hang: it is where this rank waits
             where = f"step {self.step}, last seen at {where}"
+        remedy = data_remedy() if phase in READING else "look at that process, or raise --timeout if it was only slow"
         line = (f"ERROR distributed: rank {culprit} of {self.world_size}: no progress for {self.timeout_seconds:.0f} s "
-                f"at {where}; the others wait for it: look at that process, or raise --timeout if it was only slow")
+                f"at {where}; the others wait for it: {remedy}")
         self.failure.end(line, step=self.step, speaks=self.failure.claim_error_line(), stuck=silent)
+
+
+def show_stacks() -> None:
+    """The Python stack of every thread, on stderr. By way of a file, as faulthandler would wait for a full pipe."""
+    with contextlib.suppress(OSError), tempfile.TemporaryFile() as file:
+        faulthandler.dump_traceback(file=file)
+        file.seek(0)
+        for line in file.read().decode(errors="replace").splitlines():
+            to_stderr(line)
+
+
+def place_of(frame: FrameType | None) -> str:
+    """`FILE:LINE function` of the innermost code that is in no library: ours, or a user's own function."""
+    for each, line in traceback.walk_stack(frame):
+        if not each.f_code.co_filename.startswith(LIBRARIES):
+            return f"{each.f_code.co_filename}:{line} {each.f_code.co_name}"
+    return "unknown"
+
+
+def data_remedy() -> str:
+    """What to do where no data comes."""
+    return (f"see whether --data-dir can still be read, and the --workers (/dev/shm has "
+            f"{(free_shared_memory() or 0) / 2**20:.0f} MiB free), or raise --timeout if it was only slow")
+
+
+def context_switches(thread: int) -> str:
+    """How often the kernel has switched to a thread, which is constant as long as that waits; empty if unknown."""
+    with contextlib.suppress(OSError):
+        return Path(f"/proc/self/task/{thread}/status").read_text().partition("voluntary_ctxt_switches")[2]
+    return ""

@@ -81,6 +81,13 @@ def test_predictions_name_the_truth_where_they_are_wrong(figures: list[Any]) -> 
     assert titles == [("cat", pictures.RIGHT), ("ship\ntrue: dog", pictures.WRONG)]
 
 
+def test_what_the_font_lacks_is_replaced_and_the_rest_is_drawn_as_it_is(figures: list[Any]) -> None:
+    pictures.image_grid(torch.rand(1, 1, 4, 4), ["$x_2$ naïve Ωß\n猫\udcff\t"], title="$\\frac$")
+    (axes,) = figures[0].axes
+    assert axes.get_title() == "$x_2$ naïve Ωß\n\ufffd\\udcff\\t"
+    assert not axes.title.get_parse_math()
+
+
 @pytest.mark.parametrize("channels", [1, 3])
 def test_an_image_grid_shows_the_pixels_it_is_given(figures: list[Any], channels: int) -> None:
     images = torch.rand(40, channels, 5, 5)

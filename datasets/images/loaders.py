@@ -141,8 +141,12 @@ class Decoder:
         except (RuntimeError, EOFError, OSError) as error:  # the last two when it dies while it hands a batch over
             if self.workers == 0 or str(error).startswith("Caught "):  # raised by our code in a worker: a bug
                 raise
-            raise DataError(f"--workers {self.workers}: a DataLoader worker was killed or lost (out of memory, or of "
-                            f"space in /dev/shm?); start the same command again, perhaps with fewer") from None
+            raise DataError(f"--workers {self.workers}: a DataLoader worker was killed or lost (out of memory?); start "
+                            f"the same command again, perhaps with fewer") from None
+        except BaseException as error:
+            if not isinstance(error, GeneratorExit):  # a stop, in a wait for a worker that may never answer
+                self.lifeline.close()
+            raise
 
 
 def as_it_is(batch: DecodedBatch) -> DecodedBatch:

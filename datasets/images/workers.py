@@ -6,17 +6,34 @@ locks in whatever state they are. It also makes a dead worker an error in the lo
 """
 
 import contextlib
+import functools
 import multiprocessing
 import multiprocessing.context
 import os
+import shutil
 import signal
+import sys
+import tempfile
 import threading
 from collections.abc import Callable, Iterator
 from multiprocessing import forkserver, resource_tracker
 from multiprocessing.connection import Connection
+from multiprocessing.reduction import ForkingPickler
+from multiprocessing.util import get_temp_dir
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.multiprocessing.reductions import reduce_tensor
+
+from datasets.errors import DataError
 
 # Imported once by the server, for all workers. Libraries only: it would look for our own packages in the wrong place.
 PRELOADED = ["torch", "torch.utils.data", "torchvision.transforms.v2", "PIL.Image"]
+MORE_ROOM = "give it more with docker run --shm-size=8g, or train with fewer --workers"
+MOST_LOCKS = 64  # of a pool; each is a file in /dev/shm
+LONGEST_FOLDER = 60  # characters of TMPDIR; the whole path of a socket in it may have 107
 
 
 def worker_context() -> multiprocessing.context.BaseContext:
@@ -24,7 +41,18 @@ def worker_context() -> multiprocessing.context.BaseContext:
 
     Server and workers inherit a mask that blocks the stop signals: those reach the whole process group, and the
     workers must live until their rank has saved.
+
+    Raises:
+        DataError: if /dev/shm has no room even for the workers' locks.
     """
+    try:
+        _ = [multiprocessing.Lock() for _ in range(MOST_LOCKS)]
+    except OSError as error:
+        raise DataError(f"--workers: none can be started ({error.strerror}; {shared_memory()}); {MORE_ROOM}") from None
+    if len(tempfile.gettempdir()) > LONGEST_FOLDER:
+        before, tempfile.tempdir = tempfile.tempdir, "/tmp"
+        get_temp_dir()  # for multiprocessing's sockets; made by the first call, and removed at exit
+        tempfile.tempdir = before
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOADED)
     with blocked_signals():
@@ -32,6 +60,37 @@ def worker_context() -> multiprocessing.context.BaseContext:
     with blocked_signals():  # again: starting the tracker has unblocked two of them
         forkserver.ensure_running()
     return context
+
+
+def shared_memory() -> str:
+    """How much room workers have for what they hand over, in words."""
+    with contextlib.suppress(OSError):
+        return f"/dev/shm has {shutil.disk_usage('/dev/shm').free / 2**20:.1f} MiB free"
+    return "no /dev/shm"
+
+
+def shared_or_whole(tensor: Tensor) -> tuple[Any, ...]:
+    """How a worker pickles a tensor: in shared memory or, where that has no room, whole, through the pipe.
+
+    Left alone, DataLoader finds out in a thread, which drops the batch: the training process waits without end.
+    """
+    try:
+        return reduce_tensor(tensor.share_memory_())
+    except (RuntimeError, OSError):
+        return from_pipe, (tensor.numpy(),)
+
+
+def from_pipe(array: np.ndarray) -> Tensor:
+    """In the training process: a tensor that came whole."""
+    warn_of_pipes()
+    return torch.from_numpy(array)
+
+
+@functools.cache
+def warn_of_pipes() -> None:
+    """Once."""
+    sys.stderr.write(f"WARNING --workers: no room for their batches ({shared_memory()}), so they go through pipes, "
+                     f"which is slower; {MORE_ROOM}\n")
 
 
 class WorkerStart:
@@ -46,6 +105,7 @@ class WorkerStart:
 
     def __call__(self, worker: int) -> None:
         """Prepare this worker."""
+        ForkingPickler.register(Tensor, shared_or_whole)
         if self.prepare is not None:
             self.prepare()
         threading.Thread(target=self.end_with_parent, name="lifeline", daemon=True).start()

@@ -19,18 +19,19 @@ import torch.distributed as dist
 from launch.checks.finding import Finding, fail, ok, warn, warn_if
 from launch.files import ROOT, replace_file
 from launch.launcher import Launch, choose_threads, threads_per_rank, usable_cores
-from launch.machine import gpu_uuid, processor
+from launch.machine import free_shared_memory, gpu_uuid, processor
 
 GIB = 2**30
-LEAST_SHM_BYTES = GIB  # docker gives 64 MiB, and a DataLoader worker that outgrows it dies of SIGBUS
+BATCHES_PER_WORKER = 3  # in /dev/shm: DataLoader asks for two ahead, and one is being used; docker gives 64 MiB
 LEAST_DISK_BYTES = 5 * GIB  # some ResNet checkpoints with optimizer state; WARN only
 SLOW_FSYNC_SECONDS = 1.0  # a checkpoint waits for four
 
 
-def machine_findings(launch: Launch, output_dir: Path) -> list[Finding]:
+def machine_findings(launch: Launch, output_dir: Path, *, batch_bytes: int, workers: int) -> list[Finding]:
     """The whole page for this process's machine, in the order in which things go wrong."""
     return [versions_finding(), *device_findings(), backends_finding(), cores_finding(launch),
-            shared_memory_finding(), output_finding(output_dir)]
+            shared_memory_finding(batch_bytes=batch_bytes, workers=workers * launch.local_world_size),
+            output_finding(output_dir)]
 
 
 def versions_finding() -> Finding:
@@ -105,13 +106,15 @@ def cores_finding(launch: Launch) -> Finding:
                    f"cores (--cpus-per-task)")
 
 
-def shared_memory_finding() -> Finding:
-    """DataLoader workers hand their batches over through /dev/shm."""
-    if not os.path.isdir("/dev/shm"):
+def shared_memory_finding(*, batch_bytes: int, workers: int) -> Finding:
+    """Whether this node's loader workers have room in /dev/shm for the batches that they hand over."""
+    free_bytes, needed_bytes = free_shared_memory(), batch_bytes * workers * BATCHES_PER_WORKER
+    if free_bytes is None:
         return ok("/dev/shm", "this system has none and does not need it")
-    free_bytes = shutil.disk_usage("/dev/shm").free
-    return warn_if(free_bytes < LEAST_SHM_BYTES, "/dev/shm", f"{free_bytes / GIB:.1f} GiB free",
-                   "docker run --shm-size=8g (or --ipc=host), or train with --workers 0")
+    text = (f"{free_bytes / GIB:.1f} GiB free; {workers} workers x {BATCHES_PER_WORKER} batches of "
+            f"{batch_bytes / 2**20:.1f} MiB need {needed_bytes / GIB:.1f}")
+    return warn_if(free_bytes < needed_bytes, "/dev/shm", text,
+                   "docker run --shm-size=8g (or --ipc=host), or fewer --workers; else they use pipes, which is slower")
 
 
 def output_finding(output_dir: Path) -> Finding:

@@ -8,6 +8,7 @@ its watchdog: data, forward, backward, optimizer, reduce, checkpoint, evaluate, 
 """
 
 import contextlib
+import ctypes
 import errno
 import fcntl
 import functools
@@ -20,6 +21,7 @@ import signal
 import stat
 import struct
 import sys
+import threading
 import time
 import zlib
 from collections.abc import Callable, Collection, Iterable
@@ -38,7 +40,7 @@ from launch.files import read_object, replace_file
 from launch.watchdog import Watchdog
 from trainers import models
 from trainers.engine import step as engine_step
-from trainers.engine.run import ownership
+from trainers.engine.run import ownership, pictures
 from trainers.engine.step import TrainStep
 
 FUNCTIONS: dict[str, Callable[..., None]] = {}
@@ -408,3 +410,63 @@ def log_images() -> None:
         return original(self, inputs, targets)
 
     TrainStep.to_device = to_device
+
+
+@hook
+def small_shared_memory(size: str) -> None:
+    """Give this process and its children, loader workers too, a /dev/shm of their own of that size, such as 64m."""
+    libc, rest, private, own_mounts = ctypes.CDLL(None, use_errno=True), 0x4000, 1 << 18, 0x20000
+    if libc.unshare(own_mounts) or libc.mount(b"none", b"/", None, rest | private, None) or libc.mount(
+            b"tmpfs", b"/dev/shm", b"tmpfs", 0, f"size={size}".encode()):
+        raise OSError(ctypes.get_errno(), "no mount of its own")
+
+
+@hook
+def hang_on_open(name: str) -> None:
+    """Have this process wait without end when it opens a file of that name, as on a file server that is gone."""
+    def hang(event: str, arguments: tuple[Any, ...]) -> None:
+        if event == "open" and str(arguments[0]).endswith(name):
+            print("hangs", file=sys.stderr, flush=True)
+            time.sleep(600)
+
+    sys.addaudithook(hang)
+
+
+@hook
+def sleep_in_a_users_function(seconds: float) -> None:
+    """Sleep in code of a file that is not of this checkout."""
+    text = f"def transform():\n    import time\n    time.sleep({seconds})\ntransform()"
+    exec(compile(text, "/home/me/mine.py", "exec"))
+
+
+@hook
+def no_more_threads() -> None:
+    """Have every new thread refused, as beyond a container's limit of processes."""
+    def refuse(self: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    threading.Thread.start = refuse
+
+
+@hook
+def drawing_fails(kind: str, text: str) -> None:
+    """Have every picture fail with an exception of Python of that name; tell when, on stderr."""
+    def fail(*_: Any, **__: Any) -> bytes:
+        raise getattr(__import__("builtins"), kind)(text)
+
+    pictures.as_png = fail
+
+
+@hook
+def without_module(name: str) -> None:
+    """Have no module of that name, as where it is not installed."""
+    sys.modules[name] = None  # pyright: ignore[reportArgumentType]
+
+
+@hook
+def become_user(number: int) -> None:
+    """Be a user that no passwd file knows, without HOME, as in a container."""
+    os.environ.pop("HOME", None)
+    os.setgroups([])
+    os.setgid(number)
+    os.setuid(number)

@@ -12,9 +12,11 @@ from typing import Any
 from launch.errors import is_users
 from launch.process_group import World, gather
 from launch.stop import Stopped, StopRequest, stop_request
+from launch.watchdog import context_switches
 
 SLICE_SECONDS = 0.5  # between two exchanges of the ranks
 DONE = object()  # in place of a step of a generator that has come to its end
+STILL = object()  # in place of a step of one that has not moved
 
 
 def once_per_node(world: World, work: Callable[[], object] | Generator[Any], *,
@@ -35,13 +37,16 @@ def once_per_node(world: World, work: Callable[[], object] | Generator[Any], *,
         until = time.monotonic() + SLICE_SECONDS
         try:
             while not done and time.monotonic() < until:
-                done = next(steps, DONE) is DONE
-                world.watchdog.mark("data")
+                step = next(steps, DONE)
+                done = step is DONE
+                if step is not STILL:
+                    world.watchdog.mark("data")
         except Exception as problem:
             if not is_users(problem):
                 raise
             error = problem
-        world.watchdog.mark("data")
+        if done:
+            world.watchdog.mark("reduce")
         reports = gather(world, (done, bool(stop), error))
         for _, _, problem in reports:
             if problem is not None:
@@ -54,9 +59,10 @@ def once_per_node(world: World, work: Callable[[], object] | Generator[Any], *,
             return
 
 
-def in_thread(work: Callable[[], object]) -> Generator[None]:
-    """Run a function in a thread; yields while it lives, and raises what it raised."""
+def in_thread(work: Callable[[], object]) -> Generator[object]:
+    """Run a function in a thread; yields while it lives, STILL where it waits, and raises what it raised."""
     errors: list[BaseException] = []
+    switches = ""
 
     def run() -> None:
         try:
@@ -68,6 +74,7 @@ def in_thread(work: Callable[[], object]) -> Generator[None]:
     thread.start()
     while thread.is_alive():
         thread.join(SLICE_SECONDS / 5)
-        yield
+        before, switches = switches, context_switches(thread.native_id or 0)
+        yield STILL if switches and switches == before else None
     if errors:
         raise errors[0]

@@ -67,14 +67,17 @@ def write_matrix(folder: RunFolder, matrix: list[list[int]] | None) -> list[list
 
 def draw_result(trainer: Trainer, evaluation: Evaluation, class_names: tuple[str, ...], *, steps_per_epoch: int,
                 test: EvaluationBatches, statistics: Statistics | None) -> None:
-    """The pictures of a finished run, on rank 0; after an evaluation only there are no curves."""
+    """The pictures of a finished run, on rank 0, once all else is written; after an evaluation only, without curves."""
     report = trainer.report
     report.curves(trainer.history.epochs, steps_per_epoch=steps_per_epoch, always=True)
     report.confusion_matrix(evaluation, class_names)
     if report.draws and statistics is not None:
-        first = next(iter(test), None)  # of rank 0's share; none if no image of it can be read
-        if first is not None:
-            draw_predictions(trainer.folder, trainer.train_step, first, statistics, class_names)
+        with report.optional("--pictures"):
+            trainer.world.watchdog.mark("evaluation data")
+            first = next(iter(test), None)  # of rank 0's share; none if no image of it can be read
+            trainer.world.watchdog.mark("pictures")
+            if first is not None:
+                draw_predictions(trainer.folder, trainer.train_step, first, statistics, class_names)
 
 
 def result_text(evaluation: Evaluation, class_names: tuple[str, ...], path: Path, split: str) -> str:

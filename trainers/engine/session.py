@@ -22,9 +22,9 @@ import torch
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
-from launch.errors import UsageError, say
+from launch.errors import UsageError, say, to_stderr
 from launch.failure import translated
-from launch.launcher import job_identity
+from launch.launcher import job_identity, too_many_threads
 from launch.process_group import World, from_main, process_group
 from launch.stop import Stopped, signals_caught
 from trainers.engine.checkpoints.load import load_or_fail
@@ -125,6 +125,8 @@ def begin(config: TrainConfig, folder: RunFolder, world: World) -> None:
         if world.is_main:
             say(f"{folder.path} is DONE (accuracy {result.get('accuracy')}); raise --epochs to continue")
         raise AlreadyDone(result)
+    if world.is_main and (warning := too_many_threads(world, world.threads)):
+        to_stderr(warning)
 
 
 def write_preempted(folder: RunFolder, stopped: Stopped) -> None:
@@ -239,8 +241,10 @@ def train_model(config: TrainConfig, run: Run, model: nn.Module, task: Task, tra
             if run.world.is_main:
                 say(summary(config, trainer, train, where))
                 if config.show_batch and statistics is not None:
+                    run.world.watchdog.mark("data")
                     first = next(train.batches(trainer.epoch, trainer.samples_consumed))
-                    draw_first_batch(run.folder, first, statistics, class_names)
+                    with trainer.report.optional("--show-batch"):
+                        draw_first_batch(run.folder, first, statistics, class_names)
             if config.dry_run:
                 return dry_run(trainer, train, config)
             if config.measure is not None:
@@ -253,9 +257,9 @@ def train_model(config: TrainConfig, run: Run, model: nn.Module, task: Task, tra
         evaluation = trainer.last_evaluation or trainer.evaluate(evaluated)
         result = finish(trainer, evaluation, class_names, split=split, batch_size=config.batch_size,
                         save_weights=config.save_weights, total_seconds=time.perf_counter() - began)
+        write_done(trainer)
         draw_result(trainer, evaluation, class_names, test=evaluated, statistics=statistics,
                     steps_per_epoch=steps_per_epoch)
-    write_done(trainer)
     return result
 
 

@@ -45,6 +45,8 @@ class TrainStep:
         self.trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         self.sums = TrainingSums(classification=task.num_classes is not None)
         self.gradient_norms: dict[str, Tensor] = {}
+        self.is_under_way = False
+        """Whether a step was begun and not ended, as where a stop interrupts a wait for data: no state to save."""
         self._frozen_norms = [module for module in model.modules() if is_frozen_norm(module)]
         self._memory_format = torch.channels_last if options.channels_last else torch.preserve_format
         self._dropout_generators = default_generators(model, world.device)
@@ -82,6 +84,7 @@ class TrainStep:
             inputs, targets = self.to_device(*next(batches))
             with gradient_sync(self.model, last=micro_step == options.accumulation_steps - 1):
                 mark("forward", step)
+                self.is_under_way = True
                 outputs, loss = self.forward(inputs, targets)
                 mark("backward", step)
                 self.precision.backward(loss / options.accumulation_steps if options.accumulation_steps > 1 else loss)
@@ -98,6 +101,7 @@ class TrainStep:
         self.optimizer.zero_grad(set_to_none=True)
         if self.ema is not None:
             self.ema.update_parameters(self.network)
+        self.is_under_way = False
         mark("between steps", step + 1)
 
     def to_device(self, inputs: Tensor, targets: Tensor) -> Batch:
@@ -122,6 +126,7 @@ class TrainStep:
         sync_buffers(model, self.world)
         model.eval()
         sums = EvaluationSums(self.world.device, num_classes=self.task.num_classes)
+        self.world.watchdog.mark("evaluation data")
         for inputs, targets in test:
             self.world.watchdog.mark("evaluate")
             if stop:
@@ -130,6 +135,8 @@ class TrainStep:
             with self.precision.autocast():
                 outputs = model(inputs)
             sums.update(self.task.test_loss(outputs.float(), targets), outputs, targets)
+            self.world.watchdog.mark("evaluation data")
+        self.world.watchdog.mark("reduce")
         return sums.reduce(self.world, stop)
 
     def train_mode(self) -> None:

@@ -91,10 +91,10 @@ class Trainer:
             while (self.step < last_step and not self.out_of_patience) or not self.history.has_recorded(self.step):
                 self.fit_epoch(train, test, last_step, progress)
             from_main(self.world, self.checkpointer.join)
-        except Stopped:
+        except Stopped as stopped:
             self._save()
             from_main(self.world, self.checkpointer.join)  # a launcher gives others little time once a rank has ended
-            raise
+            raise Stopped(str(stopped), step=self.saved_step or 0, epoch=self.epoch) from None
         finally:
             self.checkpointer.wait()  # before the run folder is given up
             progress.close()
@@ -109,9 +109,11 @@ class Trainer:
         is_best = self._record_epoch(train, progress)
         is_last = is_last or self.out_of_patience
         self.finish_epoch(train)
-        self.folder.write_status("RUNNING", step=self.step, epoch=self.epoch)
         if is_best or is_last or options.checkpoint_every is None or self.step % options.checkpoint_every == 0:
             self._save(is_best=is_best)
+        self.folder.write_status("RUNNING", step=self.step, epoch=self.epoch)
+        if not is_last:  # the last picture is drawn once the run is DONE
+            self.report.curves(self.history.epochs, steps_per_epoch=train.steps_per_epoch)
 
     @property
     def out_of_patience(self) -> bool:
@@ -225,7 +227,6 @@ class Trainer:
                                       evaluation=evaluation, split=self.options.split, by=self.options.best)
         speed = self.step * train.global_batch_size / self.history.train_seconds
         progress.line_above(epoch_text(self.history.epochs[-1], samples_per_second=speed))
-        self.report.curves(self.history.epochs, steps_per_epoch=train.steps_per_epoch)
         return is_best
 
     def _save(self, *, is_best: bool = False) -> None:
@@ -233,7 +234,7 @@ class Trainer:
 
         Not while the loss is not finite: that would push the last good checkpoint out.
         """
-        if self.step == self.saved_step and not is_best:
+        if (self.step == self.saved_step and not is_best) or self.train_step.is_under_way:
             return
         self.world.watchdog.mark("checkpoint")
         running = self.sums.of_all_ranks(self.world)

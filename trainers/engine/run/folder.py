@@ -92,7 +92,8 @@ class RunFolder:
 
     def failed(self, cause: Exception | str, *, step: int) -> None:
         """FAILED and why; not if this process never started the run, or has lost it, or the disk is full."""
-        if not self._started:
+        done = (self.read_json("status.json") or {}).get("state") == "DONE"  # what fails now is optional
+        if not self._started or done:
             return
         before_step, epoch = self.position()
         if isinstance(cause, Exception):

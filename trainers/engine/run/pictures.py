@@ -1,16 +1,22 @@
 """Curves, confusion matrix and image grids as PNG bytes.
 
 matplotlib is imported by the first drawing, so that training neither waits for it nor needs a display: figures are made
-without pyplot, which holds global state and would look for a window system.
+without pyplot, which holds global state and would look for a window system. Names of classes and runs are drawn as they
+are: never read as markup, and characters that the font lacks are replaced.
 """
 
+import contextlib
 import io
+import logging
 import math
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+
+from launch.errors import printable
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -25,6 +31,24 @@ MOST_NUMBERS = 20  # classes up to which each cell of a confusion matrix shows i
 MOST_NAMES = 60  # and up to which each row shows its name
 MOST_IMAGES, COLUMNS = 32, 8
 MOST_MARKERS = 50  # points of a curve up to which each is marked
+PLAIN: dict[str, Any] = {"parse_math": False}  # of text that is not ours: a `$` in it is no formula
+
+
+@contextlib.contextmanager
+def drawing() -> Iterator[None]:
+    """Draw one picture without matplotlib's remarks on fonts, layout and a config folder that cannot be written."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        logging.getLogger("matplotlib").setLevel(logging.ERROR)
+        yield
+
+
+def drawable(text: str) -> str:
+    """A text in one line, with a replacement in the place of what the font lacks."""
+    from matplotlib.font_manager import FontProperties, findfont, get_font
+
+    known = get_font(findfont(FontProperties())).get_charmap()
+    return "".join(character if ord(character) in known else "\ufffd" for character in printable(text))
 
 
 def new_figure(width: float, height: float) -> "Figure":
@@ -41,6 +65,7 @@ def as_png(figure: "Figure", *, dpi: int = 110) -> bytes:
     return buffer.getvalue()
 
 
+@drawing()
 def curves(epochs: Sequence[dict[str, Any]], *, steps_per_epoch: int, title: str = "") -> bytes:
     """Loss and, where there are classes, accuracy over the epochs, of the training and the evaluated set.
 
@@ -62,7 +87,7 @@ def curves(epochs: Sequence[dict[str, Any]], *, steps_per_epoch: int, title: str
         draw_lines(panels[1], places, epochs, "accuracy", scale=100)
         panels[1].set_ylabel("accuracy in %")
         panels[1].set_ylim(top=min(100.5, panels[1].get_ylim()[1]))
-    figure.suptitle(title, fontsize=10)
+    figure.suptitle(drawable(title), fontsize=10, **PLAIN)
     return as_png(figure)
 
 
@@ -86,10 +111,11 @@ def draw_lines(axes: "Axes", places: Sequence[float], epochs: Sequence[dict[str,
         axes.legend()
 
 
+@drawing()
 def confusion_matrix(matrix: Sequence[Sequence[int]], class_names: Sequence[str], *, title: str = "") -> bytes:
     """Rows are true classes, columns predicted ones; the colour is the share of the row, the number the count."""
     size = len(matrix)
-    names = class_names or [str(label) for label in range(size)]
+    names = [drawable(name) for name in class_names or map(str, range(size))]
     side = min(12.0, 2.6 + 0.55 * size)
     figure = new_figure(side + 0.8, side)
     axes = figure.subplots()
@@ -102,11 +128,11 @@ def confusion_matrix(matrix: Sequence[Sequence[int]], class_names: Sequence[str]
                 axes.text(column, row, str(count), ha="center", va="center", fontsize=8,
                           color="white" if shares[row][column] > 0.5 else "black")
     if size <= MOST_NAMES:
-        axes.set_xticks(range(size), names, rotation=45, ha="right", rotation_mode="anchor")
-        axes.set_yticks(range(size), names)
+        axes.set_xticks(range(size), names, rotation=45, ha="right", rotation_mode="anchor", **PLAIN)
+        axes.set_yticks(range(size), names, **PLAIN)
     axes.set_xlabel("predicted")
     axes.set_ylabel("true")
-    axes.set_title(title)
+    axes.set_title(drawable(title), **PLAIN)
     return as_png(figure)
 
 
@@ -116,6 +142,7 @@ def denormalize(inputs: Tensor, mean: tuple[float, ...], std: tuple[float, ...])
     return (inputs * torch.tensor(std).view(shape) + torch.tensor(mean).view(shape)).clamp(0, 1)
 
 
+@drawing()
 def image_grid(images: Tensor, captions: Sequence[str], *, right: Sequence[bool] | None = None,
                title: str = "") -> bytes:
     """Images with a line or two of text above each.
@@ -136,8 +163,9 @@ def image_grid(images: Tensor, captions: Sequence[str], *, right: Sequence[bool]
         pixels = images[place].float().clamp(0, 1).permute(1, 2, 0).cpu().numpy()
         panels[place].imshow(pixels, cmap="gray", vmin=0, vmax=1)
         colour = "black" if right is None else RIGHT if right[place] else WRONG
-        panels[place].set_title(captions[place], fontsize=8, color=colour)
-    figure.suptitle(title, fontsize=10)
+        caption = "\n".join(map(drawable, captions[place].split("\n")))
+        panels[place].set_title(caption, fontsize=8, color=colour, **PLAIN)
+    figure.suptitle(drawable(title), fontsize=10, **PLAIN)
     return as_png(figure, dpi=120)
 
 

@@ -1,13 +1,17 @@
 """What a run leaves for people: lines of metrics.jsonl, TensorBoard events, and pictures in the run folder.
 
 On rank 0 only, and outside the timed steps. Drawing is paced: it may take a twentieth of the run's time, so that
-short epochs are not slowed by their own picture; the last one is always drawn.
+short epochs are not slowed by their own picture; the last one is always drawn. Only the lines are needed: of pictures
+and events the first failure is a warning, others are silent, and the run continues.
 """
 
+import contextlib
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from launch.errors import first_line, to_stderr
+from launch.stop import Stopped
 from trainers.engine.metrics import Evaluation
 from trainers.engine.run import pictures
 from trainers.engine.run.folder import RunFolder
@@ -27,12 +31,26 @@ class Report:
         self.folder, self.draws, self.tensorboard = folder, pictures and folder.is_main, tensorboard and folder.is_main
         self._writer: SummaryWriter | None = None
         self._drawn_at, self._cost_seconds = time.monotonic(), FIRST_COST_SECONDS
+        self._failed: set[str] = set()
+
+    @contextlib.contextmanager
+    def optional(self, what: str) -> Iterator[None]:
+        """A part of the report that must not cost the run, however it fails: that is one WARNING."""
+        try:
+            yield
+        except (Exception, Stopped) as error:
+            if what not in self._failed:
+                to_stderr(f"WARNING {what}: {type(error).__name__}: {first_line(error)}; the run does without")
+            self._failed.add(what)
 
     def line(self, line: Mapping[str, Any]) -> None:
         """Add a line to metrics.jsonl, and its numbers to TensorBoard."""
         self.folder.append_metrics(line)
-        if not self.tensorboard:
-            return
+        if self.tensorboard:
+            with self.optional("--tensorboard"):
+                self._add_events(line)
+
+    def _add_events(self, line: Mapping[str, Any]) -> None:
         if self._writer is None:
             from torch.utils.tensorboard import SummaryWriter
 
@@ -50,8 +68,9 @@ class Report:
         if not self.draws or not epochs or not (always or waited * SHARE >= self._cost_seconds):
             return
         began = time.monotonic()
-        png = pictures.curves(epochs, steps_per_epoch=steps_per_epoch, title=self.folder.path.name)
-        self.folder.write_bytes("curves.png", png)
+        with self.optional("--pictures"):
+            png = pictures.curves(epochs, steps_per_epoch=steps_per_epoch, title=self.folder.path.name)
+            self.folder.write_bytes("curves.png", png)
         self._drawn_at = time.monotonic()
         self._cost_seconds = self._drawn_at - began
 
@@ -59,12 +78,12 @@ class Report:
         """Draw confusion_matrix.png, where there are classes."""
         if self.draws and evaluation.confusion_matrix is not None and evaluation.accuracy is not None:
             title = f"{100 * evaluation.accuracy:.2f} % of {evaluation.num_samples} test samples"
-            png = pictures.confusion_matrix(evaluation.confusion_matrix, class_names, title=title)
-            self.folder.write_bytes("confusion_matrix.png", png)
+            with self.optional("--pictures"):
+                png = pictures.confusion_matrix(evaluation.confusion_matrix, class_names, title=title)
+                self.folder.write_bytes("confusion_matrix.png", png)
 
     def close(self) -> None:
         """Finish the event file."""
         if self._writer is not None:
-            self._writer.close()
-
-
+            with self.optional("--tensorboard"):
+                self._writer.close()
