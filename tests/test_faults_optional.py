@@ -6,7 +6,7 @@ import pytest
 
 from tests.helpers.comparing import run_in
 from tests.helpers.faults import Fault, assert_ends_as_specified, cases, check
-from tests.helpers.hooks import drawing_fails, without_module
+from tests.helpers.hooks import drawing_fails, events_fail, without_module
 from tests.helpers.images import image_tree
 from tests.helpers.processes import newest_checkpoint, read_json
 
@@ -19,12 +19,13 @@ FAULTS = [
           hook=drawing_fails("OSError", "No space left on device")),
     Fault(name="no-memory-for-a-picture", flags=PICTURES, hook=drawing_fails("MemoryError", "full")),
     Fault(name="no-matplotlib", flags=PICTURES, hook=without_module("matplotlib")),
+    Fault(name="no-room-for-events", flags=("--tensorboard", "--log-gradients"), hook=events_fail()),
     Fault(name="no-TensorBoard", flags=("--tensorboard",), hook=without_module("torch.utils.tensorboard")),
 ]
 BACKENDS = ["module://matplotlib_inline.backend_inline", "nonsense", "TkAgg"]
 
 
-@pytest.mark.parametrize("fault", cases(FAULTS, default={"a-picture-that-fails", "no-TensorBoard"}))
+@pytest.mark.parametrize("fault", cases(FAULTS, default={"a-picture-that-fails", "no-room-for-events"}))
 def test_what_is_optional_is_warned_of_and_does_not_cost_the_run(tmp_path: Path, fault: Fault) -> None:
     ended = assert_ends_as_specified(fault, tmp_path)
     warnings = [line for line in ended.err.splitlines() if line.startswith("WARNING")]

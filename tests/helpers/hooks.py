@@ -458,6 +458,17 @@ def drawing_fails(kind: str, text: str) -> None:
 
 
 @hook
+def events_fail() -> None:
+    """Have TensorBoard's thread find the disk full."""
+    from tensorboard.summary.writer.record_writer import RecordWriter
+
+    def fail(self: RecordWriter, data: bytes) -> None:
+        raise OSError(28, "No space left on device")
+
+    RecordWriter.write = fail
+
+
+@hook
 def without_module(name: str) -> None:
     """Have no module of that name, as where it is not installed."""
     sys.modules[name] = None  # pyright: ignore[reportArgumentType]

@@ -6,8 +6,9 @@ and events the first failure is a warning, others are silent, and the run contin
 """
 
 import contextlib
+import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from launch.errors import first_line, to_stderr
@@ -46,7 +47,7 @@ class Report:
     def line(self, line: Mapping[str, Any]) -> None:
         """Add a line to metrics.jsonl, and its numbers to TensorBoard."""
         self.folder.append_metrics(line)
-        if self.tensorboard:
+        if self.tensorboard and "--tensorboard" not in self._failed:
             with self.optional("--tensorboard"):
                 self._add_events(line)
 
@@ -54,6 +55,7 @@ class Report:
         if self._writer is None:
             from torch.utils.tensorboard import SummaryWriter
 
+            threading.excepthook = without_tensorboards(threading.excepthook)
             self._writer = SummaryWriter(str(self.folder.path / "tensorboard"), flush_secs=10,
                                          purge_step=line["step"])  # hides what a killed run wrote from there on
         for name in SCALARS:
@@ -87,3 +89,8 @@ class Report:
         if self._writer is not None:
             with self.optional("--tensorboard"):
                 self._writer.close()
+
+
+def without_tensorboards(show: Callable[[threading.ExceptHookArgs], object]) -> Callable[..., object]:
+    """What shows the errors of threads, less those of TensorBoard's: its next event raises them again."""
+    return lambda error: type(error.thread).__module__.startswith("tensorboard") or show(error)
