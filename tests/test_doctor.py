@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from launch.checks import machine
 from launch.checks.job import job_findings, port_finding
 from launch.checks.machine import as_numbers, cores_finding, required_versions
 from launch.checks.ranks import gathered, rank_devices_finding
@@ -115,6 +116,16 @@ def test_a_rank_without_a_gpu_is_named_with_its_host():
     found = rank_devices_finding([record(0), broken], "auto")
     assert (found.state, found.fix) == ("FAIL", "start 8 ranks")
     assert "rank 9 on b" in found.text
+
+
+def test_the_room_in_shared_memory_is_compared_with_what_workers_need(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(machine, "free_shared_memory", lambda: 64 * 2**20)
+    assert machine.shared_memory_finding(batch_bytes=2**20, workers=4).state == "OK"
+    short = machine.shared_memory_finding(batch_bytes=32 * 3 * 224**2, workers=8)
+    assert short.state == "WARN"
+    assert "8 workers x 3 batches of 4.6 MiB" in short.text
+    monkeypatch.setattr(machine, "free_shared_memory", lambda: None)
+    assert machine.shared_memory_finding(batch_bytes=2**20, workers=4).state == "OK"
 
 
 def test_of_another_node_only_trouble_is_shown_and_with_its_name():

@@ -52,16 +52,18 @@ FAULTS = [
 
 
 def test_where_shared_memory_is_small_batches_take_another_way(tmp_path: Path) -> None:
-    flags = ["--data-dir", image_tree(tmp_path / "images"), "--workers", "2", "--batch-size", "60"]
+    flags = ["--data-dir", image_tree(tmp_path / "images"), "--batch-size", "60"]
     expected = run_in(tmp_path / "room", *flags, trainer="image_folder")
     assert expected.codes == [0], expected.err
-    ended = run_in(tmp_path / "small", *flags, trainer="image_folder", hook=small_shared_memory("300k"))
+    ended = run_in(tmp_path / "small", *flags, "--workers", "2", trainer="image_folder",
+                   hook=small_shared_memory("300k"))
     skip_if_not_allowed(ended.err)
     check(ended, Fault(name="small"))
     assert ended.err.count("WARNING --workers: no room for their batches (/dev/shm has 0.") == 1
     assert outcome(tmp_path / "small") == outcome(tmp_path / "room")
 
 
+@pytest.mark.slow
 def test_where_shared_memory_has_no_room_at_all_that_is_said(tmp_path: Path) -> None:
     flags = ["--data-dir", image_tree(tmp_path / "images"), "--workers", "2"]
     ended = run_in(tmp_path, *flags, trainer="image_folder", hook=small_shared_memory("4k"))
@@ -97,6 +99,20 @@ def test_a_stop_is_heard_in_a_read_that_never_returns(tmp_path: Path, place: tup
     assert newest_checkpoint(tmp_path / "r")["step"] == place[0]
 
 
+@pytest.mark.slow
+def test_a_stop_within_a_step_of_several_micro_batches_keeps_the_last_checkpoint(tmp_path: Path) -> None:
+    flags = ["--accumulation-steps", "2"]
+    assert run_in(tmp_path / "whole", *flags).codes == [0]
+    second = at(7, "data", say("hangs"), sleep_for(60), time=2)
+    with start("cifar", *NORMED, *flags, "--output-dir", tmp_path, folder=tmp_path, hook=second) as job:
+        job.wait_for_line("hangs")
+        job.signal(signal.SIGTERM)
+        check(job.wait(30), Fault(name="stop", codes=(75,)))
+    assert read_json(tmp_path / "r" / "status.json")["step"] == newest_checkpoint(tmp_path / "r")["step"] == 6
+    assert run_in(tmp_path, *flags).codes == [0]
+    assert outcome(tmp_path) == outcome(tmp_path / "whole")
+
+
 HANGING = '''
 import sys, time
 if any("forkserver" in word for word in sys.orig_argv):
@@ -104,6 +120,7 @@ if any("forkserver" in word for word in sys.orig_argv):
 '''
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stopped", [False, True])
 def test_a_worker_whose_read_never_returns_is_noticed_and_does_not_delay_a_stop(tmp_path: Path, stopped: bool) -> None:
     (tmp_path / "sitecustomize.py").write_text(HANGING)
@@ -120,8 +137,9 @@ def test_a_worker_whose_read_never_returns_is_noticed_and_does_not_delay_a_stop(
     check(ended, fault)
 
 
-@pytest.mark.parametrize("thread", ["--no-download", pytest.param("--download", marks=pytest.mark.slow)])
-@pytest.mark.parametrize("stopped", [False, True])
+@pytest.mark.parametrize(("thread", "stopped"), [
+    ("--no-download", True), *(pytest.param(*case, marks=pytest.mark.slow) for case in (
+        ("--no-download", False), ("--download", True), ("--download", False)))])
 def test_a_read_that_never_returns_before_training_is_named_and_a_stop_is_heard(tmp_path: Path, thread: str,
                                                                                 stopped: bool) -> None:
     for split in ("train", "t10k"):
@@ -174,8 +192,8 @@ def test_nobody_need_read_what_is_printed(tmp_path: Path, full_pipe: Path, stopp
 
 
 @pytest.mark.parametrize(("phase", "function", "file"), [
-    ("forward", sleep_for(3), "hooks.py"),
-    pytest.param("data", sleep_in_a_users_function(3), "/home/me/mine.py:3 transform", marks=pytest.mark.slow)])
+    ("forward", sleep_for(2.2), "hooks.py"),
+    pytest.param("data", sleep_in_a_users_function(2.2), "/home/me/mine.py:3 transform", marks=pytest.mark.slow)])
 def test_compute_and_a_users_function_may_take_longer_than_the_timeout(tmp_path: Path, phase: str, function: object,
                                                                        file: str) -> None:
     ended = run_in(tmp_path, "--timeout", "1", hook=at(7, phase, function))  # pyright: ignore[reportArgumentType]
@@ -185,7 +203,8 @@ def test_compute_and_a_users_function_may_take_longer_than_the_timeout(tmp_path:
     assert file in ended.err
 
 
-@pytest.mark.parametrize("ranks", [2, pytest.param(1, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks", [1, 2])
 def test_a_job_that_was_stopped_for_longer_than_the_timeout_continues(tmp_path: Path, ranks: int) -> None:
     flags, hook = [*NORMED, "--output-dir", tmp_path, "--timeout", "2"], [slow_steps(0.1), at(4, "data", touch("here"))]
     with start("cifar", *flags, folder=tmp_path, ranks=ranks, hook=hook) as job:

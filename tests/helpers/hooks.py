@@ -122,15 +122,18 @@ def install(trainer: str, hooks: str) -> None:
 
 
 @hook
-def at(step: int, phase: str, *actions: Hook, ranks: Collection[int] | None = None) -> None:
-    """Run the actions once, when the training loop reaches that phase of that step (completed steps, from 0)."""
+def at(step: int, phase: str, *actions: Hook, ranks: Collection[int] | None = None, time: int = 1) -> None:
+    """Run the actions once, when the training loop reaches that phase of that step (completed steps, from 0).
+
+    `time`: 2 for the second micro-batch of the step.
+    """
     original, fired = Watchdog.mark, []
 
     def mark(self: Watchdog, where: str, now: int | None = None) -> None:
         original(self, where, now)
-        if self.step >= step and where == phase and not fired and (ranks is None or launched_rank() in ranks):
+        if self.step >= step and where == phase and (ranks is None or launched_rank() in ranks):
             fired.append(True)
-            for action in actions:
+            for action in actions if len(fired) == time else ():
                 action()
 
     Watchdog.mark = mark

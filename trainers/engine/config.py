@@ -130,7 +130,7 @@ class TrainConfig(ScheduleFlags):
     deterministic: bool = False
     """Only deterministic kernels: bit-identical GPU runs, slower."""
     timeout: Annotated[float, Above(0, most=MOST_SECONDS)] = 300
-    """Seconds that a collective may take before the rank that hangs is named and the job ends."""
+    """Seconds without progress before the rank that hangs is named and the job ends; with one rank, without data."""
 
     output_dir: Path = Path("runs")
     """Folder of the run folders."""
