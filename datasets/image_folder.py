@@ -61,10 +61,14 @@ class ImageTree:
         text = "\n".join(self.names) + str(self.targets.tolist()) + str(self.class_names)
         return hashlib.sha256(text.encode(errors="surrogateescape")).hexdigest()[:16]
 
-    def sizes_and_times(self) -> dict[str, list[int]]:
-        """Bytes and modification time (ns) of each image, by one `stat` each; -1 for one that cannot be read."""
-        files = {name: [-1, -1] for name in self.names}
+    def sizes_and_times(self, files: dict[str, list[int]] | None = None) -> dict[str, list[int]]:
+        """Bytes and modification time (ns) of each image, by one `stat` each; -1 for one that cannot be read.
+
+        They are added to `files` one by one.
+        """
+        files = {} if files is None else files
         for name in self.names:
+            files[name] = [-1, -1]
             with contextlib.suppress(OSError):
                 status = os.stat(os.path.join(self.root, name))
                 files[name] = [status.st_size, status.st_mtime_ns]

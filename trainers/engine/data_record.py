@@ -25,13 +25,14 @@ class DataRecord:
         self.has_files = hasattr(dataset, "sizes_and_times")
         self.fingerprint: str | None = None if dataset is None or self.has_files else dataset.fingerprint()
         """None until files have been looked at."""
-        self._files, self._text = {}, "{}"
+        self._files: dict[str, list[int]] = {}
+        self._text = "{}"
         self._before: tuple[Mapping[str, Any], Path] | None = None
         self._looking = in_thread(self._look) if self.has_files and world.is_main else iter(())
         next(self._looking, None)  # starts it
 
     def _look(self) -> None:
-        self._files = self.dataset.sizes_and_times()
+        self.dataset.sizes_and_times(self._files)
         self._text, self.fingerprint = json.dumps(self._files), self.dataset.fingerprint(self._files)
 
     def state(self) -> dict[str, Any]:
@@ -55,8 +56,11 @@ class DataRecord:
             from_main(self.world, self._compare)
 
     def _compare(self) -> None:
+        num_seen = -1
         for _ in self._looking:
-            self.world.watchdog.mark("data")
+            if len(self._files) > num_seen:  # else a file system hangs, and the watchdog is to say so
+                self.world.watchdog.mark("data")
+            num_seen = len(self._files)
         if self._before is None:
             return
         state, was = self._before[0], saved_files(self._before[0])
