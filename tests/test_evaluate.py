@@ -101,7 +101,7 @@ def test_a_checkpoint_of_before_takes_its_classes_from_its_run_and_alone_by_posi
     shutil.copy(trained / "model.json", older.parent)
     data = only_test(tree, tmp_path / "some", "ring", "bars")
     ended, result = evaluate(next(older.glob("*.pt")), data, tmp_path / "a")
-    assert "WARNING" not in ended.err
+    assert "WARNING checkpoint" not in ended.err
     assert sum(map(sum, result["confusion_matrix"])) == sum(1 for _ in data.rglob("*.png"))
     ended, result = evaluate(next(alone.glob("*.pt")), tree, tmp_path / "b", ranks=2)
     assert ended.err.count("WARNING") == 1
@@ -126,7 +126,7 @@ def test_three_ranks_evaluate_a_run_of_one_though_its_batch_does_not_divide(trai
     assert three["accuracy"] == one["accuracy"]
     assert three["num_samples"] == one["num_samples"]
     assert three["loss"] == pytest.approx(one["loss"], rel=1e-5)
-    assert "WARNING" not in ended.err
+    assert "WARNING checkpoint" not in ended.err
 
 
 def test_the_test_split_of_mnist_and_its_like_needs_no_training_file(tmp_path: Path):

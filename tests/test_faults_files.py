@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from tests.helpers.comparing import outcome, run_in
-from tests.helpers.faults import Fault, assert_ends_as_specified, cases, check
+from tests.helpers.faults import Fault, assert_ends_as_specified, cases, check, check_lines
 from tests.helpers.hooks import (
     at,
     clock_jumps,
@@ -145,6 +145,41 @@ def test_a_checkpoint_of_another_model_is_refused_with_the_differences(spoilt: P
     path = sorted((spoilt / "r" / "checkpoints").glob("step-*.pt"))[-1]
     ended = run_in(spoilt, "--run-name", "other", "--model", "net", "--resume", str(path))
     check(ended, Fault(name="model", codes=(4,), error="ERROR checkpoint: .*step-.*and .* more"))
+
+
+def test_a_finished_run_whose_checkpoints_were_cleared_is_done_and_not_trained_again(tmp_path: Path) -> None:
+    assert run_in(tmp_path).codes == [0]
+    before = (tmp_path / "r" / "result.json").read_bytes()
+    shutil.rmtree(tmp_path / "r" / "checkpoints")
+    ended = run_in(tmp_path)
+    check(ended, Fault(name="done"))
+    assert "is DONE" in ended.out
+    assert (tmp_path / "r" / "result.json").read_bytes() == before
+    check(run_in(tmp_path, "--epochs", "3", ranks=2), Fault(
+        name="more", ranks=2, codes=(4,), error="ERROR checkpoint: .*is DONE and its checkpoints are.*--resume never"))
+    check(run_in(tmp_path, "--epochs", "3", "--resume", "never"), Fault(name="never"))
+
+
+@pytest.mark.parametrize(("name", "kind"), [
+    ("metrics.jsonl", "pipe"), ("status.json", "pipe"), ("config.json", "folder"),
+    *(pytest.param(name, kind, marks=pytest.mark.slow) for name, kind in (
+        ("metrics.jsonl", "folder"), ("status.json", "folder"), ("config.json", "pipe"), ("owner.json", "folder"),
+        ("result.json", "pipe"), ("checkpoints", "pipe"), ("lock", "folder"), ("model.json", "folder"),
+        ("owner.json", "pipe"), ("environment.json", "folder")))])
+def test_a_pipe_or_folder_under_one_of_our_names_is_one_line_or_none(tmp_path: Path, name: str, kind: str) -> None:
+    (tmp_path / "r").mkdir()
+    if kind == "pipe":
+        os.mkfifo(tmp_path / "r" / name)
+    else:
+        (tmp_path / "r" / name / "inside").mkdir(parents=True)
+    ended = run_in(tmp_path, ranks=2, timeout=40)
+    if ended.code:
+        assert ended.codes[0] == 4
+        assert ended.codes[1] in (0, 4, 6)  # it may only see that rank 0 has left, or have nothing left to do
+        check_lines(ended, f"ERROR checkpoint: .*{name}.*(move away|choose)")
+        assert "free some space" not in ended.err
+    else:
+        assert (name, kind) == ("owner.json", "pipe")  # replaced
 
 
 def test_a_second_process_on_a_run_is_told_who_has_it(tmp_path: Path) -> None:

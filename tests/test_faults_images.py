@@ -8,6 +8,7 @@ import pytest
 
 from tests.helpers.comparing import run_in
 from tests.helpers.faults import Fault, check, check_nothing_left
+from tests.helpers.hooks import at, cut_short
 from tests.helpers.images import NUM_TEST, NUM_TRAIN, image_tree, write_tree
 from tests.helpers.processes import read_json
 from tests.helpers.server import IMAGES, run, start
@@ -72,3 +73,13 @@ def test_a_link_to_nothing_ends_the_run_by_name_and_is_skipped_where_that_is_all
     assert skipped.codes == [0, 0], skipped.err
     assert skipped.err.count("gone.png: skipped") == 1
     assert f"data       {NUM_TRAIN} training images in 10 classes, {NUM_TEST} test images\n" in skipped.out
+
+
+@pytest.mark.parametrize("split", ["train", pytest.param("test", marks=pytest.mark.slow)])
+def test_a_cache_that_is_cut_short_while_in_use_is_named_and_built_again(tmp_path: Path, split: str) -> None:
+    flags = ("--data-dir", image_tree(tmp_path / "images"), "--cache", "--cache-dir", tmp_path / "cache",
+             "--output-dir", tmp_path, "--batch-size", "12", "--epochs", "2", "--threads", "1", "--no-pictures",
+             "--run-name", "r")
+    ended = run("image_folder", *flags, hook=at(3, "data", cut_short(str(tmp_path / "cache"), f"{split}*.u8")))
+    check(ended, Fault(name="cut", codes=(3,), error=f"ERROR data: --cache-dir .*{split}-.*cut short while in use"))
+    check(run("image_folder", *flags), Fault(name="again"))

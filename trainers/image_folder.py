@@ -9,7 +9,7 @@
 """
 
 import sys
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -116,7 +116,7 @@ RECIPES: dict[str, dict[str, Any]] = {
 
 
 def load_data(config: ImageFolderConfig, world: World, known: Sequence[str] | None = None
-              ) -> dict[str, ImageTree]:
+              ) -> tuple[ImageTree | None, ImageTree | None, ImageTree | None]:
     """Training, validation and test split, those that there are: names and labels, no pixels yet.
 
     For --evaluate one alone, with the classes that the checkpoint knows: the test split, if there is a folder of it.
@@ -128,16 +128,17 @@ def load_data(config: ImageFolderConfig, world: World, known: Sequence[str] | No
         once_per_node(world, lambda: image_folder.write_synthetic(folder, seed=config.seed))
     train, evaluated = image_folder.load(folder, validation_fraction=config.validation_fraction, seed=config.seed,
                                          train=trains, known=known)
-    found = {"train": train if trains else None, "validation": None, "test": evaluated}
+    train = train if trains else None
+    validation, test = None, evaluated
     if config.validation_fraction is not None:
         test = image_folder.load_test(folder, evaluated.class_names)
-        found |= {"validation": evaluated if trains or test is None else None, "test": test}
-    splits = {name: tree for name, tree in found.items() if tree is not None}
-    if len(set(gather(world, "".join(tree.listing_hash() for tree in splits.values())))) > 1:
+        validation = evaluated if trains or test is None else None
+    found = [tree.listing_hash() for tree in (train, validation, test) if tree is not None]
+    if len(set(gather(world, "".join(found)))) > 1:
         raise DataError(f"--data-dir {folder}: the ranks found different files in it; give every node the same folder")
-    if trains:
-        check_size(len(splits["train"]), config.batch_size)
-    return splits
+    if train is not None:
+        check_size(len(train), config.batch_size)
+    return train, validation, test
 
 
 def build_model(config: ImageFolderConfig, num_classes: int, world: World) -> nn.Module:
@@ -172,7 +173,7 @@ def remember_bad_images(config: ImageFolderConfig, run: Run) -> BadImages:
 
 
 def build_loaders(config: ImageFolderConfig, splits: dict[str, ImageTree], images: Augmentation, run: Run
-                  ) -> tuple[TrainBatches | None, dict[str, EvaluationBatches]]:
+                  ) -> tuple[TrainBatches | None, Mapping[str, EvaluationBatches]]:
     """The loader of the training split, if there is one, and those of the others by name, on this rank."""
     world, bad_images = run.world, remember_bad_images(config, run)
     if world.is_main:
@@ -184,15 +185,15 @@ def build_loaders(config: ImageFolderConfig, splits: dict[str, ImageTree], image
     decoder = Decoder(decoding, workers=config.workers, pin_memory=world.device.type == "cuda",
                       prepare_worker=ignore_signals)
     if not config.cache:
-        others: dict[str, EvaluationBatches] = {
+        decoded = {
             name: DecodedEvaluationLoader(splits[name], decoder, images.normalize, bad_images, **world.shard)
             for name in evaluated}
         if "train" not in splits:
-            return None, others
+            return None, decoded
         sampler = ResumableSampler(splits["train"], global_batch_size=config.batch_size, seed=config.seed,
                                    rank=world.rank, world_size=world.world_size)
         return DecodedTrainLoader(splits["train"], decoder, images, sampler, bad_images, device=world.device,
-                                  rank_batch_size=config.rank_batch_size()), others
+                                  rank_batch_size=config.rank_batch_size()), decoded
     folder = config.cache_dir or config.data_dir / ".cache"
     caches = {split: ImageCache(tree, split, folder, size=config.size(), fit=config.fit)
               for split, tree in splits.items()}
@@ -201,9 +202,13 @@ def build_loaders(config: ImageFolderConfig, splits: dict[str, ImageTree], image
     opened = {split: cache.open(bad_images) for split, cache in caches.items()}
     shard = {**world.shard, "device": cache_device(world.device, sum(cache.num_bytes for cache in caches.values()))}
     chunk = max(8, min(500, 2**24 // (3 * config.size() ** 2)))  # 16 MiB
-    loaders = {name: evaluation_loader(opened[name], images.normalize, batch_size=chunk, **shard) for name in evaluated}
-    return (train_loader(opened.get("train"), GatherThenAugment(images), **config.batches(), **shard),
-            {name: loader for name, loader in loaders.items() if loader is not None})
+    transforms = {split: GatherThenAugment(images, cache.check) for split, cache in caches.items()}
+    loaders = {name: evaluation_loader(opened[name], transforms[name].normalize, batch_size=chunk, **shard)
+               for name in evaluated}
+    others = {name: loader for name, loader in loaders.items() if loader is not None}
+    if "train" not in opened:
+        return None, others
+    return train_loader(opened["train"], transforms["train"], **config.batches(), **shard), others
 
 
 def fill(cache: ImageCache, decoder: Decoder, bad_images: BadImages) -> Generator[int]:
@@ -225,7 +230,8 @@ def main(config: ImageFolderConfig) -> dict[str, Any]:
     """One run, on this rank; returns its result."""
     with open_run(config, "image_folder") as run:
         config = run.config
-        splits = load_data(config, run.world, run.known)
+        found = zip(("train", "validation", "test"), load_data(config, run.world, run.known), strict=True)
+        splits = {name: tree for name, tree in found if tree is not None}
         class_names = next(iter(splits.values())).class_names
         images = Augmentation(**config.augmentation(IMAGENET))
         train, others = build_loaders(config, splits, images, run)

@@ -155,7 +155,8 @@ def test_pictures(config: PredictConfig, card: ModelCard, source: Path, bad: dic
         raise CheckpointError(f"--run {config.run}: {CARD_FILE}: {card.trainer} is no trainer of images; name image "
                               f"files, not --test-images") from None
     settings = replace(settings, evaluate=source, data_dir=config.data_dir or settings.data_dir)
-    _, test = load_data(settings, World(), card.class_names)
+    _, validation, test = load_data(settings, World(), card.class_names)
+    test = validation if test is None else test
     bad |= getattr(test, "unreadable", {})
     for sample in range(min(config.test_images or 0, len(test))):
         true_class = card.class_names[int(test.targets[sample])]

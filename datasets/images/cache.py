@@ -15,7 +15,7 @@ import json
 import os
 import shutil
 import socket
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from pathlib import Path
 from typing import Any
 
@@ -137,16 +137,28 @@ class ImageCache:
             raise DataError(f"--cache-dir {self.path.parent}: the cache built for this run is gone; choose a folder "
                             f"that every rank of the node sees and nothing clears")
         bad_images.add(tuple(item) for item in record["bad"])
-        rows = np.memmap(self.path, np.uint8, mode="c", shape=(len(record["sources"]), 3, self.size, self.size))
+        self.file, self.num_mapped_bytes = open(self.path, "rb"), len(record["sources"]) * self.row_bytes
+        rows = np.memmap(self.file, np.uint8, mode="c", shape=(len(record["sources"]), 3, self.size, self.size))
         return TensorDataset(inputs=torch.from_numpy(rows), targets=self.tree.targets[record["sources"]],
                              class_names=self.tree.class_names)
+
+    def check(self) -> None:
+        """Raise DataError if the open file was cut short: to read there would kill the process (SIGBUS)."""
+        if os.fstat(self.file.fileno()).st_size < self.num_mapped_bytes:
+            raise DataError(f"--cache-dir {self.path.parent}: {self.path.name} was cut short while in use; start the "
+                            f"same command again, which builds it again")
 
 
 class GatherThenAugment:
     """An augmentation for images in a cache: padding them all at once would copy the file into every rank's memory."""
 
-    def __init__(self, augmentation: Augmentation) -> None:
-        self.augmentation = augmentation
+    def __init__(self, augmentation: Augmentation, check: Callable[[], None] = lambda: None) -> None:
+        self.augmentation, self.check = augmentation, check
+
+    def normalize(self, images: Tensor) -> Tensor:
+        """As the augmentation does, if they are all there."""
+        self.check()
+        return self.augmentation.normalize(images)
 
     def prepare(self, images: Tensor) -> Tensor:
         """Nothing."""
@@ -154,6 +166,7 @@ class GatherThenAugment:
 
     def __call__(self, prepared: Tensor, samples: Tensor, *, epoch: int) -> Tensor:
         """The inputs of these samples in this epoch, the same as when they are decoded each time."""
+        self.check()
         return self.augmentation.batch(prepared[samples], samples, epoch=epoch)
 
 

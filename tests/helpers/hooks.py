@@ -195,6 +195,13 @@ def list_files(below: str, into: str) -> None:
 
 
 @hook
+def cut_short(below: str, pattern: str) -> None:
+    """Leave half of every file below a folder whose name matches."""
+    for path in Path(below).rglob(pattern):
+        os.truncate(path, path.stat().st_size // 2)
+
+
+@hook
 def fill(path: str) -> None:
     """Write to a file until the disk is full."""
     with contextlib.suppress(OSError), open(path, "wb", buffering=0) as file:
