@@ -104,12 +104,10 @@ def enter_roll(rolls: dist.Store, launch: Launch, job: str, wait_seconds: float)
             number, roll = latest, dist.PrefixStore(latest.decode(), rolls)
             refused = why_refused(roll, launch, job)
             if refused and not launch.torchrun_hosts_store:
-                break
+                raise DistributedError(f"{described(launch)}: {refused}; start each rank once, and give each job a "
+                                       f"port of its own (MASTER_PORT)")
         if number and not refused and roll.check(["token"]):
             return roll.get("token").decode()
-    if number and refused:
-        raise DistributedError(f"{described(launch)}: {refused}; start each rank once, and give each job a port of its "
-                               f"own (MASTER_PORT)")
     raise RuntimeError(refused or "rank 0 gave up")
 
 

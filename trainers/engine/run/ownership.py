@@ -95,7 +95,7 @@ class Ownership:
             owner = read_object(self.path / "owner.json")
             if owner is None:
                 raise CheckpointError(f"{self.path}: owner.json was deleted or damaged while this process used the "
-                                      f"folder, which writes nothing more; start the same command again")
+                                      f"folder, so that it writes nothing more; start the same command again")
             raise CheckpointError(f"{self.path}: a later incarnation, pid {owner.get('pid')} on {owner.get('host')}, "
                                   f"owns this run; this one writes nothing more")
 
