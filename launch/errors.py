@@ -123,6 +123,6 @@ def to_stderr(line: str) -> None:
 def say(text: str) -> None:
     """Print to stdout, names in it made `printable`. If the reader has gone away, later text is dropped."""
     try:
-        print(encodable(printable(text, keep="\n"), sys.stdout), flush=True)
+        print(encodable(printable(text, keep="\n\t"), sys.stdout), flush=True)
     except (OSError, ValueError):
         sys.stdout = open(os.devnull, "w")

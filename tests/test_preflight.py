@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from launch.errors import UsageError
+from launch.process_group import World
 from tests.helpers.hooks import Normed
 from trainers.engine.precision import Precision
 from trainers.engine.preflight import tried_first
@@ -17,7 +18,7 @@ from trainers.engine.preflight import tried_first
 def step_of(network: nn.Module) -> Any:
     """As much of a TrainStep as is needed."""
     return SimpleNamespace(network=network, train_mode=network.train, precision=Precision("fp32", torch.device("cpu")),
-                           to_device=lambda inputs, targets: (inputs, targets))
+                           world=World())
 
 
 def batches(*sizes: int) -> list[tuple[Tensor, Tensor]]:

@@ -28,7 +28,7 @@ def tried_first(step: TrainStep, batches: Iterator[Batch], flags: Mapping[str, A
 @torch.no_grad()
 def try_network(step: TrainStep, batch: Batch, flags: Mapping[str, Any]) -> None:
     """Raises as above. Buffers and random generators are left as they were. A compiled model is tried as written."""
-    blank, _ = step.to_device(torch.zeros_like(batch[0][:ENOUGH_SAMPLES]), batch[1][:1])
+    blank = torch.zeros_like(batch[0][:ENOUGH_SAMPLES], device=step.world.device)
     network, size = step.network, " x ".join(map(str, blank.shape[1:]))
     before = [buffer.clone() for buffer in network.buffers()]  # BatchNorm's running statistics
     devices = [blank.device] if blank.is_cuda else []

@@ -80,7 +80,7 @@ def draw_result(trainer: Trainer, evaluation: Evaluation, class_names: tuple[str
                 draw_predictions(trainer.folder, trainer.train_step, first, statistics, class_names)
 
 
-def result_text(evaluation: Evaluation, class_names: tuple[str, ...], path: Path, split: str) -> str:
+def result_text(evaluation: Evaluation, class_names: tuple[str, ...], path: Path, split: str = "test") -> str:
     """The final summary of a run."""
     if evaluation.accuracy is None:
         return f"{split} loss {evaluation.loss:.6f} over {evaluation.num_samples} samples\nresults in {path}"
