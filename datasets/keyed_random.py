@@ -27,6 +27,7 @@ class Purpose(IntEnum):
     FEATURES, NOISE = 9, 10
     WINDOW_AREA, WINDOW_RATIO, WINDOW_TOP, WINDOW_LEFT = 20, 21, 22, 23
     SPLIT = 24
+    TRAIN_SAMPLE, TEST_SAMPLE = 26, 27
 
 
 def signed(word: int) -> int:

@@ -190,9 +190,14 @@ def run(main: Callable[[Any], Any], config_class: type, *,
     """
     drop_unread_output()
     os.environ.pop("MPLBACKEND", None)  # every notebook sets it, to what may not be installed here
+    code = in_one_line(lambda: main(parse(config_class, recipes=recipes)))
+    sys.exit(code if isinstance(code, int) else EXIT_DONE)
+
+
+def in_one_line(call: Callable[[], Any]) -> Any:
+    """What `call` returns; a stop, or an error that a user can cause, ends the process as `run` says."""
     try:
-        code = main(parse(config_class, recipes=recipes))
-        sys.exit(code if isinstance(code, int) else EXIT_DONE)
+        return call()
     except Stopped:
         sys.exit(EXIT_PREEMPTED)
     except Exception as error:

@@ -8,12 +8,12 @@ from pathlib import Path
 import pytest
 
 from launch.command_line import parse
-from trainers import cifar, fashion_mnist, image_folder, mnist, regression
+from trainers import cifar, custom, fashion_mnist, image_folder, mnist, regression
 from trainers.engine.run.folder import RunFolder
 from trainers.predict import restore_config
 
 CONFIGS = [cifar.CifarConfig, mnist.MnistConfig, fashion_mnist.FashionMnistConfig, image_folder.ImageFolderConfig,
-           regression.RegressionConfig]
+           regression.RegressionConfig, custom.CustomConfig]
 TITLES = ["Data", "Model", "Optimization", "Distribution", "Saving and resuming", "Reporting"]
 
 

@@ -18,7 +18,7 @@ from launch.errors import UsageError
 from launch.rules import AtLeast, rules_of
 from tests.helpers.processes import ROOT, execute
 from tests.helpers.server import run
-from trainers import cifar, fashion_mnist, image_folder, mnist, regression
+from trainers import cifar, custom, fashion_mnist, image_folder, mnist, regression
 from trainers.engine.config import TrainConfig
 from trainers.predict import PredictConfig
 from trainers.split_demo import SplitConfig
@@ -26,6 +26,7 @@ from trainers.split_demo import SplitConfig
 TRAINERS = {"cifar": (cifar, cifar.CifarConfig), "mnist": (mnist, mnist.MnistConfig),
             "fashion_mnist": (fashion_mnist, fashion_mnist.FashionMnistConfig),
             "image_folder": (image_folder, image_folder.ImageFolderConfig),
+            "custom": (custom, custom.CustomConfig),
             "regression": (regression, regression.RegressionConfig)}
 CONFIGS = [TrainConfig, *(config for _, config in TRAINERS.values()), BenchmarkConfig, DoctorConfig, PredictConfig,
            SplitConfig]
@@ -81,7 +82,7 @@ def test_every_number_out_of_its_range_is_refused_by_the_name_of_its_flag(config
 def test_defaults_and_recipes_keep_their_own_rules(config_class: type) -> None:
     assert parse(config_class, args=[]) == config_class()
     for module, of in TRAINERS.values():
-        for recipe in module.RECIPES if of is config_class else ():
+        for recipe in getattr(module, "RECIPES", ()) if of is config_class else ():
             assert parse(config_class, recipes=module.RECIPES, args=["--recipe", recipe]).recipe == recipe
 
 

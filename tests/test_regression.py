@@ -6,7 +6,6 @@ import pytest
 import torch
 
 from datasets import regression
-from datasets.errors import DataError
 from launch.errors import UsageError
 from tests.helpers.comparing import finished
 from tests.helpers.processes import largest_difference, metrics, newest_checkpoint, read_json
@@ -68,11 +67,13 @@ def test_my_mse_is_torchs() -> None:
 
 
 @pytest.mark.parametrize(("code", "name", "words"), [
-    ("def other(a, b): ...", "loss", "has no function loss; it has other"),
-    ("x = 1", "x", "has no function x; it has none"),
-    ("def loss(:", "loss", "does not run"),
-    ("import nowhere_to_be_found", "loss", "does not run"),
-    ("def loss(a): return a.mean()", "loss", "fails with TypeError"),
+    ("def other(a, b): ...", "loss", "has no loss; it has other"),
+    ("x = 1", "x", "has no function x but int"),
+    ("x = 1", "y", "has no y; it has no function or class of its own"),
+    ("def loss(:", "loss", r"mine\.py line 1: SyntaxError: "),
+    ("\nimport nowhere_to_be_found", "loss", r"mine\.py line 2: ModuleNotFoundError: No module named"),
+    ("def loss(a): return a.mean()", "loss", r"mine\.py line 1: TypeError: "),
+    ("import sys\nsys.exit(0)", "loss", r"mine\.py line 2: SystemExit: 0"),
     ("def loss(a, b): return a - b", "loss", r"gives a tensor of shape \(2, 1\)"),
     ("def loss(a, b): return 1.0", "loss", "gives float"),
     ("def loss(a, b): return (a - b).detach().mean()", "loss", "not one number that depends on the outputs"),
@@ -81,14 +82,14 @@ def test_a_loss_file_that_cannot_be_used_is_named_with_its_fault(
     tmp_path: Path, code: str, name: str, words: str
 ) -> None:
     (tmp_path / "mine.py").write_text(code + "\n")
-    with pytest.raises(DataError, match=words) as error:
+    with pytest.raises(UsageError, match=words) as error:
         choose_loss(f"{tmp_path}/mine.py:{name}")
-    assert error.value.exit_code == 3
+    assert error.value.exit_code == 2
     assert "\n" not in str(error.value)
 
 
 def test_a_loss_file_that_is_not_there_is_named(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="no such file"):
+    with pytest.raises(UsageError, match="no such file"):
         choose_loss(f"{tmp_path}/nothing.py:loss")
 
 

@@ -21,13 +21,12 @@ from launch.stop import catch_signals
 if __name__ == "__main__":
     catch_signals()  # before torch is imported, which takes seconds
 
-import torch
 from torch import nn
 
 from datasets import cifar, synthetic
 from datasets.augment import Augmentation
-from datasets.loaders import evaluation_loader, train_loader
 from datasets.tensors import TensorDataset, ThreeSplits, hold_out
+from datasets.transforms import image_loaders
 from launch.command_line import run
 from launch.errors import UsageError
 from launch.process_group import World
@@ -36,6 +35,7 @@ from trainers import models
 from trainers.engine.config import ImageConfig
 from trainers.engine.once_per_node import once_per_node
 from trainers.engine.session import entry_point, open_run, train_classifier
+from trainers.engine.user_code import is_reference, own_transform
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,7 +51,7 @@ class CifarConfig(ImageConfig):
 
     def network(self) -> dict[str, Any]:
         """Its name and options, for models.build."""
-        return {"name": self.model, "width": self.width}
+        return {"width": self.width, **super().network()}
 
     def check(self) -> None:
         """Find mistakes in the flags before ranks wait for each other."""
@@ -60,7 +60,7 @@ class CifarConfig(ImageConfig):
         known = [*models.OURS, *theirs, *(f"torchvision/{name}" for name in theirs)]
         models.check_name(self.model, known,
                           choices="net, whitenet, resnet9, resnet18 or a classifier of torchvision.models")
-        if self.width is not None and self.model not in models.OURS:
+        if self.width is not None and self.model not in models.OURS and not is_reference(self.model):
             raise UsageError(f"--width {self.width}: {self.model} has no width to set; leave it out")
 
 
@@ -91,8 +91,7 @@ def load_data(config: CifarConfig, world: World, known: Sequence[str] | None = N
 
 def build_model(config: CifarConfig, train: TensorDataset | None, num_classes: int, images: Augmentation) -> nn.Module:
     """The network, from the seed; whitenet's first layer is set from the first 5,000 training images."""
-    torch.manual_seed(config.seed)
-    model = models.build(**config.network(), num_classes=num_classes)
+    model = models.from_flags(config, num_classes)
     if isinstance(model, models.WhiteNet) and train is not None:
         model.whiten(images.normalize(train.inputs[:5000]))
     return model
@@ -106,11 +105,10 @@ def main(config: CifarConfig) -> dict[str, Any]:
         train, validation, test = load_data(config, run.world, run.known)
         source = cifar if config.dataset == "cifar10" else synthetic
         images = Augmentation(**config.augmentation((source.MEAN, source.STD)))
-        model = build_model(config, train, len(test.class_names), images)
-        return train_classifier(config, run, model, test.class_names, (images.mean, images.std),
-                                train_loader(train, images, **config.batches(), **run.world.shard),
-                                evaluation_loader(test, images.normalize, **run.world.shard), train,
-                                validation=evaluation_loader(validation, images.normalize, **run.world.shard))
+        loaders = image_loaders((train, validation, test), images, own_transform(config), **config.batches(),
+                                **run.world.shard)
+        return train_classifier(config, run, build_model(config, train, len(test.class_names), images),
+                                test.class_names, (images.mean, images.std), dataset=train, **loaders)
 
 
 if __name__ == "__main__":

@@ -20,19 +20,18 @@ from launch.stop import catch_signals
 if __name__ == "__main__":
     catch_signals()  # before torch is imported, which takes seconds
 
-import torch
-
 from datasets import fashion_mnist
 from datasets import synthetic_digits as digits
 from datasets.augment import Augmentation
-from datasets.loaders import evaluation_loader, train_loader
 from datasets.tensors import ThreeSplits, hold_out
+from datasets.transforms import image_loaders
 from launch.command_line import run
 from launch.process_group import World
 from trainers import models
 from trainers.engine.config import ImageConfig
 from trainers.engine.once_per_node import once_per_node
 from trainers.engine.session import entry_point, open_run, train_classifier
+from trainers.engine.user_code import own_transform
 
 MEAN, STD = (0.2860,), (0.3530,)  # over the 60,000 training images; tests/test_fashion_mnist.py recomputes them
 
@@ -88,12 +87,10 @@ def main(config: FashionMnistConfig) -> dict[str, Any]:
         config = run.config
         train, validation, test = load_data(config, run.world, run.known)
         images = Augmentation(**config.augmentation((MEAN, STD)))
-        torch.manual_seed(config.seed)
-        model = models.build(**config.network(), num_classes=len(test.class_names))
-        return train_classifier(config, run, model, test.class_names, (images.mean, images.std),
-                                train_loader(train, images, **config.batches(), **run.world.shard),
-                                evaluation_loader(test, images.normalize, **run.world.shard), train,
-                                validation=evaluation_loader(validation, images.normalize, **run.world.shard))
+        loaders = image_loaders((train, validation, test), images, own_transform(config), **config.batches(),
+                                **run.world.shard)
+        return train_classifier(config, run, models.from_flags(config, len(test.class_names)), test.class_names,
+                                (images.mean, images.std), dataset=train, **loaders)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@
 """
 
 import sys
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -35,6 +35,7 @@ from datasets.images.read import FitName
 from datasets.images.unreadable import BadImages
 from datasets.loaders import check_size, evaluation_loader, train_loader
 from datasets.order import ResumableSampler
+from datasets.transforms import in_files, transformed_loaders
 from launch.command_line import run
 from launch.errors import UsageError, printable, say, to_stderr
 from launch.process_group import World, from_main, gather
@@ -44,8 +45,8 @@ from trainers.engine.checkpoints.weights import load_weights
 from trainers.engine.config import IMAGENET, ImageConfig
 from trainers.engine.once_per_node import once_per_node
 from trainers.engine.session import entry_point, open_run, train_classifier
-from trainers.engine.task import EvaluationBatches, TrainBatches
 from trainers.engine.trainer import Run
+from trainers.engine.user_code import is_reference, own_transform
 
 OUR_MODELS = ("cheatsheet", "net", "resnet9")  # other names are torchvision's, resnet18 too
 CACHE_ON_GPU = 0.5  # the largest share of a GPU's memory that cached images may take; others stay in the file
@@ -87,7 +88,8 @@ class ImageFolderConfig(ImageConfig):
 
     def network(self) -> dict[str, Any]:
         """Its name, for models.build."""
-        return {"name": self.model if self.model in OUR_MODELS else f"torchvision/{self.model}"}
+        ours = self.model in OUR_MODELS or is_reference(self.model)
+        return {**super().network(), "name": self.model if ours else f"torchvision/{self.model}"}
 
     def check(self) -> None:
         """Find mistakes in the flags before ranks wait for each other."""
@@ -97,6 +99,9 @@ class ImageFolderConfig(ImageConfig):
         if self.cache and self.random_crop is not None:
             raise UsageError(f"--random-crop {self.random_crop}: needs the images at full size, which --cache does not "
                              f"keep; use --shift, or leave --cache out")
+        if self.transform is not None and (self.cache or self.skip_bad or self.random_crop is not None):
+            raise UsageError(f"--transform {self.transform}: takes each image at full size, in the place of --cache, "
+                             f"--skip-bad and --random-crop; leave those out")
         if self.cache_dir is not None and not self.cache:
             raise UsageError(f"--cache-dir {self.cache_dir}: does nothing alone; add --cache")
 
@@ -143,11 +148,11 @@ def load_data(config: ImageFolderConfig, world: World, known: Sequence[str] | No
 
 def build_model(config: ImageFolderConfig, num_classes: int, world: World) -> nn.Module:
     """The network, from the seed and `--pretrained`, tried on one blank image."""
-    torch.manual_seed(config.seed)
-    model, size = models.build(**config.network(), num_classes=num_classes), config.size()
+    model, size = models.from_flags(config, num_classes), config.size()
     try:
-        with torch.no_grad():
-            model.eval()(torch.zeros(1, 3, size, size))
+        if not is_reference(config.model) and config.transform is None:
+            with torch.no_grad():
+                model.eval()(torch.zeros(1, 3, size, size))
     except (RuntimeError, AssertionError) as error:
         raise UsageError(f"--image-size {size}: {config.model} cannot take 3 x {size} x {size} images "
                          f"({str(error).strip().splitlines()[0]}); try another size") from None
@@ -173,27 +178,31 @@ def remember_bad_images(config: ImageFolderConfig, run: Run) -> BadImages:
 
 
 def build_loaders(config: ImageFolderConfig, splits: dict[str, ImageTree], images: Augmentation, run: Run
-                  ) -> tuple[TrainBatches | None, Mapping[str, EvaluationBatches]]:
-    """The loader of the training split, if there is one, and those of the others by name, on this rank."""
+                  ) -> dict[str, Any]:
+    """The loader of each split that there is, on this rank."""
     world, bad_images = run.world, remember_bad_images(config, run)
     if world.is_main:
         say(f"data       {printable(image_folder.describe(*map(splits.get, ('train', 'test', 'validation'))))}")
     evaluated = [name for name in splits if name != "train"]
     bad_images.add([item for tree in splits.values() for item in tree.unreadable.items()], log=world.is_main)
+    if (own := own_transform(config)) is not None:
+        files = {name: in_files(tree, size=config.size(), fit=config.fit) for name, tree in splits.items()}
+        return transformed_loaders(files, images.normalize, own, **config.batches(), **world.shard)
     decoding = Decoding(splits=splits, size=config.size(), fit=config.fit,
                         seed=config.seed, smallest_area=config.random_crop or 1.0, skip_bad=config.skip_bad)
     decoder = Decoder(decoding, workers=config.workers, pin_memory=world.device.type == "cuda",
                       prepare_worker=ignore_signals)
     if not config.cache:
-        decoded = {
+        loaders: dict[str, Any] = {
             name: DecodedEvaluationLoader(splits[name], decoder, images.normalize, bad_images, **world.shard)
             for name in evaluated}
         if "train" not in splits:
-            return None, decoded
+            return loaders
         sampler = ResumableSampler(splits["train"], global_batch_size=config.batch_size, seed=config.seed,
                                    rank=world.rank, world_size=world.world_size)
-        return DecodedTrainLoader(splits["train"], decoder, images, sampler, bad_images, device=world.device,
-                                  rank_batch_size=config.rank_batch_size()), decoded
+        train = DecodedTrainLoader(splits["train"], decoder, images, sampler, bad_images, device=world.device,
+                                   rank_batch_size=config.rank_batch_size())
+        return {"train": train, **loaders}
     folder = config.cache_dir or config.data_dir / ".cache"
     caches = {split: ImageCache(tree, split, folder, size=config.size(), fit=config.fit)
               for split, tree in splits.items()}
@@ -205,10 +214,9 @@ def build_loaders(config: ImageFolderConfig, splits: dict[str, ImageTree], image
     transforms = {split: GatherThenAugment(images, cache.check) for split, cache in caches.items()}
     loaders = {name: evaluation_loader(opened[name], transforms[name].normalize, batch_size=chunk, **shard)
                for name in evaluated}
-    others = {name: loader for name, loader in loaders.items() if loader is not None}
     if "train" not in opened:
-        return None, others
-    return train_loader(opened["train"], transforms["train"], **config.batches(), **shard), others
+        return loaders
+    return {"train": train_loader(opened["train"], transforms["train"], **config.batches(), **shard), **loaders}
 
 
 def fill(cache: ImageCache, decoder: Decoder, bad_images: BadImages) -> Generator[int]:
@@ -234,10 +242,9 @@ def main(config: ImageFolderConfig) -> dict[str, Any]:
         splits = {name: tree for name, tree in found if tree is not None}
         class_names = next(iter(splits.values())).class_names
         images = Augmentation(**config.augmentation(IMAGENET))
-        train, others = build_loaders(config, splits, images, run)
+        loaders = build_loaders(config, splits, images, run)
         return train_classifier(config, run, build_model(config, len(class_names), run.world), class_names,
-                                (images.mean, images.std), train, others.get("test"), splits.get("train"),
-                                validation=others.get("validation"))
+                                (images.mean, images.std), dataset=splits.get("train"), **loaders)
 
 
 if __name__ == "__main__":

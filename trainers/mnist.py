@@ -21,13 +21,11 @@ from launch.stop import catch_signals
 if __name__ == "__main__":
     catch_signals()  # before torch is imported, which takes seconds
 
-import torch
-
 from datasets import mnist
 from datasets import synthetic_digits as digits
 from datasets.augment import Augmentation
-from datasets.loaders import evaluation_loader, train_loader
 from datasets.tensors import ThreeSplits, hold_out
+from datasets.transforms import image_loaders
 from launch.command_line import run
 from launch.errors import UsageError
 from launch.process_group import World
@@ -36,6 +34,7 @@ from trainers import models
 from trainers.engine.config import ImageConfig
 from trainers.engine.once_per_node import once_per_node
 from trainers.engine.session import entry_point, open_run, train_classifier
+from trainers.engine.user_code import own_transform
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,13 +64,13 @@ class MnistConfig(ImageConfig):
 
     def network(self) -> dict[str, Any]:
         """Its name and options, for models.build."""
-        return {"name": self.model, "channels": self.channels, "hidden": self.hidden, "dropout": self.dropout}
+        return {"channels": self.channels, "hidden": self.hidden, "dropout": self.dropout, **super().network()}
 
     def check(self) -> None:
         """Find mistakes in the flags before ranks wait for each other."""
         super().check()
         models.check_name(self.model, models.GREY)
-        for name in ("channels", "hidden", "dropout") if self.model != "mnistnet" else ():
+        for name in ("channels", "hidden", "dropout") if self.model in models.GREY.keys() - {"mnistnet"} else ():
             if getattr(self, name) is not None:
                 raise UsageError(f"--{name}: {self.model} has none to set; leave it out, or use --model mnistnet")
 
@@ -105,12 +104,10 @@ def main(config: MnistConfig) -> dict[str, Any]:
         config = run.config
         train, validation, test = load_data(config, run.world, run.known)
         images = Augmentation(**config.augmentation((mnist.MEAN, mnist.STD)))
-        torch.manual_seed(config.seed)
-        model = models.build(**config.network(), num_classes=len(test.class_names))
-        return train_classifier(config, run, model, test.class_names, (images.mean, images.std),
-                                train_loader(train, images, **config.batches(), **run.world.shard),
-                                evaluation_loader(test, images.normalize, **run.world.shard), train,
-                                validation=evaluation_loader(validation, images.normalize, **run.world.shard))
+        loaders = image_loaders((train, validation, test), images, own_transform(config), **config.batches(),
+                                **run.world.shard)
+        return train_classifier(config, run, models.from_flags(config, len(test.class_names)), test.class_names,
+                                (images.mean, images.std), dataset=train, **loaders)
 
 
 if __name__ == "__main__":

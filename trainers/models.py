@@ -14,7 +14,8 @@ from torchvision import models as torchvision_models
 from torchvision.models.resnet import BasicBlock
 
 from launch.command_line import nearest
-from launch.errors import UsageError
+from launch.errors import UsageError, first_line
+from trainers.engine.user_code import Reference, is_reference
 
 
 class Net(nn.Module):
@@ -229,8 +230,32 @@ def torchvision_names() -> list[str]:
 
 def check_name(name: str, known: Collection[str], *, choices: str | None = None) -> None:
     """Raise UsageError for a mistyped `--model`, with `choices`, or all that are known, and the nearest."""
-    if name not in known:
-        raise UsageError(f"--model {name}: unknown; choose {choices or ', '.join(known)}{nearest(name, list(known))}")
+    if name not in known and not is_reference(name):
+        raise UsageError(f"--model {name}: unknown; choose {choices or ', '.join(known)} or FILE.py:NAME"
+                         f"{nearest(name, list(known))}")
+
+
+def build_own(reference: Reference, num_classes: int, options: dict[str, Any]) -> nn.Module:
+    """A network of the user's: made with what its signature asks for, or ready as it is."""
+    offered = {"num_classes": num_classes, "image_size": options.pop("image_size", None)}
+    found = reference.find()
+    model = found if isinstance(found, nn.Module) and not options else reference.make(offered, options=options)
+    if not isinstance(model, nn.Module):
+        raise UsageError(f"--model {reference.text}: is {type(model).__name__}, not a network; give an nn.Module, or a "
+                         f"class or function that makes one")
+    return model
+
+
+def from_flags(config: Any, num_classes: int) -> nn.Module:
+    """The network that an ImageConfig describes, from the seed; UsageError for options that it does not take."""
+    torch.manual_seed(config.seed)
+    try:
+        return build(**config.network(), num_classes=num_classes)
+    except (ValueError, TypeError, RuntimeError) as error:
+        if not config.model_options:
+            raise
+        raise UsageError(f"--model-options {' '.join(config.model_options)}: {first_line(error)}; leave out or correct "
+                         f"what the network does not take") from None
 
 
 def build(name: str, *, num_classes: int, **options: Any) -> nn.Module:
@@ -241,6 +266,8 @@ def build(name: str, *, num_classes: int, **options: Any) -> nn.Module:
     option that the network does not have.
     """
     chosen = {option: value for option, value in options.items() if value is not None}
+    if is_reference(name):
+        return build_own(Reference("--model", name), num_classes, chosen)
     make = (OURS | GREY).get(name)
     unknown = chosen.keys() - inspect.signature(make).parameters if make is not None else chosen.keys()
     if unknown:

@@ -10,11 +10,12 @@ The weights are those of the best checkpoint, their moving average if the run ke
 known (from the test set, or from a folder with the name of a class), it is compared.
 """
 
+import functools
 import importlib
 import itertools
 import sys
 import typing
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -30,8 +31,11 @@ from datasets.augment import normalize
 from datasets.classes import some_of
 from datasets.errors import DataError
 from datasets.image_folder import ImageTree
+from datasets.images.loaders import Key
 from datasets.images.read import BadImage, read_image
 from datasets.listing import describe_left_out, find_images
+from datasets.samples import Reading
+from datasets.transforms import full_size, takes_train
 from launch.command_line import run
 from launch.errors import CheckpointError, UsageError, first_line, say, to_stderr
 from launch.launcher import read_launch
@@ -46,6 +50,8 @@ from trainers.engine.predictions import Prediction, as_json, as_lines
 from trainers.engine.run.card import CARD_FILE, ModelCard, read_card
 from trainers.engine.run.folder import RunFolder
 from trainers.engine.run.pictures import MOST_IMAGES, predictions
+from trainers.engine.task import logits_of
+from trainers.engine.user_code import Reference, blaming, is_reference, made_again
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,7 +84,7 @@ class PredictConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class Picture:
-    """One image to classify: uint8 (C, H, W)."""
+    """One image to classify: uint8 (C, H, W), or float as the network takes it."""
 
     name: str
     pixels: Tensor
@@ -101,7 +107,21 @@ def load_model(run: Path, card: ModelCard, checkpoint: Path | None, device: torc
         state = {**state, "model": state["ema"]}
     check_fits(state, model, source)
     model.load_state_dict(state["model"])
+    model = LogitsOf(model, Reference("--model", card.model)) if is_reference(card.model) else model
     return model.eval().to(device), source
+
+
+class LogitsOf(nn.Module):
+    """A user's network whose outputs are logits alone, whatever else it returns."""
+
+    def __init__(self, network: nn.Module, reference: Reference) -> None:
+        super().__init__()
+        self.network, own = network, reference.extra("logits")
+        self.logits: Callable[..., Any] = own if callable(own) else logits_of
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Logits (B, num_classes)."""
+        return self.logits(self.network(images))
 
 
 def best_state(run: Path) -> tuple[dict[str, Any], Path]:
@@ -133,15 +153,26 @@ def pictures_of(config: PredictConfig, card: ModelCard, source: Path, bad: dict[
 
 def read_picture(path: Path, card: ModelCard, bad: dict[str, str], *, true_class: str | None) -> Iterator[Picture]:
     """An image file at the size and with the channels that the network was trained on; none of a bad one."""
+    if card.trainer == "custom":
+        raise UsageError(f"{path}: a run of custom.py knows no preprocessing of files; use --test-images, which "
+                         f"reads its own data set")
+    transform = evaluation_transform(card)
     try:
-        pixels = read_image(path, size=card.image_size[0], fit=card.fit)
+        pixels = full_size(path) if transform else read_image(path, size=card.image_size[0], fit=card.fit)
     except BadImage as error:
         bad[str(path)] = f"not readable as an image ({error}); repair it or leave it out"
         return
     if card.channels == 1:
         weights = torch.tensor([0.299, 0.587, 0.114])[:, None, None]  # of ITU-R 601-2, as Pillow has them
         pixels = (pixels * weights).sum(0, keepdim=True).round().to(torch.uint8)
+    pixels = transform(pixels) if transform else pixels
     yield Picture(name=str(path), pixels=pixels, true_class=true_class)
+
+
+def evaluation_transform(card: ModelCard) -> Callable[[Tensor], Tensor] | None:
+    """The user's transform of test images, if the run was trained with one that serves these too."""
+    transform = made_again(Reference("--transform", card.transform), 0) if card.transform else None
+    return functools.partial(transform, train=False) if transform is not None and takes_train(transform) else None
 
 
 def test_pictures(config: PredictConfig, card: ModelCard, source: Path, bad: dict[str, str]) -> Iterator[Picture]:
@@ -155,7 +186,13 @@ def test_pictures(config: PredictConfig, card: ModelCard, source: Path, bad: dic
         raise CheckpointError(f"--run {config.run}: {CARD_FILE}: {card.trainer} is no trainer of images; name image "
                               f"files, not --test-images") from None
     settings = replace(settings, evaluate=source, data_dir=config.data_dir or settings.data_dir)
-    _, validation, test = load_data(settings, World(), card.class_names)
+    found = load_data(settings, World(), card.class_names)
+    if isinstance(found, Reading):
+        for sample in range(min(config.test_images or 0, len(found.splits.test))):
+            inputs, targets = found.read(Key("test", [sample], 0))
+            yield Picture(name=f"test {sample}", pixels=inputs[0], true_class=card.class_names[int(targets[0])])
+        return
+    _, validation, test = found
     test = validation if test is None else test
     bad |= getattr(test, "unreadable", {})
     for sample in range(min(config.test_images or 0, len(test))):
@@ -163,7 +200,8 @@ def test_pictures(config: PredictConfig, card: ModelCard, source: Path, bad: dic
         if isinstance(test, ImageTree):
             yield from read_picture(test.path(sample), card, bad, true_class=true_class)
         else:
-            yield Picture(name=f"test {sample}", pixels=test.inputs[sample], true_class=true_class)
+            transform = evaluation_transform(card) or (lambda image: image)
+            yield Picture(name=f"test {sample}", pixels=transform(test.inputs[sample]), true_class=true_class)
 
 
 def restore_config(config_class: type, run: Path) -> Any:
@@ -182,7 +220,9 @@ def restore_config(config_class: type, run: Path) -> Any:
 @torch.no_grad()
 def classify(model: nn.Module, batch: list[Picture], card: ModelCard, device: torch.device) -> list[Prediction]:
     """Probabilities of a batch of images."""
-    inputs = normalize(torch.stack([picture.pixels for picture in batch]).to(device), card.mean, card.std)
+    inputs = torch.stack([picture.pixels for picture in batch]).to(device)
+    if inputs.dtype == torch.uint8:
+        inputs = normalize(inputs, card.mean, card.std)
     probabilities = model(inputs).float().softmax(1).cpu().tolist()  # of log-probabilities too
     return [Prediction(image=picture.name, probabilities=dict(zip(card.class_names, row, strict=True)),
                        true_class=picture.true_class)
@@ -192,7 +232,9 @@ def classify(model: nn.Module, batch: list[Picture], card: ModelCard, device: to
 def draw(path: Path, shown: list[Picture], classified: list[Prediction], *, asked: bool) -> None:
     """The pictures with predicted and true names, as a PNG; one that was not asked for costs a warning at most."""
     names, shares = zip(*(each.ranked[0] for each in classified), strict=True)
-    images = torch.stack([picture.pixels for picture in shown]).float() / 255
+    images = torch.stack([picture.pixels for picture in shown])
+    is_raw = images.dtype == torch.uint8
+    images = images.float() / 255 if is_raw else (images - images.min()) / (images.max() - images.min())
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(predictions(images, [each.true_class for each in classified], names, shares=shares))
@@ -209,9 +251,21 @@ def main(config: PredictConfig) -> int:
     if not (config.images or config.test_images or config.export):
         raise UsageError("no images given; name files or folders, or use --test-images 32")
     card = read_card(config.run)
+    own = {"--model": card.model, "--transform": card.transform}
+    with blaming([Reference(flag, text) for flag, text in own.items() if is_reference(text)]):
+        return predict(config, config.run, card)
+
+
+def predict(config: PredictConfig, run: Path, card: ModelCard) -> int:
+    """The same for a run that has a card."""
+    if card.kind != "classes" and (config.images or config.test_images):
+        raise UsageError(f"--run {run}: its network gives {card.kind}, not classes; only --export works with it")
     device = choose_device(config.device, read_launch())
-    model, source = load_model(config.run, card, config.checkpoint, device)
+    model, source = load_model(run, card, config.checkpoint, device)
     if config.export is not None:
+        if not card.mean:
+            raise UsageError(f"--export {config.export}: the network's inputs are no images (C, H, W); export it with "
+                             f"torch.export in a program of your own")
         lines = export(model, config.export, image_shape=(card.channels, *card.image_size))
         for line in lines:
             (to_stderr if config.json else say)(line)
@@ -229,7 +283,7 @@ def main(config: PredictConfig) -> int:
     for path, reason in bad.items() if len(bad) > 1 else ():
         to_stderr(f"WARNING data: {path}: {reason}")
     if classified:
-        draw(config.picture or config.run / "predict.png", shown, classified[: len(shown)],
+        draw(config.picture or run / "predict.png", shown, classified[: len(shown)],
              asked=config.picture is not None)
     for path, reason in bad.items():
         raise DataError(f"{path}: {reason}" + f"; so are {len(bad) - 1} others, named above" * (len(bad) > 1))

@@ -6,7 +6,6 @@
     torchrun --standalone --nproc_per_node=2 trainers/regression.py # two ranks
 """
 
-import runpy
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,14 +23,15 @@ import torch
 from torch import Tensor, nn
 
 from datasets import regression
-from datasets.errors import DataError
 from datasets.loaders import PlainTransform, evaluation_loader, train_loader
 from datasets.tensors import TensorDataset, ThreeSplits, hold_out
 from launch.command_line import run
 from launch.errors import UsageError, say
+from trainers import models
 from trainers.engine.config import TrainConfig
 from trainers.engine.session import entry_point, open_run, train_model
-from trainers.engine.task import Loss, Task
+from trainers.engine.task import Loss, Task, UserLoss, function_of, with_own_code
+from trainers.engine.user_code import Reference, blaming, is_reference, options_in, references
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,8 +42,8 @@ class RegressionConfig(TrainConfig):
     """d2l: 1,000 samples of two features. cheatsheet: ten samples of five features, with a loss of one's own."""
     dataset: Literal["two-features", "five-features"] = "two-features"
     """Generated from the seed."""
-    model: Literal["linear"] = "linear"
-    """linear: one layer with one output."""
+    model: str = "linear"
+    """linear: one layer with one output. FILE.py:NAME: yours."""
     loss: str = "mse"
     """mse: torch's. my-mse: the same, written out. PATH.py:FUNCTION: yours, (outputs, targets) to a mean."""
 
@@ -66,39 +66,16 @@ LOSSES: dict[str, Loss] = {"mse": nn.MSELoss(), "my-mse": my_mse}
 
 
 def choose_loss(text: str) -> Loss:
-    """The loss that `--loss` names; one from a file is tried on two samples."""
+    """The loss that `--loss` names; one from a file is tried on two samples. UsageError if it cannot be used."""
     if text in LOSSES:
         return LOSSES[text]
-    path, _, name = text.rpartition(":")
-    if not path.endswith(".py") or not name:
+    if not is_reference(text):
         raise UsageError(f"--loss {text}: unknown; choose {', '.join(LOSSES)} or PATH.py:FUNCTION")
-    loss = function_in(Path(path), name)
-    try:
-        value = loss(torch.zeros(2, 1, requires_grad=True), torch.ones(2, 1))
-    except Exception as error:  # whatever the user's code does is told in one line
-        raise DataError(f"--loss {text}: fails with {type(error).__name__} ({error}) on outputs and targets of "
-                        f"shape (2, 1); give a function of two tensors") from None
-    if not isinstance(value, Tensor) or value.shape != () or not value.requires_grad:
-        kind = f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
-        raise DataError(f"--loss {text}: gives {kind}, not one number that depends on the outputs; return a mean made "
-                        f"with torch")
+    reference = Reference("--loss", text)
+    loss = UserLoss(function_of(reference, torch.device("cpu")), f"--loss {text}")
+    with blaming([reference], loss.function):
+        loss(torch.zeros(2, 1, requires_grad=True), torch.ones(2, 1))
     return loss
-
-
-def function_in(path: Path, name: str) -> Loss:
-    """A function defined in a Python file, which is run; DataError says why it cannot be had."""
-    if not path.is_file():
-        raise DataError(f"--loss {path}:{name}: no such file; give the path of one that defines {name}")
-    try:
-        found = runpy.run_path(str(path), run_name="users_loss")
-    except Exception as error:  # whatever the user's code does is told in one line
-        raise DataError(f"--loss {path}:{name}: the file does not run ({type(error).__name__}: {error}); mend it, then "
-                        f"try again") from None
-    if not callable(found.get(name)):
-        known = [key for key, value in found.items() if callable(value) and not key.startswith("_")]
-        raise DataError(f"--loss {path}:{name}: the file has no function {name}; it has "
-                        f"{', '.join(known) or 'none at all'}")
-    return found[name]
 
 
 def learned_text(model: nn.Module, relation: regression.LinearRelation) -> str:
@@ -115,20 +92,29 @@ def load_data(config: RegressionConfig) -> ThreeSplits:
 
 
 def build_model(config: RegressionConfig, samples: TensorDataset) -> nn.Module:
-    """One linear layer, from the seed: float32 (B, features) to (B, 1)."""
+    """One linear layer, or the user's network, from the seed: float32 (B, features) to (B, 1)."""
     torch.manual_seed(config.seed)
+    if is_reference(config.model):
+        return models.build(config.model, num_classes=1, **options_in(config.model_options, "--model-options"))
     return nn.Sequential(nn.Linear(samples.inputs.shape[1], 1))
+
+
+def build_task(config: RegressionConfig, device: torch.device) -> Task:
+    """The loss, and the user's metric."""
+    loss = choose_loss(config.loss)
+    own = [each for each in references(config) if each.flag != "--loss"]
+    return with_own_code(Task(loss=loss, test_loss=loss, num_classes=None), own, device)
 
 
 @entry_point
 def main(config: RegressionConfig) -> dict[str, Any]:
     """One run, on this rank; returns its result."""
-    loss = choose_loss(config.loss)
     with open_run(config, "regression") as run:
         train, validation, test = load_data(config)
-        model, task = build_model(config, test), Task(loss=loss, test_loss=loss, num_classes=None)
+        model, task = build_model(config, test), build_task(config, run.world.device)
         plain, shard = PlainTransform(), run.world.shard
-        result = train_model(config, run, model, task, train_loader(train, plain, **config.batches(), **shard),
+        result = train_model(config, run, model, task,
+                             train_loader(train, plain, **config.batches(), **shard),
                              evaluation_loader(test, plain.normalize, **shard), dataset=train,
                              validation=evaluation_loader(validation, plain.normalize, **shard))
         if "loss" in result and run.world.is_main:  # not where --measure timed some steps

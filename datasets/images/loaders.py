@@ -8,10 +8,11 @@ A worker is sent what to decode together with the key of its random choices (epo
 any number of workers gives the same bits, from any position in any epoch, and one pool serves both loaders.
 """
 
+import atexit
 import multiprocessing
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -114,11 +115,13 @@ class Keys(Sampler[Key]):
 class Decoder:
     """A pool of workers that turns keys into batches, in order; without workers, this process decodes."""
 
-    def __init__(self, decoding: Decoding, *, workers: int = 0, pin_memory: bool = False,
+    def __init__(self, decoding: Dataset[Any], *, workers: int = 0, pin_memory: bool = False,
                  prepare_worker: Callable[[], None] | None = None) -> None:
-        self.splits, self.size, self.workers = decoding.splits, decoding.size, workers
+        self.splits: Mapping[str, ImageTree] = getattr(decoding, "splits", {})
+        self.size, self.workers = getattr(decoding, "size", 0), workers
         self.keys = Keys()
         workers_end, self.lifeline = multiprocessing.Pipe(duplex=False)
+        atexit.register(self.lifeline.close)  # before multiprocessing waits for workers that an error has left behind
         self.loader = DataLoader(
             decoding, batch_size=None, sampler=self.keys, num_workers=workers, pin_memory=pin_memory,
             collate_fn=as_it_is,  # pyright: ignore[reportArgumentType]
@@ -127,7 +130,7 @@ class Decoder:
             generator=torch.Generator(),  # its own: numbers taken from torch's would alter the dropout of this step
         )
 
-    def decode(self, keys: list[Key]) -> Iterator[DecodedBatch]:
+    def decode(self, keys: list[Key]) -> Iterator[Any]:
         """The batches of these keys, in order.
 
         Raises:
@@ -149,7 +152,7 @@ class Decoder:
             raise
 
 
-def as_it_is(batch: DecodedBatch) -> DecodedBatch:
+def as_it_is(batch: Any) -> Any:
     """DataLoader's collate function: batches come out of the data set whole."""
     return batch
 

@@ -12,12 +12,14 @@ from typing import Annotated, Any, ClassVar, Literal
 
 import tyro
 
+from launch.command_line import nearest
 from launch.errors import UsageError
 from launch.launcher import read_launch
 from launch.rules import LARGEST, MOST_SECONDS, Above, AtLeast, check_numbers
 from trainers.engine.parallel import ParallelName
 from trainers.engine.precision import PrecisionName
 from trainers.engine.schedule import ScheduleFlags
+from trainers.engine.user_code import check_loss, is_reference, options_in
 
 # A resumed run may differ in these: they change where, how long and how fast it runs, not what is learned.
 MAY_CHANGE = frozenset({
@@ -28,6 +30,8 @@ MAY_CHANGE = frozenset({
     "save_weights",
     "cache", "cache_dir", "skip_bad",  # of image_folder.py: how images are read, and what is forgiven
 })
+
+OPTIMIZERS = ("sgd", "adam", "adamw", "rmsprop", "muon")
 
 Statistics = tuple[tuple[float, ...], tuple[float, ...]]  # mean and std per channel, in units of the full range [0, 1]
 IMAGENET: Statistics = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))  # torchvision's weights expect these
@@ -66,7 +70,9 @@ class TrainConfig(ScheduleFlags):
     """Of weights, order, augmentation and dropout."""
 
     model: str = "net"
-    """Network, by name."""
+    """Network, by name, or FILE.py:NAME: a class, function or module of yours."""
+    model_options: tuple[str, ...] = ()
+    """key=value ...: what the network is made with, besides num_classes and image_size where it asks for them."""
     init_from: Path | None = None
     """Start from the weights of a file: ours, torchvision's references', timm's or a plain state_dict."""
     freeze: tuple[str, ...] = ()
@@ -84,8 +90,10 @@ class TrainConfig(ScheduleFlags):
     channels_last: bool = False
     """Keep images and convolutions in NHWC memory order."""
 
-    optimizer: Literal["sgd", "adam", "adamw", "rmsprop", "muon"] = "sgd"
-    """Update rule (torch.optim). muon updates weight matrices and filters, and AdamW the rest."""
+    optimizer: str = "sgd"
+    """sgd, adam, adamw, rmsprop, muon (matrices and filters; AdamW for the rest), or FILE.py:NAME: one of yours."""
+    optimizer_options: tuple[str, ...] = ()
+    """key=value ...: further arguments of the optimizer."""
     momentum: Annotated[float, AtLeast(0, below=1)] = 0.9
     """Of sgd, rmsprop and muon."""
     nesterov: bool = False
@@ -157,6 +165,8 @@ class TrainConfig(ScheduleFlags):
     """Write TensorBoard event files to the run folder."""
     pictures: bool = True
     """Draw curves, confusion matrix and predictions into the run folder."""
+    metric: str | None = None
+    """FILE.py:NAME, of (outputs, targets) of the whole test set: a number for result.json, or a dict of them."""
     log_gradients: bool = False
     """Add the norm of each layer's gradient to every reported training line, and to TensorBoard."""
     show_batch: bool = False
@@ -198,6 +208,14 @@ class TrainConfig(ScheduleFlags):
         check_numbers(self)  # of a config that no command line made
         if self.measure is not None:
             measured_steps(self.measure)
+        if self.optimizer not in OPTIMIZERS and not is_reference(self.optimizer):
+            raise UsageError(f"--optimizer {self.optimizer}: unknown; choose {', '.join(OPTIMIZERS)} or FILE.py:NAME"
+                             f"{nearest(self.optimizer, OPTIMIZERS)}")
+        for flag in ("metric", "transform"):
+            if (text := getattr(self, flag, None)) is not None and not is_reference(text):
+                raise UsageError(f"--{flag} {text}: must be FILE.py:NAME")
+        options_in(self.model_options, "--model-options")
+        options_in(self.optimizer_options, "--optimizer-options")
         if self.compile and self.parallel == "dp":  # nn.Module.compile keeps the original's bound method in each copy
             raise UsageError("--compile with --parallel dp: DataParallel's copies of a compiled model would all run "
                              "the original; leave --compile out, or use torchrun and --parallel ddp")
@@ -223,6 +241,11 @@ class ImageConfig(TrainConfig):
         "--half-statistics": ("--normalize", "half"), "--no-half-statistics": ("--normalize", "dataset"),
     }
 
+    loss: str = "cross-entropy"
+    """cross-entropy, or FILE.py:NAME: yours, of (outputs, targets)."""
+    transform: str | None = None
+    """FILE.py:NAME, of one uint8 image (C, H, W) at full size, in the place of fit, crop, flip and normalisation; with
+    a parameter `train` it serves evaluation too."""
     normalize: Literal["none", "half", "dataset", "imagenet"] = "dataset"
     """Mean and std taken out of each channel: none leaves [0, 1], half is 0.5 and 0.5, dataset those of the training
     images."""
@@ -239,13 +262,16 @@ class ImageConfig(TrainConfig):
 
     def network(self) -> dict[str, Any]:
         """What models.build needs besides the number of classes: the name of the network, and its options."""
-        return {"name": self.model}
+        size = {"image_size": self.size()} if is_reference(self.model) else {}
+        return {"name": self.model, **size, **options_in(self.model_options, "--model-options")}
 
     def check(self) -> None:
         """The same, and that no image is shifted out of itself, where reflected padding ends too."""
         super().check()
         if self.shift >= self.size():
             raise UsageError(f"--shift {self.shift}: must be below the image size of {self.size()}")
+        check_loss(self.loss, ("cross-entropy",), label_smoothing=self.label_smoothing,
+                   class_weights=self.class_weights)
 
     def augmentation(self, dataset: Statistics) -> dict[str, Any]:
         """The arguments of Augmentation; `dataset` is what `--normalize dataset` stands for."""

@@ -26,11 +26,12 @@ from trainers.engine.checkpoints.load import load_or_fail
 from trainers.engine.checkpoints.save import write_checkpoint
 from trainers.engine.checkpoints.snapshot import hash_tensors, tensors_in
 from trainers.engine.config import TrainConfig, measured_steps
+from trainers.engine.metrics import num_samples
 from trainers.engine.parallel import synchronize
 from trainers.engine.precision import DTYPES
 from trainers.engine.result import peak_memory_bytes
 from trainers.engine.run.progress import Progress
-from trainers.engine.task import TrainBatches
+from trainers.engine.task import TrainBatches, apply
 from trainers.engine.trainer import Trainer
 
 MOST_PHASE_STEPS = 40  # steps split into phases: half of them with gradient averaging, half without
@@ -190,12 +191,12 @@ def difference(now: float | None, before: float | None) -> float | None:
 def flops_per_sample(trainer: Trainer, train: TrainBatches) -> float:
     """Floating-point operations of forward and backward, a multiply-add being two (torch's FlopCounterMode)."""
     step = trainer.train_step
-    inputs, targets = next(train.batches(trainer.epoch, trainer.samples_consumed))
-    inputs, targets = inputs.to(trainer.world.device), targets.to(trainer.world.device)
+    inputs, targets = step.to_device(*next(train.batches(trainer.epoch, trainer.samples_consumed)))
     with FlopCounterMode(display=False) as counter:
-        step.task.loss(step.network.forward(inputs), targets).backward()  # .forward: what torch.compile made is opaque
+        outputs = apply(step.network.forward, inputs)  # .forward: what torch.compile made is opaque
+        step.task.loss(outputs, targets).backward()
     step.optimizer.zero_grad(set_to_none=True)
-    return counter.get_total_flops() / len(targets)
+    return counter.get_total_flops() / num_samples(targets)
 
 
 def matrix_flops_per_second(trainer: Trainer) -> float:

@@ -7,15 +7,16 @@ classes is 3.8 GB. A task without classes has a loss only.
 """
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Literal
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from launch.process_group import World
+from launch.errors import UsageError
+from launch.process_group import World, gather
 from launch.stop import Stopped, StopRequest
 
 MOST_MATRIX_CLASSES = 2000  # a matrix of 32 MB
@@ -30,6 +31,13 @@ def all_reduce_sum(values: Tensor, world: World) -> Tensor:
         world.watchdog.mark("reduce")
         dist.all_reduce(values)
     return values
+
+
+def num_samples(tree: Any) -> int:
+    """How many samples a batch of targets holds: the length of its first tensor."""
+    while not isinstance(tree, Tensor):
+        tree = next(iter(tree.values() if isinstance(tree, Mapping) else tree))
+    return len(tree)
 
 
 class TrainingSums:
@@ -49,7 +57,7 @@ class TrainingSums:
     def update(self, loss: Tensor, outputs: Tensor, targets: Tensor) -> None:
         """Add one micro-batch: its mean loss, outputs (B, ...), targets (B, ...). Nothing here waits for the device."""
         correct = (outputs.detach().argmax(1) == targets).sum() if self.classification else None
-        self._waiting.append((loss.detach(), correct, len(targets)))  # .item() here would wait for every step
+        self._waiting.append((loss.detach(), correct, num_samples(targets)))  # .item() here would wait for every step
 
     def collect(self) -> None:
         """Fetch what waits: one wait for the device."""
@@ -106,6 +114,8 @@ class Evaluation:
     """Of each class, where there is no matrix but there are classes."""
     accuracy_top5: float | None = None
     """The share of samples whose class is among the five with the largest outputs; None for up to five classes."""
+    metrics: dict[str, float] = field(default_factory=dict)
+    """Further figures, by name."""
 
     @property
     def class_counts(self) -> list[tuple[int, int]] | None:
@@ -148,15 +158,20 @@ def score(figures: Mapping[str, float | None], by: BestName) -> float:
 class EvaluationSums:
     """Loss sum and confusion matrix of this rank's share of a test set, in one float64 vector (exact below 2**53)."""
 
-    def __init__(self, device: torch.device, *, num_classes: int | None) -> None:
-        self.num_classes = num_classes or 0
+    def __init__(self, device: torch.device, *, num_classes: int | None,
+                 metrics: Mapping[str, Callable[[Tensor, Tensor], Any]] | None = None) -> None:
+        self.num_classes, self.metrics = num_classes or 0, metrics or {}
         self.num_columns = self.num_classes if self.num_classes <= MOST_MATRIX_CLASSES else 2
+        self.kept: list[tuple[Tensor, Tensor]] = []
+        """Outputs and targets of this rank, where metrics need those of the whole test set."""
         self.sums = torch.zeros(3 + self.num_classes * self.num_columns + 1, dtype=torch.float64, device=device)
 
     def update(self, loss: Tensor, outputs: Tensor, targets: Tensor) -> None:
         """Add a batch: its mean loss, outputs (B, num_classes) or (B, ...), targets (B,) or (B, ...)."""
-        self.sums[0] += loss.detach() * len(targets)
-        self.sums[1] += len(targets)
+        self.sums[0] += loss.detach() * num_samples(targets)
+        self.sums[1] += num_samples(targets)
+        if self.metrics:
+            self.kept.append((outputs.detach().cpu(), targets.cpu()))
         if self.num_classes:
             predicted = outputs.argmax(1)
             if self.num_classes > TOP:
@@ -176,7 +191,25 @@ class EvaluationSums:
         has_matrix = self.num_columns == self.num_classes
         return Evaluation(loss=loss / max(samples, 1), num_samples=int(samples),
                           accuracy_top5=top5 / max(samples, 1) if self.num_classes > TOP else None,
-                          confusion_matrix=rows if has_matrix else None, wrong_and_right=None if has_matrix else rows)
+                          confusion_matrix=rows if has_matrix else None, wrong_and_right=None if has_matrix else rows,
+                          metrics=self.whole_metrics(world) if self.metrics else {})
+
+    def whole_metrics(self, world: World) -> dict[str, float]:
+        """Each metric of all outputs and targets, in the order of the test set; the same on every rank."""
+        parts = [torch.cat(part) for part in zip(*self.kept, strict=True)]
+        ranks = gather(world, parts)
+        order = torch.cat([torch.arange(len(part[0])) * world.world_size + rank
+                           for rank, part in enumerate(ranks) if part]).argsort()
+        outputs, targets = (torch.cat([part[place] for part in ranks if part])[order] for place in (0, 1))
+        found: dict[str, float] = {}
+        for name, metric in self.metrics.items():
+            value = metric(outputs, targets)
+            for key, number in value.items() if isinstance(value, Mapping) else [(name, value)]:
+                if not isinstance(number, int | float | Tensor) or torch.as_tensor(number).numel() != 1:
+                    raise UsageError(f"--metric {name}: gives {type(number).__name__}, not a number; return one, or a "
+                                     f"dict of several by name")
+                found[key] = float(number)
+        return found
 
 
 def sync_buffers(model: nn.Module, world: World) -> None:

@@ -9,7 +9,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
-from launch.errors import UsageError
+from launch.errors import UsageError, first_line
+from trainers.engine.user_code import Reference, is_reference, options_in
 
 if TYPE_CHECKING:
     from trainers.engine.config import TrainConfig
@@ -18,9 +19,39 @@ NORMS = (nn.modules.batchnorm._BatchNorm, nn.LayerNorm, nn.GroupNorm)
 
 
 def build_optimizer(model: nn.Module, config: "TrainConfig") -> "Optimizer | MuonWithAdamW":
-    """The optimizer of the parameters that are trained."""
+    """The optimizer of the parameters that are trained; UsageError for options that it does not take."""
+    options = options_in(config.optimizer_options, "--optimizer-options")
+    if is_reference(config.optimizer):
+        optimizer = own_optimizer(parameter_groups(model, config), config, options)
+    else:
+        try:
+            optimizer = torchs_optimizer(model, config, options)
+        except (TypeError, ValueError) as error:
+            if not options:
+                raise
+            raise UsageError(f"--optimizer-options {' '.join(config.optimizer_options)}: not of {config.optimizer} "
+                             f"({first_line(error)}); leave out or correct what it does not take") from None
+    for group in optimizer.param_groups:
+        group.setdefault("initial_lr", group["lr"])
+    return optimizer
+
+
+def own_optimizer(groups: list[dict[str, Any]], config: "TrainConfig", options: dict[str, Any]) -> Optimizer:
+    """The user's, of groups of parameters and of those of our flags that its signature has."""
+    reference = Reference("--optimizer", config.optimizer)
+    flags = {name: getattr(config, name, None) for name in ("momentum", "betas", "eps", "weight_decay")}
+    offered = {"lr": config.learning_rate, **{name: value for name, value in flags.items() if value is not None}}
+    optimizer = reference.make(offered, groups, options=options)
+    if not isinstance(optimizer, Optimizer):
+        raise UsageError(f"--optimizer {config.optimizer}: makes {type(optimizer).__name__}, not an optimizer; return "
+                         f"a torch.optim.Optimizer")
+    return optimizer
+
+
+def torchs_optimizer(model: nn.Module, config: "TrainConfig", options: dict[str, Any]) -> "Optimizer | MuonWithAdamW":
+    """One of torch.optim."""
     groups, momentum = parameter_groups(model, config), config.momentum
-    common: dict[str, Any] = {"lr": config.learning_rate, "weight_decay": config.weight_decay}
+    common: dict[str, Any] = {"lr": config.learning_rate, "weight_decay": config.weight_decay, **options}
     adams = {name: getattr(config, name) for name in ("betas", "eps") if getattr(config, name) is not None}
     kernel: dict[str, Any] = {"fused": True} if fused_works(model) else {"foreach": True}
     optimizer: Optimizer | MuonWithAdamW
@@ -35,8 +66,6 @@ def build_optimizer(model: nn.Module, config: "TrainConfig") -> "Optimizer | Muo
         optimizer = torch.optim.RMSprop(groups, momentum=momentum, foreach=True, **common, **adams)
     else:
         optimizer = MuonWithAdamW(groups, momentum=momentum, adams=adams, **common)
-    for group in optimizer.param_groups:
-        group.setdefault("initial_lr", group["lr"])
     return optimizer
 
 

@@ -1,14 +1,19 @@
-"""The network, tried before training: once in eval and once in train mode, on blank inputs of the real size."""
+"""The network, tried before training: once in eval and once in train mode, on blank inputs of the real size.
+
+Inputs that are dicts or tuples of tensors are taken as they are: lengths and indices among them must fit each other.
+"""
 
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from launch.errors import UsageError, first_line, is_users
 from launch.failure import translated
 from trainers.engine.step import TrainStep
-from trainers.engine.task import Batch
+from trainers.engine.task import Batch, apply
+from trainers.engine.user_code import is_reference
 
 ENOUGH_SAMPLES = 2  # behave as any larger micro-batch does; one may have no variance to normalise by
 
@@ -28,25 +33,29 @@ def tried_first(step: TrainStep, batches: Iterator[Batch], flags: Mapping[str, A
 @torch.no_grad()
 def try_network(step: TrainStep, batch: Batch, flags: Mapping[str, Any]) -> None:
     """Raises as above. Buffers and random generators are left as they were. A compiled model is tried as written."""
-    blank = torch.zeros_like(batch[0][:ENOUGH_SAMPLES], device=step.world.device)
-    network, size = step.network, " x ".join(map(str, blank.shape[1:]))
+    inputs, single = batch[0], isinstance(batch[0], Tensor)
+    if single:
+        inputs = torch.zeros_like(inputs[:ENOUGH_SAMPLES], device=step.world.device)
+    else:
+        inputs, _ = step.to_device(inputs, ())
+    network, size = step.network, " x ".join(map(str, inputs.shape[1:])) if single else f"a {type(inputs).__name__}"
     before = [buffer.clone() for buffer in network.buffers()]  # BatchNorm's running statistics
-    devices = [blank.device] if blank.is_cuda else []
+    devices = [step.world.device] if step.world.device.type == "cuda" else []
 
     def attempt(set_mode: Callable[[], object], explain: Callable[[str], str]) -> None:
         set_mode()
         try:
             with torch.random.fork_rng(devices), step.precision.autocast():
-                network.forward(blank)  # not network(): what torch.compile makes of two samples is of no use
+                apply(network.forward, inputs)  # not network(): what torch.compile makes of two samples is of no use
         except Exception as error:  # whatever a network does with inputs that it was not made for
-            if is_users(translated(error)):
+            if is_users(translated(error)) or is_reference(flags.get("model")):  # of their code: their line is named
                 raise
             raise UsageError(explain(first_line(error))) from None
 
     model = f"--model {flags.get('model')}"
     attempt(network.eval, lambda reason: f"{model}: cannot take inputs of {size} ({reason}); choose a model for this "
                                          f"size")
-    attempt(step.train_mode, lambda reason: few_samples(reason, flags) if len(blank) == 1 else
+    attempt(step.train_mode, lambda reason: few_samples(reason, flags) if single and len(inputs) == 1 else
             f"{model}: fails in training on inputs of {size} ({reason}); choose another")
     for buffer, value in zip(network.buffers(), before, strict=True):
         buffer.copy_(value)

@@ -34,6 +34,7 @@ def finish(trainer: Trainer, evaluation: Evaluation, class_names: tuple[str, ...
         "accuracy": evaluation.accuracy, "per_class_accuracy": evaluation.per_class_accuracy,
         "confusion_matrix": write_matrix(folder, evaluation.confusion_matrix), "loss": evaluation.loss,
         "num_samples": evaluation.num_samples, "split": split, "accuracy_top5": evaluation.accuracy_top5,
+        **evaluation.metrics,
         "class_names": list(class_names), "train_seconds": seconds, "total_seconds": total_seconds,
         "samples_per_second": trainer.step * batch_size / seconds if seconds else None,
         "world_size": world.world_size, "device": str(world.device), "precision": step.precision.name,
@@ -82,11 +83,14 @@ def draw_result(trainer: Trainer, evaluation: Evaluation, class_names: tuple[str
 
 def result_text(evaluation: Evaluation, class_names: tuple[str, ...], path: Path, split: str = "test") -> str:
     """The final summary of a run."""
+    further = [f"  {name} {value:.6g}" for name, value in evaluation.metrics.items()]
     if evaluation.accuracy is None:
-        return f"{split} loss {evaluation.loss:.6f} over {evaluation.num_samples} samples\nresults in {path}"
+        return "\n".join([f"{split} loss {evaluation.loss:.6f} over {evaluation.num_samples} samples", *further,
+                          f"results in {path}"])
     top5 = f", top-5 {100 * evaluation.accuracy_top5:.2f} %" if evaluation.accuracy_top5 is not None else ""
     lines = [f"{split} accuracy {100 * evaluation.accuracy:.2f} % over {evaluation.num_samples} samples{top5}"]
     shares = list(zip(map(printable, class_names), evaluation.per_class_accuracy or [], strict=False))
+    lines += further
     if len(shares) <= MOST_SHOWN_CLASSES:
         lines += [class_line(*share) for share in shares]
     else:

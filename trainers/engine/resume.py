@@ -25,7 +25,7 @@ from trainers.engine.run.ownership import is_restart_of
 from trainers.engine.step import TrainStep
 from trainers.engine.trainer import Trainer
 
-PREPROCESSING = ("image_size", "resize_size", "fit", "interpolation", "normalize")  # flags that belong to the weights
+PREPROCESSING = ("image_size", "resize_size", "fit", "interpolation", "normalize", "transform")  # flags that belong to the weights
 MOMENTS = ("momentum_buffer", "exp_avg", "exp_avg_sq", "square_avg")  # of optimizers, as large as their parameter
 
 
@@ -209,6 +209,9 @@ def resume(config: TrainConfig, trainer: Trainer, *, steps_per_epoch: int) -> st
     except (KeyError, RuntimeError, TypeError, ValueError) as error:  # as an optimizer refuses another's state
         raise CheckpointError(f"{source}: does not fit this run: {first_line(error)}; use the flags and the version of "
                               f"this code that it was made with, or another --run-name") from None
+    if world.is_main and (changed := changed_files(state["fingerprint"], trainer.fingerprint)):
+        to_stderr(f"WARNING checkpoint: {', '.join(changed)}: changed since {source.name} was written; the run "
+                  f"continues with what is there now")
     check_same_on_all_ranks(trainer, source)
     before = replace(config, epochs=state["config"].get("epochs", config.epochs),
                      max_steps=state["config"].get("max_steps")).total_steps(steps_per_epoch)
@@ -220,3 +223,9 @@ def resume(config: TrainConfig, trainer: Trainer, *, steps_per_epoch: int) -> st
     evaluated = trainer.history.has_recorded(trainer.step)
     from_main(world, lambda: folder.truncate_metrics(trainer.step, evaluated=evaluated))
     return f"from {source.name}, step {trainer.step}, epoch {trainer.epoch}"
+
+
+def changed_files(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """Those of the user's own files, by name, whose content is no longer what a checkpoint was made with."""
+    then = {Path(path).name: sha256 for path, sha256 in before.get("user_code", {}).items()}
+    return [path for path, sha256 in now.get("user_code", {}).items() if then.get(Path(path).name, sha256) != sha256]

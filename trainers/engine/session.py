@@ -30,7 +30,7 @@ from launch.stop import Stopped, signals_caught
 from trainers.engine.checkpoints.load import load_or_fail
 from trainers.engine.checkpoints.save import Checkpointer
 from trainers.engine.config import ImageConfig, Statistics, TrainConfig
-from trainers.engine.data_record import DataRecord
+from trainers.engine.data_record import DataRecord, saved_class_names
 from trainers.engine.measure import dry_run, write_measurement
 from trainers.engine.metrics import TOP
 from trainers.engine.optimizer import build_optimizer, ema_average, freeze
@@ -43,27 +43,28 @@ from trainers.engine.run.folder import OUT_OF_PATIENCE, RunFolder
 from trainers.engine.run.ownership import check_run_name, unnamed_run
 from trainers.engine.run.report import Report
 from trainers.engine.step import StepOptions, TrainStep
-from trainers.engine.task import EvaluationBatches, Task, TrainBatches, classification_task
+from trainers.engine.task import EvaluationBatches, Task, TrainBatches, classification_task, with_own_code
 from trainers.engine.trainer import LoopOptions, Run, Trainer
+from trainers.engine.user_code import absolute, blaming, load_all, references
 
 
 class AlreadyDone(BaseException):
     """The run is DONE and no more is asked of it: raised by all ranks with its result, caught by `entry_point`."""
 
 
-def entry_point(main: Callable[[Any], dict[str, Any]]) -> Callable[[Any], dict[str, Any]]:
+def entry_point(main: Callable[..., dict[str, Any]]) -> Callable[..., dict[str, Any]]:
     """Let `main(config)` return the stored result of a run that was DONE before it was called.
 
     A dry run has a temporary folder, on the file system of --output-dir: rank 0's, as no other rank writes or reads.
     """
     @functools.wraps(main)
-    def call(config: Any) -> dict[str, Any]:
+    def call(config: Any, *more: Any) -> dict[str, Any]:
         try:
             if not config.dry_run:
-                return main(config)
+                return main(config, *more)
             place = next(path for path in (config.output_dir, *config.output_dir.absolute().parents) if path.is_dir())
             with tempfile.TemporaryDirectory(dir=place, prefix=".dry-run-") as folder:
-                return main(replace(config, output_dir=Path(folder)))
+                return main(replace(config, output_dir=Path(folder)), *more)
         except AlreadyDone as done:
             return done.args[0]
     return call
@@ -92,6 +93,7 @@ def open_run(config: TrainConfig, trainer: str) -> Iterator[Run]:
     with signals_caught() as stop, process_group(
             config.backend, device=config.device, timeout_seconds=config.timeout, threads=config.threads,
             deterministic=config.deterministic) as world:
+        files = load_all(config)
         name = from_main(world, lambda: config.run_name or unnamed_run(
             config.output_dir, trainer, config.recipe, to_plain(config)))
         folder = RunFolder(config.output_dir / name, is_main=world.is_main)
@@ -101,11 +103,14 @@ def open_run(config: TrainConfig, trainer: str) -> Iterator[Run]:
             state, known = None, None
             if config.evaluate is not None:
                 state = load_or_fail(config.evaluate)
-                known = known_classes(state, config.evaluate) if isinstance(config, ImageConfig) else None
+                known = (known_classes(state, config.evaluate) if isinstance(config, ImageConfig)
+                         else saved_class_names(state) or None)
                 config = as_trained(config, state)
-            begin(config, folder, world)
-            yield Run(trainer=trainer, world=world, folder=folder, stop=stop, config=config, evaluated=state,
-                      known=known)
+                files |= load_all(config)  # the transform that the weights were trained with
+            begin(config, folder, world, files)
+            with blaming(references(config)):
+                yield Run(trainer=trainer, world=world, folder=folder, stop=stop, config=config, evaluated=state,
+                          known=known, user_code=files)
         except Stopped as stopped:
             write_preempted(folder, stopped)
             raise
@@ -116,10 +121,10 @@ def open_run(config: TrainConfig, trainer: str) -> Iterator[Run]:
             folder.release()
 
 
-def begin(config: TrainConfig, folder: RunFolder, world: World) -> None:
+def begin(config: TrainConfig, folder: RunFolder, world: World, files: dict[str, str]) -> None:
     """Record what is asked for, and on what it runs. AlreadyDone as above; UsageError for flags that alter the run."""
     facts = {"world_size": world.world_size, "device": str(world.device), "threads_per_rank": world.threads,
-             "launcher": world.launcher, "backend": world.backend}
+             "launcher": world.launcher, "backend": world.backend, "user_code": files}
     if not from_main(world, lambda: folder.begin(to_plain(config), world=facts)):
         result = folder.read_json("result.json") or {}
         if world.is_main:
@@ -146,7 +151,7 @@ def build_trainer(config: TrainConfig, run: Run, model: nn.Module, task: Task, *
     world = run.world
     fingerprint = {"dataset": None if data.has_files else data.fingerprint, "global_batch_size": config.batch_size,
                    "world_size": world.world_size, "threads": world.threads, "torch": str(torch.__version__),
-                   **job_identity()}
+                   **job_identity(), **({"user_code": run.user_code} if run.user_code else {})}
     return Trainer(
         build_step(config, model, task, world, steps_per_epoch=steps_per_epoch), run,
         checkpointer=Checkpointer(run.folder, keep=config.keep_checkpoints),
@@ -169,6 +174,8 @@ def build_step(config: TrainConfig, model: nn.Module, task: Task, world: World, 
     if remark and world.is_main:
         say(remark)
     if not any(parameter.requires_grad for parameter in model.parameters()):
+        if not config.freeze:
+            raise UsageError(f"--model {config.model}: has no parameters to train; give it some")
         raise UsageError(f"--freeze {' '.join(config.freeze)}: leaves nothing to train; freeze less")
     ema = None
     if config.ema_decay is not None:
@@ -190,18 +197,21 @@ def build_step(config: TrainConfig, model: nn.Module, task: Task, world: World, 
 
 
 def train_classifier(config: ImageConfig, run: Run, model: nn.Module, class_names: tuple[str, ...],
-                     statistics: Statistics, train: TrainBatches | None, test: EvaluationBatches | None,
-                     dataset: Any, validation: EvaluationBatches | None = None) -> dict[str, Any]:
+                     statistics: Statistics, train: TrainBatches | None = None,
+                     test: EvaluationBatches | None = None, dataset: Any = None,
+                     validation: EvaluationBatches | None = None) -> dict[str, Any]:
     """A classifier of images, from its parts to the end of the run; returns its result. Writes model.json first."""
     mean, std = statistics
     options = {name: value for name, value in config.network().items() if value is not None}
     card = ModelCard(
-        trainer=run.trainer, model=options.pop("name"), options=options, class_names=class_names, mean=mean, std=std,
-        image_size=(config.size(), config.size()),
+        trainer=run.trainer, model=absolute(options.pop("name")), options=options, class_names=class_names, mean=mean,
+        std=std, image_size=(config.size(), config.size()), user_code=run.user_code,
+        transform=absolute(config.transform) if config.transform else None,
         fit=getattr(config, "fit", "squash"))  # only the images of a folder come in other shapes
     run.folder.write_json(CARD_FILE, asdict(card))
     task = classification_task(class_names, run.world.device, label_smoothing=config.label_smoothing,
                                class_weights=config.class_weights)
+    task = with_own_code(task, references(config), run.world.device)
     return train_model(config, run, model, task, train, test, validation=validation, dataset=dataset,
                        class_names=class_names, statistics=statistics)
 
@@ -219,8 +229,8 @@ def chosen_splits(run: Run, test: EvaluationBatches | None, validation: Evaluati
     return "validation", evaluated, test
 
 
-def train_model(config: TrainConfig, run: Run, model: nn.Module, task: Task, train: TrainBatches | None,
-                test: EvaluationBatches | None, *, dataset: Any, validation: EvaluationBatches | None = None,
+def train_model(config: TrainConfig, run: Run, model: nn.Module, task: Task, train: TrainBatches | None = None,
+                test: EvaluationBatches | None = None, *, dataset: Any, validation: EvaluationBatches | None = None,
                 class_names: tuple[str, ...] = (), statistics: Statistics | None = None) -> dict[str, Any]:
     """Resume, train, evaluate, and write down how it ended; with `--evaluate PATH`, load that and train nothing.
 

@@ -19,7 +19,7 @@ from trainers.engine.dropout import default_generators, seed_dropout
 from trainers.engine.metrics import Evaluation, EvaluationSums, TrainingSums, sync_buffers
 from trainers.engine.parallel import gradient_sync, unwrap
 from trainers.engine.precision import Precision
-from trainers.engine.task import Batch, EvaluationBatches, Task
+from trainers.engine.task import Batch, EvaluationBatches, Task, apply, map_tensors
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,16 +104,19 @@ class TrainStep:
         self.is_under_way = False
         mark("between steps", step + 1)
 
-    def to_device(self, inputs: Tensor, targets: Tensor) -> Batch:
-        """A batch where the model is, in its memory order."""
-        inputs = inputs.to(self.world.device, memory_format=self._memory_format, non_blocking=True)
-        return inputs, targets.to(self.world.device, non_blocking=True)
+    def to_device(self, inputs: Any, targets: Any) -> Batch:
+        """A batch where the model is, images in its memory order."""
+        device = self.world.device
+        return (map_tensors(lambda tensor: tensor.to(
+                    device, memory_format=self._memory_format if tensor.ndim == 4 else torch.preserve_format,
+                    non_blocking=True), inputs),
+                map_tensors(lambda tensor: tensor.to(device, non_blocking=True), targets))
 
-    def forward(self, inputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        """The outputs and the loss of a batch on the device."""
+    def forward(self, inputs: Any, targets: Any) -> tuple[Tensor, Tensor]:
+        """The logits and the loss of a batch on the device."""
         with self.precision.autocast():
-            outputs = self.model(inputs)
-            return outputs, self.task.loss(outputs, targets)
+            outputs = apply(self.model, inputs)
+            return self.task.logits(outputs), self.task.loss(outputs, targets)
 
     @torch.no_grad()
     def evaluate(self, test: EvaluationBatches, stop: StopRequest) -> Evaluation:
@@ -125,7 +128,7 @@ class TrainStep:
         model = self.evaluated_model
         sync_buffers(model, self.world)
         model.eval()
-        sums = EvaluationSums(self.world.device, num_classes=self.task.num_classes)
+        sums = EvaluationSums(self.world.device, num_classes=self.task.num_classes, metrics=self.task.metrics)
         self.world.watchdog.mark("evaluation data")
         for inputs, targets in test:
             self.world.watchdog.mark("evaluate")
@@ -133,8 +136,10 @@ class TrainStep:
                 break
             inputs, targets = self.to_device(inputs, targets)
             with self.precision.autocast():
-                outputs = model(inputs)
-            sums.update(self.task.test_loss(outputs.float(), targets), outputs, targets)
+                outputs = apply(model, inputs)
+            if isinstance(outputs, Tensor):
+                outputs = outputs.float()
+            sums.update(self.task.test_loss(outputs, targets), self.task.logits(outputs), targets)
             self.world.watchdog.mark("evaluation data")
         self.world.watchdog.mark("reduce")
         return sums.reduce(self.world, stop)

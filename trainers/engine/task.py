@@ -1,18 +1,20 @@
 """What a trainer is given: the loss, and training and evaluation batches."""
 
 import functools
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
-from typing import Protocol
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Protocol, cast
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from launch.errors import UsageError
+from trainers.engine.user_code import Reference
 
-Batch = tuple[Tensor, Tensor]
-Loss = Callable[[Tensor, Tensor], Tensor]  # (outputs, targets) -> mean over the batch
+Batch = tuple[Any, Any]  # inputs and targets: tensors, or dicts and tuples of them
+Loss = Callable[[Any, Any], Tensor]  # (outputs, targets) -> mean over the batch
+Metric = Callable[[Tensor, Tensor], Any]  # (logits, targets) of the whole test set -> a number, or several by name
 EvaluationBatches = Iterable[Batch]  # this rank's share of a test set
 
 
@@ -47,6 +49,96 @@ class Task:
     test_loss: Loss
     num_classes: int | None
     """None where there are none: then only the loss is reported."""
+    logits: Callable[[Any], Tensor] = field(default_factory=lambda: logits_of)
+    """Of what the model returns."""
+    metrics: dict[str, Metric] = field(default_factory=dict)
+    """Further figures of an evaluation, by name."""
+
+
+def logits_of(outputs: Any) -> Tensor:
+    """The logits in what a model returns: itself, `.logits`, key `logits` or `out`, or the first element."""
+    if isinstance(outputs, Tensor):
+        return outputs
+    if isinstance(found := getattr(outputs, "logits", None), Tensor):
+        return found
+    parts = outputs if isinstance(outputs, list | tuple) else ()
+    if isinstance(outputs, Mapping):
+        parts = [outputs[name] for name in ("logits", "out") if name in outputs] or list(outputs.values())
+    if parts:
+        return logits_of(parts[0])
+    raise UsageError(f"--model: returns {type(outputs).__name__}, in which no logits are found; return a tensor, or "
+                     f"write a function logits(outputs) beside it")
+
+
+class UserLoss:
+    """A loss of the user's own, of all that the model returns; held to be one number."""
+
+    def __init__(self, function: Loss, name: str) -> None:
+        self.function, self.name = function, name
+
+    def __call__(self, outputs: Any, targets: Any) -> Tensor:
+        """The mean over the batch; UsageError if it is anything but one number made with torch."""
+        loss = self.function(outputs, targets)
+        if not isinstance(loss, Tensor) or loss.shape != () or (torch.is_grad_enabled() and not loss.requires_grad):
+            kind = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
+            raise UsageError(f"{self.name}: gives {kind}, not one number that depends on the outputs; return a mean "
+                             f"made with torch")
+        return loss
+
+
+def function_of(reference: Reference, device: torch.device, num_classes: int | None = None) -> Callable[..., Any]:
+    """The loss or metric that a flag names; a class is made first, and a module moved to the device."""
+    found = reference.find()
+    found = reference.make({"num_classes": num_classes}) if isinstance(found, type) else found
+    if not callable(found):
+        raise UsageError(f"{reference.flag} {reference.text}: the file has no function {reference.name} but "
+                         f"{type(found).__name__}; give a function of (outputs, targets)")
+    return found.to(device) if isinstance(found, nn.Module) else found
+
+
+def with_own_code(task: Task, found: Sequence[Reference], device: torch.device, *, loss: Loss | None = None,
+                  metric: Metric | None = None) -> Task:
+    """The task with the loss, the metric and the `logits` of people's files, or of the program that called us."""
+    own = {each.flag: each for each in found}
+    logits = own["--model"].extra("logits") if "--model" in own else None
+    logits = cast(Callable[[Any], Tensor], logits) if callable(logits) else logits_of
+    if "--loss" in own:
+        loss = function_of(own["--loss"], device, task.num_classes)
+    if "--metric" in own:
+        metric = function_of(own["--metric"], torch.device("cpu"), task.num_classes)
+    name = f"--loss {own['--loss'].text}" if "--loss" in own else "loss"
+    losses = [on_logits(each, logits, task.num_classes) if loss is None else UserLoss(loss, name)
+              for each in (task.loss, task.test_loss)]
+    named = {} if metric is None else {own["--metric"].name if "--metric" in own else "metric": metric}
+    return replace(task, loss=losses[0], test_loss=losses[1], logits=logits, metrics={**task.metrics, **named})
+
+
+def on_logits(loss: Loss, logits: Callable[[Any], Tensor], num_classes: int | None) -> Loss:
+    """A loss of logits, for a model that may return more than those; UsageError if they are not of so many classes."""
+    def loss_of(outputs: Any, targets: Any) -> Tensor:
+        found = logits(outputs)
+        if num_classes is not None and (found.ndim < 2 or found.shape[1] != num_classes):
+            raise UsageError(f"--model: gives logits of shape {tuple(found.shape)} for {num_classes} classes; give it "
+                             f"as many outputs")
+        return loss(found, targets)
+
+    return loss_of
+
+
+def map_tensors(change: Callable[[Tensor], Tensor], tree: Any) -> Any:
+    """Nested dicts, lists and tuples with every tensor changed."""
+    if isinstance(tree, Tensor):
+        return change(tree)
+    if isinstance(tree, Mapping):
+        return {name: map_tensors(change, child) for name, child in tree.items()}
+    return tuple(map_tensors(change, child) for child in tree) if isinstance(tree, list | tuple) else tree
+
+
+def apply(model: Callable[..., Any], inputs: Any) -> Any:
+    """What the model returns: dicts go to it as keywords, tuples by position."""
+    if isinstance(inputs, Tensor):
+        return model(inputs)
+    return model(**inputs) if isinstance(inputs, Mapping) else model(*inputs)
 
 
 def classification_task(class_names: tuple[str, ...], device: torch.device, *, label_smoothing: float = 0.0,

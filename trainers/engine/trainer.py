@@ -5,7 +5,7 @@ A position is (step, epoch, samples consumed in the epoch). Everything else that
 """
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from launch.errors import NumericError
@@ -41,6 +41,8 @@ class Run:
     """The state of that checkpoint."""
     known: tuple[str, ...] | None = None
     """The classes that its outputs stand for."""
+    user_code: dict[str, str] = field(default_factory=dict)
+    """The sha256 of each of the user's files, by path."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -222,7 +224,7 @@ class Trainer:
         evaluation = self.last_evaluation
         loss, accuracy = self.sums.means(self.world)
         if evaluation is not None:
-            self.write_line(self.options.split, evaluation.summary())
+            self.write_line(self.options.split, {**evaluation.summary(), **evaluation.metrics})
         is_best = self.history.record(epoch=self.epoch, step=self.step, train_loss=loss, train_accuracy=accuracy,
                                       evaluation=evaluation, split=self.options.split, by=self.options.best)
         speed = self.step * train.global_batch_size / self.history.train_seconds

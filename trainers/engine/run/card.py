@@ -27,19 +27,30 @@ class ModelCard:
     """Height and width."""
     options: dict[str, Any] = field(default_factory=dict)
     """Further arguments of models.build, such as the width."""
+    kind: Literal["classes", "labels", "numbers"] = "classes"
+    """What the outputs are; the names of the classes are those of the outputs."""
+    transform: str | None = None
+    """FILE.py:NAME of a transform of the user's."""
+    user_code: dict[str, str] = field(default_factory=dict)
+    """The sha256 of each of the user's files, by path."""
     fit: Literal["squash", "crop"] = "squash"
     """How an image of another shape is made to fit."""
 
     def __post_init__(self) -> None:
         """Raise ValueError for what a damaged or edited file may hold."""
+        own = self.trainer == "custom"  # whose inputs may be images of any number of channels, or none
+        blank = own and (self.mean, self.std, self.image_size) == ((), (), (0, 0))
         for name, is_good in (
             ("trainer", isinstance(self.trainer, str) and self.trainer.isidentifier()),
             ("model", isinstance(self.model, str)),
             ("class_names", are_all(self.class_names, str) and len({*self.class_names}) == len(self.class_names)),
-            ("mean", are_all(self.mean, (int, float)) and len(self.mean) in (1, 3)),
-            ("std", are_all(self.std, (int, float), above=0) and len(self.std) == len(self.mean)),
-            ("image_size", are_all(self.image_size, int, above=0) and len(self.image_size) == 2),
+            ("mean", blank or (are_all(self.mean, (int, float)) and (own or len(self.mean) in (1, 3)))),
+            ("std", blank or (are_all(self.std, (int, float), above=0) and len(self.std) == len(self.mean))),
+            ("image_size", blank or (are_all(self.image_size, int, above=0) and len(self.image_size) == 2)),
             ("options", isinstance(self.options, dict)),
+            ("kind", self.kind in ("classes", "labels", "numbers")),
+            ("transform", self.transform is None or isinstance(self.transform, str)),
+            ("user_code", isinstance(self.user_code, dict)),
             ("fit", self.fit in ("squash", "crop")),
         ):
             if not is_good:

@@ -1,0 +1,298 @@
+"""Any map-style data set as batches: samples are read one by one, each under a random key of its own.
+
+    reading = Reading(partial(open_splits, ...), seed=0)
+    loaders = sample_loaders(reading, workers=2, **batches, rank=0, world_size=1)      # by split: "train", "test"
+
+A worker calls the function that opens the splits itself, so nothing of them is sent to it. Inputs and targets are
+tensors, or dicts and tuples of them; float64 becomes float32.
+"""
+
+import contextlib
+import hashlib
+import random
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import Dataset, IterableDataset, Subset, TensorDataset, default_collate, get_worker_info
+from torchvision.transforms.v2.functional import pil_to_tensor
+
+from datasets.classes import join_classes
+from datasets.errors import DataError
+from datasets.images.loaders import Decoder, Key
+from datasets.keyed_random import Purpose, key
+from datasets.loaders import check_size
+from datasets.order import ResumableSampler, evaluation_indices
+from datasets.tensors import held_out
+
+SPLITS = ("train", "validation", "test")
+Collate = Callable[[list[Any]], Any]
+Explain = Callable[[BaseException, str], BaseException]
+
+
+class Splits(NamedTuple):
+    """What is trained and evaluated on: map-style data sets of (input, target), None of a split that there is not."""
+
+    train: Any = None
+    validation: Any = None
+    test: Any = None
+    collate: Collate = default_collate
+
+    def present(self) -> dict[str, Any]:
+        """The data sets that there are, by name."""
+        return {name: dataset for name, dataset in zip(SPLITS, self, strict=False) if dataset is not None}
+
+
+def unchanged(error: BaseException, place: str) -> BaseException:
+    """An error of a sample as it is."""
+    return error
+
+
+def seed_sample(seed: int, epoch: int, purpose: Purpose, sample: int) -> None:
+    """Put torch's, Python's and numpy's own generators where this sample begins; 17 us, the first draws included."""
+    word = key(seed, epoch, purpose, sample)
+    torch.default_generator.manual_seed(word)
+    random.seed(word)
+    np.random.seed(word & 0xFFFFFFFF)
+
+
+@contextlib.contextmanager
+def generators_kept() -> Iterator[None]:
+    """Leave the three generators as they were, so that dropout does not notice; a worker has no use for that."""
+    if get_worker_info() is not None:
+        yield
+        return
+    of_torch, of_python, of_numpy = torch.get_rng_state(), random.getstate(), np.random.get_state()
+    try:
+        yield
+    finally:
+        torch.set_rng_state(of_torch)
+        random.setstate(of_python)
+        np.random.set_state(of_numpy)
+
+
+class Reading(Dataset[Any]):
+    """The work of one worker, or of this process: a key to (inputs, targets), or to the error of the code that reads.
+
+    What opens the splits is copied to every worker; what it opens is not.
+    """
+
+    def __init__(self, open_splits: Callable[[], Splits], *, seed: int, name: str = "--data",
+                 explain: Explain = unchanged) -> None:
+        self.open_splits, self.seed, self.name, self.explain = open_splits, seed, name, explain
+        self.splits = open_splits()
+        for split, dataset in self.splits.present().items():
+            check_map_style(dataset, set_name(split), name)
+        self.num_classes: int | None = None
+        """Where it is known, the targets of every batch are held to it."""
+        self.labels: dict[str, Tensor] = {}
+        """Of a split whose classes are named in another order: the label of each of its own."""
+        self.facts = describe(self.splits)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "splits": None}
+
+    def __getitem__(self, key: Key) -> Any:
+        place = "opened in a worker"
+        try:
+            with generators_kept():
+                if self.splits is None:
+                    self.splits = self.open_splits()
+                    if describe(self.splits) != self.facts:
+                        raise DataError(f"{self.name}: a worker finds other samples than its rank; {SEED_IT}")
+                items, dataset = [], getattr(self.splits, key.split)
+                purpose = Purpose.TRAIN_SAMPLE if key.split == "train" else Purpose.TEST_SAMPLE
+                for sample in key.samples:
+                    place = place_of(sample, key.split)
+                    seed_sample(self.seed, key.epoch, purpose, sample)
+                    item = dataset[sample]
+                    items.append(from_pillow(item) if self.splits.collate is default_collate else item)
+                place = "collating a batch"
+                batch = map_leaves(single, self.splits.collate(items))
+                inputs, targets = batch
+                labels = self.labels.get(key.split)
+                check_targets(targets, key, self.num_classes if labels is None else len(labels), self.name)
+                return inputs, targets if labels is None else labels[targets]
+        except (Exception, SystemExit) as error:
+            return self.explain(error, place)
+
+    def read(self, key: Key) -> Any:
+        """A batch, in this process; raises what its reading raised."""
+        return unless_failed(self[key])
+
+    def fingerprint(self) -> str:
+        """What notices that the data changed since a checkpoint."""
+        return self.facts
+
+    def join_classes(self, names: tuple[str, ...], *, owner: str) -> None:
+        """Take labels for positions in these names, which `owner` knows; DataError for a class that it lacks."""
+        for split, dataset in self.splits.present().items():
+            if (own := class_names_of(dataset)) not in ((), names):
+                joined = join_classes(own, names, place=f"{self.name}: {set_name(split)} class ", owner=owner)
+                self.labels[split] = torch.tensor(list(joined.values()))
+
+    def draws_elsewhere(self) -> bool:
+        """Whether training sample 0 differs between two readings under one key."""
+        first, second = (self.read(Key("train", [0], 0)) for _ in range(2))
+        return digest(first) != digest(second)
+
+
+SEED_IT = "seed whatever splits or shuffles it, such as random_split(..., generator=torch.Generator().manual_seed(0))"
+
+
+def unless_failed(batch: Any) -> Any:
+    """A batch; raises the error that stands in its place."""
+    if isinstance(batch, BaseException):
+        raise batch
+    return batch
+
+
+def place_of(sample: int, split: str) -> str:
+    """A sample in words."""
+    return f"sample {sample:,} of the {set_name(split)} set"
+
+
+def set_name(split: str) -> str:
+    """A split in words."""
+    return "training" if split == "train" else split
+
+
+def check_map_style(dataset: Any, split: str, name: str) -> None:
+    """Raise DataError for a data set without samples by number, or without any."""
+    if isinstance(dataset, IterableDataset) or not (hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__")):
+        raise DataError(f"{name}: the {split} set is {type(dataset).__name__}, which has no samples by number, so no "
+                        f"run could be resumed exactly; give one with __getitem__ and __len__")
+    if len(dataset) == 0:
+        raise DataError(f"{name}: the {split} set has no samples; check what it reads")
+
+
+def targets_of(dataset: Any) -> Any:
+    """The targets of all samples, where a data set has them at hand; else None."""
+    if isinstance(dataset, Subset):
+        whole = targets_of(dataset.dataset)
+        return None if whole is None else torch.as_tensor(np.asarray(whole))[list(dataset.indices)]
+    if isinstance(dataset, TensorDataset):
+        return dataset.tensors[-1]
+    return getattr(dataset, "targets", None)
+
+
+def class_names_of(dataset: Any) -> tuple[str, ...]:
+    """`.classes` of a data set, or of the one it is a part of."""
+    found = getattr(dataset, "classes", None)
+    if found is None and isinstance(dataset, Subset):
+        return class_names_of(dataset.dataset)
+    return tuple(map(str, found or ()))
+
+
+def describe(splits: Splits) -> str:
+    """A hash of length, class names, targets and chosen indices: the same wherever the same samples are found."""
+    found = [(len(dataset), class_names_of(dataset), digest(targets_of(dataset)),
+              digest(getattr(dataset, "indices", None))) for dataset in splits.present().values()]
+    return hashlib.sha256(repr(found).encode()).hexdigest()[:16]
+
+
+def digest(tree: Any) -> str:
+    """A hash of nested tensors, arrays and plain values."""
+    if isinstance(tree, Mapping):
+        return digest([list(tree), list(tree.values())])
+    if isinstance(tree, list | tuple) and not all(isinstance(each, int | float | str) for each in tree):
+        return hashlib.sha256("".join(map(digest, tree)).encode()).hexdigest()
+    if isinstance(tree, Tensor | np.ndarray):
+        return hashlib.sha256(np.asarray(tree).tobytes()).hexdigest()
+    plain = isinstance(tree, int | float | str | list | tuple) or tree is None  # the text of others may hold an address
+    return hashlib.sha256(repr(tree if plain else type(tree)).encode()).hexdigest()
+
+
+def map_leaves(change: Callable[[Any], Any], tree: Any) -> Any:
+    """Nested dicts, lists and tuples with every leaf changed."""
+    if isinstance(tree, Mapping):
+        return {name: map_leaves(change, child) for name, child in tree.items()}
+    return tuple(map_leaves(change, child) for child in tree) if isinstance(tree, list | tuple) else change(tree)
+
+
+def from_pillow(tree: Any) -> Any:
+    """The same with PIL images as float32 (C, H, W) in [0, 1], as torchvision's ToTensor makes them."""
+    return map_leaves(lambda leaf: pil_to_tensor(leaf).float() / 255 if isinstance(leaf, Image.Image) else leaf, tree)
+
+
+def single(leaf: Any) -> Any:
+    """float64, which numpy's noise and Python's numbers become, as float32."""
+    return leaf.float() if isinstance(leaf, Tensor) and leaf.dtype == torch.float64 else leaf
+
+
+def check_targets(targets: Any, key: Key, num_classes: int | None, name: str) -> None:
+    """Raise DataError for a target that is NaN or no class, naming the sample."""
+    if not isinstance(targets, Tensor) or len(targets) != len(key.samples):
+        return
+    bad = targets.isnan() if num_classes is None else (targets < 0) | (targets >= num_classes)
+    if bad.any():
+        row = int(bad.flatten(1).any(1).nonzero()[0]) if bad.ndim > 1 else int(bad.nonzero()[0])
+        rule = "must be a number" if num_classes is None else f"must be a class from 0 to {num_classes - 1}"
+        raise DataError(f"{name}: {place_of(key.samples[row], key.split)}: target {targets[row].tolist()} {rule}; "
+                        f"correct it or leave the sample out")
+
+
+def set_apart(splits: Splits, fraction: float, *, seed: int) -> Splits:
+    """The splits with this share of the training set for validation; of each class, where targets say which."""
+    found, train = targets_of(splits.train), splits.train
+    labels = torch.as_tensor(np.asarray(found)) if found is not None else torch.zeros(len(train))
+    are_classes = labels.ndim == 1 and not labels.is_floating_point()
+    by_class = are_classes and int(labels.unique(return_counts=True)[1].min()) > 1
+    chosen = held_out(labels if by_class else torch.zeros(len(train)), fraction, seed=seed)
+    parts = [Subset(train, mask.nonzero().flatten().tolist()) for mask in (~chosen, chosen)]
+    return splits._replace(train=parts[0], validation=parts[1])
+
+
+class SampleTrainLoader:
+    """Micro-batches of one rank, from any position of any epoch; as loaders.TrainLoader, on the CPU."""
+
+    def __init__(self, decoder: Decoder, sampler: ResumableSampler, *, rank_batch_size: int) -> None:
+        self.decoder, self.sampler, self.rank_batch_size = decoder, sampler, rank_batch_size
+        self.steps_per_epoch, self.global_batch_size = sampler.steps_per_epoch, sampler.global_batch_size
+
+    def batches(self, epoch: int, samples_consumed: int) -> Iterator[Any]:
+        """The rest of the epoch, in micro-batches of `rank_batch_size`."""
+        self.sampler.set_position(epoch, samples_consumed)
+        keys = [Key("train", part.tolist(), epoch) for part in self.sampler.indices().split(self.rank_batch_size)]
+        yield from map(unless_failed, self.decoder.decode(keys))
+
+
+class SampleEvaluationLoader:
+    """This rank's share of the test or validation set: over all ranks every sample once."""
+
+    def __init__(self, decoder: Decoder, split: str, share: range, *, batch_size: int) -> None:
+        self.decoder = decoder
+        self.keys = [Key(split, list(share[start : start + batch_size]), 0)
+                     for start in range(0, len(share), batch_size)]
+
+    def __iter__(self) -> Iterator[Any]:
+        return map(unless_failed, self.decoder.decode(self.keys))
+
+
+def sample_loaders(reading: Reading, *, batch_size: int, rank_batch_size: int, seed: int, rank: int, world_size: int,
+                   device: torch.device, workers: int = 0, prepare_worker: Callable[[], None] | None = None,
+                   warn: Callable[[str], None] = lambda line: None) -> dict[str, Any]:
+    """The loaders of one rank, of the splits that there are; warns where random choices cannot be keyed.
+
+    Raises:
+        DataError: if there are too few samples for one step, or training sample 0 cannot be read.
+    """
+    decoder = Decoder(reading, workers=workers, pin_memory=device.type == "cuda", prepare_worker=prepare_worker)
+    shard = {"rank": rank, "world_size": world_size}
+    found: dict[str, Any] = {}
+    for split, dataset in reading.splits.present().items():
+        if split != "train":
+            found[split] = SampleEvaluationLoader(decoder, split, evaluation_indices(len(dataset), **shard),
+                                                  batch_size=min(64, batch_size))
+            continue
+        check_size(len(dataset), batch_size)
+        if rank == 0 and reading.draws_elsewhere():
+            warn(f"WARNING data: {reading.name}: training sample 0 differs between two readings under one key, so a "
+                 f"resumed run will differ too; draw from torch, random or np.random, or from "
+                 f"default_rng(torch.initial_seed() % 2**32)")
+        sampler = ResumableSampler(dataset, global_batch_size=batch_size, seed=seed, **shard)
+        found[split] = SampleTrainLoader(decoder, sampler, rank_batch_size=rank_batch_size)
+    return found

@@ -1,0 +1,49 @@
+"""Faults in people's own code that only some of a job's processes meet: a worker, or one rank."""
+
+from pathlib import Path
+
+import pytest
+
+from tests.helpers.own import LINEAR, train, write
+
+RAISES_AT_17 = """
+        class Bad(TensorDataset):
+            def __getitem__(self, index):
+                if index == 17:
+                    raise OSError("no such picture")  # here
+                return super().__getitem__(index)
+        def load():
+            return Bad(*data(24).tensors), data(9)"""
+
+
+def check_sample_is_named(folder: Path, *flags: object, ranks: int | None) -> None:
+    line = write(folder, RAISES_AT_17)
+    ended = train(folder, *LINEAR, *flags, ranks=ranks)
+    assert sorted(set(ended.codes))[0] == 2, ended.err
+    assert set(ended.codes) <= {2, 6}  # a rank whose peer has left
+    assert [each for each in ended.err.splitlines() if each.startswith("ERROR")] == [
+        f"ERROR usage: --data mine.py:load: mine.py line {line}: OSError: no such picture "
+        f"(sample 17 of the training set)"]
+    assert "Traceback" not in ended.err
+
+
+@pytest.mark.timeout(60)
+def test_a_users_data_set_that_raises_in_a_worker_is_named_with_its_sample(tmp_path: Path) -> None:
+    check_sample_is_named(tmp_path, "--workers", 1, ranks=None)
+
+
+@pytest.mark.timeout(60)
+def test_a_users_data_set_that_raises_on_one_rank_is_named_with_its_sample(tmp_path: Path) -> None:
+    check_sample_is_named(tmp_path, ranks=2)
+
+
+@pytest.mark.timeout(60)
+def test_ranks_that_find_other_samples_are_stopped(tmp_path: Path) -> None:
+    write(tmp_path, """
+        def load():
+            generator = torch.Generator()
+            generator.seed()
+            return random_split(data(33), [24, 9], generator=generator)""")
+    ended = train(tmp_path, *LINEAR, ranks=2)
+    assert ended.codes == [3, 3]
+    assert "the ranks found different samples; seed whatever splits" in ended.err

@@ -1,0 +1,113 @@
+"""torchrun_trainers: the two examples of README.md, run from anywhere, killed and resumed; and what it says."""
+
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+from torch.utils.data import Dataset
+
+from datasets.samples import Splits
+from launch.errors import UsageError
+from tests.helpers.processes import PROGRAMS, ROOT, environment, execute, newest_checkpoint
+from tests.helpers.server import free_port, variables_of
+from torchrun_trainers import check_workers
+
+EXAMPLES = {"library_train": 20, "library_loop": 40}  # and how many lines each may have
+
+
+def start(name: str, folder: Path, ranks: int) -> list[subprocess.Popen[str]]:
+    """An example as it stands, in a folder of its own; the module is found as an installed one is."""
+    folder.mkdir(exist_ok=True)
+    port = str(free_port())
+    return [subprocess.Popen(
+        [sys.executable, str(PROGRAMS / f"{name}.py")], cwd=folder, text=True, stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT, env=environment(PYTHONPATH=str(ROOT), OMP_NUM_THREADS="1",
+                                                  **({} if ranks == 1 else variables_of(rank, ranks, port))))
+        for rank in range(ranks)]
+
+
+def finish(processes: list[subprocess.Popen[str]]) -> list[str]:
+    texts = [process.communicate(timeout=60)[0] for process in processes]
+    assert [process.returncode for process in processes] == [0] * len(processes), texts
+    return texts
+
+
+def kill_at_a_checkpoint(name: str, folder: Path, ranks: int) -> None:
+    """Kill -9 every rank once the second checkpoint is committed."""
+    processes = start(name, folder, ranks)
+    deadline = time.monotonic() + 60
+    while len([*folder.rglob("step-*.json")]) < 2:
+        assert time.monotonic() < deadline
+        assert all(process.poll() is None for process in processes)
+        time.sleep(0.001)
+    for process in processes:
+        process.kill()
+    for process in processes:
+        process.communicate(timeout=10)
+
+
+def weights_in(folder: Path) -> dict[str, Any]:
+    path = sorted(folder.rglob("step-*.pt"))[-1].parent
+    state = newest_checkpoint(path.parent) if path.name == "checkpoints" else newest_in(path)
+    return {name: tensor.tolist() for name, tensor in state["model"].items()} | {"step": state["step"]}
+
+
+def newest_in(folder: Path) -> dict[str, Any]:
+    import torch
+    return torch.load(sorted(folder.glob("step-*.pt"))[-1], weights_only=True)
+
+
+@pytest.mark.timeout(120)
+@pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_an_example_of_the_readme_killed_and_resumed_ends_as_one_never_killed(tmp_path: Path, name: str,
+                                                                              ranks: int) -> None:
+    finish(start(name, tmp_path / "whole", ranks))
+    kill_at_a_checkpoint(name, tmp_path / "killed", ranks)
+    finish(start(name, tmp_path / "killed", ranks))
+    assert weights_in(tmp_path / "killed") == weights_in(tmp_path / "whole")
+    assert weights_in(tmp_path / "whole")["step"] == 60
+
+
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_the_readme_shows_the_examples_as_they_are_run(name: str) -> None:
+    text = (PROGRAMS / f"{name}.py").read_text()
+    assert len(text.splitlines()) <= EXAMPLES[name]
+    assert text.strip() in (ROOT / "README.md").read_text()
+
+
+@pytest.mark.timeout(60)
+def test_another_package_of_our_names_is_named(tmp_path: Path) -> None:
+    (tmp_path / "datasets").mkdir()
+    (tmp_path / "datasets" / "__init__.py").write_text("")
+    code = f"import sys; sys.path.append({str(ROOT)!r}); import datasets, torchrun_trainers"
+    done = execute([sys.executable, "-c", code], cwd=tmp_path, timeout=30)
+    assert done.code == 1
+    assert done.err.splitlines()[-1].startswith(
+        f"ImportError: torchrun_trainers: another package called datasets is imported already ({tmp_path}/datasets)")
+
+
+def test_workers_for_a_class_of_a_notebook_are_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Own(Dataset[int]):
+        pass
+
+    Own.__module__ = "__main__"
+    monkeypatch.setitem(sys.modules, "__main__", ModuleType("__main__"))
+    check_workers(Splits(Own(), Own()), 0)
+    with pytest.raises(UsageError, match=r"workers=2: Own is defined in a notebook, .*; move it to a \.py file"):
+        check_workers(Splits(Own(), Own()), 2)
+
+
+@pytest.mark.timeout(60)
+def test_an_error_in_a_program_of_the_library_is_one_line(tmp_path: Path) -> None:
+    text = (PROGRAMS / "library_train.py").read_text().replace("torch.randn(8)", "torch.randn(8, generator=index)")
+    (tmp_path / "mine.py").write_text(text)
+    done = execute([sys.executable, "mine.py"], cwd=tmp_path, timeout=50, PYTHONPATH=str(ROOT))
+    assert done.code == 2
+    assert "Traceback" not in done.err
+    assert "mine.py line 13: TypeError: " in done.err
+    assert "(sample 0 of the training set)" in done.err

@@ -1,0 +1,291 @@
+"""Train your own network on your own data, with your own loss, from one file of yours.
+
+    python trainers/custom.py --data my.py:load --model my.py:Net --loss my.py:loss --workers 2
+    torchrun --standalone --nproc_per_node=2 trainers/custom.py --data my.py:load --model my.py:Net
+    python trainers/custom.py --dataset synthetic                       # no data at hand
+
+`load(data_dir)` returns (train, test) or (train, validation, test): map-style data sets of (input, target).
+"""
+
+import functools
+import importlib.util
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+if not __package__:  # run by path: our packages, not others of the same names
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+from launch.stop import catch_signals, ignore_signals
+
+if __name__ == "__main__":
+    catch_signals()  # before torch is imported, which takes seconds
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.data import TensorDataset, default_collate
+
+from datasets import synthetic
+from datasets.augment import normalize
+from datasets.errors import DataError
+from datasets.images.loaders import Key
+from datasets.samples import (
+    SEED_IT,
+    Explain,
+    Reading,
+    Splits,
+    check_map_style,
+    class_names_of,
+    sample_loaders,
+    set_apart,
+    unchanged,
+)
+from launch.command_line import run
+from launch.errors import UsageError, to_stderr
+from launch.process_group import World, gather
+from launch.rules import AtLeast
+from trainers import models
+from trainers.engine.config import TrainConfig
+from trainers.engine.run.card import CARD_FILE, ModelCard
+from trainers.engine.session import entry_point, open_run, train_model
+from trainers.engine.task import Loss, Metric, Task, classification_task, with_own_code
+from trainers.engine.trainer import Run
+from trainers.engine.user_code import (
+    Reference,
+    absolute,
+    call,
+    check_loss,
+    is_reference,
+    options_in,
+    references,
+    seed_everything,
+)
+
+Kind = Literal["classes", "labels", "numbers"]  # what the targets are
+KINDS: dict[str, Kind] = {"cross-entropy": "classes", "bce": "labels", "mse": "numbers"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class CustomConfig(TrainConfig):
+    """Train your own network on your own data."""
+
+    dataset: Literal["own", "synthetic", "given"] = "own"
+    """own is --data; synthetic is generated from the seed; given is for Python programs, which hand it over."""
+    data: str | None = None
+    """FILE.py:NAME, a function of data_dir that returns (train, test) or (train, validation, test)."""
+    num_classes: Annotated[int | None, AtLeast(1)] = None
+    """Classes, where the training set has no `.classes`; outputs of the network, where there are none."""
+    loss: str = "auto"
+    """cross-entropy for class numbers, bce for rows of 0 and 1, else mse; auto chooses. FILE.py:NAME: yours, of
+    (outputs, targets)."""
+    batch_size: Annotated[int, AtLeast(1)] = 32
+    """GLOBAL batch: samples per optimizer step, summed over all ranks and accumulation steps."""
+
+    def check(self) -> None:
+        """Find mistakes in the flags before ranks wait for each other."""
+        super().check()
+        if self.dataset != "given":
+            models.check_name(self.model, [*models.OURS, *models.GREY, *models.torchvision_names()])
+        if self.dataset == "own" and not is_reference(self.data):
+            raise UsageError(f"--data {self.data}: must be FILE.py:NAME, a function of yours; or --dataset synthetic")
+        if self.loss != "auto":
+            check_loss(self.loss, KINDS, label_smoothing=self.label_smoothing, class_weights=self.class_weights)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Given:
+    """What a Python program hands over itself, in the place of flags that name files."""
+
+    splits: Splits | None = None
+    model: Callable[..., Any] | nn.Module | None = None
+    loss: Loss | None = None
+    metric: Metric | None = None
+    explain: Explain = unchanged
+
+
+@dataclass(frozen=True, kw_only=True)
+class Facts:
+    """What the data says about the task."""
+
+    kind: Kind
+    names: tuple[str, ...]
+    """Of the network's outputs."""
+    shape: tuple[int, ...]
+    """Of one sample's inputs; empty if they are no single tensor."""
+
+
+def open_own(reference: Reference, data_dir: Path, seed: int) -> Splits:
+    """Run the user's file and call its function, in the process that will read the samples."""
+    seed_everything(seed)
+    reference.find()
+    seed_everything(seed)
+    return splits_in(reference.make({"data_dir": data_dir}), reference.extra("collate"), reference.text)
+
+
+def splits_in(found: Any, collate: Any, name: str) -> Splits:
+    """What a user's function returned; UsageError if that is no two or three data sets."""
+    if not isinstance(found, tuple | list) or len(found) not in (2, 3):
+        raise UsageError(f"--data {name}: gives {type(found).__name__}, not (train, test) or (train, validation, test)")
+    return Splits(train=found[0], validation=found[1] if len(found) == 3 else None, test=found[-1],
+                  collate=collate if callable(collate) else default_collate)
+
+
+def wanted(opening: Callable[[], Splits], config: CustomConfig) -> Splits:
+    """The splits that a run needs: `--validation-fraction` of the training set apart, for --evaluate the test set."""
+    splits, fraction = opening(), config.validation_fraction
+    if config.evaluate is not None:
+        return Splits(test=splits.test, collate=splits.collate)
+    if fraction is None or splits.train is None:
+        return splits
+    if splits.validation is not None:
+        raise UsageError(f"--validation-fraction {fraction}: the data has a validation set of its own; leave it out")
+    check_map_style(splits.train, "training", "--data")
+    return set_apart(splits, fraction, seed=config.seed)
+
+
+def open_synthetic(seed: int) -> Splits:
+    """The drawn images of synthetic.py, normalised."""
+    splits = [TensorDataset(normalize(part.inputs, synthetic.MEAN, synthetic.STD), part.targets)
+              for part in synthetic.load(seed=seed)]
+    for part in splits:
+        vars(part)["classes"] = synthetic.CLASS_NAMES
+    return Splits(train=splits[0], test=splits[1])
+
+
+def load_data(config: CustomConfig, world: World, known: Sequence[str] | None = None, given: Given = Given()
+              ) -> Reading:
+    """The splits, the same on all ranks, with the classes that the checkpoint knows; for --evaluate the test set alone.
+    """
+    reference, explain = Reference("--data", config.data or "given"), given.explain
+    if given.splits is not None:
+        opening = functools.partial(Splits, *given.splits)
+    elif config.dataset == "synthetic":
+        opening = functools.partial(open_synthetic, config.seed)
+    else:
+        opening, explain = functools.partial(open_own, reference, config.data_dir, config.seed), reference.explain
+    reading = Reading(functools.partial(wanted, opening, config), seed=config.seed, name=f"--data {reference.text}",
+                      explain=explain)
+    if len(set(gather(world, reading.facts))) > 1:
+        raise DataError(f"--data {reference.text}: the ranks found different samples; {SEED_IT}")
+    first = next(iter(reading.splits.present().values()))
+    names = tuple(known or class_names_of(first))
+    if len({*names}) != len(names):
+        raise DataError(f"--data {reference.text}: .classes names one class twice; give each a name of its own")
+    reading.join_classes(names, owner="the training set" if known is None else "the checkpoint")
+    return reading
+
+
+def learn_facts(config: CustomConfig, reading: Reading, known: Sequence[str] | None) -> Facts:
+    """What the first samples say; the targets of all others will be held to it."""
+    split, dataset = next(iter(reading.splits.present().items()))
+    read = [reading.read(Key(split, [sample], 0)) for sample in range(min(8, len(dataset)))]
+    inputs, targets = read[0]
+    kind: Kind = KINDS.get(config.loss) or kind_of([each for _, each in read])
+    names = tuple(known or class_names_of(dataset))
+    num_outputs = len(names) if kind == "classes" else targets[0].numel() if isinstance(targets, Tensor) else 1
+    num_outputs = config.num_classes or num_outputs
+    if kind == "classes" and num_outputs == 0:
+        raise UsageError("--num-classes: missing; the targets are class numbers, and the training set has no .classes")
+    if len(names) != num_outputs:
+        names = tuple(map(str, range(num_outputs)))
+    reading.num_classes = num_outputs if kind == "classes" else None
+    if kind != "classes" or names != tuple(known or class_names_of(dataset)):
+        reading.labels = {}  # these targets are no classes that have names
+    return Facts(kind=kind, names=names, shape=tuple(inputs.shape[1:]) if isinstance(inputs, Tensor) else ())
+
+
+def kind_of(targets: list[Any]) -> Kind:
+    """By the targets of a few samples, each a batch of one: class numbers, rows of 0 and 1, or anything else."""
+    if not all(isinstance(each, Tensor) for each in targets):
+        return "numbers"
+    if all(each.ndim == 1 and not each.is_floating_point() for each in targets):
+        return "classes"
+    rows = all(each.ndim == 2 and each.shape[1] > 1 and bool(((each == 0) | (each == 1)).all()) for each in targets)
+    return "labels" if rows else "numbers"
+
+
+def build_model(config: CustomConfig, facts: Facts, given: Given = Given()) -> nn.Module:
+    """The network, from the seed."""
+    size = facts.shape[-1] if len(facts.shape) == 3 else None
+    torch.manual_seed(config.seed)
+    if isinstance(given.model, nn.Module):
+        return given.model
+    if given.model is not None:
+        return call(given.model, {"num_classes": len(facts.names), "image_size": size})
+    options = options_in(config.model_options, "--model-options")
+    return models.build(config.model, num_classes=len(facts.names), **options,
+                        **({"image_size": size} if is_reference(config.model) else {}))
+
+
+def build_task(config: CustomConfig, facts: Facts, device: torch.device, given: Given = Given()) -> Task:
+    """The loss that fits the targets, or the user's own, and what an evaluation reports."""
+    if facts.kind == "classes":
+        task = classification_task(facts.names, device, label_smoothing=config.label_smoothing,
+                                   class_weights=config.class_weights)
+    elif facts.kind == "labels":
+        if importlib.util.find_spec("torchmetrics") is None:
+            raise UsageError("--loss bce: its mean average precision needs torchmetrics; pip install torchmetrics")
+        task = Task(loss=bce, test_loss=bce, num_classes=None, metrics={"labels": label_metrics})
+    else:
+        task = Task(loss=mse, test_loss=mse, num_classes=None)
+    return with_own_code(task, references(config), device, loss=given.loss, metric=given.metric)
+
+
+def bce(logits: Tensor, targets: Tensor) -> Tensor:
+    """Binary cross-entropy of rows of 0 and 1."""
+    check_shapes("bce", logits, targets)
+    return F.binary_cross_entropy_with_logits(logits, targets.float())
+
+
+def mse(outputs: Tensor, targets: Tensor) -> Tensor:
+    """The mean squared difference; (B,) and (B, 1) are the same."""
+    check_shapes("mse", outputs, targets)
+    return F.mse_loss(outputs, targets.view_as(outputs).float())
+
+
+def check_shapes(loss: str, outputs: Tensor, targets: Any) -> None:
+    """Raise UsageError for outputs that a loss would spread over targets of another shape."""
+    if not isinstance(targets, Tensor) or outputs.numel() != targets.numel():
+        shape = tuple(targets.shape) if isinstance(targets, Tensor) else type(targets).__name__
+        raise UsageError(f"--loss {loss}: outputs {tuple(outputs.shape)} for targets {shape}; return as many numbers, "
+                         f"or give a --loss FILE.py:NAME")
+
+
+def label_metrics(logits: Tensor, targets: Tensor) -> dict[str, float]:
+    """The share of rows that are right in every label, and torchmetrics' mean average precision."""
+    from torchmetrics.functional.classification import multilabel_average_precision
+
+    exact = ((logits > 0) == (targets > 0)).all(1).float().mean().item()
+    return {"exact_match": exact, "mean_average_precision": multilabel_average_precision(
+        logits.float().sigmoid(), targets.int(), num_labels=logits.shape[1]).item()}
+
+
+def write_card(config: CustomConfig, facts: Facts, run: Run) -> None:
+    """model.json: how to build the network again, and what it takes."""
+    images = facts.shape if len(facts.shape) == 3 else (0, 0, 0)
+    run.folder.write_json(CARD_FILE, asdict(ModelCard(
+        trainer=run.trainer, model=absolute(config.model), class_names=facts.names, mean=(0.0,) * images[0],
+        std=(1.0,) * images[0], image_size=images[1:], kind=facts.kind, user_code=run.user_code,
+        options=options_in(config.model_options, "--model-options"))))
+
+
+@entry_point
+def main(config: CustomConfig, given: Given = Given()) -> dict[str, Any]:
+    """One run, on this rank; returns its result."""
+    with open_run(config, "custom") as run:
+        reading = load_data(config, run.world, run.known, given)
+        facts = learn_facts(config, reading, run.known)
+        write_card(config, facts, run)
+        names = facts.names if facts.kind == "classes" else ()
+        loaders = sample_loaders(reading, workers=config.workers, prepare_worker=ignore_signals, warn=to_stderr,
+                                 **config.batches(), **run.world.shard)
+        return train_model(config, run, build_model(config, facts, given),
+                           build_task(config, facts, run.world.device, given), class_names=names,
+                           dataset=reading if config.evaluate is None else None, **loaders)
+
+
+if __name__ == "__main__":
+    run(main, CustomConfig)

@@ -1,0 +1,272 @@
+"""People's own code, named `FILE.py:NAME` by a flag: a class, a function or a ready object in a file of theirs.
+
+    network = Reference("--model", "my.py:Net").make({"num_classes": 10}, options={"depth": 3})
+
+The file is run once in each process that needs it, after `--seed` is set, and finds its neighbours. Whatever goes wrong
+in it, whenever, is one line: `--model my.py:Net: my.py line 12: ValueError: message`.
+"""
+
+import ast
+import contextlib
+import functools
+import hashlib
+import inspect
+import os
+import random
+import re
+import sys
+import traceback
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import torch
+
+from launch.command_line import nearest
+from launch.errors import UsageError, is_users, to_stderr
+from launch.failure import translated
+from launch.files import ROOT
+from launch.stop import ignore_signals
+
+FLAGS = ("model", "loss", "transform", "optimizer", "metric", "data")
+OURS = tuple(ROOT / name for name in ("launch", "datasets", "trainers"))
+TASK = str(ROOT / "trainers" / "engine" / "task.py")
+THEIRS_BELOW = {"--model": "apply", "--loss": "__call__"}  # the functions of task.py that call people's code
+Failure = Exception | SystemExit  # `sys.exit` in a user's file is no success
+
+
+def is_reference(text: Any) -> bool:
+    """Whether a flag's value is `FILE.py:NAME`, and not one of our names."""
+    return isinstance(text, str) and re.fullmatch(r".*[^/]\.py:\w+", text) is not None
+
+
+@dataclass(frozen=True)
+class Reference:
+    """Something in a file of the user's. Small enough to be sent to a worker, which runs the file itself."""
+
+    flag: str
+    text: str
+    """FILE.py:NAME."""
+
+    @property
+    def path(self) -> Path:
+        """Of the file, absolute."""
+        return Path(os.path.expanduser(self.text.rpartition(":")[0])).resolve()
+
+    @property
+    def name(self) -> str:
+        """What is asked for in it."""
+        return self.text.rpartition(":")[2]
+
+    def module(self) -> ModuleType:
+        """The file, run; the first time in this process only.
+
+        Raises:
+            UsageError: if there is no such file, or it fails.
+        """
+        path, folder = self.path, str(self.path.parent)
+        known = f"users_{path.stem}_{hashlib.sha256(str(path).encode()).hexdigest()[:8]}"
+        if known in sys.modules:
+            return sys.modules[known]
+        try:
+            source = path.read_bytes()
+        except OSError as error:
+            raise UsageError(f"{self.flag} {self.text}: no such file ({error.strerror}); give the path of one that "
+                             f"defines {self.name}") from None
+        if folder not in sys.path:
+            sys.path.insert(1, folder)  # behind our own packages
+        module = sys.modules[known] = ModuleType(known)
+        module.__file__, module.__dict__["__sha256__"] = str(path), hashlib.sha256(source).hexdigest()
+        try:
+            with blaming([self]):
+                exec(compile(source, str(path), "exec"), module.__dict__)  # not imported: it may change within a second
+        except UsageError:
+            del sys.modules[known]
+            raise
+        return module
+
+    def find(self) -> Any:
+        """The object itself; UsageError if the file has none of that name."""
+        found = vars(self.module())
+        if self.name not in found:
+            own = [name for name, value in found.items() if not name.startswith("_")
+                   and getattr(value, "__module__", None) == found["__name__"]]
+            raise UsageError(f"{self.flag} {self.text}: the file has no {self.name}; it has "
+                             f"{', '.join(own) or 'no function or class of its own'}")
+        return found[self.name]
+
+    def make(self, offered: Mapping[str, Any], *positional: Any, options: Mapping[str, Any] | None = None) -> Any:
+        """Call it with what its signature asks for of `offered`, and with all options.
+
+        Raises:
+            UsageError: if it takes no such option, needs more than that, or fails.
+        """
+        made = self.find()
+        with blaming([self], made):
+            return call(made, offered, *positional, options=options, name=self)
+
+    def extra(self, name: str) -> Any:
+        """A function that may stand beside it in the file, such as `logits` or `collate`; None if it does not."""
+        return vars(self.module()).get(name)
+
+    def explain(self, error: BaseException, place: str = "") -> Exception:
+        """An error of the user's code as one that names the file, its line and the place, such as a sample."""
+        if is_users(error):
+            return error  # pyright: ignore[reportReturnType]
+        return UsageError(f"{self.flag} {self.text}: {fault(error, [self])}{f' ({place})' if place else ''}")
+
+    def is_theirs(self, filename: str) -> bool:
+        """Whether a line of code is the user's: of this file, or of a neighbour that no package brought."""
+        path, own = Path(filename), self.path
+        ours = OURS if own.is_relative_to(ROOT) else (ROOT,)
+        foreign = (Path(sys.prefix), Path(sys.base_prefix), *ours)
+        return path == own or (path.is_relative_to(own.parent) and "site-packages" not in path.parts
+                               and not any(path.is_relative_to(folder) for folder in foreign))
+
+
+def call(made: Any, offered: Mapping[str, Any], *positional: Any, options: Mapping[str, Any] | None = None,
+         name: Reference | None = None) -> Any:
+    """Call something with what its signature asks for of `offered`, and all options; UsageError as Reference.make."""
+    signature, options = inspect.signature(made), options or {}
+    takes_any = any(each.kind is each.VAR_KEYWORD for each in signature.parameters.values())
+    if name is not None and (unknown := [key for key in options if key not in signature.parameters and not takes_any]):
+        raise UsageError(f"{name.flag}-options {unknown[0]}: {name.text} takes no {unknown[0]}; it takes "
+                         f"{', '.join(signature.parameters) or 'nothing'}")
+    chosen = {key: value for key, value in offered.items() if key in signature.parameters} | dict(options)
+    signature.bind(*positional, **chosen)  # its TypeError names what is missing
+    return made(*positional, **chosen)
+
+
+def references(config: Any) -> list[Reference]:
+    """Every flag of a config that names people's own code."""
+    values = {name: str(getattr(config, name, None)) for name in FLAGS}
+    return [Reference(f"--{name}", text) for name, text in values.items() if is_reference(text)]
+
+
+def absolute(text: str) -> str:
+    """A name as it is; FILE.py:NAME with the whole path, for who reads it in another folder."""
+    reference = Reference("", text)
+    return f"{reference.path}:{reference.name}" if is_reference(text) else text
+
+
+def load_all(config: Any) -> dict[str, str]:
+    """Run every file that the flags name, `--seed` set before; the sha256 of each and of its neighbours, by path."""
+    found = references(config)
+    for reference in found:
+        seed_everything(config.seed)
+        reference.find()
+    hashes = {str(each.path): each.extra("__sha256__") for each in found}
+    for module in list(sys.modules.values()) if found else ():
+        name = getattr(module, "__file__", None) or ""
+        if any(each.is_theirs(name) for each in found) and name not in hashes and Path(name).is_file():
+            hashes[name] = hashlib.sha256(Path(name).read_bytes()).hexdigest()
+    return hashes
+
+
+def made_again(reference: Reference, seed: int) -> Any:
+    """What a flag names, in a process that may not have run the file yet; a class is made."""
+    seed_everything(seed)
+    found = reference.find()
+    return reference.make({}) if isinstance(found, type) else found
+
+
+def own_transform(config: Any) -> Any:
+    """`--transform` as datasets.samples.Own; None without."""
+    if config.transform is None:
+        return None
+    reference = Reference("--transform", config.transform)
+    return (functools.partial(made_again, reference, config.seed), reference.explain,
+            f"--transform {config.transform}",
+            {"workers": config.workers, "prepare_worker": ignore_signals, "warn": to_stderr})
+
+
+def seed_everything(seed: int) -> None:
+    """torch's, Python's and numpy's own generators."""
+    torch.manual_seed(seed)
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+
+
+@contextlib.contextmanager
+def blaming(known: Iterable[Reference], made: Any = None) -> Iterator[None]:
+    """Turn what goes wrong in people's code into a UsageError that names file and line, and leave other errors alone.
+
+    With `made`, what was called is theirs for certain, even where it failed before its first line.
+    """
+    try:
+        yield
+    except (Exception, SystemExit) as error:
+        if is_users(error) or (blamed := blame(error, list(known), made)) is None:
+            raise
+        raise blamed from error
+
+
+def blame(error: Failure, known: list[Reference], made: Any = None) -> Exception | None:
+    """The UsageError for an error that was raised in, or through, a user's file; None if it was not.
+
+    What torch raises through it for a lost rank or a lack of memory stays what it is.
+    """
+    frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
+    through = [each for each in known if any(each.is_theirs(frame.f_code.co_filename) for frame in frames)
+               or (isinstance(error, SyntaxError) and each.is_theirs(str(error.filename)))]
+    if not through:  # a network, or a loss, that is the user's but whose lines are torch's
+        ours = {frame.f_code.co_name for frame in frames if frame.f_code.co_filename == TASK}
+        through = [each for each in known if made is not None or THEIRS_BELOW.get(each.flag) in ours]
+        made = through[0].find() if made is None and through else made
+    if not through:
+        return None
+    raised_there = any(each.is_theirs(frames[-1].f_code.co_filename) for each in through)
+    if isinstance(error, Exception) and not raised_there and is_users(translated(error)):
+        return None
+    names = {getattr(frame.f_code, "co_qualname", frame.f_code.co_name).partition(".")[0] for frame in frames}
+    culprit = next((each for each in through if each.name in names), through[0])
+    return UsageError(f"{culprit.flag} {culprit.text}: {fault(error, through, made)}")
+
+
+def fault(error: BaseException, known: list[Reference], made: Any = None) -> str:
+    """`my.py line 12: ValueError: message`: the innermost line of theirs, else where the thing called is defined."""
+    lines = [(frame.f_code.co_filename, number) for frame, number in traceback.walk_tb(error.__traceback__)]
+    if isinstance(error, SyntaxError):
+        lines.append((str(error.filename), error.lineno or 0))
+    lines = [line for line in lines if any(each.is_theirs(line[0]) for each in known)]
+    if not lines and made is not None:
+        with contextlib.suppress(OSError, TypeError):
+            lines = [(inspect.getfile(made), inspect.getsourcelines(made)[1])]
+    given = {str(each.path): each.text.rpartition(":")[0] for each in known}
+    where = f"{given.get(lines[-1][0], Path(lines[-1][0]).name)} line {lines[-1][1]}: " if lines else ""
+    message = error.msg if isinstance(error, SyntaxError) else str(error)
+    return f"{where}{type(error).__name__}: {message}{shadowed(error)}"
+
+
+def shadowed(error: BaseException) -> str:
+    """The way out where a file wants another `datasets` than ours, as Hugging Face's users and timm's hfds do."""
+    if not isinstance(error, ImportError | AttributeError) or not re.search(r"'datasets\b", str(error)):
+        return ""
+    pack = ", then datasets/pack.py" if (ROOT / "datasets" / "pack.py").exists() else " and read that file here"
+    return (f"; `datasets` is a folder of this project here, not Hugging Face's package: export once, in a script of "
+            f"its own, to Parquet (load_dataset(...).to_parquet(FILE)){pack}, or write an image folder")
+
+
+def options_in(words: Iterable[str], flag: str) -> dict[str, Any]:
+    """`depth=3 name=wide` as a dict: Python literals, else text; UsageError for a word without a `=`."""
+    options = {}
+    for word in words:
+        name, equals, value = word.partition("=")
+        if not equals or not name.isidentifier():
+            raise UsageError(f"{flag} {word}: must be key=value, such as depth=3")
+        try:
+            options[name] = ast.literal_eval(value)
+        except (ValueError, SyntaxError, MemoryError, RecursionError):
+            options[name] = value
+    return options
+
+
+def check_loss(loss: str, known: Collection[str], *, label_smoothing: float, class_weights: Collection[float]) -> None:
+    """Raise UsageError for an unknown `--loss`, or one that knows nothing of the flags of cross-entropy."""
+    if loss not in known and not is_reference(loss):
+        raise UsageError(f"--loss {loss}: unknown; choose {', '.join(known)} or FILE.py:NAME{nearest(loss, [*known])}")
+    if loss != "cross-entropy" and (label_smoothing or class_weights):
+        raise UsageError(f"--loss {loss}: takes no --label-smoothing or --class-weights, which are of cross-entropy")
