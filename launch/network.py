@@ -1,10 +1,12 @@
-"""Which network interface leads to the other nodes: gloo is told."""
+"""Which network interface leads to the other nodes: gloo is told. And whether another library finds its server."""
 
 import fcntl
 import os
 import socket
 import struct
 from collections.abc import Iterable
+from urllib.parse import urlsplit
+from urllib.request import getproxies, proxy_bypass
 
 from launch.launcher import Launch
 
@@ -76,3 +78,18 @@ def choose_interface(launch: Launch) -> None:
         os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     elif name := interface_of(address_among([launch.address, launch.peer or launch.address])):
         os.environ["GLOO_SOCKET_IFNAME"] = name
+
+
+def is_reachable(url: str) -> bool:
+    """Whether a connection to the host of a URL can be made, or to the proxy that leads there."""
+    parts = urlsplit(url)
+    proxies = getproxies() if parts.hostname and not proxy_bypass(parts.hostname) else {}
+    way = urlsplit(proxies.get(parts.scheme, url))
+    port = way.port or (443 if way.scheme == "https" else 80)
+    return not connect_problem(way.hostname or "", port)
+
+
+def library_defaults(*, unless: str = "", **variables: str) -> None:
+    """Set environment variables that another library reads, where the user has not, nor the one named `unless`."""
+    for name, value in variables.items() if unless not in os.environ else ():
+        os.environ.setdefault(name, value)

@@ -14,7 +14,7 @@ FILES = sorted(path for package in OURS for path in (ROOT / package).rglob("*.py
 COLLECTIVES = ("all_reduce", "all_gather", "all_gather_object", "broadcast", "broadcast_object_list", "barrier",
                "reduce", "gather", "scatter", "reduce_scatter", "all_to_all", "gather_object")
 MAY_COMMUNICATE = ("launch/process_group.py", "launch/stop.py", "trainers/engine/metrics.py")
-WINGS = ("trainers/engine/checkpoints/", "trainers/engine/run/")
+WINGS = ("trainers/engine/checkpoints/", "trainers/engine/run/", "trainers/engine/trackers/")
 LOOP = ("trainers.engine.trainer", "trainers.engine.session", "trainers.engine.step")
 
 

@@ -19,6 +19,7 @@ from trainers.engine.run.folder import RunFolder
 from trainers.engine.run.report import Report
 from trainers.engine.step import gradient_norms
 from trainers.engine.task import classification_task, weighted_cross_entropy
+from trainers.engine.trackers.tracker import TrackedRun, TrackerThread
 
 CLASSES = ("cat", "dog", "ship")
 EPOCHS = [
@@ -119,7 +120,8 @@ def test_drawing_waits_until_it_costs_a_twentieth_of_the_time(
 
 
 def test_other_ranks_write_nothing(tmp_path: Path) -> None:
-    ours = Report(RunFolder(tmp_path, is_main=False), tensorboard=True)
+    ours = Report(RunFolder(tmp_path, is_main=False),
+                  trackers=[TrackerThread("tensorboard", TrackedRun(tmp_path, "p", {}))])
     ours.line({"split": "train", "step": 1, "loss": 1.0})
     ours.curves(EPOCHS, steps_per_epoch=10, always=True)
     assert list(tmp_path.iterdir()) == []

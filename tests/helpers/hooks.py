@@ -147,6 +147,24 @@ def on_ranks(ranks: Collection[int], action: Hook) -> None:
 
 
 @hook
+def packages_from(folder: str) -> None:
+    """Import packages from this folder rather than those that are installed."""
+    sys.path.insert(0, folder)
+
+
+@hook
+def log_connections(path: str) -> None:
+    """Append the host of every connection that this process makes, and of every name it looks up, to a file."""
+    def watch(event: str, arguments: tuple[Any, ...]) -> None:
+        if event in ("socket.connect", "socket.getaddrinfo"):
+            host = arguments[0] if event == "socket.getaddrinfo" else arguments[1]
+            with open(path, "a") as file:
+                file.write(f"{host[0] if isinstance(host, tuple) else host}\n")
+
+    sys.addaudithook(watch)
+
+
+@hook
 def on_first_start(action: Hook) -> None:
     """Run the action unless torchrun has restarted the ranks."""
     if os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":

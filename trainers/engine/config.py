@@ -19,6 +19,7 @@ from launch.rules import LARGEST, MOST_SECONDS, Above, AtLeast, check_numbers
 from trainers.engine.parallel import ParallelName
 from trainers.engine.precision import PrecisionName
 from trainers.engine.schedule import ScheduleFlags
+from trainers.engine.trackers.tracker import TrackerName, check_installed
 from trainers.engine.user_code import check_loss, is_reference, options_in
 
 # A resumed run may differ in these: they change where, how long and how fast it runs, not what is learned.
@@ -161,8 +162,10 @@ class TrainConfig(ScheduleFlags):
     """Evaluations without a better one after which training ends."""
     evaluate: Path | None = None
     """Evaluate this checkpoint, train nothing."""
+    track: tuple[TrackerName, ...] = ()
+    """Experiment trackers that get every line of metrics.jsonl; offline where there is no network."""
     tensorboard: bool = False
-    """Write TensorBoard event files to the run folder."""
+    """The same as --track tensorboard: event files in the run folder."""
     pictures: bool = True
     """Draw curves, confusion matrix and predictions into the run folder."""
     metric: str | None = None
@@ -203,9 +206,15 @@ class TrainConfig(ScheduleFlags):
         """What a training loader is told of the batch."""
         return {"batch_size": self.batch_size, "rank_batch_size": self.rank_batch_size(), "seed": self.seed}
 
+    def trackers(self) -> list[TrackerName]:
+        """The names of all trackers that are asked for, once each."""
+        names: list[TrackerName] = [*self.track, "tensorboard"] if self.tensorboard else [*self.track]
+        return list(dict.fromkeys(names))
+
     def check(self) -> None:
         """Raise UsageError for what cannot work, before any rank waits for another. `open_run` calls it."""
         check_numbers(self)  # of a config that no command line made
+        check_installed(self.trackers())
         if self.measure is not None:
             measured_steps(self.measure)
         if self.optimizer not in OPTIMIZERS and not is_reference(self.optimizer):

@@ -44,6 +44,7 @@ from trainers.engine.run.ownership import check_run_name, unnamed_run
 from trainers.engine.run.report import Report
 from trainers.engine.step import StepOptions, TrainStep
 from trainers.engine.task import EvaluationBatches, Task, TrainBatches, classification_task, with_own_code
+from trainers.engine.trackers.tracker import TrackedRun, TrackerThread
 from trainers.engine.trainer import LoopOptions, Run, Trainer
 from trainers.engine.user_code import absolute, blaming, load_all, references
 
@@ -152,10 +153,12 @@ def build_trainer(config: TrainConfig, run: Run, model: nn.Module, task: Task, *
     fingerprint = {"dataset": None if data.has_files else data.fingerprint, "global_batch_size": config.batch_size,
                    "world_size": world.world_size, "threads": world.threads, "torch": str(torch.__version__),
                    **job_identity(), **({"user_code": run.user_code} if run.user_code else {})}
+    tracked = TrackedRun(run.folder.path, project=run.trainer, config=to_plain(config))
     return Trainer(
         build_step(config, model, task, world, steps_per_epoch=steps_per_epoch), run,
         checkpointer=Checkpointer(run.folder, keep=config.keep_checkpoints),
-        report=Report(run.folder, pictures=config.pictures, tensorboard=config.tensorboard),
+        report=Report(run.folder, pictures=config.pictures,
+                      trackers=[TrackerThread(name, tracked) for name in config.trackers()]),
         options=LoopOptions(eval_every=config.eval_every, checkpoint_every=config.checkpoint_every,
                             max_bad_steps=config.max_bad_steps, log_gradients=config.log_gradients, split=split,
                             best=config.best or "accuracy", patience=config.patience),
@@ -243,7 +246,7 @@ def train_model(config: TrainConfig, run: Run, model: nn.Module, task: Task, tra
     split, evaluated, at_the_end = chosen_splits(run, test, validation)
     trainer = build_trainer(config, run, model, task, steps_per_epoch=steps_per_epoch, split=split,
                             data=DataRecord(run.world, dataset, class_names))
-    with contextlib.closing(trainer.report):
+    with trainer.report:
         if config.evaluate is not None and run.evaluated is not None:
             load_for_evaluation(run.evaluated, config.evaluate, trainer)
         elif train is not None:

@@ -207,6 +207,7 @@ class Trainer:
         self.write_line("train", {"loss": loss, "accuracy": accuracy}, speed)
         seconds_left = (last_step - self.step) * self.history.train_seconds / max(self.step, 1)
         progress.show_figures(loss=loss, accuracy=accuracy, samples_per_second=speed, seconds_left=seconds_left)
+        self.history.start_clock()
 
     def write_line(self, split: str, figures: Mapping[str, float | None], speed: float | None = None) -> None:
         """One line of metrics.jsonl: loss, accuracy and perhaps accuracy_top5 at the present position."""

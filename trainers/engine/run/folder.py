@@ -151,7 +151,7 @@ class RunFolder:
         """Make room for a run from the start: what an earlier one left is renamed, not overwritten."""
         if not self.is_main:
             return
-        for name in ("checkpoints", "metrics.jsonl"):
+        for name in ("checkpoints", "metrics.jsonl", "trackers"):
             with self._writing(name) as path:
                 if path.exists() and (path.is_file() or any(path.iterdir())):
                     path.rename(self.path / f"before-{self.ownership.incarnation}-{name}")

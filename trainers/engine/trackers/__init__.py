@@ -1,0 +1,1 @@
+"""Experiment trackers behind one protocol: `--track wandb mlflow trackio tensorboard`."""

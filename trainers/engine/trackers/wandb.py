@@ -1,0 +1,53 @@
+"""Weights & Biases: online with a key and a server that can be reached, else files in the run folder.
+
+    wandb sync runs/NAME/trackers/wandb/offline-run-*
+"""
+
+import importlib
+import shutil
+import uuid
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from launch.errors import say
+from launch.network import is_reachable, library_defaults
+from trainers.engine.trackers.tracker import TrackedRun, Tracker
+
+
+def start(run: TrackedRun) -> Tracker:
+    """One run of the project that has the trainer's name; each split brings its own steps as horizontal axis."""
+    library_defaults(WANDB_ERROR_REPORTING="false")
+    wandb, folder, number = importlib.import_module("wandb"), run.path / "trackers", run.id or uuid.uuid4().hex[:12]
+    mode = choose_mode(wandb, folder)
+    for unfinished in folder.glob("wandb/offline-run-*/files/unfinished"):  # of a killed process: wandb-core writes
+        shutil.rmtree(unfinished.parents[1])  # 32 KiB at a time, so what it was told is logged again
+    following = wandb.init(
+        project=run.project, name=run.path.name, id=number, resume="allow", dir=str(folder), mode=mode,
+        config=dict(run.config), settings=wandb.Settings(silent=True, console="off", finish_timeout=15))
+    for split in ("train", "validation", "test"):
+        following.define_metric(f"{split}/*", step_metric=f"{split}/step")
+    mark = Path(following.dir) / "unfinished"
+    if mode == "offline":
+        mark.touch()
+
+    def log(step: int, values: Mapping[str, float]) -> None:
+        following.log({**values, **{f"{name.partition('/')[0]}/step": step for name in values}})
+
+    def finish(state: str) -> None:
+        following.finish(exit_code=0 if state == "DONE" else 1)
+        mark.unlink(missing_ok=True)
+
+    return Tracker(number, log, finish, forgets=mode == "offline")
+
+
+def choose_mode(wandb: Any, folder: Path) -> str:
+    """What the user's settings say, but offline without a key or a way to the server, which is said in a line."""
+    settings = wandb.setup().settings
+    url = settings.base_url
+    has_key = settings.api_key or importlib.import_module("requests").utils.get_netrc_auth(url)
+    if settings.mode != "online" or (has_key and is_reachable(url)):
+        return settings.mode
+    reason = f"{url} cannot be reached" if has_key else "no key, see wandb login"
+    say(f"wandb: {reason}; logging offline, for wandb sync {folder}/wandb/offline-run-*")
+    return "offline"
