@@ -29,8 +29,9 @@ from torch.multiprocessing.reductions import reduce_tensor
 
 from datasets.errors import DataError
 
-# Imported once by the server, for all workers. Libraries only: it would look for our own packages in the wrong place.
-PRELOADED = ["torch", "torch.utils.data", "torchvision.transforms.v2", "PIL.Image"]
+# Imported once by the server, for all workers, where they are installed. Libraries only: it would look for our own
+# packages in the wrong place.
+PRELOADED = ["torch", "torch.utils.data", "torchvision.transforms.v2", "PIL.Image", "simplejpeg"]
 MORE_ROOM = "give it more with docker run --shm-size=8g, or train with fewer --workers"
 MOST_LOCKS = 64  # of a pool; each is a file in /dev/shm
 LONGEST_FOLDER = 60  # characters of TMPDIR; the whole path of a socket in it may have 107
