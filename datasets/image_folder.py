@@ -21,6 +21,7 @@ from datasets import synthetic
 from datasets.classes import join_classes, some_of
 from datasets.download import install
 from datasets.errors import DataError
+from datasets.images.read import read_file
 from datasets.listing import EXTENSIONS, describe_left_out, is_hidden, list_images
 from datasets.order import epoch_order
 from datasets.tensors import held_out
@@ -50,6 +51,10 @@ class ImageTree:
     def path(self, sample: int) -> Path:
         """The path of an image."""
         return self.root / self.names[sample]
+
+    def read(self, sample: int) -> bytes:
+        """The content of an image; BadImage if it cannot be read."""
+        return read_file(self.path(sample))
 
     def subset(self, samples: Tensor) -> "ImageTree":
         """Some of the images, in the order given."""

@@ -1,0 +1,189 @@
+"""Images in archives, for datasets/pack.py: tar shards as webdataset names them, and Hugging Face's Parquet files.
+
+    train-000.tar       cat/1.jpg and cat/1.cls, a number, for each image
+    train-000.parquet   columns image (bytes, or a struct of bytes and path) and label, a number
+"""
+
+import contextlib
+import functools
+import hashlib
+import json
+import posixpath
+import re
+import tarfile
+import threading
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from datasets.errors import DAMAGED, DataError
+from datasets.listing import EXTENSIONS, is_hidden
+
+MOST_CLASSES = 2**20  # a larger label is another kind of number
+Row = tuple[str, int, int, int]  # name and label; offset and length in a tar file, or row group and row
+LOCK = threading.Lock()  # of the one row group in memory
+
+
+@dataclass(frozen=True, kw_only=True)
+class ArchivedImages:
+    """The images of one split, in the order of the archives: what a pack needs of an ImageSource."""
+
+    rows: Sequence[tuple[Path, Row]]
+    class_names: tuple[str, ...]
+    left_out: Counter[str]
+    unreadable: Mapping[str, str]
+    read_at: Callable[[Path, int, int], bytes]
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    @property
+    def targets(self) -> Tensor:
+        """Labels, int64 (N,)."""
+        return torch.tensor([row[1] for _, row in self.rows], dtype=torch.int64)
+
+    def path(self, sample: int) -> Path:
+        """The archive, and the name in it."""
+        file, row = self.rows[sample]
+        return file / row[0]
+
+    def read(self, sample: int) -> bytes:
+        """The content of an image; DataError if the archive is damaged there."""
+        file, (_, _, *place) = self.rows[sample]
+        with damage_named(file):
+            return self.read_at(file, *place)
+
+    def fingerprint(self) -> str:
+        """A hash of names and labels, and of where in the archives they are."""
+        return hashlib.sha256(repr(self.rows).encode(errors="surrogateescape")).hexdigest()[:16]
+
+
+@contextlib.contextmanager
+def damage_named(path: Path) -> Iterator[None]:
+    """Turn what the readers of archives raise into a DataError that names the file."""
+    try:
+        yield
+    except (*DAMAGED, tarfile.TarError) as error:
+        reason = str(error).strip().split("\n")[0] or type(error).__name__
+        raise DataError(f"{path}: is cut short or damaged ({reason}); copy or download it again") from None
+
+
+def open_archives(files: Sequence[Path], class_names: tuple[str, ...] | None = None) -> ArchivedImages:
+    """The images of one split.
+
+    Args:
+        files: all .tar or all .parquet.
+        class_names: those of the training split; None where this is it. By default they are the numbers.
+
+    Raises:
+        DataError: for an archive that is missing, damaged or without labels.
+    """
+    if (total := re.search(r"-of-(\d+)\.", files[0].name)) and len(files) != int(total[1]):
+        raise DataError(f"{files[0].parent}: holds {len(files)} of the {int(total[1])} files like {files[0].name}; "
+                        f"download the others")
+    left_out: Counter[str] = Counter()
+    rows: list[tuple[Path, Row]] = []
+    names: tuple[str, ...] = ()
+    for file in files:
+        with damage_named(file):
+            found, names = (list_tar if file.suffix == ".tar" else list_parquet)(file, left_out)
+        rows += [(file, row) for row in found]
+        known = class_names or names
+        for name, label, *_ in found:
+            if not 0 <= label < (len(known) or MOST_CLASSES):
+                raise DataError(f"{file / name}: its label {label} is none of {len(known) or MOST_CLASSES:,} classes; "
+                                f"number them from 0")
+    if class_names is not None and names not in ((), class_names):
+        raise DataError(f"{files[0]}: names its classes otherwise than the training split; make them the same")
+    largest = max((row[1] for _, row in rows), default=-1)
+    return ArchivedImages(rows=rows, left_out=left_out, unreadable={},
+                          class_names=class_names or names or tuple(map(str, range(largest + 1))),
+                          read_at=read_tar if files[0].suffix == ".tar" else read_parquet)
+
+
+def list_tar(path: Path, left_out: Counter[str]) -> tuple[list[Row], tuple[str, ...]]:
+    """The images of one tar file; its classes have no names."""
+    images: dict[str, tarfile.TarInfo] = {}
+    labels: dict[str, int] = {}
+    with tarfile.open(path, "r:") as archive:
+        for member in archive:
+            stem, _, kind = posixpath.basename(member.name).partition(".")
+            key = posixpath.join(posixpath.dirname(member.name), stem)
+            if not member.isfile() or is_hidden(posixpath.basename(member.name)):
+                continue
+            if key in (labels if kind == "cls" else images if f".{kind.lower()}" in EXTENSIONS else ()):
+                raise DataError(f"{path}: holds {key}.{kind} twice, or two images of that name; rename one of them")
+            if kind == "cls":
+                text = archive.extractfile(member).read().strip()  # pyright: ignore[reportOptionalMemberAccess]
+                if not text.isdigit():
+                    raise DataError(f"{path / member.name}: the label {text[:40].decode(errors='replace')!r} is no "
+                                    f"number; number the classes from 0")
+                labels[key] = int(text)
+            elif f".{kind.lower()}" in EXTENSIONS:
+                images[key] = member
+            else:
+                left_out[f".{kind}"] += 1
+        archive.fileobj.seek(archive.offset)  # pyright: ignore[reportOptionalMemberAccess]
+        if archive.fileobj.read(tarfile.BLOCKSIZE) != tarfile.NUL * tarfile.BLOCKSIZE:  # pyright: ignore
+            raise EOFError("no end of the archive")  # tarfile itself takes it for the end
+    for key, member in images.items():
+        if key not in labels:
+            raise DataError(f"{path / member.name}: has no label; add {key}.cls to the archive")
+    return [(each.name, labels[key], each.offset_data, each.size) for key, each in images.items()], ()
+
+
+def read_tar(path: Path, offset: int, length: int) -> bytes:
+    """The content of a member."""
+    with open(path, "rb") as file:
+        file.seek(offset)
+        return file.read(length)
+
+
+def list_parquet(path: Path, left_out: Counter[str]) -> tuple[list[Row], tuple[str, ...]]:
+    """The rows of one Parquet file, and the names of its classes, if Hugging Face's metadata has them."""
+    file = parquet_file(path)
+    schema = file.schema_arrow
+    for column in ("image", "label"):
+        if column not in schema.names:
+            raise DataError(f"{path}: has no column {column} but {', '.join(schema.names)}; rename the one meant")
+    if not str(schema.field("label").type).startswith(("int", "uint")):
+        raise DataError(f"{path}: the labels are of type {schema.field('label').type}, no numbers; number the classes "
+                        f"from 0")
+    labels = file.read(columns=["label"]).column(0).to_pylist()
+    if None in labels:
+        raise DataError(f"{path}: row {labels.index(None)} has no label; leave it out")
+    places = [(group, row) for group in range(file.num_row_groups)
+              for row in range(file.metadata.row_group(group).num_rows)]
+    features = json.loads((schema.metadata or {}).get(b"huggingface", b"{}")).get("info", {}).get("features", {})
+    return ([(f"row {number}", label, *places[number]) for number, label in enumerate(labels)],
+            tuple(features.get("label", {}).get("names", ())))
+
+
+def parquet_file(path: Path) -> Any:
+    """An open Parquet file; DataError without pyarrow."""
+    try:
+        from pyarrow.parquet import ParquetFile  # pyright: ignore[reportMissingImports]
+    except ImportError:
+        raise DataError(f"{path}: needs pyarrow; pip install pyarrow") from None
+    return ParquetFile(path)
+
+
+@functools.lru_cache(maxsize=1)
+def row_group(path: Path, group: int) -> Any:
+    """The column of images of one row group."""
+    return parquet_file(path).read_row_group(group, columns=["image"]).column(0)
+
+
+def read_parquet(path: Path, group: int, row: int) -> bytes:
+    """The bytes of an image."""
+    with LOCK:  # else several threads would read the same group
+        image = row_group(path, group)[row].as_py()
+    content = image["bytes"] if isinstance(image, dict) else image
+    if not isinstance(content, bytes):
+        raise ValueError("an image without bytes")
+    return content

@@ -1,0 +1,175 @@
+"""A pack: all images of a data set in one folder of a few large files, mapped into memory, any of them read at once.
+
+    photos.pack/
+      pack.json               format, class names, number of images; bytes and sha256 of every other file
+      train-00000.bin …       the images one after another, each behind its name
+      train.index             an ENTRY for each image
+      train.labels            int64 for each image
+
+An image is a file's own bytes, or pixels. Written by datasets/pack.py. The ranks of a node share the pages of the
+files, and a rank's own memory does not grow with them.
+"""
+
+import hashlib
+import json
+import os
+import zlib
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from datasets.errors import DAMAGED, DataError
+from datasets.image_folder import shuffled, split
+from datasets.images.read import BadImage, Stored
+
+FORMAT = 1
+RECORD = "pack.json"
+PARTIAL = ".partial"  # behind the name of a pack that is being written
+ENTRY = np.dtype([
+    ("offset", "<u8"), ("length", "<u4"),  # of the image in its part
+    ("name_length", "<u4"),  # of the name just before it
+    ("crc32", "<u4"), ("label", "<u4"),
+    ("height", "<u4"), ("width", "<u4"),  # of pixels (height, width, 3); 0 for the bytes of a file
+    ("original", "<u8"),  # a hash of the bytes that were packed, to find equal ones
+])
+
+
+@dataclass(frozen=True, kw_only=True)
+class PackedImages:
+    """The images of one split of a pack; an ImageSource."""
+
+    root: Path
+    split: str
+    record: Mapping[str, Any]
+    """What pack.json says."""
+    rows: Tensor | None = None
+    """The images of a subset; None for all."""
+    left_out: Counter[str] = field(default_factory=Counter)
+    unreadable: Mapping[str, str] = field(default_factory=dict)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {each.name: getattr(self, each.name) for each in fields(self)}  # without maps: a copy opens its own
+
+    def __len__(self) -> int:
+        return self.record["splits"][self.split] if self.rows is None else len(self.rows)
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """By label."""
+        return tuple(self.record["class_names"])
+
+    @cached_property
+    def targets(self) -> Tensor:
+        """Labels, int64 (N,)."""
+        labels = torch.from_numpy(mapped(self.root / f"{self.split}.labels", "<i8"))
+        return labels if self.rows is None else labels[self.rows]
+
+    @cached_property
+    def maps(self) -> dict[str, NDArray[Any]]:
+        """The files that were opened, by name."""
+        return {}
+
+    def map(self, name: str, dtype: Any) -> NDArray[Any]:
+        """A file, opened when it is first needed."""
+        if name not in self.maps:
+            self.maps[name] = mapped(self.root / name, dtype)
+        return self.maps[name]
+
+    def find(self, sample: int) -> tuple[Any, str]:
+        """The entry of an image, and the file it is in."""
+        row = sample if self.rows is None else int(self.rows[sample])
+        return self.map(f"{self.split}.index", ENTRY)[row], part_name(self.split, row // self.record["images_per_part"])
+
+    def path(self, sample: int) -> Path:
+        """Pack, split and name of an image."""
+        entry, part = self.find(sample)
+        start = int(entry["offset"])
+        name = self.map(part, "u1")[start - int(entry["name_length"]) : start]
+        return self.root / self.split / os.fsdecode(name.tobytes())
+
+    def read(self, sample: int) -> Stored:
+        """The bytes of a file, or pixels (H, W, 3), not copied; BadImage if they are not those that were packed."""
+        entry, part = self.find(sample)
+        start = int(entry["offset"])
+        content = self.map(part, "u1")[start : start + int(entry["length"])]
+        if zlib.crc32(content.data) != entry["crc32"]:
+            raise BadImage(f"damaged in {part}, whose bytes have changed since they were packed: copy or pack it again")
+        return content.reshape(entry["height"], entry["width"], 3) if entry["height"] else content.data
+
+    def subset(self, samples: Tensor) -> "PackedImages":
+        """Some of the images, in the order given."""
+        return replace(self, rows=samples if self.rows is None else self.rows[samples])
+
+    def fingerprint(self, *, times: bool = False) -> str:
+        """A hash of all that is in the pack, by the sha256 of its files."""
+        rows = b"" if self.rows is None else self.rows.numpy().tobytes()
+        text = self.split + json.dumps(self.record, sort_keys=True)
+        return hashlib.sha256(text.encode() + rows).hexdigest()[:16]
+
+    listing_hash = fingerprint
+
+
+def mapped(path: Path, dtype: Any) -> NDArray[Any]:
+    """A file as an array whose pages are read when they are used; what is written to it changes no file."""
+    return np.memmap(path, dtype, mode="c") if path.stat().st_size else np.empty(0, dtype)
+
+
+def part_name(split_name: str, number: int) -> str:
+    """The name of a file of images."""
+    return f"{split_name}-{number:05d}.bin"
+
+
+def unfinished(root: Path) -> Path:
+    """Where a pack is written before it is whole."""
+    return root.with_name(root.name + PARTIAL)
+
+
+def is_pack(path: Path) -> bool:
+    """Whether this is a pack, or one that is not finished."""
+    return (path / RECORD).exists() or (unfinished(path).exists() and not path.exists()) or (
+        path.name.endswith(PARTIAL) and path.exists())
+
+
+def load(root: Path, *, validation_fraction: float | None = None, seed: int = 0) -> tuple[PackedImages, PackedImages]:
+    """The training and the test split of a pack: the images of the folder it was made of, in the same order.
+
+    Raises:
+        DataError: if it is not finished, damaged, of another version, or has no test images and none are to be split.
+    """
+    record = read_record(root)
+    training: Any = PackedImages(root=root, split="train", record=record)
+    if validation_fraction is not None:
+        return split(training, validation_fraction, seed=seed)  # pyright: ignore[reportReturnType]
+    if not record["splits"].get("test"):
+        raise DataError(f"--data-dir {root}: has no test images; set some apart with --validation-fraction 0.2")
+    test: Any = PackedImages(root=root, split="test", record=record)
+    return training, shuffled(test)  # pyright: ignore[reportReturnType]
+
+
+def read_record(root: Path) -> dict[str, Any]:
+    """What pack.json says, if all files are as long as it says, and those of entries and labels the same."""
+    if not (root / RECORD).exists():
+        raise DataError(f"--data-dir {root}: is still being packed, or packing was stopped; wait, or start the same "
+                        f"python datasets/pack.py again")
+    try:
+        record = json.loads((root / RECORD).read_bytes())
+        files = record["files"].items() if record["format"] == FORMAT else ()
+        for name, facts in files:
+            if (root / name).stat().st_size != facts["bytes"]:
+                raise ValueError(f"{name} is not {facts['bytes']:,} bytes long")
+            if not name.endswith(".bin") and hashlib.sha256((root / name).read_bytes()).hexdigest() != facts["sha256"]:
+                raise ValueError(f"{name} has changed")
+    except DAMAGED as error:
+        raise DataError(f"--data-dir {root}: is damaged ({error}); copy it again, or pack again") from None
+    if record["format"] != FORMAT:
+        raise DataError(f"--data-dir {root}: is a pack of format {record['format']}, and format {FORMAT} is read here; "
+                        f"pack again with python datasets/pack.py")
+    return record
