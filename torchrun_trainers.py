@@ -68,8 +68,8 @@ def train(model: Any, data: Any, *, loss: Any = None, metric: Any = None, collat
 def check_workers(splits: Splits, workers: int) -> None:
     """Raise UsageError where a worker, a new process, could not find the class of a data set: in a notebook."""
     homeless = getattr(sys.modules["__main__"], "__file__", None) is None
-    mine = [type(each).__name__ for each in splits.present().values() if getattr(type(each), "__module__", "") == "__main__"
-            or getattr(each, "__module__", "") == "__main__"]
+    mine = [type(each).__name__ for each in splits.present().values()
+            if "__main__" in (getattr(type(each), "__module__", ""), getattr(each, "__module__", ""))]
     if workers and homeless and mine:
         raise UsageError(f"workers={workers}: {mine[0]} is defined in a notebook, where no worker finds it; move it to "
                          f"a .py file and import that, or use workers=0")

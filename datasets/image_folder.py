@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import ClassVar
 
 import torch
 from PIL import Image
@@ -21,7 +22,8 @@ from datasets import synthetic
 from datasets.classes import join_classes, some_of
 from datasets.download import install
 from datasets.errors import DataError
-from datasets.images.read import read_file
+from datasets.images.read import DECODER, read_file
+from datasets.images.source import ImageSource
 from datasets.listing import EXTENSIONS, describe_left_out, is_hidden, list_images
 from datasets.order import epoch_order
 from datasets.tensors import held_out
@@ -32,8 +34,9 @@ SYNTHETIC_TRAIN, SYNTHETIC_TEST = 2000, 500
 
 @dataclass(frozen=True, kw_only=True)
 class ImageTree:
-    """The image files of one split, in a fixed order, with their labels."""
+    """The image files of one split, in a fixed order, with their labels; an ImageSource."""
 
+    decoder: ClassVar[str] = DECODER
     root: Path
     names: tuple[str, ...]
     """Paths below the root."""
@@ -181,7 +184,7 @@ def one_class(folder: Path, images: Sequence[str]) -> str:
             f"{folder.name}/")
 
 
-def describe(train: ImageTree | None, test: ImageTree | None, validation: ImageTree | None = None) -> str:
+def describe(train: ImageSource | None, test: ImageSource | None, validation: ImageSource | None = None) -> str:
     """What was found, and what of it is left out, in one line."""
     found = {"training": train, "validation": validation, "test": test}
     parts = [f"{len(tree):,} {name} images" + (f" in {len(tree.class_names)} classes" if tree is train else "")

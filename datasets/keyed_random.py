@@ -5,6 +5,7 @@ no number depends on the one before and so nothing has to be saved. The hash is 
 Lea and Flood, 2014), in 64-bit integers that wrap.
 """
 
+import functools
 import math
 from enum import IntEnum, unique
 
@@ -42,6 +43,7 @@ def mix(word: int) -> int:
     return word ^ (word >> 31)
 
 
+@functools.lru_cache(maxsize=256)
 def key(*parts: int) -> int:
     """One word that names a choice, such as (seed, epoch, Purpose.FLIP)."""
     word = 0

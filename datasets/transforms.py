@@ -9,16 +9,15 @@ import inspect
 import operator
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
-from torchvision.transforms.v2.functional import pil_to_tensor
 
 from datasets.errors import DataError
-from datasets.image_folder import ImageTree
-from datasets.images.read import BadImage, FitName, open_rgb, read_image
+from datasets.images.read import BadImage, FitName, Stored, pixels, to_square
+from datasets.images.source import ImageSource
 from datasets.loaders import evaluation_loader, train_loader
 from datasets.samples import SPLITS, Explain, Reading, Splits, sample_loaders
 from datasets.tensors import TensorDataset, ThreeSplits
@@ -65,23 +64,23 @@ def in_memory(dataset: TensorDataset) -> Images:
     return Images(read=read, fitted=read, targets=dataset.targets)
 
 
-def in_files(tree: ImageTree, *, size: int, fit: FitName) -> Images:
+def in_files(tree: ImageSource, *, size: int, fit: FitName) -> Images:
     """The images of a folder, decoded one at a time."""
     return Images(read=functools.partial(decoded, tree), targets=tree.targets,
                   fitted=functools.partial(decoded, tree, size=size, fit=fit))
 
 
-def decoded(tree: ImageTree, sample: int, *, size: int | None = None, fit: FitName = "squash") -> Tensor:
+def decoded(tree: ImageSource, sample: int, *, size: int | None = None, fit: FitName = "squash") -> Tensor:
     """uint8 (3, H, W) of an image file, at full size by default; DataError if it is unreadable."""
     try:
-        return full_size(tree.path(sample)) if size is None else read_image(tree.path(sample), size=size, fit=fit)
+        return full_size(tree.read(sample)) if size is None else to_square(tree.read(sample), size=size, fit=fit)
     except BadImage as error:
         raise DataError(f"{tree.path(sample)}: not readable as an image ({error}); repair or remove it") from None
 
 
-def full_size(path: Path) -> Tensor:
-    """uint8 (3, H, W) of an image file; BadImage if it is unreadable."""
-    return pil_to_tensor(open_rgb(path))
+def full_size(content: Stored) -> Tensor:
+    """uint8 (3, H, W) of an image; BadImage if it is unreadable."""
+    return torch.from_numpy(pixels(content)).permute(2, 0, 1).contiguous()
 
 
 # A transform of the user's: what makes it, what explains its errors, its flag, and further arguments of sample_loaders

@@ -262,7 +262,7 @@ def test_an_image_that_cannot_be_decoded_keeps_its_bytes_and_is_named_now_and_wh
 
 def flip_a_byte(images: PackedImages, sample: int) -> Path:
     """Change one bit of an image in its part."""
-    entry, part = images.find(sample)
+    entry, _, part = images.find(sample)
     path = images.root / part
     with open(path, "r+b") as file:
         file.seek(int(entry["offset"]) + int(entry["length"]) // 2)

@@ -5,6 +5,7 @@
     python trainers/image_folder.py --data-dir cats-dogs --recipe cheatsheet    # the CNN cheat sheet's own settings
     torchrun --standalone --nproc_per_node=2 trainers/image_folder.py --data-dir photos --recipe finetune \\
         --pretrained resnet18.pth --workers 4
+    python trainers/image_folder.py --data-dir photos.pack --workers 4           # a pack; see datasets/pack.py
     python trainers/image_folder.py --dataset synthetic --cache                 # no data at hand
 """
 
@@ -29,8 +30,10 @@ from datasets import image_folder
 from datasets.augment import Augmentation
 from datasets.errors import DataError
 from datasets.image_folder import ImageTree
+from datasets.images import packed
 from datasets.images.cache import GatherThenAugment, ImageCache
 from datasets.images.loaders import DecodedEvaluationLoader, DecodedTrainLoader, Decoder, Decoding
+from datasets.images.packed import PackedImages
 from datasets.images.read import FitName
 from datasets.images.unreadable import BadImages
 from datasets.loaders import check_size, evaluation_loader, train_loader
@@ -52,6 +55,9 @@ OUR_MODELS = ("cheatsheet", "net", "resnet9")  # other names are torchvision's, 
 CACHE_ON_GPU = 0.5  # the largest share of a GPU's memory that cached images may take; others stay in the file
 
 
+Images = ImageTree | PackedImages
+
+
 @dataclass(frozen=True, kw_only=True)
 class ImageFolderConfig(ImageConfig):
     """Train an image classifier on a folder of images by class."""
@@ -62,7 +68,7 @@ class ImageFolderConfig(ImageConfig):
     dataset: Literal["folder", "synthetic"] = "folder"
     """folder is --data-dir; synthetic is generated from the seed and written below it."""
     data_dir: Path = Path("data")
-    """Folder that holds train/ and test/ (or val/), each with one folder per class."""
+    """Folder that holds train/ and test/ (or val/), each with one folder per class; or a pack of datasets/pack.py."""
     model: str = "cheatsheet"
     """cheatsheet, net, resnet9 or a classifier of torchvision.models."""
     pretrained: Path | None = None
@@ -121,7 +127,7 @@ RECIPES: dict[str, dict[str, Any]] = {
 
 
 def load_data(config: ImageFolderConfig, world: World, known: Sequence[str] | None = None
-              ) -> tuple[ImageTree | None, ImageTree | None, ImageTree | None]:
+              ) -> tuple[Images | None, Images | None, Images | None]:
     """Training, validation and test split, those that there are: names and labels, no pixels yet.
 
     For --evaluate one alone, with the classes that the checkpoint knows: the test split, if there is a folder of it.
@@ -131,12 +137,13 @@ def load_data(config: ImageFolderConfig, world: World, known: Sequence[str] | No
     if config.dataset == "synthetic":
         folder = image_folder.synthetic_folder(config.data_dir, seed=config.seed)
         once_per_node(world, lambda: image_folder.write_synthetic(folder, seed=config.seed))
-    train, evaluated = image_folder.load(folder, validation_fraction=config.validation_fraction, seed=config.seed,
-                                         train=trains, known=known)
+    module = packed if packed.is_pack(folder) else image_folder
+    train, evaluated = module.load(folder, validation_fraction=config.validation_fraction, seed=config.seed,
+                                   train=trains, known=known)
     train = train if trains else None
     validation, test = None, evaluated
     if config.validation_fraction is not None:
-        test = image_folder.load_test(folder, evaluated.class_names)
+        test = module.load_test(folder, evaluated.class_names)
         validation = evaluated if trains or test is None else None
     found = [tree.listing_hash() for tree in (train, validation, test) if tree is not None]
     if len(set(gather(world, "".join(found)))) > 1:
@@ -177,7 +184,7 @@ def remember_bad_images(config: ImageFolderConfig, run: Run) -> BadImages:
     return BadImages(config.skip_bad, exchange=exchange, log=to_stderr, known=known)
 
 
-def build_loaders(config: ImageFolderConfig, splits: dict[str, ImageTree], images: Augmentation, run: Run
+def build_loaders(config: ImageFolderConfig, splits: dict[str, Images], images: Augmentation, run: Run
                   ) -> dict[str, Any]:
     """The loader of each split that there is, on this rank."""
     world, bad_images = run.world, remember_bad_images(config, run)

@@ -17,6 +17,7 @@ import sys
 import typing
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields, replace
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -32,7 +33,8 @@ from datasets.classes import some_of
 from datasets.errors import DataError
 from datasets.image_folder import ImageTree
 from datasets.images.loaders import Key
-from datasets.images.read import BadImage, read_image
+from datasets.images.packed import PackedImages
+from datasets.images.read import BadImage, Stored, read_file, to_square
 from datasets.listing import describe_left_out, find_images
 from datasets.samples import Reading
 from datasets.transforms import full_size, takes_train
@@ -151,14 +153,16 @@ def pictures_of(config: PredictConfig, card: ModelCard, source: Path, bad: dict[
         yield from test_pictures(config, card, source, bad)
 
 
-def read_picture(path: Path, card: ModelCard, bad: dict[str, str], *, true_class: str | None) -> Iterator[Picture]:
+def read_picture(path: Path, card: ModelCard, bad: dict[str, str], *, true_class: str | None,
+                 read: Callable[[], Stored] | None = None) -> Iterator[Picture]:
     """An image file at the size and with the channels that the network was trained on; none of a bad one."""
     if card.trainer == "custom":
         raise UsageError(f"{path}: a run of custom.py knows no preprocessing of files; use --test-images, which "
                          f"reads its own data set")
     transform = evaluation_transform(card)
     try:
-        pixels = full_size(path) if transform else read_image(path, size=card.image_size[0], fit=card.fit)
+        content = read() if read else read_file(path)
+        pixels = full_size(content) if transform else to_square(content, size=card.image_size[0], fit=card.fit)
     except BadImage as error:
         bad[str(path)] = f"not readable as an image ({error}); repair it or leave it out"
         return
@@ -197,8 +201,9 @@ def test_pictures(config: PredictConfig, card: ModelCard, source: Path, bad: dic
     bad |= getattr(test, "unreadable", {})
     for sample in range(min(config.test_images or 0, len(test))):
         true_class = card.class_names[int(test.targets[sample])]
-        if isinstance(test, ImageTree):
-            yield from read_picture(test.path(sample), card, bad, true_class=true_class)
+        if isinstance(test, ImageTree | PackedImages):
+            yield from read_picture(test.path(sample), card, bad, true_class=true_class,
+                                    read=partial(test.read, sample))
         else:
             transform = evaluation_transform(card) or (lambda image: image)
             yield Picture(name=f"test {sample}", pixels=transform(test.inputs[sample]), true_class=true_class)

@@ -20,16 +20,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import PIL
 import torch
 import torchvision
 from torch import Tensor
 
 from datasets.augment import Augmentation
 from datasets.errors import DataError
-from datasets.image_folder import ImageTree
 from datasets.images.loaders import Decoder, Key
-from datasets.images.read import FitName
+from datasets.images.read import DECODER, FitName
+from datasets.images.source import ImageSource
 from datasets.images.unreadable import BadImages
 from datasets.tensors import TensorDataset
 
@@ -40,8 +39,8 @@ BATCH_SIZE = 8  # few, so that progress is marked often also while large images 
 class ImageCache:
     """The cache of one split; `folder` may hold many."""
 
-    def __init__(self, tree: ImageTree, split: str, folder: Path, *, size: int, fit: FitName) -> None:
-        what = f"{FORMAT} {tree.fingerprint(times=True)} {size} {fit} {PIL.__version__} {torchvision.__version__}"
+    def __init__(self, tree: ImageSource, split: str, folder: Path, *, size: int, fit: FitName) -> None:
+        what = f"{FORMAT} {tree.fingerprint(times=True)} {size} {fit} {DECODER} {torchvision.__version__}"
         name = f"{split}-{size}px-{hashlib.sha256(what.encode()).hexdigest()[:16]}"
         self.tree, self.split, self.size = tree, split, size
         self.path, self.record_path = folder / f"{name}.u8", folder / f"{name}.json"

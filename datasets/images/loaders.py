@@ -20,8 +20,8 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from datasets.augment import Augmentation
 from datasets.errors import DataError
-from datasets.image_folder import ImageTree
-from datasets.images.read import BadImage, FitName, random_window, read_image
+from datasets.images.read import BadImage, FitName, random_window, to_square
+from datasets.images.source import ImageSource
 from datasets.images.unreadable import BadImages
 from datasets.images.workers import WorkerStart, blocked_signals, worker_context
 from datasets.order import ResumableSampler, evaluation_indices
@@ -54,7 +54,7 @@ class DecodedBatch(NamedTuple):
 class Decoding(Dataset[DecodedBatch]):
     """The work of one worker: files to a batch of uint8 images. It is copied to every worker, and holds no state."""
 
-    splits: Mapping[str, ImageTree]
+    splits: Mapping[str, ImageSource]
     size: int
     fit: FitName = "squash"
     seed: int = 0
@@ -96,7 +96,7 @@ class Decoding(Dataset[DecodedBatch]):
         window = None
         if key.split == "train" and self.smallest_area < 1:
             window = random_window(sample, seed=self.seed, epoch=key.epoch, smallest_area=self.smallest_area)
-        return read_image(self.splits[key.split].path(source), size=self.size, fit=self.fit, window=window)
+        return to_square(self.splits[key.split].read(source), size=self.size, fit=self.fit, window=window)
 
 
 class Keys(Sampler[Key]):
@@ -117,7 +117,7 @@ class Decoder:
 
     def __init__(self, decoding: Dataset[Any], *, workers: int = 0, pin_memory: bool = False,
                  prepare_worker: Callable[[], None] | None = None) -> None:
-        self.splits: Mapping[str, ImageTree] = getattr(decoding, "splits", {})
+        self.splits: Mapping[str, ImageSource] = getattr(decoding, "splits", {})
         self.size, self.workers = getattr(decoding, "size", 0), workers
         self.keys = Keys()
         workers_end, self.lifeline = multiprocessing.Pipe(duplex=False)
@@ -160,7 +160,7 @@ def as_it_is(batch: Any) -> Any:
 class DecodedTrainLoader:
     """Micro-batches of one rank, decoded from files, from any position of any epoch; as loaders.TrainLoader."""
 
-    def __init__(self, tree: ImageTree, decoder: Decoder, augmentation: Augmentation, sampler: ResumableSampler,
+    def __init__(self, tree: ImageSource, decoder: Decoder, augmentation: Augmentation, sampler: ResumableSampler,
                  bad_images: BadImages, *, rank_batch_size: int, device: torch.device) -> None:
         self.targets, self.decoder, self.augmentation, self.sampler = tree.targets, decoder, augmentation, sampler
         self.bad_images, self.rank_batch_size, self.device = bad_images, rank_batch_size, device
@@ -189,7 +189,7 @@ class DecodedTrainLoader:
 class DecodedEvaluationLoader:
     """This rank's share of a test or validation split, decoded from files: over all ranks every readable image once."""
 
-    def __init__(self, tree: ImageTree, decoder: Decoder, normalize: Callable[[Tensor], Tensor],
+    def __init__(self, tree: ImageSource, decoder: Decoder, normalize: Callable[[Tensor], Tensor],
                  bad_images: BadImages, *, rank: int, world_size: int, device: torch.device,
                  batch_size: int = 64) -> None:
         self.targets, self.decoder, self.normalize = tree.targets, decoder, normalize

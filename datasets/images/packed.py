@@ -15,7 +15,7 @@ import json
 import os
 import zlib
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from pathlib import Path
@@ -26,9 +26,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from datasets.classes import join_classes
 from datasets.errors import DAMAGED, DataError
 from datasets.image_folder import shuffled, split
-from datasets.images.read import BadImage, Stored
+from datasets.images.read import DECODER, BadImage, Stored
 
 FORMAT = 1
 RECORD = "pack.json"
@@ -50,6 +51,8 @@ class PackedImages:
     split: str
     record: Mapping[str, Any]
     """What pack.json says."""
+    class_names: tuple[str, ...]
+    """By label; where a checkpoint knows more than the pack, its own."""
     rows: Tensor | None = None
     """The images of a subset; None for all."""
     left_out: Counter[str] = field(default_factory=Counter)
@@ -62,15 +65,20 @@ class PackedImages:
         return self.record["splits"][self.split] if self.rows is None else len(self.rows)
 
     @property
-    def class_names(self) -> tuple[str, ...]:
-        """By label."""
-        return tuple(self.record["class_names"])
+    def decoder(self) -> str | None:
+        """Name and version of what decodes the images; pixels need none."""
+        return None if self.record["raw"] else DECODER
 
-    @cached_property
+    @property
     def targets(self) -> Tensor:
         """Labels, int64 (N,)."""
-        labels = torch.from_numpy(mapped(self.root / f"{self.split}.labels", "<i8"))
-        return labels if self.rows is None else labels[self.rows]
+        labels = torch.from_numpy(self.map(f"{self.split}.labels", "<i8"))
+        labels = labels if self.rows is None else labels[self.rows]
+        names = self.record["class_names"]
+        if tuple(names) == self.class_names:
+            return labels
+        known = join_classes(names, self.class_names, place=f"--data-dir {self.root}: ", owner="the checkpoint")
+        return torch.tensor([known[name] for name in names])[labels]
 
     @cached_property
     def maps(self) -> dict[str, NDArray[Any]]:
@@ -80,29 +88,42 @@ class PackedImages:
     def map(self, name: str, dtype: Any) -> NDArray[Any]:
         """A file, opened when it is first needed."""
         if name not in self.maps:
-            self.maps[name] = mapped(self.root / name, dtype)
+            size = os.path.getsize(self.root / name)  # to write into what is mapped changes no file
+            self.maps[name] = np.asarray(np.memmap(self.root / name, dtype, mode="c")) if size else np.empty(0, dtype)
         return self.maps[name]
 
-    def find(self, sample: int) -> tuple[Any, str]:
-        """The entry of an image, and the file it is in."""
+    @cached_property
+    def checked(self) -> NDArray[np.bool_]:
+        """Which pixels, by row, this process has compared with their CRC-32."""
+        return np.zeros(self.record["splits"][self.split], np.bool_)
+
+    def find(self, sample: int) -> tuple[Any, int, str]:
+        """The entry of an image, its row in the index, and the file it is in."""
         row = sample if self.rows is None else int(self.rows[sample])
-        return self.map(f"{self.split}.index", ENTRY)[row], part_name(self.split, row // self.record["images_per_part"])
+        part = part_name(self.split, row // self.record["images_per_part"])
+        return self.map(f"{self.split}.index", ENTRY)[row], row, part
 
     def path(self, sample: int) -> Path:
         """Pack, split and name of an image."""
-        entry, part = self.find(sample)
+        entry, _, part = self.find(sample)
         start = int(entry["offset"])
         name = self.map(part, "u1")[start - int(entry["name_length"]) : start]
         return self.root / self.split / os.fsdecode(name.tobytes())
 
     def read(self, sample: int) -> Stored:
-        """The bytes of a file, or pixels (H, W, 3), not copied; BadImage if they are not those that were packed."""
-        entry, part = self.find(sample)
+        """The bytes of a file, or pixels (H, W, 3), not copied; BadImage if they are not those that were packed.
+
+        Pixels are checked when a process first reads them: each time, that would be a third of what reading costs.
+        """
+        entry, row, part = self.find(sample)
         start = int(entry["offset"])
         content = self.map(part, "u1")[start : start + int(entry["length"])]
-        if zlib.crc32(content.data) != entry["crc32"]:
+        if not self.checked[row] and zlib.crc32(content.data) != entry["crc32"]:
             raise BadImage(f"damaged in {part}, whose bytes have changed since they were packed: copy or pack it again")
-        return content.reshape(entry["height"], entry["width"], 3) if entry["height"] else content.data
+        if not entry["height"]:
+            return content.data
+        self.checked[row] = True
+        return content.reshape(entry["height"], entry["width"], 3)
 
     def subset(self, samples: Tensor) -> "PackedImages":
         """Some of the images, in the order given."""
@@ -115,11 +136,6 @@ class PackedImages:
         return hashlib.sha256(text.encode() + rows).hexdigest()[:16]
 
     listing_hash = fingerprint
-
-
-def mapped(path: Path, dtype: Any) -> NDArray[Any]:
-    """A file as an array whose pages are read when they are used; what is written to it changes no file."""
-    return np.memmap(path, dtype, mode="c") if path.stat().st_size else np.empty(0, dtype)
 
 
 def part_name(split_name: str, number: int) -> str:
@@ -138,20 +154,30 @@ def is_pack(path: Path) -> bool:
         path.name.endswith(PARTIAL) and path.exists())
 
 
-def load(root: Path, *, validation_fraction: float | None = None, seed: int = 0) -> tuple[PackedImages, PackedImages]:
+def load(root: Path, *, validation_fraction: float | None = None, seed: int = 0, train: bool = True,
+         known: Sequence[str] | None = None) -> tuple[PackedImages | None, PackedImages]:
     """The training and the test split of a pack: the images of the folder it was made of, in the same order.
+
+    The arguments are those of image_folder.load.
 
     Raises:
         DataError: if it is not finished, damaged, of another version, or has no test images and none are to be split.
     """
     record = read_record(root)
-    training: Any = PackedImages(root=root, split="train", record=record)
+    training = PackedImages(root=root, split="train", record=record, class_names=tuple(known or record["class_names"]))
     if validation_fraction is not None:
-        return split(training, validation_fraction, seed=seed)  # pyright: ignore[reportReturnType]
-    if not record["splits"].get("test"):
+        return split(training, validation_fraction, seed=seed)  # pyright: ignore (an ImageTree to it)
+    test = load_test(root, training.class_names)
+    if test is None:
         raise DataError(f"--data-dir {root}: has no test images; set some apart with --validation-fraction 0.2")
-    test: Any = PackedImages(root=root, split="test", record=record)
-    return training, shuffled(test)  # pyright: ignore[reportReturnType]
+    return training if train else None, test
+
+
+def load_test(root: Path, known: Sequence[str]) -> PackedImages | None:
+    """The test split alone, with the labels of the classes that are known; None where there is none."""
+    record = read_record(root)
+    test = PackedImages(root=root, split="test", record=record, class_names=tuple(known))
+    return shuffled(test) if "test" in record["splits"] else None  # pyright: ignore
 
 
 def read_record(root: Path) -> dict[str, Any]:

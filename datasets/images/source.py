@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Protocol
 
 from torch import Tensor
-from typing_extensions import Self
 
 from datasets.images.read import Stored
 
@@ -44,10 +43,6 @@ class ImageSource(Protocol):
         """The content of an image; BadImage if that cannot be had."""
         ...
 
-    def subset(self, samples: Tensor) -> Self:
-        """Some of the images, in the order given."""
-        ...
-
-    def fingerprint(self) -> str:
-        """A hash, to notice data that changed since a checkpoint."""
+    def fingerprint(self, *, times: bool = False) -> str:
+        """A hash, to notice data that changed since a checkpoint; with `times`, files that were written since."""
         ...

@@ -25,7 +25,8 @@ from trainers.engine.run.ownership import is_restart_of
 from trainers.engine.step import TrainStep
 from trainers.engine.trainer import Trainer
 
-PREPROCESSING = ("image_size", "resize_size", "fit", "interpolation", "normalize", "transform")  # flags that belong to the weights
+# Flags that belong to the weights.
+PREPROCESSING = ("image_size", "resize_size", "fit", "interpolation", "normalize", "transform")
 MOMENTS = ("momentum_buffer", "exp_avg", "exp_avg_sq", "square_avg")  # of optimizers, as large as their parameter
 
 
@@ -203,6 +204,10 @@ def resume(config: TrainConfig, trainer: Trainer, *, steps_per_epoch: int) -> st
         return f"from the {taken}"
     state = load_or_fail(source)
     check_fits(state, trainer.train_step.network, source, config=trainer.config, fingerprint=trainer.fingerprint)
+    was, decoder = (each.get("decoder") for each in (state["fingerprint"], trainer.fingerprint))
+    if decoder not in (None, was) and world.is_main:
+        to_stderr(f"WARNING data: images were decoded by {was or 'Pillow alone'} before {source.name} and are by "
+                  f"{decoder} now: pixels may differ by a shade; install what it was for the same bits")
     trainer.data.expect(state, source)
     try:
         trainer.load_state(state)

@@ -152,7 +152,8 @@ def build_trainer(config: TrainConfig, run: Run, model: nn.Module, task: Task, *
     world = run.world
     fingerprint = {"dataset": None if data.has_files else data.fingerprint, "global_batch_size": config.batch_size,
                    "world_size": world.world_size, "threads": world.threads, "torch": str(torch.__version__),
-                   **job_identity(), **({"user_code": run.user_code} if run.user_code else {})}
+                   "decoder": getattr(data.dataset, "decoder", None), **job_identity(),
+                   **({"user_code": run.user_code} if run.user_code else {})}
     tracked = TrackedRun(run.folder.path, project=run.trainer, config=to_plain(config))
     return Trainer(
         build_step(config, model, task, world, steps_per_epoch=steps_per_epoch), run,
