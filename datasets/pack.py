@@ -221,12 +221,14 @@ def begun(out: Path, plan: str) -> Iterator[Path]:
 def main(config: PackConfig) -> None:
     """Pack, or say that it is done."""
     config.check()
-    out = config.out or config.data_dir.with_name(config.data_dir.name + ".pack")
+    out = config.out or Path(f"{os.path.abspath(config.data_dir)}.pack")
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
     sources = open_sources(config.data_dir)
     for path, reason in [item for source in sources.values() for item in source.unreadable.items()]:
         raise DataError(f"{path}: cannot be read ({reason}); repair or remove it")
+    if not all(map(len, sources.values())):
+        raise DataError(f"--data-dir {config.data_dir}: has a split without images; add some, or remove it")
     kind = {"resize": config.resize, "quality": config.resize and (config.quality or 90), "raw": config.raw}
     head = {"format": FORMAT, **kind, "decoder": DECODER if config.raw or config.resize else None,
             "images_per_part": config.images_per_part, "class_names": sources["train"].class_names,

@@ -284,6 +284,23 @@ def test_a_flipped_bit_is_named_when_its_image_is_read_and_no_other_image_suffer
         damaged.read(sample)
 
 
+@pytest.mark.parametrize("name", ["train-00001.bin", "train.index"])
+def test_a_pack_cut_short_while_it_is_in_use_is_named_and_kills_no_process(name: str, tmp_path: Path) -> None:
+    train, _ = packs(write_tree(tmp_path / "images"), raw=64)
+    pid = os.fork()
+    if pid == 0:  # which a signal may kill
+        signal.alarm(30)
+        for sample in range(20):
+            train.read(sample)
+        cut(train.root / name, 100)
+        try:
+            train.read(19)
+        except BadImage as error:
+            os._exit(42 if f"{name} was cut short while in use" in str(error) and "train" in str(train.path(19)) else 1)
+        os._exit(2)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 42
+
+
 def test_packs_that_cannot_be_trained_from_are_named(tmp_path: Path) -> None:
     train, _ = packs(write_tree(tmp_path / "images"))
     root, record = train.root, json.loads((train.root / "pack.json").read_text())

@@ -12,6 +12,7 @@ files, and a rank's own memory does not grow with them.
 
 import hashlib
 import json
+import mmap
 import os
 import zlib
 from collections import Counter
@@ -72,7 +73,7 @@ class PackedImages:
     @property
     def targets(self) -> Tensor:
         """Labels, int64 (N,)."""
-        labels = torch.from_numpy(self.map(f"{self.split}.labels", "<i8"))
+        labels = torch.frombuffer(self.map(f"{self.split}.labels"), dtype=torch.int64)
         labels = labels if self.rows is None else labels[self.rows]
         names = self.record["class_names"]
         if tuple(names) == self.class_names:
@@ -81,15 +82,17 @@ class PackedImages:
         return torch.tensor([known[name] for name in names])[labels]
 
     @cached_property
-    def maps(self) -> dict[str, NDArray[Any]]:
+    def maps(self) -> dict[str, mmap.mmap]:
         """The files that were opened, by name."""
         return {}
 
-    def map(self, name: str, dtype: Any) -> NDArray[Any]:
-        """A file, opened when it is first needed."""
+    def map(self, name: str) -> mmap.mmap:
+        """A file, opened when it is first needed; BadImage if it was cut short, where reading kills the process."""
         if name not in self.maps:
-            size = os.path.getsize(self.root / name)  # to write into what is mapped changes no file
-            self.maps[name] = np.asarray(np.memmap(self.root / name, dtype, mode="c")) if size else np.empty(0, dtype)
+            with open(self.root / name, "rb") as file:
+                self.maps[name] = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+        if self.maps[name].size() < len(self.maps[name]):
+            raise BadImage(f"{name} was cut short while in use: copy or pack it again")
         return self.maps[name]
 
     @cached_property
@@ -101,14 +104,17 @@ class PackedImages:
         """The entry of an image, its row in the index, and the file it is in."""
         row = sample if self.rows is None else int(self.rows[sample])
         part = part_name(self.split, row // self.record["images_per_part"])
-        return self.map(f"{self.split}.index", ENTRY)[row], row, part
+        index = self.map(f"{self.split}.index")
+        return np.frombuffer(index, ENTRY, count=1, offset=row * ENTRY.itemsize)[0], row, part
 
     def path(self, sample: int) -> Path:
         """Pack, split and name of an image."""
-        entry, _, part = self.find(sample)
-        start = int(entry["offset"])
-        name = self.map(part, "u1")[start - int(entry["name_length"]) : start]
-        return self.root / self.split / os.fsdecode(name.tobytes())
+        try:
+            entry, _, part = self.find(sample)
+            start = int(entry["offset"])
+            return self.root / self.split / os.fsdecode(self.map(part)[start - int(entry["name_length"]) : start])
+        except BadImage:
+            return self.root / self.split / f"image {sample}"
 
     def read(self, sample: int) -> Stored:
         """The bytes of a file, or pixels (H, W, 3), not copied; BadImage if they are not those that were packed.
@@ -117,13 +123,13 @@ class PackedImages:
         """
         entry, row, part = self.find(sample)
         start = int(entry["offset"])
-        content = self.map(part, "u1")[start : start + int(entry["length"])]
-        if not self.checked[row] and zlib.crc32(content.data) != entry["crc32"]:
+        content = memoryview(self.map(part))[start : start + int(entry["length"])]
+        if not self.checked[row] and zlib.crc32(content) != entry["crc32"]:
             raise BadImage(f"damaged in {part}, whose bytes have changed since they were packed: copy or pack it again")
         if not entry["height"]:
-            return content.data
+            return content
         self.checked[row] = True
-        return content.reshape(entry["height"], entry["width"], 3)
+        return np.frombuffer(content, np.uint8).reshape(entry["height"], entry["width"], 3)
 
     def subset(self, samples: Tensor) -> "PackedImages":
         """Some of the images, in the order given."""
