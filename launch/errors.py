@@ -93,14 +93,17 @@ def encodable(text: str, stream: TextIO) -> str:
 
 
 class PatientFile(io.FileIO):
-    """A pipe or terminal whose reader may have stopped reading: what it does not take within a second is dropped."""
+    """A pipe or terminal whose reader may have stopped reading, or left: what it does not take in time is dropped."""
 
     _is_full = False
 
     def write(self, data: Any) -> int:
         """Write what the file has room for, or drop the data."""
         self._is_full = not select.select([], [self], [], 0 if self._is_full else PATIENCE_SECONDS)[1]
-        return len(data) if self._is_full else super().write(bytes(data[:select.PIPE_BUF]))
+        if not self._is_full:
+            with contextlib.suppress(OSError):  # else Python would exit with 120, unable to flush at its end
+                return super().write(bytes(data[:select.PIPE_BUF]))
+        return len(data)
 
 
 def drop_unread_output() -> None:
