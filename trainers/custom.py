@@ -135,14 +135,15 @@ def splits_in(found: Any, collate: Any, name: str) -> Splits:
 
 def wanted(opening: Callable[[], Splits], config: CustomConfig) -> Splits:
     """The splits that a run needs: `--validation-fraction` of the training set apart, for --evaluate the test set."""
-    splits, fraction = opening(), config.validation_fraction
+    splits, fraction, name = opening(), config.validation_fraction, f"--data {config.data or 'given'}"
+    check_map_style(splits.test, "test", name)
     if config.evaluate is not None:
         return Splits(test=splits.test, collate=splits.collate)
-    if fraction is None or splits.train is None:
+    check_map_style(splits.train, "training", name)
+    if fraction is None:
         return splits
     if splits.validation is not None:
-        raise UsageError(f"--validation-fraction {fraction}: the data has a validation set of its own; leave it out")
-    check_map_style(splits.train, "training", "--data")
+        raise UsageError(f"--validation-fraction {fraction}: {name} gives a validation set of its own; leave it out")
     return set_apart(splits, fraction, seed=config.seed)
 
 
@@ -174,7 +175,8 @@ def load_data(config: CustomConfig, world: World, known: Sequence[str] | None = 
     names = tuple(known or class_names_of(first))
     if len({*names}) != len(names):
         raise DataError(f"--data {reference.text}: .classes names one class twice; give each a name of its own")
-    reading.join_classes(names, owner="the training set" if known is None else "the checkpoint")
+    if names:
+        reading.join_classes(names, owner="the training set" if known is None else "the checkpoint")
     return reading
 
 
