@@ -3,6 +3,7 @@
 import argparse
 import datetime
 import os
+import pickle
 import random
 import re
 import warnings
@@ -144,6 +145,12 @@ REFUSED: dict[str, tuple[Any, str]] = {
     "an expanded tensor": ({**network().state_dict(), "0.weight": torch.ones(1).expand(10**5, 10**6)},
                            "0.weight is expanded: 400,000,000,000 bytes from 4"),
     "no weights": ({"epoch": 3, "loss": 0.5}, "holds epoch, loss, not weights by name"),
+    "layers that torch.ao has quantized": (
+        {**network().state_dict(), "2._packed_params.dtype": torch.qint8},
+        "2._packed_params.dtype is a dtype, no tensor; save a state_dict() of plain tensors"),
+    "whole numbers": ({**network().state_dict(), "0.weight": torch.ones(5, 4, dtype=torch.int8)},
+                      "0.weight is torch.int8 in the checkpoint and torch.float32 here"),
+    "truth values": ({**network().state_dict(), "0.bias": torch.ones(5) > 0}, "0.bias is torch.bool in the checkpoint"),
     "a list": ([torch.ones(3)], "holds list, not weights"),
     "an empty dict": ({}, "holds nothing, not weights"),
     "weights that are not finite": ({**network().state_dict(), "0.bias": torch.full((5,), float("nan"))},
@@ -229,10 +236,17 @@ def test_an_archive_that_inflates_is_refused_in_little_memory(tmp_path: Path):
     (b"<!DOCTYPE html>\n<html><body>Sign in</body></html>", "is an HTML page"),
     (b"\xef\xbb\xbf\n <!-- cached --><HTML lang='en'>", "is an HTML page"),
     (b'<?xml version="1.0"?>\n<!DOCTYPE HTML PUBLIC "-//W3C//DTD XHTML 1.0">', "is an HTML page"),
+    (b"<head><title>Sign in</title></head>", "is an HTML page"),
+    (b"<!-- " + b"cached " * 200 + b"--><html>", "is an HTML page"),
+    (b"<?xml version='1.0'?><Error><Code>AccessDenied</Code></Error>", r"cannot be read \(it begins with b\"<\?xml"),
+    (b'{"error": "Repository not found"}', "cannot be read .it begins with b'{\"error\": \"Repos'"),
+    (b"\x1f\x8b\x08" + bytes(20), "cannot be read .it begins with"),
+    (pickle.dumps({"a": 1}, 4), r"cannot be read \(Unsupported operand 149\)"),
     (b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a", "is a Git LFS pointer"),
     (b"weights", "cannot be read"), (b"", "cannot be read"), (bytes(100), "cannot be read"),
     (b"\x80\x02" + b"(" * 10**5, "cannot be read"),
-], ids=["page", "page with a comment", "XHTML", "LFS", "text", "empty", "zeros", "pickle of marks"])
+], ids=["page", "page with a comment", "XHTML", "head", "page with a long comment", "XML", "JSON", "gzip", "pickle",
+        "LFS", "text", "empty", "zeros", "pickle of marks"])
 def test_what_a_download_leaves_in_the_place_of_weights_is_called_by_its_name(tmp_path: Path, content: bytes,
                                                                              message: str):
     path = tmp_path / "weights.pt"
@@ -240,6 +254,19 @@ def test_what_a_download_leaves_in_the_place_of_weights_is_called_by_its_name(tm
     with pytest.raises(CheckpointError, match=f"--init-from {path}: {message}") as refused:
         load_weights(network(), path, flag="--init-from")
     assert "\n" not in str(refused.value)
+    assert "weights_only" not in str(refused.value), "a remedy of torch's that runs whatever code the file holds"
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
+@pytest.mark.parametrize("make", [
+    lambda path: torch.jit.script(network().eval()).save(str(path)),
+    lambda path: zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED).writestr("net.pt", bytes(1000)),
+    lambda path: np.savez(path.open("wb"), a=np.ones(3)),
+], ids=["TorchScript", "a file of weights in a zip", "npz"])
+def test_an_archive_of_something_else_is_called_one(tmp_path: Path, make: Callable[[Path], object]):
+    make(tmp_path / "weights.pt")
+    with pytest.raises(CheckpointError, match=r"weights.pt: is an archive of .*, not what torch.save makes of a state"):
+        load_weights(network(), tmp_path / "weights.pt", flag="--init-from")
 
 
 @pytest.mark.timeout(20)

@@ -7,6 +7,7 @@ record claims to be larger than the file.
 import argparse
 import pickle
 import re
+import warnings
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -20,8 +21,8 @@ from launch.errors import CheckpointError, first_line
 
 HEAD_BYTES = 512
 NO_WEIGHTS = {  # what downloads leave in the place of a file of weights, by its beginning
-    r"(\ufeff|\s|<\?xml[^>]*>|<!--.*?-->)*<(!doctype )?html": "is an HTML page; download the file itself, not the page "
-                                                              "about it",
+    r"(\ufeff|\s|<\?xml[^>]*>|<!--.*?-->)*<((!doctype )?(html|head|body|title|meta|script)|!--(?!.*-->))":
+        "is an HTML page; download the file itself, not the page about it",
     r"version https://git-lfs": "is a Git LFS pointer; fetch the file itself with git lfs pull",
 }
 NUMPY_SCALARS = [*((np.float64(0).__reduce__()[0], f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")),
@@ -47,8 +48,11 @@ def read_weights_file(path: Path, source: str) -> Any:
                 raise CheckpointError(f"{source}: {message}")
         if head[8:9] == b"{":  # safetensors: eight bytes of length, then a JSON header
             return safetensors.torch.load_file(path)
+        if not head.startswith((b"PK", b"\x80")):  # an archive, or the pickle that torch.save wrote before 1.6
+            raise ValueError(f"it begins with {head[:16]}, as no file of weights does")
         check_archive(path, source)
-        with torch.serialization.safe_globals(PLAIN_TYPES):
+        with torch.serialization.safe_globals(PLAIN_TYPES), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch's own remarks on old pickles and sparse tensors
             return torch.load(path, map_location="cpu", weights_only=True)
     except (CheckpointError, MemoryError):
         raise
@@ -56,7 +60,7 @@ def read_weights_file(path: Path, source: str) -> Any:
         if found := re.search(r"GLOBAL (\S+)", str(error)) if isinstance(error, pickle.UnpicklingError) else None:
             raise CheckpointError(f"{source}: holds more than tensors and plain values ({found[1]}); save its "
                                   f"state_dict() alone") from None
-        reason = str(error).partition("WeightsUnpickler error: ")[2].split("\n")[0] or first_line(error)
+        reason = str(error).partition("WeightsUnpickler error: ")[2].strip().split("\n")[0] or first_line(error)
         raise CheckpointError(f"{source}: cannot be read ({reason}); get it again") from None
 
 
@@ -67,9 +71,13 @@ def inflates(path: Path) -> bool:
 
 
 def check_archive(path: Path, source: str) -> None:
-    """Raise CheckpointError for an archive with a damaged or inflated record; other files pass."""
+    """Raise CheckpointError for an archive of other things, or with a damaged or inflated record; other files pass."""
     if not zipfile.is_zipfile(path):
         return
+    names = zipfile.ZipFile(path).namelist()
+    if any("/code/" in name for name in names) or not any(name.endswith("/data.pkl") for name in names):
+        raise CheckpointError(f"{source}: is an archive of {', '.join(names[:3]) or 'nothing'}, not what torch.save "
+                              f"makes of a state_dict(); unpack it, or load it with what made it and save that")
     if inflates(path):
         raise CheckpointError(f"{source}: its records claim to be larger than the file; get it again")
     if damaged := zipfile.ZipFile(path).testzip():

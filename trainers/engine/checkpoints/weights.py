@@ -80,6 +80,10 @@ def weights_in(content: Any, source: str) -> tuple[str, dict[str, Tensor]]:
     """The part of a file's content that holds the weights, and these by the names that an unwrapped model gives."""
     part, found = next(parts_with_weights(content), ("", None))
     if found is None:
+        odd = [f"{name} is a {type(value).__name__}, no tensor" for name, value in
+               (content.items() if isinstance(content, Mapping) else ()) if not isinstance(value, Tensor)]
+        if odd and len(odd) < len(content):
+            raise CheckpointError(f"{source}: {first_three(odd)}; save a state_dict() of plain tensors")
         held = ", ".join(map(str, list(content)[:4])) if isinstance(content, Mapping) else type(content).__name__
         raise CheckpointError(f"{source}: holds {held or 'nothing'}, not weights by name; save the model's "
                               f"state_dict()")
@@ -128,6 +132,7 @@ def model_differences(saved: Mapping[str, Tensor], current: Mapping[str, Tensor]
         if name in saved and saved[name].shape != current[name].shape:
             differences.append(f"{name} is {tuple(saved[name].shape)} in the checkpoint and "
                                f"{tuple(current[name].shape)} in the model")
-        elif name in saved and compare_dtypes and saved[name].dtype != current[name].dtype:
+        elif name in saved and saved[name].dtype != current[name].dtype and (
+                compare_dtypes or current[name].is_floating_point() > saved[name].is_floating_point()):
             differences.append(f"{name} is {saved[name].dtype} in the checkpoint and {current[name].dtype} here")
     return differences
