@@ -81,6 +81,8 @@ def remedy(error: OSError) -> str:
         return "make it readable and writable"
     if error.errno in (errno.EISDIR, errno.ENOTDIR, errno.EEXIST, errno.ENOTEMPTY):
         return "move away what has that name"
+    if error.errno == errno.ENOENT:
+        return "move it back if it was moved while in use"
     return "check the disk"
 
 

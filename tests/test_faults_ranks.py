@@ -54,11 +54,15 @@ FAULTS = [
           resumes=True),
     Fault(name="owner-file-deleted", hook=at(11, "data", delete("runs/r/owner.json")), codes=(4,), state="RUNNING",
           error="ERROR checkpoint: .*owner.json was deleted or damaged", resumes=True),
+    Fault(name="checkpoints-deleted", hook=at(11, "data", delete("runs/r/checkpoints")), codes=(4,), state="FAILED",
+          error="ERROR checkpoint: .*cannot be written .No such file or directory.; move it back if it was moved while "
+                "in use, then start the same command again", resumes=True),
 ]
 
 
 @pytest.mark.parametrize("fault", cases(FAULTS, default={
-    "rank-0-killed", "loss-not-finite-on-one-rank", "loss-not-finite-in-the-last-step", "owner-file-deleted"}))
+    "rank-0-killed", "loss-not-finite-on-one-rank", "loss-not-finite-in-the-last-step", "owner-file-deleted",
+    "checkpoints-deleted"}))
 def test_a_rank_that_fails_is_named_once_and_every_rank_ends(tmp_path: Path, fault: Fault) -> None:
     assert_ends_as_specified(fault, tmp_path)
 

@@ -188,7 +188,8 @@ def check_free_space(folder: Path, state: Any) -> None:
     """Raise CheckpointError if the file would not fit, before anything is copied."""
     num_bytes = sum(tensor.nbytes for _, tensor in tensors_in(state))
     needed = num_bytes * 1.02 + 2**20  # the archive's own share is about 1 % at 100 kB per tensor
-    free = shutil.disk_usage(folder).free
+    with writing(folder):
+        free = shutil.disk_usage(folder).free
     if free < needed:
         raise CheckpointError(f"{folder}: a checkpoint needs {needed / 2**20:.0f} MiB and {free / 2**20:.0f} MiB are "
                               f"free; free some space, then start the same command again")
