@@ -215,12 +215,18 @@ def test_an_evaluation_does_not_replace_the_result_of_a_training_run(folder: Run
     assert folder.read_json("config.json") == before
 
 
+@pytest.mark.parametrize("line", [b"[" * 10**5, b"\xff", b"3", b"{}"])
+def test_a_first_line_of_metrics_of_any_kind_names_no_split(folder: RunFolder, line: bytes) -> None:
+    (folder.path / "metrics.jsonl").write_bytes(line)
+    assert folder.first_evaluated_split() is None
+
+
 def test_metrics_are_cut_to_the_lines_that_will_not_be_written_again(folder: RunFolder) -> None:
     lines = [("train", 5), ("train", 10), ("test", 10), ("train", 15)]
     for split, step in lines:
         folder.append_metrics({"split": split, "step": step, "loss": float("nan")})
     with open(folder.path / "metrics.jsonl", "ab") as file:
-        file.write(b'[3]\n\xff\xfe{"split": "tra')
+        file.write(b"[" * 10**5 + b'\n[3]\n\xff\xfe{"split": "tra')
     folder.truncate_metrics(10, evaluated=True)
     kept = [json.loads(line) for line in (folder.path / "metrics.jsonl").read_text().splitlines()]
     assert [(line["split"], line["step"]) for line in kept] == lines[:3]

@@ -130,7 +130,7 @@ class RunFolder:
             try:
                 line = json.loads(text)
                 return line["step"] < step or (line["step"] == step and (evaluated or line["split"] == "train"))
-            except (ValueError, KeyError, TypeError):
+            except (ValueError, KeyError, TypeError, RecursionError):
                 return False  # cut off in the middle by a kill
 
         if self.is_main and (self.path / "metrics.jsonl").exists():
@@ -141,7 +141,7 @@ class RunFolder:
 
     def first_evaluated_split(self) -> str | None:
         """The split of the first evaluation that metrics.jsonl holds; None before there is one."""
-        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError, RecursionError):
             for text in (self.path / "metrics.jsonl").read_text(errors="replace").splitlines():
                 if (split := json.loads(text)["split"]) != "train":
                     return split
