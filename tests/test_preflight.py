@@ -64,6 +64,14 @@ def test_a_network_that_fails_is_told_in_one_line(network: nn.Module, size: int,
     assert "\n" not in str(refused.value)
 
 
+def test_a_network_that_is_only_evaluated_is_not_tried_in_training() -> None:
+    step = step_of(nn.Sequential(nn.Flatten(), nn.BatchNorm1d(3072)))
+    assert len(list(tried_first(step, iter(batches(1)), {"evaluate": "best.pt"}))) == 1
+    step = step_of(nn.Sequential(nn.Flatten(), nn.Linear(7, 2)))
+    with pytest.raises(UsageError, match=r"--evaluate best\.pt: its network cannot take inputs of 3 x 32 x 32"):
+        next(tried_first(step, iter(batches(4)), {"evaluate": "best.pt", "model": "m"}))
+
+
 def test_memory_used_up_is_no_mistake_in_the_flags() -> None:
     network = nn.Sequential()
     network.forward = lambda images: (_ for _ in ()).throw(torch.OutOfMemoryError("used up"))  # pyright: ignore

@@ -1,4 +1,4 @@
-"""The network, tried before training: once in eval and once in train mode, on blank inputs of the real size.
+"""The network, tried on blank inputs of the real size: once in eval mode and, before training, once in train mode.
 
 Inputs that are dicts or tuples of tensors are taken as they are: lengths and indices among them must fit each other.
 """
@@ -52,11 +52,13 @@ def try_network(step: TrainStep, batch: Batch, flags: Mapping[str, Any]) -> None
                 raise
             raise UsageError(explain(first_line(error))) from None
 
-    model = f"--model {flags.get('model')}"
-    attempt(network.eval, lambda reason: f"{model}: cannot take inputs of {size} ({reason}); choose a model for this "
-                                         f"size")
-    attempt(step.train_mode, lambda reason: few_samples(reason, flags) if single and len(inputs) == 1 else
-            f"{model}: fails in training on inputs of {size} ({reason}); choose another")
+    model, remedy = f"--model {flags.get('model')}:", "choose a model for this size"
+    if flags.get("evaluate") is not None:
+        model, remedy = f"--evaluate {flags['evaluate']}: its network", "use the trainer and size that made it"
+    attempt(network.eval, lambda reason: f"{model} cannot take inputs of {size} ({reason}); {remedy}")
+    if flags.get("evaluate") is None:
+        attempt(step.train_mode, lambda reason: few_samples(reason, flags) if single and len(inputs) == 1 else
+                f"{model} fails in training on inputs of {size} ({reason}); choose another")
     for buffer, value in zip(network.buffers(), before, strict=True):
         buffer.copy_(value)
 

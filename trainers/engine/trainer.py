@@ -172,9 +172,11 @@ class Trainer:
             self.sums.reset()
 
     def evaluate(self, test: EvaluationBatches) -> Evaluation:
-        """As TrainStep.evaluate; Stopped says at which step."""
+        """As TrainStep.evaluate; Stopped says at which step. Where nothing was trained the network is tried first."""
+        untried = self.config.get("evaluate") is not None
         try:
-            return self.train_step.evaluate(test, self.stop)
+            batches = tried_first(self.train_step, iter(test), self.config) if untried else test
+            return self.train_step.evaluate(batches, self.stop)
         except Stopped:
             raise self._stopped() from None
 
