@@ -380,21 +380,24 @@ def watch_the_fence(below: str, into: str) -> None:
     The seconds are negative where another change came in between, so that this one was not checked by itself. Left out
     are temporaries, which are this process's own, and the files by which it owns the folder.
     """
-    looked_at = [0.0]
+    looked_at: dict[int, float] = {}  # by thread: the loop and the save under way take turns
     changes = {"os.rename": 1, "os.link": 1, "os.remove": 0, "open": 0}
 
     def watch(event: str, arguments: tuple[Any, ...]) -> None:
         path = str(arguments[changes[event]]) if event in changes else ""
         if below not in path:
             return
-        name = Path(path).name
+        name, thread = Path(path).name, threading.get_ident()
         writes = event != "open" or arguments[2] & (os.O_WRONLY | os.O_RDWR)
         if not writes:
-            looked_at[0] = time.perf_counter() if name == "owner.json" else looked_at[0]
+            if name == "owner.json":
+                looked_at[thread] = time.perf_counter()
         elif not name.endswith(".tmp") and name not in ("owner.json", "heartbeat.json", "lock"):
             with contextlib.suppress(OSError):
-                os.write(log, f"{event} {name} {time.perf_counter() - looked_at[0]}\n".encode())
-            looked_at[0] = math.inf if event != "open" else looked_at[0]
+                since = time.perf_counter() - looked_at.get(thread, math.inf)
+                os.write(log, f"{event} {name} {since}\n".encode())
+            if event != "open":
+                looked_at[thread] = math.inf
 
     log = os.open(into, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     sys.addaudithook(watch)

@@ -1,4 +1,4 @@
-"""result.json, the final summary and the pictures of a finished run, and its weights alone if asked for."""
+"""What a run says before it begins; and of a finished one result.json, the final summary, the pictures, the weights."""
 
 import io
 import resource
@@ -12,17 +12,34 @@ import torch
 
 from launch.errors import printable, say
 from trainers.engine.checkpoints.snapshot import hash_tensors
-from trainers.engine.config import Statistics
+from trainers.engine.config import Statistics, TrainConfig
 from trainers.engine.metrics import Evaluation
 from trainers.engine.parallel import num_parameters, parallel_name
 from trainers.engine.run import pictures
 from trainers.engine.run.folder import RunFolder
 from trainers.engine.step import TrainStep
-from trainers.engine.task import Batch, EvaluationBatches
+from trainers.engine.task import Batch, EvaluationBatches, TrainBatches
 from trainers.engine.trainer import Trainer
 
 MOST_RESULT_CLASSES = 200  # up to which result.json holds the confusion matrix
 MOST_SHOWN_CLASSES, ENDS = 20, 5  # up to which the terminal shows every class, and how many of either end beyond
+
+
+def summary(config: TrainConfig, trainer: Trainer, train: TrainBatches, where: str) -> str:
+    """What will run, before step 1: the batch arithmetic most of all."""
+    world, step = trainer.world, trainer.train_step
+    num_trained = sum(parameter.numel() for parameter in step.trained)
+    return "\n".join([
+        f"run        {trainer.folder.path} ({where})",
+        f"world      {world.world_size} x {world.device.type}, {world.threads} threads each, backend {world.backend}, "
+        f"launched by {world.launcher}",
+        f"batch      {config.batch_size} = {config.rank_batch_size()} per rank x {world.world_size} ranks x "
+        f"{config.accumulation_steps} accumulation",
+        f"steps      {config.total_steps(train.steps_per_epoch)} = {train.steps_per_epoch} per epoch, {config.epochs} "
+        f"epochs" + (f", at most {config.max_steps}" if config.max_steps else ""),
+        f"model      {config.model}, {num_parameters(step.network):,} parameters, {num_trained:,} trained, "
+        f"{config.precision}",
+    ])
 
 
 def finish(trainer: Trainer, evaluation: Evaluation, class_names: tuple[str, ...], *, split: str, batch_size: int,

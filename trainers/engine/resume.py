@@ -184,8 +184,6 @@ def is_memory_of(parameter: Tensor, entry: Any) -> bool:
 def resume(config: TrainConfig, trainer: Trainer, *, steps_per_epoch: int) -> str:
     """Put the trainer where the run was, or at the weights of `--init-from`; returns a sentence for the summary.
 
-    Says from which learning rate to which it goes where the schedule is laid over more steps, or fewer, than before.
-
     Raises:
         CheckpointError: if no checkpoint is whole, what is loaded does not fit, or differs between the ranks.
     """
@@ -218,13 +216,8 @@ def resume(config: TrainConfig, trainer: Trainer, *, steps_per_epoch: int) -> st
         to_stderr(f"WARNING checkpoint: {', '.join(changed)}: changed since {source.name} was written; the run "
                   f"continues with what is there now")
     check_same_on_all_ranks(trainer, source)
-    before = replace(config, epochs=state["config"].get("epochs", config.epochs),
-                     max_steps=state["config"].get("max_steps")).total_steps(steps_per_epoch)
-    if (total := config.total_steps(steps_per_epoch)) != before and config.schedule != "constant" and world.is_main:
-        group = trainer.train_step.optimizer.param_groups[0]
-        then, now = group["lr"], group["initial_lr"] * trainer.train_step.schedule(trainer.step)
-        say(f"schedule   {config.schedule} over {total} steps, not {before}: the learning rate goes from {then:.3g} to "
-            f"{now:.3g}")
+    if world.is_main and config.schedule != "constant":
+        say_other_rate(config, trainer, state["config"], steps_per_epoch)
     evaluated = trainer.history.has_recorded(trainer.step)
     from_main(world, lambda: folder.truncate_metrics(trainer.step, evaluated=evaluated))
     return f"from {source.name}, step {trainer.step}, epoch {trainer.epoch}"
@@ -234,3 +227,14 @@ def changed_files(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str
     """Those of the user's own files, by name, whose content is no longer what a checkpoint was made with."""
     then = {Path(path).name: sha256 for path, sha256 in before.get("user_code", {}).items()}
     return [path for path, sha256 in now.get("user_code", {}).items() if then.get(Path(path).name, sha256) != sha256]
+
+
+def say_other_rate(config: TrainConfig, trainer: Trainer, saved: Mapping[str, Any], steps_per_epoch: int) -> None:
+    """From which learning rate to which it goes, where the schedule is laid over more steps, or fewer, than before."""
+    before = replace(config, epochs=saved.get("epochs", config.epochs), max_steps=saved.get("max_steps"))
+    total, old_total = (each.total_steps(steps_per_epoch) for each in (config, before))
+    if total != old_total:
+        group = trainer.train_step.optimizer.param_groups[0]
+        then, now = group["lr"], group["initial_lr"] * trainer.train_step.schedule(trainer.step)
+        say(f"schedule   {config.schedule} over {total} steps, not {old_total}: the learning rate goes from {then:.3g} "
+            f"to {now:.3g}")

@@ -34,9 +34,9 @@ from trainers.engine.data_record import DataRecord, saved_class_names
 from trainers.engine.measure import dry_run, write_measurement
 from trainers.engine.metrics import TOP
 from trainers.engine.optimizer import build_optimizer, ema_average, freeze
-from trainers.engine.parallel import choose_parallel, num_parameters, parallelize
+from trainers.engine.parallel import choose_parallel, parallelize
 from trainers.engine.precision import Precision
-from trainers.engine.result import draw_first_batch, draw_result, finish
+from trainers.engine.result import draw_first_batch, draw_result, finish, summary
 from trainers.engine.resume import as_trained, known_classes, load_best, load_for_evaluation, resume
 from trainers.engine.run.card import CARD_FILE, ModelCard
 from trainers.engine.run.folder import OUT_OF_PATIENCE, RunFolder
@@ -286,20 +286,3 @@ def write_done(trainer: Trainer) -> None:
         if trainer.world.is_main:
             say(f"ended by {reason}")
     trainer.folder.write_status("DONE", step=trainer.step, epoch=trainer.epoch, reason=reason)
-
-
-def summary(config: TrainConfig, trainer: Trainer, train: TrainBatches, where: str) -> str:
-    """What will run, before step 1: the batch arithmetic most of all."""
-    world, step = trainer.world, trainer.train_step
-    num_trained = sum(parameter.numel() for parameter in step.trained)
-    return "\n".join([
-        f"run        {trainer.folder.path} ({where})",
-        f"world      {world.world_size} x {world.device.type}, {world.threads} threads each, backend {world.backend}, "
-        f"launched by {world.launcher}",
-        f"batch      {config.batch_size} = {config.rank_batch_size()} per rank x {world.world_size} ranks x "
-        f"{config.accumulation_steps} accumulation",
-        f"steps      {config.total_steps(train.steps_per_epoch)} = {train.steps_per_epoch} per epoch, {config.epochs} "
-        f"epochs" + (f", at most {config.max_steps}" if config.max_steps else ""),
-        f"model      {config.model}, {num_parameters(step.network):,} parameters, {num_trained:,} trained, "
-        f"{config.precision}",
-    ])
