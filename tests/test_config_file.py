@@ -9,8 +9,9 @@ import pytest
 
 from launch.command_line import parse
 from launch.errors import UsageError
-from tests.helpers.comparing import finished
+from tests.helpers.hooks import small_data
 from tests.helpers.processes import read_json
+from tests.helpers.server import NORMED, run
 from trainers import cifar, image_folder, mnist, regression
 from trainers.engine.session import to_plain
 
@@ -84,9 +85,9 @@ def test_a_file_that_is_not_there_or_is_no_text_is_one_line(tmp_path: Path) -> N
 
 @pytest.mark.timeout(120)
 def test_the_config_of_a_run_repeats_it_to_the_bit(tmp_path: Path) -> None:
-    flags = ("--dataset", "synthetic", "--max-steps", "6", "--batch-size", "64", "--clip-grad-norm", "1", "--model",
-             "net")
-    first = finished("cifar", tmp_path / "first", *flags, ranks=2)
-    second = finished("cifar", tmp_path / "second", "--config", str(first / "config.json"), ranks=2)
-    results = [read_json(folder / "result.json") for folder in (first, second)]
+    first = run("cifar", *NORMED, "--clip-grad-norm", "1", "--output-dir", tmp_path / "first", ranks=2)
+    second = run("cifar", "--config", tmp_path / "first" / "r" / "config.json", "--run-name", "again", "--output-dir",
+                 tmp_path / "second", ranks=2, hook=small_data())
+    assert (first.codes, second.codes) == ([0, 0], [0, 0]), second.err
+    results = [read_json(tmp_path / name / "result.json") for name in ("first/r", "second/again")]
     assert results[0]["weights_sha256"] == results[1]["weights_sha256"]

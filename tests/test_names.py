@@ -46,6 +46,7 @@ def test_no_way_to_a_terminal_lets_a_name_forge_a_line(capsys: pytest.CaptureFix
     assert is_clean(text)
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(120)
 def test_a_run_on_files_and_classes_of_such_names_prints_them_escaped(tmp_path: Path):
     tree = write_tree(tmp_path / "images")

@@ -34,7 +34,7 @@ def result_of(folder: Path) -> dict[str, Any]:
 
 
 @pytest.mark.timeout(120)
-@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("ranks", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_a_strangers_file_killed_and_resumed_ends_as_one_never_killed(tmp_path: Path, ranks: int) -> None:
     whole = train(tmp_path / "whole", ranks=ranks)
     assert whole.codes == [0] * ranks, whole.err
@@ -46,6 +46,7 @@ def test_a_strangers_file_killed_and_resumed_ends_as_one_never_killed(tmp_path: 
     assert result_of(tmp_path / "killed") == result_of(tmp_path / "whole")
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(120)
 def test_any_number_of_workers_gives_the_same_bits(tmp_path: Path) -> None:
     found = []
@@ -67,6 +68,7 @@ def test_two_ranks_with_two_workers_killed_at_random_steps_end_as_one_never_kill
     assert result_of(tmp_path / "killed") == result_of(tmp_path / "whole")
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(120)
 def test_every_sample_is_augmented_alike_on_one_two_and_four_ranks(tmp_path: Path) -> None:
     seen = []
@@ -361,7 +363,7 @@ IMAGES = """
 
 
 @pytest.mark.timeout(120)
-@pytest.mark.parametrize("trainer", ["cifar", "image_folder"])
+@pytest.mark.parametrize("trainer", ["cifar", pytest.param("image_folder", marks=pytest.mark.slow)])
 def test_every_part_of_an_image_trainer_may_be_ones_own(tmp_path: Path, trainer: str) -> None:
     write(tmp_path, "", head=IMAGES)
     data = ("--dataset", "synthetic") if trainer == "cifar" else ("--data-dir", image_tree(tmp_path / "images"))
