@@ -11,12 +11,13 @@ import socket
 import threading
 import time
 from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import NoReturn, Protocol
 
 import torch
 import torch.distributed as dist
 
-from launch.errors import DeviceError, DistributedError, UsageError, is_users, to_stderr, user_line
+from launch.errors import EXIT_PREEMPTED, DeviceError, DistributedError, UsageError, is_users, to_stderr, user_line
 from launch.heartbeats import Heartbeats
 from launch.launcher import Launch
 from launch.stop import stop_request
@@ -35,6 +36,9 @@ class RunRecord(Protocol):
 
     def failed(self, cause: Exception | str, *, step: int) -> None:
         """The process is about to be ended; there are two seconds to write it down."""
+
+    def preempted(self, reason: str) -> None:
+        """The same, for a stop."""
 
 
 class JobFailure:
@@ -139,17 +143,21 @@ class JobFailure:
             code: int = DistributedError.exit_code) -> NoReturn:
         """End the process from the watchdog's thread: the main one waits for something that may never come.
 
-        `stuck` are ranks that cannot leave by themselves; those on this host are killed.
+        `stuck` are ranks that cannot leave by themselves; those on this host are killed. A stop, by EXIT_PREEMPTED,
+        waits until all are here, with the error line claimed: so none takes another for lost.
         """
         if speaks:
             to_stderr(line)
         if stuck and self.heartbeats is not None:
             self.heartbeats.kill_siblings(stuck)
         if self.run is not None:
-            writing = threading.Thread(target=self.run.failed, args=[line], kwargs={"step": step}, daemon=True)
+            write = partial(self.run.failed, step=step) if code != EXIT_PREEMPTED else self.run.preempted
+            writing = threading.Thread(target=write, args=[line], daemon=True)
             with contextlib.suppress(RuntimeError):  # no more threads
                 writing.start()
                 writing.join(2)  # a file system that hangs must not keep the process
+        if code == EXIT_PREEMPTED and self.heartbeats is not None:
+            self.heartbeats.wait_to_leave(LINGER_SECONDS)
         os._exit(code)
 
     def _lost_line(self, step: int) -> str:

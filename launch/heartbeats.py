@@ -1,7 +1,7 @@
 """What ranks tell each other beside their collectives, through the job's key-value store.
 
-A rank's heartbeat is [count, step, phase, host, pid, parent's pid]. There are also two marks that any rank may set:
-`stop`, that it was asked to stop, and `failed`, that it has failed.
+A rank's heartbeat is [count, step, phase, host, pid, parent's pid]. There are also marks that any rank may set: `stop`,
+that it was asked to stop, `stuck`, that it cannot stop with the others, and `failed`, that it has failed.
 """
 
 import json
@@ -9,6 +9,7 @@ import os
 import signal
 import socket
 import threading
+import time
 from collections.abc import Sequence
 from contextlib import suppress
 from typing import Any
@@ -44,6 +45,20 @@ class Heartbeats:
     def asked_to_stop(self) -> bool:
         """Whether any rank was asked to stop."""
         return self.store.check(["stop"])
+
+    def stuck_rank(self, *, is_me: bool) -> int | None:
+        """The rank that cannot come to the step at which all would stop; with `is_me`, it is this one."""
+        if is_me:
+            self.store.set("stuck", str(self.rank))
+        return int(self.store.get("stuck")) if self.store.check(["stuck"]) else None
+
+    def wait_to_leave(self, seconds: float) -> None:
+        """Until every rank has called this, or its host has gone, since it had seen them all; or for so long."""
+        until = time.monotonic() + seconds
+        with suppress(RuntimeError):
+            self.store.add("leaving", 1)
+            while self.store.add("leaving", 0) < self.world_size and time.monotonic() < until:
+                time.sleep(0.1)
 
     def first_to_fail(self) -> bool:
         """Whether no other rank has failed before this call."""

@@ -45,6 +45,8 @@ class StopRequest:
         self.reason: str | None = None
         self.launcher: int | None = None
         """The process that started this one, known before it can have died unnoticed."""
+        self.signals = -1
+        """Where Python's own handler, which no call holds up, writes the numbers of signals."""
         self._interrupted_at: float | None = None
         self._may_interrupt: Callable[[FrameType | None], bool] | None = None
 
@@ -68,6 +70,13 @@ class StopRequest:
             if allowed:
                 raise Stopped(self.reason)
 
+    def hear(self) -> None:
+        """From another thread: note the signals that the main one, in a call that does not return, has not handled."""
+        with contextlib.suppress(OSError):  # there are none
+            for number in os.read(self.signals, 64):
+                if number in SIGNALS:
+                    self.ask(signal.Signals(number).name)
+
     def interrupt(self, *, allowed: Callable[[FrameType | None], bool]) -> None:
         """From another thread: raise Stopped in the main one, which waits and hears no request, if `allowed` there."""
         if signal.getsignal(signal.SIGTERM) == self.handle:
@@ -87,6 +96,11 @@ def catch_signals() -> StopRequest:
     """Install the handlers (main thread only; again is harmless) and return this process's request."""
     if _request.launcher is None:
         _request.launcher = os.getppid()
+        _request.signals, writing = ends = os.pipe()
+        for end in ends:
+            os.set_blocking(end, False)
+        if (others := signal.set_wakeup_fd(writing, warn_on_full_buffer=False)) != -1:
+            signal.set_wakeup_fd(others)  # as asyncio has one, in a notebook
         atexit.register(ignore_signals)  # first in, so last out: Python then gives back handlers that kill
     for number in stop_signals():
         signal.signal(number, _request.handle)
@@ -110,6 +124,7 @@ def signals_caught() -> Iterator[StopRequest]:
         for number, handler in before.items():
             signal.signal(number, handler or signal.SIG_DFL)
         if before[signal.SIGTERM] != _request.handle:
+            _request.hear()
             _request.reason = None
 
 

@@ -25,22 +25,25 @@ from typing import Any
 
 import torch.distributed as dist
 
-from launch.errors import to_stderr
+from launch.errors import EXIT_PREEMPTED, to_stderr
 from launch.failure import JobFailure, RunRecord
 from launch.files import ROOT
 from launch.heartbeats import Heartbeats
 from launch.launcher import Launch
 from launch.machine import free_shared_memory
-from launch.stop import stop_request
+from launch.stop import StopRequest, stop_request
 
 TICK_SECONDS = 0.5
 MOST_TICK_SECONDS = 2.0  # that one tick counts for: after more, this process was itself stopped or asleep
 SILENT_SECONDS = 15.0  # beyond the timeout, for the store to answer: its connection itself gives up after 15 minutes
 HEARD_SECONDS = 2.0  # for which a stop waits for the next batch before it interrupts that wait
+AGREED_SECONDS = 5.0  # the same where the steps since the last checkpoint are then lost
 WAITING = ("backward", "reduce", "left")  # phases in which a rank may be waiting for another
 READING = ("data", "evaluation data")  # phases in which it waits for its next batch
 DATA_EXIT_CODE = 3  # of datasets.errors.DataError, which launch/ does not import
 OURS = f"{ROOT}{os.sep}"
+READERS = tuple(f"{OURS}{place}" for place in ("datasets", "trainers/engine/checkpoints/load",
+                                                "trainers/engine/checkpoints/weight"))
 LIBRARIES = tuple({sys.prefix, sys.base_prefix, os.path.dirname(os.__file__), "<frozen"})
 
 
@@ -57,6 +60,7 @@ class Watchdog:
         self._before: dict[int, list[Any]] | None = None  # heartbeats at half of the timeout
         self._stopping = threading.Event()
         self._threads: list[threading.Thread] = []
+        self._asked_at = math.inf  # when the request to stop was first seen
         self._answered_at = math.inf  # when the store last did; inf until there is one
         self._trainer = (threading.get_ident(), threading.get_native_id())  # the thread that trains
         self._switches, self._moved_at, self._has_warned = "", 0.0, False
@@ -104,6 +108,7 @@ class Watchdog:
             now = time.monotonic()
             self._seconds += min(now - before, MOST_TICK_SECONDS)
             before = now
+            stop_request().hear()
             if self.failure.launcher_died():
                 self.failure.end_without_launcher(step=self.step)
             if self.world_size == 1:
@@ -131,9 +136,20 @@ class Watchdog:
         request = stop_request()
         if request:
             heartbeats.ask_all_to_stop()
+            if self.world_size > 1:
+                self._stop_without(heartbeats, request)
         elif heartbeats.asked_to_stop():
             request.ask("another rank was asked to stop")
         self.failure.follow(step=self.step)
+
+    def _stop_without(self, heartbeats: Heartbeats, request: StopRequest) -> None:
+        """End the process at the last checkpoint if some rank still waits for data so long after a stop."""
+        self._asked_at = min(self._asked_at, self._seconds)
+        waited = self._seconds - max(self._asked_at, self._changed_at)
+        reads = self._reads(sys._current_frames().get(self._trainer[0]))
+        if (stuck := heartbeats.stuck_rank(is_me=reads and waited > AGREED_SECONDS)) is not None:
+            self.failure.claim_in_this_process()
+            self.failure.end(f"{request.reason}; rank {stuck} waited for data", step=self.step, code=EXIT_PREEMPTED)
 
     def _check_alone(self) -> None:
         """With one rank: end a wait for data at the timeout, interrupt it for a stop; warn once of another standstill.
@@ -147,8 +163,11 @@ class Watchdog:
         still = since_mark if self.phase in READING else min(since_mark, self._seconds - self._moved_at)
         frame = sys._current_frames().get(self._trainer[0])
         reads, place = self._reads(frame), place_of(frame)
-        if still > HEARD_SECONDS and reads and stop_request():
-            stop_request().interrupt(allowed=self._reads)
+        if still > HEARD_SECONDS and reads and (request := stop_request()):
+            self._asked_at = min(self._asked_at, self._seconds)
+            if min(still, self._seconds - self._asked_at) > AGREED_SECONDS:  # nor does it hear the interruption
+                self.failure.end(str(request.reason), step=self.step, code=EXIT_PREEMPTED)
+            request.interrupt(allowed=self._reads)
         elif still > self.timeout_seconds and reads and place.startswith(OURS):
             show_stacks()
             line = (f"ERROR data: --timeout {self.timeout_seconds:.0f}: no data for longer at step {self.step} "
@@ -161,7 +180,7 @@ class Watchdog:
 
     def _reads(self, frame: FrameType | None) -> bool:
         """Whether the thread that trains, at this frame, waits for data."""
-        return self.phase in READING or any(each.f_code.co_filename.startswith(f"{OURS}datasets")
+        return self.phase in READING or any(each.f_code.co_filename.startswith(READERS)
                                             for each, _ in traceback.walk_stack(frame))
 
     def _check_progress(self, heartbeats: Heartbeats) -> None:
@@ -213,7 +232,7 @@ def place_of(frame: FrameType | None) -> str:
 
 def data_remedy() -> str:
     """What to do where no data comes."""
-    return (f"see whether --data-dir can still be read, and the --workers (/dev/shm has "
+    return (f"see whether --data-dir, or what is read there, can still be read, and the --workers (/dev/shm has "
             f"{(free_shared_memory() or 0) / 2**20:.0f} MiB free), or raise --timeout if it was only slow")
 
 

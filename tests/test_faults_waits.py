@@ -15,10 +15,12 @@ from launch.launcher import usable_cores
 from tests.helpers.comparing import outcome, run_in
 from tests.helpers.faults import Fault, assert_ends_as_specified, cases, check, check_nothing_left
 from tests.helpers.hooks import (
+    Hook,
     at,
     become_user,
     hang_on_open,
     no_more_threads,
+    read_without_end,
     run_out_of_memory,
     say,
     sleep_for,
@@ -99,6 +101,38 @@ def test_a_stop_is_heard_in_a_read_that_never_returns(tmp_path: Path, place: tup
     assert newest_checkpoint(tmp_path / "r")["step"] == place[0]
 
 
+@pytest.mark.parametrize(("rank", "place", "saved", "read"), [
+    (1, (7, "data"), 6, sleep_for(60)), *(pytest.param(*case, marks=pytest.mark.slow) for case in (
+        (0, (7, "data"), 6, read_without_end()), (1, (10, "evaluation data"), 9, read_without_end())))])
+def test_a_stop_is_heard_while_one_of_several_ranks_reads_without_end(tmp_path: Path, rank: int, place: tuple[int, str],
+                                                                      saved: int, read: Hook) -> None:
+    hook = at(*place, say("hangs"), read, ranks=[rank])
+    with start("cifar", *NORMED, "--output-dir", tmp_path, folder=tmp_path, hook=hook, ranks=2) as job:
+        job.wait_for_line("hangs")
+        before = time.monotonic()
+        job.signal(signal.SIGTERM)
+        check(job.wait(30), Fault(name="stop", codes=(75,), ranks=2))
+        assert time.monotonic() - before < 9 * slack()
+        check_nothing_left(job)
+    status = read_json(tmp_path / "r" / "status.json")
+    assert (status["state"], status["step"]) == ("PREEMPTED", saved)
+    assert status["reason"].endswith(f"; rank {rank} waited for data")
+    assert newest_checkpoint(tmp_path / "r")["step"] == saved
+    assert run_in(tmp_path, ranks=2).codes == [0, 0]
+    assert run_in(tmp_path / "whole", ranks=2).codes == [0, 0]
+    assert outcome(tmp_path) == outcome(tmp_path / "whole")
+
+
+@pytest.mark.slow
+def test_a_stop_in_a_read_that_no_signal_interrupts_keeps_the_last_checkpoint(tmp_path: Path) -> None:
+    hook = at(7, "data", say("hangs"), read_without_end())
+    with start("cifar", *NORMED, "--output-dir", tmp_path, folder=tmp_path, hook=hook) as job:
+        job.wait_for_line("hangs")
+        job.signal(signal.SIGTERM)
+        check(job.wait(12 * slack()), Fault(name="stop", codes=(75,)))
+    assert read_json(tmp_path / "r" / "status.json")["step"] == newest_checkpoint(tmp_path / "r")["step"] == 6
+
+
 @pytest.mark.slow
 def test_a_stop_within_a_step_of_several_micro_batches_keeps_the_last_checkpoint(tmp_path: Path) -> None:
     flags = ["--accumulation-steps", "2"]
@@ -154,6 +188,22 @@ def test_a_read_that_never_returns_before_training_is_named_and_a_stop_is_heard(
         check_nothing_left(job)
     error = "" if stopped else "ERROR data: --timeout 2: no data"
     check(ended, Fault(name="start", codes=(75 if stopped else 3,), error=error))
+    assert read_json(tmp_path / "r" / "status.json")["state"] == ("PREEMPTED" if stopped else "FAILED")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stopped", [False, True])
+def test_a_checkpoint_whose_read_never_returns_is_named_and_a_stop_is_heard(tmp_path: Path, stopped: bool) -> None:
+    assert run_in(tmp_path, "--max-steps", "4").codes == [0]
+    flags = [*NORMED, "--output-dir", tmp_path, "--timeout", "60" if stopped else "2"]
+    with start("cifar", *flags, folder=tmp_path, hook=hang_on_open(".pt")) as job:
+        job.wait_for_line("hangs")
+        if stopped:
+            job.signal(signal.SIGTERM)
+        ended = job.wait(20)
+        check_nothing_left(job)
+    error = "" if stopped else "ERROR data: --timeout 2: no data for longer at step 0"
+    check(ended, Fault(name="load", codes=(75 if stopped else 3,), error=error))
     assert read_json(tmp_path / "r" / "status.json")["state"] == ("PREEMPTED" if stopped else "FAILED")
 
 

@@ -78,6 +78,8 @@ def test_the_thread_ends_when_it_is_told_to(store: dist.Store) -> None:
 
         def failed(self, reason: str, *, step: int) -> None: ...
 
+        def preempted(self, reason: str) -> None: ...
+
     watchdog = Watchdog()
     ticks: list[float] = []
     watchdog.attend(Run())

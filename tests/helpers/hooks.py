@@ -464,6 +464,14 @@ def hang_on_open(name: str) -> None:
 
 
 @hook
+def read_without_end() -> None:
+    """Wait in a call that no signal interrupts, so that Python's handlers have no turn, as of a gone file server."""
+    mutex = ctypes.create_string_buffer(64)
+    for _ in range(2):  # the second time waits for the first
+        ctypes.CDLL(None).pthread_mutex_lock(mutex)
+
+
+@hook
 def sleep_in_a_users_function(seconds: float) -> None:
     """Sleep in code of a file that is not of this checkout."""
     text = f"def transform():\n    import time\n    time.sleep({seconds})\ntransform()"

@@ -113,7 +113,7 @@ def open_run(config: TrainConfig, trainer: str) -> Iterator[Run]:
                 yield Run(trainer=trainer, world=world, folder=folder, stop=stop, config=config, evaluated=state,
                           known=known, user_code=files)
         except Stopped as stopped:
-            write_preempted(folder, stopped)
+            folder.preempted(str(stopped), epoch=stopped.epoch)
             raise
         except Exception as error:
             folder.failed(translated(error), step=world.watchdog.step)
@@ -133,14 +133,6 @@ def begin(config: TrainConfig, folder: RunFolder, world: World, files: dict[str,
         raise AlreadyDone(result)
     if world.is_main and (warning := too_many_threads(world, world.threads)):
         to_stderr(warning)
-
-
-def write_preempted(folder: RunFolder, stopped: Stopped) -> None:
-    """PREEMPTED and why, at the step that was saved."""
-    step, epoch = map(max, (stopped.step, stopped.epoch), folder.position())
-    folder.write_status("PREEMPTED", step=step, epoch=epoch, reason=str(stopped))
-    if folder.is_main:
-        say(f"stopped at step {step} ({stopped}); the same command continues from there")
 
 
 def build_trainer(config: TrainConfig, run: Run, model: nn.Module, task: Task, *, steps_per_epoch: int,

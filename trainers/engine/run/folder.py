@@ -13,10 +13,10 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from launch.errors import CheckpointError, UsageError, user_line
+from launch.errors import CheckpointError, UsageError, say, user_line
 from launch.files import read_object, replace_file, sync_folder, writing
 from launch.machine import environment_record
-from trainers.engine.checkpoints.files import committed
+from trainers.engine.checkpoints.files import committed, step_of
 from trainers.engine.config import MAY_CHANGE, TrainConfig
 from trainers.engine.run.ownership import Ownership, output_dir_writable
 
@@ -90,16 +90,27 @@ class RunFolder:
         step, epoch = (value if type(value) is int else 0 for value in (status.get("step"), status.get("epoch")))
         return step, epoch
 
+    def _is_under_way(self) -> bool:
+        """Whether its end is still to be written down, by this process; what fails once it is DONE is optional."""
+        return self._started and (self.read_json("status.json") or {}).get("state") != "DONE"
+
     def failed(self, cause: Exception | str, *, step: int) -> None:
         """FAILED and why; not if this process never started the run, or has lost it, or the disk is full."""
-        done = (self.read_json("status.json") or {}).get("state") == "DONE"  # what fails now is optional
-        if not self._started or done:
+        if not self._is_under_way():
             return
         before_step, epoch = self.position()
         if isinstance(cause, Exception):
             cause = user_line(cause) or f"{type(cause).__name__}: {cause}"
         with contextlib.suppress(CheckpointError):
             self.write_status("FAILED", step=max(step, before_step), epoch=epoch, reason=cause)
+
+    def preempted(self, reason: str, *, epoch: int = 0) -> None:
+        """PREEMPTED and why, at the last checkpoint; nothing is said of this process's end after that."""
+        if self._is_under_way():
+            step = max(map(step_of, committed(self.checkpoints)), default=0)
+            self.write_status("PREEMPTED", step=step, epoch=max(epoch, self.position()[1]), reason=reason)
+            self._started = False
+            say(f"stopped at step {step} ({reason}); the same command continues from there")
 
     def append_metrics(self, line: Mapping[str, Any]) -> None:
         """Add one line to metrics.jsonl, in one write; raises as `write_bytes` does."""
