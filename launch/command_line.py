@@ -181,21 +181,25 @@ def plain_text(boxed: str) -> str:
 
 
 def run(main: Callable[[Any], Any], config_class: type, *,
-        recipes: Mapping[str, Mapping[str, Any]] | None = None) -> NoReturn:
+        recipes: Mapping[str, Mapping[str, Any]] | None = None, prints_results: bool = False) -> NoReturn:
     """Parse the flags, call `main`, exit: with the code that it returns, 0 for anything else, or that of its error.
 
     An error is one line on stderr from one rank: `ERROR <kind>: <flag or file> <value>: <rule>; <remedy>`.
     Errors inside `process_group()` are shown there by the one rank that failed first; what reaches this function was
-    found before the ranks met, by all of them alike, so rank 0 speaks.
+    found before the ranks met, by all of them alike, so rank 0 speaks. With `prints_results`, as of one process
+    alone, whatever a launcher has left in its environment, stdout waits for its reader, however slow that is.
     """
-    drop_unread_output()
+    drop_unread_output("stderr", *() if prints_results else ("stdout",))
     os.environ.pop("MPLBACKEND", None)  # every notebook sets it, to what may not be installed here
-    code = in_one_line(lambda: main(parse(config_class, recipes=recipes)))
+    code = in_one_line(lambda: main(parse(config_class, recipes=recipes)), is_alone=prints_results)
     sys.exit(code if isinstance(code, int) else EXIT_DONE)
 
 
-def in_one_line(call: Callable[[], Any]) -> Any:
-    """What `call` returns; a stop, or an error that a user can cause, ends the process as `run` says."""
+def in_one_line(call: Callable[[], Any], *, is_alone: bool = False) -> Any:
+    """What `call` returns; a stop, or an error that a user can cause, ends the process as `run` says.
+
+    `is_alone`: whether this process speaks whatever its rank is.
+    """
     try:
         return call()
     except Stopped:
@@ -205,7 +209,7 @@ def in_one_line(call: Callable[[], Any]) -> Any:
         if line is None:
             raise
         speaks = getattr(error, "speaks", None)
-        if launched_rank() == 0 if speaks is None else speaks:
+        if is_alone or (launched_rank() == 0 if speaks is None else speaks):
             to_stderr(line)
         sys.exit(error.exit_code)  # pyright: ignore[reportAttributeAccessIssue]
     except KeyboardInterrupt:

@@ -106,9 +106,9 @@ class PatientFile(io.FileIO):
         return len(data)
 
 
-def drop_unread_output() -> None:
+def drop_unread_output(*names: str) -> None:
     """Have no print, of whichever library, wait without end for the reader of stdout or stderr."""
-    for name in ("stdout", "stderr"):
+    for name in names:
         stream = getattr(sys, name)
         with contextlib.suppress(OSError, ValueError, AttributeError):  # closed
             if not stat.S_ISREG(os.fstat(stream.fileno()).st_mode):
@@ -123,9 +123,14 @@ def to_stderr(line: str) -> None:
         sys.stderr.flush()
 
 
-def say(text: str) -> None:
-    """Print to stdout, names in it made `printable`. If the reader has gone away, later text is dropped."""
+def say(text: str, *, is_result: bool = False) -> None:
+    """Print to stdout, names in it made `printable`. If the reader has gone away, later text is dropped.
+
+    Raises UsageError for a result that has no room, as on a full disk.
+    """
     try:
         print(encodable(printable(text, keep="\n\t"), sys.stdout), flush=True)
-    except (OSError, ValueError):
+    except (OSError, ValueError) as error:
         sys.stdout = open(os.devnull, "w")
+        if is_result and isinstance(error, OSError) and not isinstance(error, BrokenPipeError):
+            raise UsageError(f"stdout: cannot be written ({error.strerror}); send it to another file") from None

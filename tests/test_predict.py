@@ -1,8 +1,14 @@
 """Predictions of finished runs: as accurate as the run says, readable for people and programs, and exportable."""
 
+import contextlib
+import fcntl
 import json
+import os
 import shutil
+import struct
+import subprocess
 import sys
+import termios
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +17,10 @@ import torch
 from PIL import Image
 
 from datasets.errors import DataError
-from launch.errors import CheckpointError, UsageError
+from launch.errors import PATIENCE_SECONDS, CheckpointError, UsageError
 from tests.helpers import server
 from tests.helpers.images import NUM_TEST, write_tree
-from tests.helpers.processes import TINY, execute, read_json
+from tests.helpers.processes import TINY, environment, execute, read_json, wait_until
 from trainers import models
 from trainers.engine import export
 from trainers.engine.checkpoints.load import load_verified
@@ -215,6 +221,34 @@ def test_bad_files_are_listed_after_the_results_of_the_others(run: Path, tree: P
             assert [each["image"] for each in content["predictions"]] == [str(good)]
         else:
             assert said.out.startswith(str(good))
+
+
+@pytest.mark.slow
+def test_results_that_have_no_room_are_an_error(run: Path, tree: Path):
+    words = [sys.executable, str(ROOT / "trainers" / "predict.py"), "--run", str(run), str(tree / "test")]
+    with open("/dev/full", "w") as full:
+        ended = subprocess.run(words, stdout=full, stderr=subprocess.PIPE, env=environment(), timeout=60, text=True)
+    assert (ended.returncode, ended.stderr.count("\n")) == (2, 1), ended.stderr
+    assert ended.stderr.startswith("ERROR usage: stdout: cannot be written (No space left on device)")
+
+
+@pytest.mark.slow
+def test_variables_that_a_launcher_has_left_do_not_silence_an_error(run: Path, tree: Path):
+    ended = started(run, tree / "test", RANK="1", WORLD_SIZE="2", MASTER_ADDR="localhost", MASTER_PORT="x")
+    assert (ended.code, len(ended.errors)) == (2, 1), ended.err
+
+
+@pytest.mark.slow
+def test_a_slow_reader_gets_every_result(run: Path, tree: Path):
+    words = [sys.executable, str(ROOT / "trainers" / "predict.py"), "--run", str(run), str(tree / "test"), "--json"]
+    reading, writing = os.pipe()
+    fcntl.fcntl(writing, 1031, 4096)  # F_SETPIPE_SZ: the least
+    with subprocess.Popen(words, stdout=writing, env=environment()) as process, open(reading, "rb") as file:
+        os.close(writing)
+        wait_until(lambda: struct.unpack("i", fcntl.ioctl(file, termios.FIONREAD, bytes(4)))[0] == 4096, 60)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(2 * PATIENCE_SECONDS)  # what is tested: longer than lines of a training run wait
+        assert len(json.loads(file.read())["predictions"]) == NUM_TEST
 
 
 def test_results_are_printed_before_a_picture_that_cannot_be_drawn(run: Path, tree: Path, tmp_path: Path,

@@ -282,9 +282,9 @@ def predict(config: PredictConfig, run: Path, card: ModelCard) -> int:
         classified += classify(model, batch, card, device)
         shown += batch[: MOST_IMAGES - len(shown)]
     if config.json and (classified or bad):
-        say(as_json(classified, source, bad))
+        say(as_json(classified, source, bad), is_result=True)
     elif classified:
-        say(as_lines(classified, top=config.top))
+        say(as_lines(classified, top=config.top), is_result=True)
     for path, reason in bad.items() if len(bad) > 1 else ():
         to_stderr(f"WARNING data: {path}: {reason}")
     if classified:
@@ -296,4 +296,4 @@ def predict(config: PredictConfig, run: Path, card: ModelCard) -> int:
 
 
 if __name__ == "__main__":
-    run(main, PredictConfig)
+    run(main, PredictConfig, prints_results=True)
