@@ -14,7 +14,8 @@ from datasets.errors import DataError
 EXTENSIONS = (".jpg", ".jpeg", ".jpe", ".jfif", ".mpo", ".png", ".gif", ".bmp", ".ppm", ".pgm", ".pbm", ".pnm", ".tif",
               ".tiff", ".webp")
 LEFT_BEHIND = {"__macosx", "thumbs.db", "ehthumbs.db", "desktop.ini", "@eadir", "#recycle", "@recycle", "lost+found",
-               "$recycle.bin", "system volume information", "icon\r"}  # in lower case
+               "$recycle.bin", "system volume information", "icon\r", "#snapshot", "@recently-snapshot", "@tmp",
+              "found.000", "network trash folder", "temporary items", "ehthumbs_vista.db"}  # in lower case
 HIDDEN = "hidden"  # counts as one, whatever is in it
 
 

@@ -5,6 +5,7 @@ import shutil
 import socket
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,8 +15,10 @@ from datasets import image_folder
 from datasets.errors import DataError
 from datasets.images.unreadable import BadImages
 from datasets.listing import describe_left_out, find_images, list_images
+from launch.process_group import World
 from tests.helpers.images import NUM_TEST, NUM_TRAIN, write_tree
 from tests.helpers.processes import ROOT
+from trainers.image_folder import ImageFolderConfig, load_data
 
 
 @pytest.fixture
@@ -45,7 +48,8 @@ def test_names_and_labels_are_those_of_torchvisions_image_folder(tree: Path):
 @pytest.mark.parametrize("name", [
     "train/disc/.Trash-1000/files/5.png", "train/disc/._5.png", "train/ring/deep/.git/x.jpg", "train/.cache/a.png",
     "train/__MACOSX/disc/5.png", "train/bars/@eaDir/5.png/SYNOPHOTO_THUMB_M.jpg", "train/$RECYCLE.BIN/5.png",
-    "train/lost+found/5.png", "train/disc/Thumbs.db", "train/disc/Desktop.ini",
+    "train/lost+found/5.png", "train/disc/Thumbs.db", "train/disc/Desktop.ini", "train/#snapshot/5.png",
+    "train/disc/@Recently-Snapshot/5.png",
 ])
 def test_hidden_names_and_what_archives_and_desktops_leave_behind_are_no_images_and_no_classes(name: str, tree: Path):
     copy_into(tree, name)
@@ -135,6 +139,17 @@ def test_a_folder_that_may_not_be_entered_is_named(tree: Path):
                           timeout=60, check=False)
     (tree / "train" / "ring").chmod(0o755)
     assert done.stdout == f"('{tree / 'train' / 'ring'}', 'Permission denied')\n", done.stderr
+
+
+def test_files_that_cannot_be_read_are_named_where_too_few_others_are_left(tree: Path):
+    for image in (tree / "train").rglob("*.png"):
+        image.unlink()
+        image.symlink_to(tree / "unmounted")
+    config = ImageFolderConfig(data_dir=tree, batch_size=12)
+    with pytest.raises(DataError, match=r"\.png: not readable as an image \(a link to nothing\)"):
+        load_data(config, World())
+    with pytest.raises(DataError, match="the training set has only 0 samples"):
+        load_data(replace(config, skip_bad=NUM_TRAIN), World())
 
 
 def test_a_file_that_vanishes_after_the_listing_does_not_break_the_fingerprint(tree: Path):

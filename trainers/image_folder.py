@@ -149,6 +149,7 @@ def load_data(config: ImageFolderConfig, world: World, known: Sequence[str] | No
     if len(set(gather(world, "".join(found)))) > 1:
         raise DataError(f"--data-dir {folder}: the ranks found different files in it; give every node the same folder")
     if train is not None:
+        BadImages(config.skip_bad).add(train.unreadable.items())  # rather than that there are too few
         check_size(len(train), config.batch_size)
     return train, validation, test
 
