@@ -89,6 +89,14 @@ def test_what_is_given_stands_and_is_said_but_for_another_normalisation(trained:
     assert ended.errors == ["ERROR usage: --normalize imagenet: the weights were trained with half; leave the flag out"]
 
 
+def test_a_checkpoint_of_another_network_is_one_line_without_the_name_of_another_run(trained: Path, tree: Path,
+                                                                                     tmp_path: Path):
+    ended, _ = evaluate(best(trained), tree, tmp_path, "--model", "squeezenet1_1", "--image-size", "40", ranks=2)
+    assert ended.codes == [4, 4]
+    assert len(ended.errors) == 1
+    assert ended.errors[0].endswith("more; use the flags and data it was made with")
+
+
 def test_a_checkpoint_of_before_takes_its_classes_from_its_run_and_alone_by_position_with_one_warning(
         trained: Path, tree: Path, tmp_path: Path):
     state = load_verified(best(trained))

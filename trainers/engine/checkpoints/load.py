@@ -174,5 +174,6 @@ def check_fits(state: Mapping[str, Any], model: nn.Module, source: Path, *, conf
         if now is not None and was != now:  # None of files, which data_record.py compares
             differences.append(f"{name} was {was} and is {now}")
     if differences:
+        other = "" if config is None else ", or another --run-name"  # an evaluation is a run of its own already
         raise CheckpointError(f"{source}: does not fit this run: {first_three(differences)}; use the flags and data it "
-                              f"was made with, or another --run-name")
+                              f"was made with{other}")
