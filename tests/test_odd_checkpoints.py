@@ -303,6 +303,16 @@ def test_no_temporary_remains_after_a_resume_at_the_best(run: RunFolder) -> None
     assert load_or_fail(run.checkpoints / "best.pt")["step"] == 6
 
 
+def test_a_checkpoint_under_the_name_of_a_later_step_is_set_aside(run: RunFolder, capsys: pytest.CaptureFixture[str]
+                                                                  ) -> None:
+    path = write_checkpoint(run.checkpoints, state_of(6))
+    for file in (path, manifest_path(path)):
+        file.with_stem("step-00000099").write_bytes(file.read_bytes())
+    assert choose_checkpoint("auto", run) == path
+    assert "step-00000099.pt (it holds step 6): kept as *.damaged" in capsys.readouterr().err
+    assert committed(run.checkpoints) == [path]  # what is kept goes by the name: a later save would have been pruned
+
+
 def test_a_checkpoint_copied_alone_names_the_manifest_to_copy(run: RunFolder, tmp_path: Path) -> None:
     path = write_checkpoint(run.checkpoints, state_of(6))
     alone = tmp_path / "best.pt"

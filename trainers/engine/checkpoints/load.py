@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from launch.errors import CheckpointError, first_line
-from trainers.engine.checkpoints.files import committed, manifest_path
+from trainers.engine.checkpoints.files import committed, manifest_path, step_of
 from trainers.engine.checkpoints.save import FORMAT, file_sha256, manifest
 from trainers.engine.checkpoints.snapshot import not_finite, strange_kind, tensors_in
 from trainers.engine.checkpoints.weight_files import inflates
@@ -139,6 +139,8 @@ def newest_good(folder: Path, *, try_best: bool = False,
     for path in [*best, *reversed(committed(folder))]:
         try:
             state = load_verified(path)
+            if path not in best and step_of(path) != state["step"]:  # copied: what counts as newest goes by the name
+                raise Damaged(f"it holds step {state['step']}")
             if name := unfit(state):
                 raise Damaged(f"{name} is not what this run writes")
             return Newest(path=path, state=state, damaged=damaged)
