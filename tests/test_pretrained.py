@@ -212,6 +212,17 @@ def test_of_300_bit_flips_none_is_taken_for_weights(tmp_path: Path):
         assert all(torch.equal(model.state_dict()[name], value) for name, value in expected.state_dict().items())
 
 
+def test_a_record_that_one_bit_marks_as_a_folder_is_not_read_from_memory(tmp_path: Path):
+    path = tmp_path / "weights.pt"
+    torch.save(network(seed=7).state_dict(), path)
+    data = bytearray(path.read_bytes())
+    entry = data.rindex(b"PK\x01\x02", 0, data.rindex(b"weights/data/0"))
+    data[entry + 38] ^= 0x10  # its attributes, of which no CRC is kept
+    path.write_bytes(data)
+    with pytest.raises(CheckpointError, match="its record weights/data/0 is damaged"):
+        load_weights(network(), path, flag="--init-from")
+
+
 def test_a_flipped_number_names_its_record(tmp_path: Path):
     path = tmp_path / "weights.pt"
     torch.save(network(seed=7).state_dict(), path)

@@ -20,6 +20,7 @@ import torch
 from launch.errors import CheckpointError, first_line
 
 HEAD_BYTES = 512
+MARKED_AS_FOLDER = 0x10  # one flipped bit of an archive's directory; torch then takes what its memory holds for weights
 NO_WEIGHTS = {  # what downloads leave in the place of a file of weights, by its beginning
     r"(\ufeff|\s|<\?xml[^>]*>|<!--.*?-->)*<((!doctype )?(html|head|body|title|meta|script)|!--(?!.*-->))":
         "is an HTML page; download the file itself, not the page about it",
@@ -74,11 +75,13 @@ def check_archive(path: Path, source: str) -> None:
     """Raise CheckpointError for an archive of other things, or with a damaged or inflated record; other files pass."""
     if not zipfile.is_zipfile(path):
         return
-    names = zipfile.ZipFile(path).namelist()
+    archive = zipfile.ZipFile(path)
+    names = archive.namelist()
     if any("/code/" in name for name in names) or not any(name.endswith("/data.pkl") for name in names):
         raise CheckpointError(f"{source}: is an archive of {', '.join(names[:3]) or 'nothing'}, not what torch.save "
                               f"makes of a state_dict(); unpack it, or load it with what made it and save that")
     if inflates(path):
         raise CheckpointError(f"{source}: its records claim to be larger than the file; get it again")
-    if damaged := zipfile.ZipFile(path).testzip():
+    marked = (record.filename for record in archive.infolist() if record.external_attr & MARKED_AS_FOLDER)
+    if damaged := archive.testzip() or next(marked, None):
         raise CheckpointError(f"{source}: its record {damaged} is damaged (CRC); get it again")
