@@ -75,6 +75,9 @@ def read_launch(environ: Mapping[str, str] = os.environ) -> Launch:
             ))
         if "SLURM_PROCID" in environ and "SLURM_STEP_ID" in environ:
             return checked(read_slurm(environ))
+        for name, other, alone in (("WORLD_SIZE", "RANK", "1"), ("RANK", "WORLD_SIZE", "0")):
+            if environ.get(name, alone) != alone:
+                raise ValueError(f"{name}={environ[name]} is set without {other}")
     except (KeyError, ValueError) as error:
         raise UsageError(f"launcher variables: {error}; {START_WITH}") from None
     return Launch()

@@ -56,6 +56,14 @@ def test_slurms_variables_must_fit_each_other(changed: dict[str, str], text: str
         read_launch({**SLURM, **changed})
 
 
+def test_half_of_torchruns_variables_is_no_single_process() -> None:
+    for half in ({"WORLD_SIZE": "2"}, {"RANK": "1"}):
+        with pytest.raises(UsageError, match=r"launcher variables: .*=. is set without .*; start with torchrun"):
+            read_launch(half)
+    assert read_launch({"WORLD_SIZE": "1"}).world_size == read_launch({"RANK": "0"}).world_size == 1
+    assert read_launch({"WORLD_SIZE": "2", **SLURM}).world_size == 4
+
+
 def test_variables_that_fit_are_read() -> None:
     assert read_launch(TORCHRUN).rank == read_launch(SLURM).rank == 1
     without_local = {name: value for name, value in TORCHRUN.items() if not name.startswith("LOCAL")}
