@@ -149,6 +149,8 @@ def split_of(key: str) -> str:
 
 
 def test_no_tracker_asks_another_machine_where_none_can_be_reached(tracked: Path) -> None:
+    if INSTALLED == ["tensorboard"]:
+        pytest.skip("needs a tracker that may have a server: pip install -e .[wandb]")
     hosts = set((tracked / "connections.txt").read_text().splitlines())
     assert "127.0.0.1" in hosts  # was tried
     assert not {host for host in hosts if host not in ("127.0.0.1", "::1", "localhost", "None", "")

@@ -361,7 +361,8 @@ def taken_over() -> None:
 @hook
 def delete(name: str) -> None:
     """Delete a file, or a folder with all that is in it, as a person does who tidies up."""
-    shutil.rmtree(name) if Path(name).is_dir() else Path(name).unlink()
+    gone = Path(name).rename(f"{name}.gone")  # at once, also while a save under way writes into it
+    shutil.rmtree(gone) if gone.is_dir() else gone.unlink()
 
 
 @hook
