@@ -33,6 +33,7 @@ def measured(folder: Path, *flags: Any, ranks: int | None = None) -> dict[str, A
     return read_json(folder / "a" / "result.json")["benchmark"]
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(200)
 def test_one_and_two_ranks_reach_the_same_loss_and_every_file_is_written(tmp_path: Path):
     done = benchmark("--setups", "cpu:1", "cpu:2", "ddp:2", *QUICK, "--output-dir", tmp_path)

@@ -20,6 +20,7 @@ def training_figures(run: Path) -> tuple[float, float]:
             if split == "train"][-1]
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(240)
 @pytest.mark.parametrize("recipe", [pytest.param("softmax", marks=pytest.mark.slow), "lenet"])
 def test_two_ranks_reach_the_weights_of_one_after_twenty_steps(tmp_path: Path, recipe: str) -> None:

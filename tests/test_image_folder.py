@@ -75,6 +75,7 @@ def test_two_workers_give_the_weights_of_none_even_when_the_run_is_stopped_mid_e
     assert fingerprint_of(tmp_path / "run") == fingerprint_of(reference)
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(150)
 def test_two_ranks_with_a_worker_each_reach_the_weights_of_one_without(reference: Path, tree: Path, tmp_path: Path):
     run = trained(tree, tmp_path, "two", "--workers", "1", ranks=2)

@@ -362,6 +362,7 @@ IMAGES = """
 """
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(120)
 @pytest.mark.parametrize("trainer", ["cifar", pytest.param("image_folder", marks=pytest.mark.slow)])
 def test_every_part_of_an_image_trainer_may_be_ones_own(tmp_path: Path, trainer: str) -> None:

@@ -64,6 +64,7 @@ def check_stops(folder: Path, *, number: int, seed: int) -> None:
     assert run_in(folder, "--epochs", "60", ranks=2).codes == [0, 0]
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(240)
 def test_a_stop_at_a_random_moment_loses_no_step(tmp_path: Path) -> None:
     check_stops(tmp_path, number=2, seed=1)

@@ -69,6 +69,7 @@ def test_a_run_killed_at_any_step_ends_as_one_never_killed(never_stopped: Refere
         check_kill_and_resume(tmp_path / str(step), never_stopped("cifar", ranks), step, ranks=ranks)
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(240)
 def test_three_ranks_add_gradients_up_in_the_same_order_after_a_resume(never_stopped: Reference,
                                                                        tmp_path: Path) -> None:
