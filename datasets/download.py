@@ -4,12 +4,23 @@ import contextlib
 import os
 import socket
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from datasets.errors import DataError
 
 SILENT_SECONDS = 60.0  # a server that says nothing for so long is given up; torchvision itself would wait without end
+
+
+@contextlib.contextmanager
+def silence_ends() -> Iterator[None]:
+    """Let every connection that this process makes meanwhile give up a server that says nothing."""
+    before = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(SILENT_SECONDS)
+    try:
+        yield
+    finally:
+        socket.setdefaulttimeout(before)
 
 
 def fetch(download: Callable[[str], object], data_dir: Path, folder: str, *, name: str,
@@ -24,16 +35,13 @@ def fetch(download: Callable[[str], object], data_dir: Path, folder: str, *, nam
     with contextlib.suppress(DataError):
         load(data_dir)
         return
-    before = socket.getdefaulttimeout()
-    socket.setdefaulttimeout(SILENT_SECONDS)  # of every connection that this process makes meanwhile
     try:
-        install(download, data_dir, folder)
+        with silence_ends():
+            install(download, data_dir, folder)
     except (OSError, RuntimeError) as error:
         reason = str(error).partition("\n")[0]
         raise DataError(f"--download: {name} could not be fetched ({reason}); put it into --data-dir {data_dir} by "
                         f"hand, or train on --dataset synthetic") from None
-    finally:
-        socket.setdefaulttimeout(before)
 
 
 def install(fill: Callable[[str], object], data_dir: Path, folder: str) -> None:

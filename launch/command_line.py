@@ -71,7 +71,8 @@ def parse(config_class: type, *, recipes: Mapping[str, Mapping[str, Any]] | None
     config = from_words(config_class, args, default)
     check_numbers(config)
     values = {field.name: at_home(getattr(config, field.name)) for field in fields(config)}
-    return replace(config, **{**values, "given": flags_in(args)} if "given" in values else values)
+    stated = {"given": flags_in(args), "in_file": tuple(flags)} if "given" in values else {}
+    return replace(config, **{**values, **stated})
 
 
 def from_words(config_class: type, args: Sequence[str], default: Any) -> Any:

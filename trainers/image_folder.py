@@ -5,6 +5,8 @@
     python trainers/image_folder.py --data-dir cats-dogs --recipe cheatsheet    # the CNN cheat sheet's own settings
     torchrun --standalone --nproc_per_node=2 trainers/image_folder.py --data-dir photos --recipe finetune \\
         --pretrained resnet18.pth --workers 4
+    torchrun --standalone --nproc_per_node=2 trainers/image_folder.py --data-dir imagenet --model resnet50 \\
+        --evaluate IMAGENET1K_V2                                                 # does it give its published figure?
     python trainers/image_folder.py --data-dir photos.pack --workers 4           # a pack; see datasets/pack.py
     python trainers/image_folder.py --dataset synthetic --cache                 # no data at hand
 """
@@ -34,7 +36,7 @@ from datasets.images import packed
 from datasets.images.cache import GatherThenAugment, ImageCache
 from datasets.images.loaders import DecodedEvaluationLoader, DecodedTrainLoader, Decoder, Decoding
 from datasets.images.packed import PackedImages
-from datasets.images.read import FitName
+from datasets.images.read import FitName, InterpolationName
 from datasets.images.unreadable import BadImages
 from datasets.loaders import check_size, evaluation_loader, train_loader
 from datasets.order import ResumableSampler
@@ -44,12 +46,12 @@ from launch.errors import UsageError, printable, say, to_stderr
 from launch.process_group import World, from_main, gather
 from launch.rules import Above, AtLeast
 from trainers import models
-from trainers.engine.checkpoints.weights import load_weights
-from trainers.engine.config import IMAGENET, ImageConfig
+from trainers.engine.config import IMAGENET, ImageConfig, Statistics
 from trainers.engine.once_per_node import once_per_node
 from trainers.engine.session import entry_point, open_run, train_classifier
 from trainers.engine.trainer import Run
 from trainers.engine.user_code import is_reference, own_transform
+from trainers.pretrained import as_published, find_weights, named_weights, start_from
 
 OUR_MODELS = ("cheatsheet", "net", "resnet9")  # other names are torchvision's, resnet18 too
 CACHE_ON_GPU = 0.5  # the largest share of a GPU's memory that cached images may take; others stay in the file
@@ -70,15 +72,26 @@ class ImageFolderConfig(ImageConfig):
     data_dir: Path = Path("data")
     """Folder that holds train/ and test/ (or val/), each with one folder per class; or a pack of datasets/pack.py."""
     model: str = "cheatsheet"
-    """cheatsheet, net, resnet9 or a classifier of torchvision.models."""
+    """cheatsheet, net, resnet9, a classifier of torchvision.models, or timm/NAME (pip install -e .[timm])."""
     pretrained: Path | None = None
-    """Start from the weights in a file; a head for other classes is replaced by a new one."""
+    """Start from the weights in a file, or by name: torchvision's (IMAGENET1K_V2, DEFAULT), or timm, with their size,
+    resize, interpolation, mean and std. A head for other classes is replaced by a new one."""
+    evaluate: Path | None = None
+    """Evaluate this, train nothing: a checkpoint, a file of weights as --init-from takes it, or a name that
+    --pretrained knows."""
     image_size: Annotated[int | None, AtLeast(1, most=8192)] = None
     """Height and width that the network sees. Default: 32 for our networks, 224 for torchvision's."""
     fit: FitName = "squash"
     """How images become square: squash them, or crop their middle."""
+    resize_size: Annotated[int | None, AtLeast(1, most=8192)] = None
+    """Resize the shorter side to this and crop the middle, whatever --fit, as published evaluations do."""
+    interpolation: InterpolationName | None = None
+    """By which images are resized. Default: bilinear."""
     normalize: Literal["none", "half", "imagenet"] = "imagenet"
     """Mean and std taken out of each channel: none leaves [0, 1], half is 0.5 and 0.5."""
+    mean: tuple[float, ...] = ()
+    """The mean instead of --normalize's, per channel, in units of the full range [0, 1]; with --std."""
+    std: Annotated[tuple[float, ...], Above(0)] = ()
     random_crop: Annotated[float | None, Above(0, below=1, such_as=0.35)] = None
     """Train on random parts of the images, with at least this share of their area, such as 0.35."""
     cache: bool = False
@@ -92,16 +105,33 @@ class ImageFolderConfig(ImageConfig):
         """Height and width that the network sees."""
         return self.image_size or (32 if self.model in OUR_MODELS else 224)
 
+    def frame(self) -> dict[str, Any]:
+        """How images become square."""
+        return {"fit": self.fit, "resize_size": self.resize_size, "interpolation": self.interpolation}
+
+    def augmentation(self, dataset: Statistics) -> dict[str, Any]:
+        """The same, with --mean and --std."""
+        return {**super().augmentation(dataset), **({"mean": self.mean, "std": self.std} if self.mean else {})}
+
+    def full_name(self) -> str:
+        """The name of the network, for models.build."""
+        as_it_is = self.model in OUR_MODELS or self.model.startswith(models.TIMM) or is_reference(self.model)
+        return self.model if as_it_is else f"torchvision/{self.model}"
+
     def network(self) -> dict[str, Any]:
-        """Its name, for models.build."""
-        ours = self.model in OUR_MODELS or is_reference(self.model)
-        return {**super().network(), "name": self.model if ours else f"torchvision/{self.model}"}
+        """Its name and options, for models.build: of a run from a library's weights too."""
+        first = named_weights(self) or find_weights(self.full_name(), self.pretrained, "--pretrained")
+        return {**(first.options if first is not None else {}), **super().network(), "name": self.full_name()}
 
     def check(self) -> None:
         """Find mistakes in the flags before ranks wait for each other."""
         super().check()
-        models.check_name(self.model, [*OUR_MODELS, *models.torchvision_names()],
-                          choices=f"{', '.join(OUR_MODELS)} or a classifier of torchvision.models")
+        models.check_name(self.model, [*OUR_MODELS, *models.torchvision_names(), models.TIMM],
+                          choices=f"{', '.join(OUR_MODELS)}, a classifier of torchvision.models or timm/NAME")
+        if self.resize_size is not None and self.resize_size < self.size():
+            raise UsageError(f"--resize-size {self.resize_size}: must be at least the image size of {self.size()}")
+        if len(self.mean) != len(self.std) or len(self.mean) not in (0, 3):
+            raise UsageError(f"--mean {' '.join(map(str, self.mean))}: must be three numbers, and --std too")
         if self.cache and self.random_crop is not None:
             raise UsageError(f"--random-crop {self.random_crop}: needs the images at full size, which --cache does not "
                              f"keep; use --shift, or leave --cache out")
@@ -164,10 +194,7 @@ def build_model(config: ImageFolderConfig, num_classes: int, world: World) -> nn
     except (RuntimeError, AssertionError) as error:
         raise UsageError(f"--image-size {size}: {config.model} cannot take 3 x {size} x {size} images "
                          f"({str(error).strip().splitlines()[0]}); try another size") from None
-    if config.pretrained is not None:
-        line = load_weights(model, config.pretrained, flag="--pretrained", new_head=True)
-        if world.is_main:
-            say(line)
+    start_from(config, model, num_classes, world)
     return model.train()
 
 
@@ -196,7 +223,7 @@ def build_loaders(config: ImageFolderConfig, splits: dict[str, Images], images: 
     if (own := own_transform(config)) is not None:
         files = {name: in_files(tree, size=config.size(), fit=config.fit) for name, tree in splits.items()}
         return transformed_loaders(files, images.normalize, own, **config.batches(), **world.shard)
-    decoding = Decoding(splits=splits, size=config.size(), fit=config.fit,
+    decoding = Decoding(splits=splits, size=config.size(), **config.frame(),
                         seed=config.seed, smallest_area=config.random_crop or 1.0, skip_bad=config.skip_bad)
     decoder = Decoder(decoding, workers=config.workers, pin_memory=world.device.type == "cuda",
                       prepare_worker=ignore_signals)
@@ -212,7 +239,7 @@ def build_loaders(config: ImageFolderConfig, splits: dict[str, Images], images: 
                                    rank_batch_size=config.rank_batch_size())
         return {"train": train, **loaders}
     folder = config.cache_dir or config.data_dir / ".cache"
-    caches = {split: ImageCache(tree, split, folder, size=config.size(), fit=config.fit)
+    caches = {split: ImageCache(tree, split, folder, size=config.size(), **config.frame())
               for split, tree in splits.items()}
     for cache in caches.values():
         once_per_node(world, fill(cache, decoder, bad_images))
@@ -244,7 +271,8 @@ def cache_device(device: torch.device, num_bytes: int) -> torch.device:
 @entry_point
 def main(config: ImageFolderConfig) -> dict[str, Any]:
     """One run, on this rank; returns its result."""
-    with open_run(config, "image_folder") as run:
+    config = as_published(config)
+    with open_run(config, "image_folder", named=named_weights(config) is not None) as run:
         config = run.config
         found = zip(("train", "validation", "test"), load_data(config, run.world, run.known), strict=True)
         splits = {name: tree for name, tree in found if tree is not None}

@@ -3,6 +3,7 @@
 `width` is always the number of channels of the first convolution that is trained; the other layers scale with it.
 """
 
+import importlib
 import inspect
 from collections.abc import Callable, Collection
 from typing import Any
@@ -223,13 +224,30 @@ GREY: dict[str, Callable[..., nn.Module]] = {  # for 1x28x28 images; the others 
 }
 
 
+TIMM = "timm/"  # before the names of the package timm
+
+
 def torchvision_names() -> list[str]:
     """The classifiers of torchvision.models."""
     return torchvision_models.list_models(module=torchvision_models)
 
 
+def timm_library() -> Any:
+    """The package timm; UsageError without."""
+    try:
+        return importlib.import_module("timm")
+    except ImportError as error:
+        raise UsageError(f"--model {TIMM}NAME: needs timm ({first_line(error)}); pip install -e .[timm]") from None
+
+
 def check_name(name: str, known: Collection[str], *, choices: str | None = None) -> None:
-    """Raise UsageError for a mistyped `--model`, with `choices`, or all that are known, and the nearest."""
+    """Raise UsageError for a mistyped `--model`, with `choices`, or all that are known, and the nearest.
+
+    TIMM among those that are known stands for all of timm's, with their tags.
+    """
+    if TIMM in known and name.startswith(TIMM) and not is_reference(name):
+        timm, choices = timm_library(), "a name of timm.list_models() behind timm/"
+        known = [TIMM + model for model in (*timm.list_models(), *timm.list_pretrained())]
     if name not in known and not is_reference(name):
         raise UsageError(f"--model {name}: unknown; choose {choices or ', '.join(known)} or FILE.py:NAME"
                          f"{nearest(name, list(known))}")
@@ -261,19 +279,23 @@ def from_flags(config: Any, num_classes: int) -> nn.Module:
 def build(name: str, *, num_classes: int, **options: Any) -> nn.Module:
     """A new network for colour or grey images with its usual initialisation, on the CPU.
 
-    `torchvision/resnet18` is torchvision's, where one of ours has the name too. The options are `width`, or of mnistnet
-    `channels`, `hidden` and `dropout`; None is the network's own default. Raises ValueError for an unknown name, or an
-    option that the network does not have.
+    `torchvision/resnet18` is torchvision's, where one of ours has the name too; `timm/resnet18` is timm's. The options
+    are `width`, or of mnistnet `channels`, `hidden` and `dropout`, or a library's own; None is the network's default.
+    Raises ValueError for an unknown name, or an option that the network does not have.
     """
-    chosen = {option: value for option, value in options.items() if value is not None}
+    chosen: dict[str, Any] = {option: value for option, value in options.items() if value is not None}
     if is_reference(name):
         return build_own(Reference("--model", name), num_classes, chosen)
     make = (OURS | GREY).get(name)
-    unknown = chosen.keys() - inspect.signature(make).parameters if make is not None else chosen.keys()
-    if unknown:
+    if make is not None and (unknown := chosen.keys() - inspect.signature(make).parameters):
         raise ValueError(f"{name} has no {', '.join(sorted(unknown))} to set")
     if make is not None:
         return make(num_classes, **chosen)
-    name = name.removeprefix("torchvision/")
-    options = {"aux_logits": False, "init_weights": True} if name in ("googlenet", "inception_v3") else {}
-    return torchvision_models.get_model(name, weights=None, num_classes=num_classes, **options)
+    try:
+        if name.startswith(TIMM):
+            return timm_library().create_model(name.removeprefix(TIMM), num_classes=num_classes, **chosen)
+        name = name.removeprefix("torchvision/")
+        own = {"aux_logits": False, "init_weights": True} if name in ("googlenet", "inception_v3") else {}
+        return torchvision_models.get_model(name, weights=None, num_classes=num_classes, **own, **chosen)
+    except TypeError as error:  # as Python says of an argument that there is not
+        raise ValueError(f"{name} has no {', '.join(sorted(chosen))} to set ({first_line(error)})") from None

@@ -27,7 +27,7 @@ from torch import Tensor
 from datasets.augment import Augmentation
 from datasets.errors import DataError
 from datasets.images.loaders import Decoder, Key
-from datasets.images.read import DECODER, FitName
+from datasets.images.read import DECODER, FitName, InterpolationName
 from datasets.images.source import ImageSource
 from datasets.images.unreadable import BadImages
 from datasets.tensors import TensorDataset
@@ -39,8 +39,10 @@ BATCH_SIZE = 8  # few, so that progress is marked often also while large images 
 class ImageCache:
     """The cache of one split; `folder` may hold many."""
 
-    def __init__(self, tree: ImageSource, split: str, folder: Path, *, size: int, fit: FitName) -> None:
+    def __init__(self, tree: ImageSource, split: str, folder: Path, *, size: int, fit: FitName,
+                 resize_size: int | None = None, interpolation: InterpolationName | None = None) -> None:
         what = f"{FORMAT} {tree.fingerprint(times=True)} {size} {fit} {DECODER} {torchvision.__version__}"
+        what += f" {resize_size} {interpolation}" if resize_size or interpolation else ""
         name = f"{split}-{size}px-{hashlib.sha256(what.encode()).hexdigest()[:16]}"
         self.tree, self.split, self.size = tree, split, size
         self.path, self.record_path = folder / f"{name}.u8", folder / f"{name}.json"

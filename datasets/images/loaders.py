@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from datasets.augment import Augmentation
 from datasets.errors import DataError
-from datasets.images.read import BadImage, FitName, random_window, to_square
+from datasets.images.read import BadImage, FitName, InterpolationName, random_window, to_square
 from datasets.images.source import ImageSource
 from datasets.images.unreadable import BadImages
 from datasets.images.workers import WorkerStart, blocked_signals, worker_context
@@ -57,6 +57,8 @@ class Decoding(Dataset[DecodedBatch]):
     splits: Mapping[str, ImageSource]
     size: int
     fit: FitName = "squash"
+    resize_size: int | None = None
+    interpolation: InterpolationName | None = None
     seed: int = 0
     smallest_area: float = 1.0
     """Of the random windows of training images; 1 for none."""
@@ -96,7 +98,8 @@ class Decoding(Dataset[DecodedBatch]):
         window = None
         if key.split == "train" and self.smallest_area < 1:
             window = random_window(sample, seed=self.seed, epoch=key.epoch, smallest_area=self.smallest_area)
-        return to_square(self.splits[key.split].read(source), size=self.size, fit=self.fit, window=window)
+        return to_square(self.splits[key.split].read(source), size=self.size, fit=self.fit, window=window,
+                         resize_size=self.resize_size, interpolation=self.interpolation)
 
 
 class Keys(Sampler[Key]):

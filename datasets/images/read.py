@@ -23,6 +23,7 @@ import torchvision
 from numpy.typing import NDArray
 from PIL import ExifTags, Image
 from torch import Tensor
+from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as v2
 
 from datasets.errors import DAMAGED
@@ -34,6 +35,7 @@ except ImportError:  # an extra: `pip install -e ".[images]"`
     simplejpeg: Any = None
 
 FitName = Literal["squash", "crop"]
+InterpolationName = Literal["bilinear", "bicubic"]
 LARGEST_RATIO = 4 / 3  # width / height of a random window is at most this, and at least its inverse (torchvision's)
 LARGEST_FILE = 2**30  # bytes; 89 megapixels, Pillow's limit on decompression bombs, need 512 MiB with 16 bits a channel
 DECODER = (f"simplejpeg {simplejpeg.__version__}" if simplejpeg else f"torchvision {torchvision.__version__}"
@@ -79,7 +81,8 @@ def read_image(path: str | Path, *, size: int, fit: FitName, window: Window | No
     return to_square(read_file(path), size=size, fit=fit, window=window)
 
 
-def to_square(content: Stored, *, size: int, fit: FitName, window: Window | None = None) -> Tensor:
+def to_square(content: Stored, *, size: int, fit: FitName, window: Window | None = None,
+              resize_size: int | None = None, interpolation: InterpolationName | None = None) -> Tensor:
     """An image as uint8 (3, size, size).
 
     Args:
@@ -87,22 +90,39 @@ def to_square(content: Stored, *, size: int, fit: FitName, window: Window | None
         size: height and width of the result.
         fit: squash the whole image into the square, or crop its middle to a square first.
         window: show only this part, squashed into the square; `fit` is then ignored.
+        resize_size, interpolation: if either is given, what `published` does, where there is no window.
 
     Raises:
         BadImage: if it is no image, damaged, or larger than Pillow's limit on decompression bombs (89 megapixels).
     """
+    if window is None and (resize_size, interpolation) != (None, None):
+        return published(pixels(content), size=size, fit=fit, resize_size=resize_size, interpolation=interpolation)
     smallest = window.area if window is not None else 1.0
     image = pixels(content, shortest_side=math.ceil(2 * size / math.sqrt(smallest)))
     top, left, height, width = part(*image.shape[:2], fit=fit, window=window)
-    return resize(image[top : top + height, left : left + width], size, size)
+    return resize(image[top : top + height, left : left + width], size, size, interpolation or "bilinear")
 
 
-def resize(image: NDArray[np.uint8], height: int, width: int) -> Tensor:
+def published(image: NDArray[np.uint8], *, size: int, fit: FitName, resize_size: int | None,
+              interpolation: InterpolationName | None) -> Tensor:
+    """Pixels (H, W, 3) as the evaluation transforms of torchvision and timm show them, to the bit: (3, size, size).
+
+    The shorter side is resized to `resize_size`, by default to `size`, and the middle is cropped; or all is squashed.
+    By Pillow: torch's own resize differs from it by a shade or two in some pixels.
+    """
+    to = [size, size] if fit == "squash" and resize_size is None else [resize_size or size]
+    picture: Any = Image.fromarray(image)
+    picture = v2.resize(picture, to, interpolation=InterpolationMode(interpolation or "bilinear"))
+    return v2.pil_to_tensor(v2.center_crop(picture, [size, size]))
+
+
+def resize(image: NDArray[np.uint8], height: int, width: int, interpolation: InterpolationName = "bilinear") -> Tensor:
     """Pixels (H, W, 3) as (3, height, width), antialiased as torchvision does.
 
     Cropped first, and contiguous: so torch takes its vectorised path for channels last, twice as fast.
     """
-    return v2.resize(torch.from_numpy(np.ascontiguousarray(image)).permute(2, 0, 1), [height, width], antialias=True)
+    return v2.resize(torch.from_numpy(np.ascontiguousarray(image)).permute(2, 0, 1), [height, width],
+                     interpolation=InterpolationMode(interpolation), antialias=True)
 
 
 def part(height: int, width: int, *, fit: FitName, window: Window | None) -> tuple[int, int, int, int]:

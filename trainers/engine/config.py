@@ -53,7 +53,8 @@ class TrainConfig(ScheduleFlags):
     config: Path | None = None
     """Flags from a file, JSON such as a run's config.json, or YAML: over the recipe's, below those given here."""
     given: Annotated[tuple[str, ...], tyro.conf.Suppress] = ()
-    """No flag: the names of those that were on the command line (command_line.parse)."""
+    in_file: Annotated[tuple[str, ...], tyro.conf.Suppress] = ()
+    """No flags: the names of those on the command line, and of those in --config (command_line.parse)."""
 
     data_dir: Path = Path("data")
     """Folder of the data sets, torchvision's root."""
@@ -161,7 +162,7 @@ class TrainConfig(ScheduleFlags):
     patience: Annotated[int | None, AtLeast(1)] = None
     """Evaluations without a better one after which training ends."""
     evaluate: Path | None = None
-    """Evaluate this checkpoint, train nothing."""
+    """Evaluate this, train nothing: a checkpoint, or a file of weights as --init-from takes it."""
     track: tuple[TrackerName, ...] = ()
     """Experiment trackers that get every line of metrics.jsonl; offline where there is no network."""
     tensorboard: bool = False
@@ -208,8 +209,7 @@ class TrainConfig(ScheduleFlags):
 
     def trackers(self) -> list[TrackerName]:
         """The names of all trackers that are asked for, once each."""
-        names: list[TrackerName] = [*self.track, "tensorboard"] if self.tensorboard else [*self.track]
-        return list(dict.fromkeys(names))
+        return list(dict.fromkeys([*self.track, "tensorboard"] if self.tensorboard else self.track))
 
     def check(self) -> None:
         """Raise UsageError for what cannot work, before any rank waits for another. `open_run` calls it."""

@@ -14,19 +14,20 @@ from launch.files import writing
 from launch.launcher import job_identity
 from launch.process_group import from_main, gather
 from trainers.engine.checkpoints.files import committed, give_name, set_aside, step_of, sweep
-from trainers.engine.checkpoints.load import check_fits, load_or_fail, newest_good, unlike
+from trainers.engine.checkpoints.load import check_fits, is_checkpoint, load_or_fail, newest_good, unlike
 from trainers.engine.checkpoints.snapshot import hash_tensors, tensors_in
 from trainers.engine.checkpoints.weights import load_weights
-from trainers.engine.config import TrainConfig
+from trainers.engine.config import ImageConfig, TrainConfig
 from trainers.engine.data_record import saved_class_names
 from trainers.engine.run.card import CARD_FILE, read_card
 from trainers.engine.run.folder import RunFolder
 from trainers.engine.run.ownership import is_restart_of
 from trainers.engine.step import TrainStep
-from trainers.engine.trainer import Trainer
+from trainers.engine.trainer import Run, Trainer
 
-# Flags that belong to the weights.
-PREPROCESSING = ("image_size", "resize_size", "fit", "interpolation", "normalize", "transform")
+NORMALIZATION = ("normalize", "mean", "std")
+# Flags that belong to the weights; by some of `pretrained`, a library builds another network.
+PREPROCESSING = ("image_size", "resize_size", "fit", "interpolation", *NORMALIZATION, "transform", "pretrained")
 MOMENTS = ("momentum_buffer", "exp_avg", "exp_avg_sq", "square_avg")  # of optimizers, as large as their parameter
 
 
@@ -91,6 +92,34 @@ def start_over(resume: str, folder: RunFolder) -> Path | None:
     return path
 
 
+def find_evaluated(config: TrainConfig, *, named: bool) -> tuple[dict[str, Any] | None, tuple[str, ...] | None, Any]:
+    """What `--evaluate` names, where that is a checkpoint: its state, its classes, and the config as it was trained.
+
+    Of weights alone, a file's or those of a library's that are `named`, neither: they are loaded later, and the flags
+    stand.
+    """
+    path = config.evaluate
+    if path is None or named or (path.is_file() and not is_checkpoint(path)):
+        return None, None, config
+    state = load_or_fail(path)
+    known = known_classes(state, path) if isinstance(config, ImageConfig) else saved_class_names(state) or None
+    return state, known, as_trained(config, state)
+
+
+def load_evaluated(config: TrainConfig, run: Run, trainer: Trainer) -> None:
+    """Put what `--evaluate` names into the trainer, where the model itself was not built with it. A collective."""
+    path, train_step, num_classes = config.evaluate, trainer.train_step, trainer.train_step.task.num_classes
+    assert path is not None
+    if run.evaluated is not None:
+        return load_for_evaluation(run.evaluated, path, trainer)
+    train_step.ema = None
+    taken = load_weights(train_step.network, path, flag="--evaluate") if path.exists() else f"weights {path}"
+    check_same_on_all_ranks(trainer, path)
+    if run.world.is_main:
+        joined = f"; without names of classes: the {num_classes:,} of the data, in sorted order" if num_classes else ""
+        say(f"evaluate   {taken}{joined}")
+
+
 def load_for_evaluation(state: Mapping[str, Any], path: Path, trainer: Trainer) -> None:
     """Put a checkpoint's weights, and their moving average if it has one, into the trainer; flags need not agree.
 
@@ -116,13 +145,16 @@ def as_trained(config: Any, state: Mapping[str, Any]) -> Any:
     Raises:
         UsageError: if another normalisation was given.
     """
-    saved = TrainConfig.translated(state["config"])
+    saved = {"mean": (), "std": (), **TrainConfig.translated(state["config"])}
+    saved = {name: tuple(value) if isinstance(value, list) else value for name, value in saved.items()}
+    if saved.get("pretrained") is not None:
+        saved["pretrained"] = Path(saved["pretrained"])
     names = [name for name in PREPROCESSING if name in saved and hasattr(config, name)]
     trained: Any = replace(config, **{name: saved[name] for name in names})
     for name in set(names) & set(config.given):
         now, was = (each.size() if name == "image_size" else getattr(each, name) for each in (config, trained))
         line = f"--{name.replace('_', '-')} {now}: the weights were trained with {was}"
-        if now != was and name == "normalize":
+        if now != was and name in NORMALIZATION:
             raise UsageError(f"{line}; leave the flag out")
         if now != was and launched_rank() == 0:
             say(f"evaluate   {line}")

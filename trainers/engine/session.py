@@ -27,17 +27,16 @@ from launch.failure import translated
 from launch.launcher import job_identity, too_many_threads
 from launch.process_group import World, from_main, process_group
 from launch.stop import Stopped, signals_caught
-from trainers.engine.checkpoints.load import load_or_fail
 from trainers.engine.checkpoints.save import Checkpointer
 from trainers.engine.config import ImageConfig, Statistics, TrainConfig
-from trainers.engine.data_record import DataRecord, saved_class_names
+from trainers.engine.data_record import DataRecord
 from trainers.engine.measure import dry_run, write_measurement
 from trainers.engine.metrics import TOP
 from trainers.engine.optimizer import build_optimizer, ema_average, freeze
 from trainers.engine.parallel import choose_parallel, parallelize
 from trainers.engine.precision import Precision
 from trainers.engine.result import draw_first_batch, draw_result, finish, summary
-from trainers.engine.resume import as_trained, known_classes, load_best, load_for_evaluation, resume
+from trainers.engine.resume import find_evaluated, load_best, load_evaluated, resume
 from trainers.engine.run.card import CARD_FILE, ModelCard
 from trainers.engine.run.folder import OUT_OF_PATIENCE, RunFolder
 from trainers.engine.run.ownership import check_run_name, unnamed_run
@@ -74,14 +73,14 @@ def entry_point(main: Callable[..., dict[str, Any]]) -> Callable[..., dict[str, 
 def to_plain(config: TrainConfig) -> dict[str, Any]:
     """The config as JSON and `weights_only` take it: paths as text, tuples as lists."""
     return {name: value for name, value in json.loads(json.dumps(asdict(config), default=str)).items()
-            if name != "given"}
+            if name not in ("given", "in_file")}
 
 
 @contextlib.contextmanager
-def open_run(config: TrainConfig, trainer: str) -> Iterator[Run]:
+def open_run(config: TrainConfig, trainer: str, *, named: bool = False) -> Iterator[Run]:
     """Catch signals, join the other ranks and own the run folder, for the length of a `with` block.
 
-    However the block ends, status.json says how, and the folder is given up.
+    However the block ends, status.json says how, and the folder is given up. Weights that are `named` are no file.
 
     Raises:
         UsageError: for flags that cannot work, before any rank waits for another.
@@ -101,12 +100,8 @@ def open_run(config: TrainConfig, trainer: str) -> Iterator[Run]:
         from_main(world, folder.claim)
         world.watchdog.attend(folder)
         try:
-            state, known = None, None
-            if config.evaluate is not None:
-                state = load_or_fail(config.evaluate)
-                known = (known_classes(state, config.evaluate) if isinstance(config, ImageConfig)
-                         else saved_class_names(state) or None)
-                config = as_trained(config, state)
+            state, known, config = find_evaluated(config, named=named)
+            if state is not None:
                 files |= load_all(config)  # the transform that the weights were trained with
             begin(config, folder, world, files)
             with blaming(references(config)):
@@ -203,7 +198,7 @@ def train_classifier(config: ImageConfig, run: Run, model: nn.Module, class_name
         trainer=run.trainer, model=absolute(options.pop("name")), options=options, class_names=class_names, mean=mean,
         std=std, image_size=(config.size(), config.size()), user_code=run.user_code,
         transform=absolute(config.transform) if config.transform else None,
-        fit=getattr(config, "fit", "squash"))  # only the images of a folder come in other shapes
+        **{name: getattr(config, name) for name in ("fit", "resize_size", "interpolation") if hasattr(config, name)})
     run.folder.write_json(CARD_FILE, asdict(card))
     task = classification_task(class_names, run.world.device, label_smoothing=config.label_smoothing,
                                class_weights=config.class_weights)
@@ -240,8 +235,8 @@ def train_model(config: TrainConfig, run: Run, model: nn.Module, task: Task, tra
     trainer = build_trainer(config, run, model, task, steps_per_epoch=steps_per_epoch, split=split,
                             data=DataRecord(run.world, dataset, class_names))
     with trainer.report:
-        if config.evaluate is not None and run.evaluated is not None:
-            load_for_evaluation(run.evaluated, config.evaluate, trainer)
+        if config.evaluate is not None:
+            load_evaluated(config, run, trainer)
         elif train is not None:
             where = resume(config, trainer, steps_per_epoch=steps_per_epoch)
             if run.world.is_main:

@@ -20,7 +20,7 @@ from launch.errors import CheckpointError, first_line
 from trainers.engine.checkpoints.files import committed, manifest_path, step_of
 from trainers.engine.checkpoints.save import FORMAT, file_sha256, manifest
 from trainers.engine.checkpoints.snapshot import not_finite, strange_kind, tensors_in
-from trainers.engine.checkpoints.weight_files import inflates
+from trainers.engine.checkpoints.weight_files import inflates, read_weights_file
 from trainers.engine.checkpoints.weights import first_three, model_differences
 
 NUMBER = math.nan  # of any sign, NaN too, or None where there was none
@@ -147,6 +147,14 @@ def newest_good(folder: Path, *, try_best: bool = False,
         except Damaged as damage:
             damaged[path] = str(damage)
     return Newest(damaged=damaged)
+
+
+def is_checkpoint(path: Path) -> bool:
+    """Whether a file is a checkpoint of ours, whole or not; else it may hold the weights of others."""
+    if manifest_path(path).exists():
+        return True
+    content = read_weights_file(path, str(path))
+    return isinstance(content, Mapping) and {"samples_consumed", "fingerprint"} <= content.keys()
 
 
 def load_or_fail(path: Path) -> dict[str, Any]:

@@ -40,6 +40,12 @@ def load_weights(model: nn.Module, path: Path, *, flag: str, new_head: bool = Fa
     """
     source = f"{flag} {path}"
     part, saved = weights_in(read_weights_file(path, source), source)
+    name = f"weights in {path}" + (f" ({part})" if part else "")
+    return put_weights(model, saved, name, source=source, new_head=new_head)
+
+
+def put_weights(model: nn.Module, saved: dict[str, Tensor], taken: str, *, source: str, new_head: bool) -> str:
+    """The same for weights by name that were read before; returns `taken` with what else is to be said of them."""
     current = model.state_dict()
     prefix, saved = without_prefix(saved, current)
     for name, tensor in saved.items():
@@ -49,7 +55,7 @@ def load_weights(model: nn.Module, path: Path, *, flag: str, new_head: bool = Fa
     for name, value in current.items():
         if name.endswith("num_batches_tracked"):  # files from before BatchNorm counted its batches lack it
             weights.setdefault(name, value)
-    taken = f"weights in {path}" + (f" ({part})" if part else "") + (f", names without {prefix}" if prefix else "")
+    taken += f", names without {prefix}" if prefix else ""
     if new_head:
         taken += replace_head(weights, model)
     if differences := model_differences(weights, current, compare_dtypes=False):

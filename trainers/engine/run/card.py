@@ -35,6 +35,9 @@ class ModelCard:
     """The sha256 of each of the user's files, by path."""
     fit: Literal["squash", "crop"] = "squash"
     """How an image of another shape is made to fit."""
+    resize_size: int | None = None
+    interpolation: Literal["bilinear", "bicubic"] | None = None
+    """Both as datasets/images/read.py takes them."""
 
     def __post_init__(self) -> None:
         """Raise ValueError for what a damaged or edited file may hold."""
@@ -52,6 +55,8 @@ class ModelCard:
             ("transform", self.transform is None or isinstance(self.transform, str)),
             ("user_code", isinstance(self.user_code, dict)),
             ("fit", self.fit in ("squash", "crop")),
+            ("resize_size", self.resize_size is None or are_all((self.resize_size,), int, above=0)),
+            ("interpolation", self.interpolation in (None, "bilinear", "bicubic")),
         ):
             if not is_good:
                 raise ValueError(f"{name} cannot be {getattr(self, name)!r:.100}")

@@ -1,0 +1,222 @@
+"""Weights that torchvision and timm publish, by name, with the preprocessing that belongs to them.
+
+    --model resnet50 --pretrained IMAGENET1K_V2             torchvision's, or DEFAULT
+    --model timm/resnet50.a1_in1k --pretrained timm         timm's
+    --model resnet50 --evaluate IMAGENET1K_V2               as they are: do they give their published figure here?
+
+A cached file (TORCH_HOME, HF_HOME) is used without network; else one rank of each node fetches it into there.
+"""
+
+import functools
+import importlib
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlparse
+
+import torch
+from torch import nn
+from torchvision import models as torchvision_models
+
+from datasets.download import silence_ends
+from datasets.errors import DataError
+from launch.command_line import nearest
+from launch.errors import CheckpointError, UsageError, first_line, say
+from launch.process_group import World
+from trainers import models
+from trainers.engine.checkpoints.weight_files import read_weights_file
+from trainers.engine.checkpoints.weights import load_weights, put_weights
+from trainers.engine.config import IMAGENET, Statistics
+from trainers.engine.once_per_node import once_per_node
+
+
+@dataclass(frozen=True, kw_only=True)
+class Preprocessing:
+    """How the images of a published figure were prepared: the shorter side resized, the middle cropped."""
+
+    size: int
+    resize_size: int
+    crop_share: float
+    """The former divided by the latter, for other sizes."""
+    fit: Any
+    """That of ImageFolderConfig; None for a way that is not known here."""
+    interpolation: Any
+    statistics: Statistics
+
+
+@dataclass(frozen=True, kw_only=True)
+class NamedWeights:
+    """Weights of a library, and its own functions for them."""
+
+    what: str
+    """Such as IMAGENET1K_V2 of resnet50."""
+    num_classes: int
+    file: Callable[[], Path | None]
+    """Where they are cached, if they are."""
+    download: Callable[[], object]
+    """Fetches them into there."""
+    build: Callable[[int], nn.Module]
+    """The network with them; timm makes a new head for other classes."""
+    preprocessing: Callable[[], Preprocessing]
+    options: dict[str, Any] = field(default_factory=dict)
+    """What models.build needs to make the same network."""
+    head: str | None = None
+    """The layer that timm makes anew."""
+
+    def fetch(self) -> None:
+        """For one rank of each node: have the file in the cache, and look into it, which runs no code of its.
+
+        Raises DataError if it is not cached and cannot be fetched, and CheckpointError if it is damaged.
+        """
+        if self.file() is None:
+            try:
+                with silence_ends():
+                    self.download()
+            except Exception as error:  # urllib's, httpx's and the hub's own share no base
+                raise DataError(f"{self.what}: is not cached and cannot be fetched ({first_line(error)}); run it once "
+                                f"where there is a network, or set TORCH_HOME or HF_HOME to a folder that has it"
+                                ) from None
+        if (path := self.file()) is not None:
+            read_weights_file(path, f"{self.what}: {path}")
+
+    def put_into(self, model: nn.Module, num_classes: int) -> str:
+        """Put them into a network of models.build, with a new head for other classes; returns what was done."""
+        try:
+            library = self.build(num_classes)
+        except Exception as error:  # timm's functions that convert old files raise anything
+            raise CheckpointError(f"{self.what}: {self.file()}: does not fit ({first_line(error)}); remove it, and it "
+                                  f"is fetched again") from None
+        name = f"weights of {self.what}"
+        taken = put_weights(model, library.state_dict(), name, source=self.what, new_head=True)
+        if self.head is None or num_classes == self.num_classes:
+            return taken
+        return f"{name}; the last layer, {self.head}, is new: {num_classes} outputs instead of {self.num_classes}"
+
+
+def torchvision_weights(model: str, name: str, what: str) -> NamedWeights:
+    """A member of one of torchvision's enums; options are what its constructors change where they are given weights."""
+    weights: Any = torchvision_models.get_model_weights(model)[name]
+    options = {"transform_input": True} if model in ("googlenet", "inception_v3") else {}
+
+    def preprocessing() -> Preprocessing:
+        own = weights.transforms()
+        (size,), (resize_size,) = own.crop_size, own.resize_size
+        return Preprocessing(size=size, resize_size=resize_size, crop_share=size / resize_size, fit="crop",
+                             interpolation=own.interpolation.value, statistics=(tuple(own.mean), tuple(own.std)))
+
+    return NamedWeights(
+        what=what, num_classes=len(weights.meta["categories"]), file=lambda: hub_file(weights.url),
+        download=lambda: weights.get_state_dict(progress=False, check_hash=True, weights_only=True),
+        build=lambda _: torchvision_models.get_model(model, weights=weights, progress=False),
+        preprocessing=preprocessing,
+        options={"image_size": weights.meta["min_size"][0]} if model.startswith("vit_") else options)
+
+
+def timm_weights(model: str, what: str) -> NamedWeights:
+    """The weights of a timm network's tag, by default of its first; preprocessing at the size of training."""
+    timm = models.timm_library()
+    config = timm.get_pretrained_cfg(model)
+
+    def build(num_classes: int) -> nn.Module:
+        overlay = {"file": str(file()), **({"custom_load": False} if config.hf_hub_id else {})}  # that is for `url`
+        return timm.create_model(model, pretrained=True, pretrained_cfg_overlay=overlay, num_classes=num_classes)
+
+    def file() -> Path | None:
+        hub: Any = importlib.import_module("huggingface_hub")  # timm brings it
+        repository, _, revision = (config.hf_hub_id or "").partition("@")
+        found = [hub.try_to_load_from_cache(repository, name, revision=revision or None)
+                 for name in ("model.safetensors", "pytorch_model.bin") if repository]  # as timm prefers them
+        paths = [Path(path) for path in found if isinstance(path, str)]
+        return paths[0] if paths else None if repository else hub_file(config.url)
+
+    def preprocessing() -> Preprocessing:
+        own = timm.data.resolve_data_config({}, pretrained_cfg=config.to_dict())
+        (_, height, width), share = own["input_size"], own["crop_pct"]
+        fit = {"center": "crop", "squash": "squash" if share == 1 else None}.get(own["crop_mode"])
+        return Preprocessing(size=height, resize_size=math.floor(height / share), crop_share=share,
+                             fit=fit if height == width else None, interpolation=own["interpolation"],
+                             statistics=(own["mean"], own["std"]))
+
+    return NamedWeights(what=what, num_classes=config.num_classes, file=file, build=build, head=str(config.classifier),
+                        download=lambda: timm.create_model(model, pretrained=True), preprocessing=preprocessing)
+
+
+def hub_file(url: str) -> Path | None:
+    """A file in torch.hub's cache, if it is there."""
+    path = Path(torch.hub.get_dir(), "checkpoints", Path(urlparse(url).path).name)
+    return path if path.is_file() else None
+
+
+@functools.cache
+def find_weights(network: str, name: Path | None, flag: str) -> NamedWeights | None:
+    """The weights that a flag names, for `torchvision/NAME` or `timm/NAME`; None where it names a file, or nothing.
+
+    Raises UsageError for a word that is neither a file nor a name of that network's weights.
+    """
+    library, _, model = network.partition("/")
+    if name is None or name.exists() or name.suffix or len(name.parts) > 1 or library not in ("torchvision", "timm"):
+        return None
+    if library == "timm":
+        config = models.timm_library().get_pretrained_cfg(model)
+        names = ["timm"] if config is not None and config.has_weights else []
+    else:
+        names = list(torchvision_models.get_model_weights(model).__members__)
+    if str(name) not in names:
+        raise UsageError(f"{flag} {name}: no such file, and no name of weights of {model}; choose "
+                         f"{' or '.join(names) or 'a file, as there are none'}{nearest(str(name), names)}")
+    what = f"{flag} {name} of {model}"
+    return timm_weights(model, what) if library == "timm" else torchvision_weights(model, str(name), what)
+
+
+def named_weights(config: Any) -> NamedWeights | None:
+    """Those that an ImageFolderConfig evaluates or trains from, where it gives their name."""
+    if config.evaluate is not None:
+        return find_weights(config.full_name(), config.evaluate, "--evaluate")
+    return find_weights(config.full_name(), config.pretrained, "--pretrained")
+
+
+def start_from(config: Any, model: nn.Module, num_classes: int, world: World) -> None:
+    """Put the weights of `--pretrained`, or of a name to evaluate, into a new network. A collective.
+
+    Raises DataError if other classes are evaluated: without names, they are joined in order.
+    """
+    if (named := named_weights(config)) is not None:
+        if config.evaluate is not None and num_classes != named.num_classes:
+            raise DataError(f"--data-dir {config.data_dir}: has {num_classes:,} classes, and {named.what} "
+                            f"{named.num_classes:,} without names; give it a folder for each of them")
+        once_per_node(world, named.fetch)
+        line = named.put_into(model, num_classes)
+    elif config.pretrained is not None and config.evaluate is None:
+        line = load_weights(model, config.pretrained, flag="--pretrained", new_head=True)
+    else:
+        return
+    if world.is_main:
+        say(line)
+
+
+def as_published(config: Any) -> Any:
+    """An ImageFolderConfig with the preprocessing of the weights that it names, where its flags say nothing else.
+
+    Raises UsageError if that is a way that is not known here.
+    """
+    config.check()
+    if (named := named_weights(config)) is None:
+        return config
+    own, stated = named.preprocessing(), {*config.given, *config.in_file}
+    size = config.image_size or own.size
+    new: dict[str, Any] = {"image_size": size, "interpolation": config.interpolation or own.interpolation}
+    if "fit" not in stated and config.resize_size is None:
+        if own.fit is None:
+            raise UsageError(f"{named.what}: its images are fitted in a way that is not known here; give --fit crop or "
+                             f"squash, and --image-size {own.size}")
+        scaled = own.resize_size if size == own.size else math.floor(size / own.crop_share)
+        new |= {"fit": own.fit, "resize_size": scaled if own.fit == "crop" else None}
+    if not stated & {"normalize", "mean", "std"}:
+        new |= dict(zip(("mean", "std"), own.statistics, strict=True))
+        for name in ("none", "half", "imagenet"):
+            known = replace(config, normalize=name, mean=(), std=()).augmentation(IMAGENET)
+            if (known["mean"], known["std"]) == own.statistics:
+                new |= {"normalize": name, "mean": (), "std": ()}
+    return replace(config, **new)
