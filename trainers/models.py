@@ -241,10 +241,7 @@ def timm_library() -> Any:
 
 
 def check_name(name: str, known: Collection[str], *, choices: str | None = None) -> None:
-    """Raise UsageError for a mistyped `--model`, with `choices`, or all that are known, and the nearest.
-
-    TIMM among those that are known stands for all of timm's, with their tags.
-    """
+    """Raise UsageError for a mistyped `--model`, with `choices` or all known (TIMM: all of timm), and the nearest."""
     if TIMM in known and name.startswith(TIMM) and not is_reference(name):
         timm, choices = timm_library(), "a name of timm.list_models() behind timm/"
         known = [TIMM + model for model in (*timm.list_models(), *timm.list_pretrained())]

@@ -162,9 +162,8 @@ def read_picture(path: Path, card: ModelCard, bad: dict[str, str], *, true_class
     transform = evaluation_transform(card)
     try:
         content = read() if read else read_file(path)
-        pixels = full_size(content) if transform else to_square(
-            content, size=card.image_size[0], fit=card.fit, resize_size=card.resize_size,
-            interpolation=card.interpolation)
+        frame = {"fit": card.fit, "resize_size": card.resize_size, "interpolation": card.interpolation}
+        pixels = full_size(content) if transform else to_square(content, size=card.image_size[0], **frame)
     except BadImage as error:
         bad[str(path)] = f"not readable as an image ({error}); repair it or leave it out"
         return
