@@ -138,7 +138,7 @@ def main(config: BenchmarkConfig) -> int:
 def check(config: BenchmarkConfig) -> None:
     """UsageError for a trainer that does not exist or cannot measure."""
     trainers = sorted(path.stem for path in (ROOT / "trainers").glob("*.py")  # those with TrainConfig's --measure
-                      if "from trainers.engine.config import" in path.read_text())
+                      if "from trainers.engine.config import" in (text := path.read_text()) and "run(main" in text)
     if config.trainer not in trainers:
         raise UsageError(f"--trainer {config.trainer}: there is none of that name{nearest(config.trainer, trainers)}; "
                          f"choose from {', '.join(trainers)}")

@@ -43,7 +43,7 @@ def test_every_flag_of_a_config_json_is_read_back_as_it_was(tmp_path: Path, modu
     saved = to_plain(changed)
     again = parsed(tmp_path, saved, name="config.json", module=module)
     different = {field.name for field in fields(config) if getattr(again, field.name) != getattr(changed, field.name)}
-    assert different == {"config", "run_name", "resume"}  # those are of one run
+    assert different == {"config", "in_file", "run_name", "resume"}  # those are of one run
     assert (again.run_name, again.resume) == (None, "auto")
 
 

@@ -89,9 +89,9 @@ class ImageFolderConfig(ImageConfig):
     """By which images are resized. Default: bilinear."""
     normalize: Literal["none", "half", "imagenet"] = "imagenet"
     """Mean and std taken out of each channel: none leaves [0, 1], half is 0.5 and 0.5."""
-    mean: tuple[float, ...] = ()
+    mean: Annotated[tuple[float, ...], AtLeast(0, most=1)] = ()
     """The mean instead of --normalize's, per channel, in units of the full range [0, 1]; with --std."""
-    std: Annotated[tuple[float, ...], Above(0)] = ()
+    std: Annotated[tuple[float, ...], Above(0, most=1)] = ()
     random_crop: Annotated[float | None, Above(0, below=1, such_as=0.35)] = None
     """Train on random parts of the images, with at least this share of their area, such as 0.35."""
     cache: bool = False
