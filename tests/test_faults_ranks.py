@@ -185,6 +185,7 @@ def test_launcher_variables_that_are_no_numbers_are_a_usage_error(tmp_path: Path
     assert_ends_as_specified(fault, tmp_path)
 
 
+@pytest.mark.slow
 def test_a_rank_without_a_device_is_named_and_the_other_ends(tmp_path: Path) -> None:
     fault = Fault(name="device", ranks=3, hook=rank_without_a_gpu(2, num_gpus=2), codes=(6, 6, 5), state=None,
                   error="ERROR device: --device auto: local rank 2 of 3 has no GPU, 2 are visible")

@@ -97,6 +97,7 @@ def test_a_killed_rank_ends_the_run_under_torchrun(tmp_path: Path) -> None:
     assert read_json(tmp_path / "r" / "status.json")["state"] == "FAILED"
 
 
+@pytest.mark.slow
 def test_torchrun_restarts_after_a_killed_rank_and_the_run_resumes_from_its_checkpoint(tmp_path: Path) -> None:
     hook = on_first_start(at(13, "data", kill, ranks=[1]))
     with torchrun(tmp_path, options=("--max-restarts=3",), hook=hook) as job:

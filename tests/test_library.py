@@ -63,7 +63,7 @@ def newest_in(folder: Path) -> dict[str, Any]:
 
 @pytest.mark.timeout(120)
 @pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("name", [EXAMPLES[0], pytest.param(EXAMPLES[1], marks=pytest.mark.slow)])
+@pytest.mark.parametrize("name", ["library_train", pytest.param("library_loop", marks=pytest.mark.slow)])
 def test_an_example_of_the_readme_killed_and_resumed_ends_as_one_never_killed(tmp_path: Path, name: str,
                                                                               ranks: int) -> None:
     finish(start(name, tmp_path / "whole", ranks))

@@ -94,9 +94,8 @@ def counts(result: Any) -> tuple[int, int, int]:
     return round(result["accuracy"] * total), round(result["accuracy_top5"] * total), total
 
 
-@pytest.mark.parametrize("kind", [
-    pytest.param("torchvision bilinear 256", marks=pytest.mark.slow), pytest.param("timm 0.95", marks=pytest.mark.slow),
-    pytest.param("timm 0.875", marks=pytest.mark.slow), pytest.param("timm 1.0", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["torchvision bilinear 256", "timm 0.95", "timm 0.875", "timm 1.0"])
 def test_a_published_evaluation_gives_as_many_right_answers_as_the_library(tmp_path: Path, kind: str):
     torch.manual_seed(0)
     if kind.startswith("timm"):
@@ -129,7 +128,8 @@ def test_a_published_evaluation_gives_as_many_right_answers_as_the_library(tmp_p
         f"in sorted order"]
 
 
-@pytest.mark.parametrize("library", [pytest.param("torchvision", marks=pytest.mark.slow), pytest.param("timm", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("library", ["torchvision", "timm"])
 def test_a_name_is_evaluated_from_the_librarys_cache_without_network(tmp_path: Path, library: str):
     torch.manual_seed(0)
     images = [photograph(sample, longest=48) for sample in range(1000)]
