@@ -63,7 +63,7 @@ class NamedWeights:
     options: dict[str, Any] = field(default_factory=dict)
     """What models.build needs to make the same network."""
     head: str | None = None
-    """The layer that timm makes anew."""
+    """The layer that timm makes itself."""
 
     def fetch(self) -> None:
         """For one rank of each node: have the file in the cache, and look into it, which runs no code of its.
