@@ -57,6 +57,7 @@ def test_a_plain_process_ends_with_the_weights_of_one_rank_under_torchrun(
     assert read_json(plain / "result.json")["weights_sha256"] == read_json(runs[1] / "result.json")["weights_sha256"]
 
 
+@pytest.mark.slow
 def test_every_test_sample_is_counted_once_on_one_two_and_three_ranks(runs: dict[int, Path], tmp_path: Path) -> None:
     checkpoint = sorted((runs[2] / "checkpoints").glob("step-*.pt"))[-1]
     matrices = []

@@ -72,6 +72,7 @@ def slow_mirror() -> Iterator[Mirror]:
     mirror.server.server_close()
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(120)
 def test_a_download_slower_than_the_timeout_is_no_hang(slow_mirror: Mirror, tmp_path: Path):
     flags = ["--data-dir", tmp_path / "data", "--output-dir", tmp_path, "--timeout", "3", *FLAGS]

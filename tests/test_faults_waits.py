@@ -101,6 +101,7 @@ def test_a_stop_is_heard_in_a_read_that_never_returns(tmp_path: Path, place: tup
     assert newest_checkpoint(tmp_path / "r")["step"] == place[0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("rank", "place", "saved", "read"), [
     (1, (7, "data"), 6, sleep_for(60)), *(pytest.param(*case, marks=pytest.mark.slow) for case in (
         (0, (7, "data"), 6, read_without_end()), (1, (10, "evaluation data"), 9, read_without_end())))])

@@ -61,6 +61,7 @@ def newest_in(folder: Path) -> dict[str, Any]:
     return torch.load(sorted(folder.glob("step-*.pt"))[-1], weights_only=True)
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(120)
 @pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", ["library_train", pytest.param("library_loop", marks=pytest.mark.slow)])

@@ -26,6 +26,7 @@ def images_seen(folder: Path) -> dict[tuple[int, int], str]:
     return seen
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(300)
 def test_a_run_stopped_on_two_ranks_goes_on_with_the_same_samples_on_one_three_or_four(tmp_path: Path) -> None:
     assert run_in(tmp_path / "2", *PLAIN, ranks=2, hook=log_images()).codes == [0, 0]
