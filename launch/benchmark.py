@@ -39,12 +39,11 @@ from typing import Annotated, Any, Literal
 if not __package__:
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-from launch.bench.compare import comparison, read_results
 from launch.bench.pipeline import benchmark_pipeline
 from launch.bench.runs import Job, calibrate, plan, run_job, run_rounds
-from launch.bench.setups import Hardware, Setup, core_warnings, everything, parse_setup, why_not
+from launch.bench.setups import Hardware, everything, parse_setup, why_not
 from launch.bench.summary import summarise, warnings_of
-from launch.bench.table import check_output_dir, page, write_json, write_pages
+from launch.bench.table import FORMAT, check_output_dir, comparison, page, read_results, write_json, write_pages
 from launch.command_line import nearest, run
 from launch.errors import UsageError, say, to_stderr
 from launch.files import ROOT
@@ -106,30 +105,23 @@ def main(config: BenchmarkConfig) -> int:
     """Check everything, run, summarise; returns the exit code."""
     old = read_results(config.compare) if config.compare else None
     if config.report is not None:
-        shown = read_results(config.report)
-        say(page(shown))
-        if old is not None:
-            say(comparison(old, shown))
-        return 0
-    check(config)
-    check_output_dir(config.output_dir)
-    for number in stop_signals():  # a batch system's stop keeps what was finished, too
-        signal.signal(number, signal.default_int_handler)  # a shell has its background jobs ignore SIGINT
-    if config.pipeline:
-        return benchmark_pipeline(config.output_dir, rounds=config.rounds, seconds=config.seconds,
-                                  batch_size=config.batch_size)
-    hardware = Hardware.here()
-    setups = [parse_setup(text, threads=config.threads) for text in config.setups or everything(hardware)]
-    jobs, missing = jobs_of(config, setups, hardware)
-    for one in missing:
-        to_stderr(f"not run: {one['setup']}: {one['why']}")
-    cores = core_warnings([job.setup for job in jobs], hardware)
-    results: dict[str, Any] = {
-        "format": 1, "complete": False, "command": shlex.join(["python", *sys.argv]), "trainer": config.trainer,
-        "model": config.model, "recipe": config.recipe, "dataset": config.dataset, "machine": hardware.record(),
-        "not_run": missing,
-    }
-    code = measure_all(config, jobs, results, cores)
+        results, code = read_results(config.report), 0
+        say(page(results))
+    else:
+        check(config)
+        check_output_dir(config.output_dir)
+        for number in stop_signals():  # a batch system's stop keeps what was finished, too
+            signal.signal(number, signal.default_int_handler)  # a shell has its background jobs ignore SIGINT
+        if config.pipeline:
+            return benchmark_pipeline(config.output_dir, rounds=config.rounds, seconds=config.seconds,
+                                      batch_size=config.batch_size)
+        hardware = Hardware.here()
+        jobs, missing = jobs_of(config, hardware)
+        results = {
+            "format": FORMAT, "complete": False, "command": shlex.join(["python", *sys.argv]),
+            "trainer": config.trainer, "model": config.model, "recipe": config.recipe, "dataset": config.dataset,
+            "machine": hardware.record(), "not_run": missing}
+        code = measure_all(config, jobs, results)
     if old is not None and "rows" in results:
         say(comparison(old, results))
     return code
@@ -144,39 +136,44 @@ def check(config: BenchmarkConfig) -> None:
                          f"choose from {', '.join(trainers)}")
 
 
-def jobs_of(config: BenchmarkConfig, setups: list[Setup], hardware: Hardware
-            ) -> tuple[list[Job], list[dict[str, Any]]]:
+def jobs_of(config: BenchmarkConfig, hardware: Hardware) -> tuple[list[Job], list[dict[str, Any]]]:
     """What will be run, and why the rest cannot be here; UsageError if nothing can, or not the baseline."""
-    jobs, missing = [], []
+    setups = [parse_setup(text, threads=config.threads) for text in config.setups or everything(hardware)]
+    jobs, missing = [], {}
     for job in plan(setups, batch_size=config.batch_size, scaling=config.scaling,
                     rank_batch_size=config.rank_batch_size or config.batch_size):
-        why = why_not(job.setup, hardware, job.batch_size)
-        if why is None:
+        if why := why_not(job.setup, hardware, job.batch_size):
+            found = {"setup": job.setup.name, "batch_size": job.batch_size, "why": why}
+            missing.setdefault((job.setup.name, why), found)
+        else:
             jobs.append(job)
-        elif (job.setup.name, why) not in [(one["setup"], one["why"]) for one in missing]:
-            missing.append({"setup": job.setup.name, "batch_size": job.batch_size, "why": why})
+    for one in missing.values():
+        to_stderr(f"not run: {one['setup']}: {one['why']}")
     if not jobs:
         raise UsageError(f"--setups {' '.join(setup.name for setup in setups)}: none can be run here "
-                         f"({missing[0]['why']}); try cpu:1")
-    names = [job.setup.name for job in jobs]
+                         f"({next(iter(missing.values()))['why']}); try cpu:1")
+    names = list(dict.fromkeys(job.setup.name for job in jobs))
     if config.baseline is not None and config.baseline not in names:
-        raise UsageError(f"--baseline {config.baseline}: is not among what is run; choose from "
-                         f"{', '.join(dict.fromkeys(names))}")
-    return jobs, missing
+        raise UsageError(f"--baseline {config.baseline}: is not among what is run; choose from {', '.join(names)}")
+    return jobs, list(missing.values())
 
 
-def measure_all(config: BenchmarkConfig, jobs: list[Job], results: dict[str, Any], cores: list[str]) -> int:
+def measure_all(config: BenchmarkConfig, jobs: list[Job], results: dict[str, Any]) -> int:
     """All rounds, with benchmark.json rewritten after every run; then the table, the Markdown and the picture."""
     # recipe blitz is without oneDNN, which is faster at its batch of 4 and twice as slow at 128
     flags = ["--onednn", "--model", config.model, "--recipe", config.recipe, "--dataset", config.dataset,
              "--learning-rate", str(config.learning_rate), "--seed", str(config.seed)]
     flags += shlex.split(config.trainer_flags)
     run_one = partial(run_job, trainer=config.trainer, flags=flags, timeout_seconds=config.timeout)
+    cores = results["machine"]["cores"]
+    wanted = {job.setup.name: job.setup.ranks * job.setup.threads for job in jobs if job.setup.kind == "cpu"}
+    crowded = [f"{name}: {threads} threads on {cores} cores; they take turns"
+               for name, threads in wanted.items() if threads > cores]
     runs: list[dict[str, Any]] = []
 
     def update() -> None:
         results.update(summarise(jobs, runs, baseline=config.baseline), runs=runs)
-        results["warnings"] = [*cores, *warnings_of(results["rows"], rounds=config.rounds)]
+        results["warnings"] = crowded + warnings_of(results["rows"], rounds=config.rounds)
         write_json(results, config.output_dir / "benchmark.json")
 
     try:
@@ -185,8 +182,7 @@ def measure_all(config: BenchmarkConfig, jobs: list[Job], results: dict[str, Any
         results["method"] = {
             "steps": steps, "warmup_steps": warmup, "rounds": config.rounds, "threads": config.threads,
             "seed": config.seed, "batch_size": config.batch_size,
-            "rank_batch_size": config.rank_batch_size or config.batch_size,
-        }
+            "rank_batch_size": config.rank_batch_size or config.batch_size}
         for result in run_rounds(jobs, rounds=config.rounds, steps=f"{warmup}:{steps}", run=run_one):
             runs.append(result)
             update()
@@ -199,9 +195,8 @@ def measure_all(config: BenchmarkConfig, jobs: list[Job], results: dict[str, Any
     update()
     write_pages(results, config.output_dir)
     say(f"\n{page(results)}\n\nwritten to {config.output_dir}/benchmark.json, .md, .png")
-    if not results["complete"]:
-        return 130
-    return int(any(row["error"] or row["verdict"] == "WRONG" for row in results["rows"]))
+    wrong = any(row["error"] or row["verdict"] == "WRONG" for row in results["rows"])
+    return int(wrong) if results["complete"] else 130
 
 
 if __name__ == "__main__":

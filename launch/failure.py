@@ -12,7 +12,7 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from functools import partial
-from typing import NoReturn, Protocol
+from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
@@ -20,25 +20,12 @@ import torch.distributed as dist
 from launch.errors import EXIT_PREEMPTED, DeviceError, DistributedError, UsageError, is_users, to_stderr, user_line
 from launch.heartbeats import Heartbeats
 from launch.launcher import Launch
-from launch.stop import stop_request
+from launch.stop import moments, stop_request
 
 AGREE_SECONDS = 15  # for the ranks to agree on who prints an error, and to print it; the store answers in milliseconds
 LEAVE_SECONDS = 10.0  # for a rank to notice by itself that another has failed, and to end a save
 STALE_SECONDS = 1.3  # a live rank has sent another heartbeat by then
 LINGER_SECONDS = 5.0  # for which the host of the store waits for the others, when all leave
-
-
-class RunRecord(Protocol):
-    """The run folder, as the watchdog's thread knows it."""
-
-    def beat(self) -> None:
-        """The process lives; called twice a second."""
-
-    def failed(self, cause: Exception | str, *, step: int) -> None:
-        """The process is about to be ended; there are two seconds to write it down."""
-
-    def preempted(self, reason: str) -> None:
-        """The same, for a stop."""
 
 
 class JobFailure:
@@ -50,8 +37,9 @@ class JobFailure:
 
     def __init__(self, launch: Launch) -> None:
         self.launch = launch
+        self.step = 0  # at which this rank is, as the watchdog is told
         self.heartbeats: Heartbeats | None = None  # until the ranks have met
-        self.run: RunRecord | None = None
+        self.run: Any = None  # the run's folder, which is to be told: `failed(cause)`, `preempted(reason)`
         self._launcher = (stop_request().launcher or os.getppid()) if launch.is_grouped else None
         self._claimed = threading.Lock()  # taken once: this process prints at most one error
         self._another_failed_at: float | None = None
@@ -65,10 +53,8 @@ class JobFailure:
         """Whether this rank is the first of the job to fail, and so the one whose line is shown."""
         if not self.claim_in_this_process():
             return False
-        if self.heartbeats is None:
-            return True
         try:
-            return self.heartbeats.first_to_fail()
+            return self.heartbeats is None or self.heartbeats.set_mark("failed")
         except RuntimeError:  # the store died with its host, torchrun or rank 0: the first rank that lives elsewhere
             first_elsewhere = self.launch.local_world_size if self.launch.torchrun_hosts_store else 1
             speaker = 0 if self.launcher_died() else first_elsewhere
@@ -79,34 +65,28 @@ class JobFailure:
         return self._claimed.acquire(blocking=False)
 
     def claim_on_this_node(self, port: int) -> bool:
-        """Whether this rank speaks for its node, where no rank has reached the store.
-
-        An abstract Unix socket (Linux) can be bound once, until it is closed or its process ends.
-        """
+        """Whether this rank speaks for its node, where no rank has reached the store."""
         self._node_token = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
-        try:
+        try:  # an abstract Unix socket (Linux) can be bound once, until it is closed or its process ends
             self._node_token.bind(f"\0torchrun-trainers-{os.getuid()}-{port}")
         except OSError:
             return False
         time.sleep(1)  # the others, which wait just as long, find that it is taken
         return True
 
-    def leave(self, error: Exception, *, step: int) -> None:
-        """Exit after an error, with its line if this rank is the first to fail, and else quietly.
-
-        Returns only for an error that is our bug, on the rank that is to show its traceback.
-        """
+    def leave(self, error: Exception) -> None:
+        """Exit after an error, with its line if this rank is the first to fail; return to show our bug's traceback."""
         known = translated(error)
         code = getattr(known, "exit_code", 1)
         with exit_after(AGREE_SECONDS, code):
             first = self.claim_error_line()
             if first and isinstance(known, LostPeer):
-                to_stderr(self._lost_line(step))
+                to_stderr(self._lost_line())
             elif first and (line := user_line(known)) is not None:
                 to_stderr(line)
             if self.heartbeats is not None:
                 with contextlib.suppress(RuntimeError):
-                    self.heartbeats.send(step, "left")  # so that the others do not take it for one that was lost
+                    self.heartbeats.send(self.step, "left")  # so that the others do not take it for one that was lost
         if not first or is_users(known):
             raise SystemExit(code) from None
 
@@ -114,44 +94,43 @@ class JobFailure:
         """After an error, where this process hosts the store: keep it until the others know which rank failed first."""
         if self.heartbeats is None or not self.launch.hosts_store or not self.heartbeats.has_left:
             return
-        before, began = self.heartbeats.last(), time.monotonic()
-        while time.monotonic() - began < LINGER_SECONDS:
+        before = self.heartbeats.last()
+        for waited in moments(LINGER_SECONDS):
             last = self.heartbeats.last()
-            silent = self.heartbeats.silent_since(before) if time.monotonic() - began > LINGER_SECONDS / 2 else []
+            silent = self.heartbeats.silent_since(before) if waited > LINGER_SECONDS / 2 else []
             others = set(range(self.launch.world_size)) - {self.launch.rank, *silent}
             if all(rank in last and last[rank][2] == "left" for rank in others):
                 return
-            time.sleep(0.1)
 
-    def follow(self, *, step: int) -> None:
+    def follow(self) -> None:
         """Called with every heartbeat: end the process if another rank failed a while ago and this one still runs."""
-        if self.heartbeats is None or not self.heartbeats.anyone_failed() or self._claimed.locked():
+        if self.heartbeats is None or not self.heartbeats.has_mark("failed") or self._claimed.locked():
             return
         self._another_failed_at = self._another_failed_at or time.monotonic()
         allowed = LEAVE_SECONDS + (LINGER_SECONDS if self.launch.hosts_store else 0)
         if time.monotonic() - self._another_failed_at > allowed:
-            self.end("ERROR distributed: another rank has failed", step=step)
+            self.end("ERROR distributed: another rank has failed")
 
-    def end_without_launcher(self, *, step: int) -> NoReturn:
+    def end_without_launcher(self) -> NoReturn:
         """End the process, whose launcher has died, so that no orphan keeps a GPU; rank 0 speaks."""
         speaks = self.launch.rank == 0 and self.claim_in_this_process()
         if self._claimed.locked() and not speaks:
             time.sleep(2)  # the main thread, whose peer has ended too, has claimed the line and is about to print it
-        self.end(self._lost_line(step), step=step, speaks=speaks)
+        self.end(self._lost_line(), speaks=speaks)
 
-    def end(self, line: str, *, step: int, speaks: bool = False, stuck: Sequence[int] = (),
+    def end(self, line: str, *, speaks: bool = False, stuck: Sequence[int] = (),
             code: int = DistributedError.exit_code) -> NoReturn:
         """End the process from the watchdog's thread: the main one waits for something that may never come.
 
-        `stuck` are ranks that cannot leave by themselves; those on this host are killed. A stop, by EXIT_PREEMPTED,
-        waits until all are here, with the error line claimed: so none takes another for lost.
+        `stuck` ranks cannot leave by themselves; those on this host are killed. A stop, by EXIT_PREEMPTED, waits until
+        all are here, with the error line claimed: so none takes another for lost.
         """
         if speaks:
             to_stderr(line)
         if stuck and self.heartbeats is not None:
             self.heartbeats.kill_siblings(stuck)
         if self.run is not None:
-            write = partial(self.run.failed, step=step) if code != EXIT_PREEMPTED else self.run.preempted
+            write = self.run.preempted if code == EXIT_PREEMPTED else partial(self.run.failed, step=self.step)
             writing = threading.Thread(target=write, args=[line], daemon=True)
             with contextlib.suppress(RuntimeError):  # no more threads
                 writing.start()
@@ -160,19 +139,20 @@ class JobFailure:
             self.heartbeats.wait_to_leave(LINGER_SECONDS)
         os._exit(code)
 
-    def _lost_line(self, step: int) -> str:
+    def _lost_line(self) -> str:
         """What this rank has lost: its launcher, or else other ranks; names those without a heartbeat."""
+        size = self.launch.world_size
         if self.launcher_died():
-            return (f"ERROR distributed: rank {self.launch.rank} of {self.launch.world_size}: its launcher died at "
-                    f"step {step}; start the same command again")
+            return (f"ERROR distributed: rank {self.launch.rank} of {size}: its launcher died at step {self.step}; "
+                    f"start the same command again")
         silent = []
         if self.heartbeats is not None:
             before = self.heartbeats.last()
             time.sleep(STALE_SECONDS)
             silent = self.heartbeats.silent_since(before)
         who = f"rank {', '.join(map(str, silent))}" if silent else "another rank"
-        return (f"ERROR distributed: {who} of {self.launch.world_size}: exited silently at about step {step}; "
-                f"see its output above or the system log (killed, out of memory?), then start the same command again")
+        return (f"ERROR distributed: {who} of {size}: exited silently at about step {self.step}; see its "
+                f"output above or the system log (killed, out of memory?), then start the same command again")
 
 
 @contextlib.contextmanager
@@ -194,9 +174,9 @@ class LostPeer(DistributedError):
 
 def translated(error: Exception) -> Exception:
     """What torch raises for a lost rank or a lack of memory, as one of our errors; any other error unchanged."""
+    text = str(error).lower()
     if is_users(error):
         return error
-    text = str(error).lower()
     if isinstance(error, RuntimeError) and "can't start new thread" in text:
         return DeviceError("threads: no more can be started here; raise `ulimit -u` or the container's limit of "
                            "processes (pids), or use fewer ranks, --workers and --threads")
@@ -204,7 +184,7 @@ def translated(error: Exception) -> Exception:
         return DeviceError(f"memory: {str(error).splitlines()[0] if text else 'used up'}; lower --batch-size, raise "
                            f"--accumulation-steps, or use --precision bf16")
     if "finished reduction in the prior iteration" in text:
-        indices = re.search(r"did not receive grad for rank \d+: ([\d ]+)", str(error))
+        indices = re.search(r"did not receive grad for rank \d+: ([\d ]+)", text)
         which = f" (numbers {indices[1].strip()})" if indices else ""
         return UsageError(f"--find-unused-parameters: parameters of the model{which} had no part in the loss of a "
                           f"step, and DDP waits for their gradients; give this flag, or --freeze them")

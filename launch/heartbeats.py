@@ -1,7 +1,7 @@
 """What ranks tell each other beside their collectives, through the job's key-value store.
 
 A rank's heartbeat is [count, step, phase, host, pid, parent's pid]. There are also marks that any rank may set: `stop`,
-that it was asked to stop, `stuck`, that it cannot stop with the others, and `failed`, that it has failed.
+that it was asked to stop, `failed`, that it has failed, and `stuck`, that it cannot stop with the others.
 """
 
 import json
@@ -9,7 +9,6 @@ import os
 import signal
 import socket
 import threading
-import time
 from collections.abc import Sequence
 from contextlib import suppress
 from typing import Any
@@ -17,6 +16,7 @@ from typing import Any
 import torch.distributed as dist
 
 from launch.launcher import parent_of
+from launch.stop import moments
 
 
 class Heartbeats:
@@ -38,13 +38,13 @@ class Heartbeats:
                 self._num_sent += 1
                 self.store.set(f"beat/{self.rank}", json.dumps([self._num_sent, step, phase, *self._me]))
 
-    def ask_all_to_stop(self) -> None:
-        """Pass a stop request on."""
-        self.store.set("stop", "")
+    def set_mark(self, mark: str) -> bool:
+        """Set a mark, for all ranks; whether none had set it before."""
+        return self.store.add(mark, 1) == 1
 
-    def asked_to_stop(self) -> bool:
-        """Whether any rank was asked to stop."""
-        return self.store.check(["stop"])
+    def has_mark(self, mark: str) -> bool:
+        """Whether any rank has set it."""
+        return self.store.check([mark])
 
     def stuck_rank(self, *, is_me: bool) -> int | None:
         """The rank that cannot come to the step at which all would stop; with `is_me`, it is this one."""
@@ -54,19 +54,11 @@ class Heartbeats:
 
     def wait_to_leave(self, seconds: float) -> None:
         """Until every rank has called this, or its host has gone, since it had seen them all; or for so long."""
-        until = time.monotonic() + seconds
         with suppress(RuntimeError):
             self.store.add("leaving", 1)
-            while self.store.add("leaving", 0) < self.world_size and time.monotonic() < until:
-                time.sleep(0.1)
-
-    def first_to_fail(self) -> bool:
-        """Whether no other rank has failed before this call."""
-        return self.store.add("failed", 1) == 1
-
-    def anyone_failed(self) -> bool:
-        """Whether any rank has failed."""
-        return self.store.check(["failed"])
+            for _ in moments(seconds):
+                if self.store.add("leaving", 0) >= self.world_size:
+                    return
 
     def last(self) -> dict[int, list[Any]]:
         """The last heartbeat of every rank that has sent one; of none if the store is dead."""

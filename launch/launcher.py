@@ -4,6 +4,7 @@ torchrun's win over Slurm's, since torchrun is often itself started by srun. Thr
 restart or a requeue keeps, come from here too. No device is touched, no connection is made, and torch is not imported.
 """
 
+import contextlib
 import os
 import re
 import socket
@@ -21,6 +22,7 @@ REQUEUE = 1000  # what Slurm's restart counts in `restart`: one more than a torc
 MOST_HOSTS = 100_000  # in one Slurm node list
 START_WITH = "start with torchrun, srun python, or plain python"
 
+
 @dataclass(frozen=True, kw_only=True)
 class Launch:
     """What the launcher says, before any device or connection is touched."""
@@ -30,13 +32,10 @@ class Launch:
     local_rank: int = 0
     world_size: int = 1
     local_world_size: int = 1
-    address: str = "localhost"
-    """Host of the store at which the ranks meet."""
+    address: str = "localhost"  # host of the store at which the ranks meet
     port: int = 29500  # torch's own default for MASTER_PORT
-    peer: str | None = None
-    """Another node of the job, where the launcher names one: the way there is the way to all of them."""
-    torchrun_hosts_store: bool = False
-    """Whether torchrun's agent hosts the store, which then outlives the ranks; else rank 0 does."""
+    peer: str | None = None  # another node of the job, if the launcher names one: the way there is the way to all
+    torchrun_hosts_store: bool = False  # whether torchrun's agent does, so that it outlives the ranks; else rank 0
 
     @property
     def hosts_store(self) -> bool:
@@ -53,10 +52,7 @@ def read_launch(environ: Mapping[str, str] = os.environ) -> Launch:
     """Rank and world size from torchrun's variables, else from srun's, else one process.
 
     Slurm's are believed only inside a step (SLURM_STEP_ID): in a batch script they describe the whole job, and a
-    plain `python` there would wait for ranks that nobody starts.
-
-    Raises:
-        UsageError: if a variable is missing or is no number, or if some contradict each other.
+    plain `python` there would wait for ranks that nobody starts. UsageError for variables that cannot be right.
     """
     try:
         for name in ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT"):
@@ -64,15 +60,11 @@ def read_launch(environ: Mapping[str, str] = os.environ) -> Launch:
                 raise ValueError(f"{name}={environ[name]} is below 0")
         if "RANK" in environ and "WORLD_SIZE" in environ:
             return checked(Launch(
-                launcher="torchrun",
-                rank=int(environ["RANK"]),
+                launcher="torchrun", rank=int(environ["RANK"]), world_size=int(environ["WORLD_SIZE"]),
                 local_rank=int(environ.get("LOCAL_RANK", environ["RANK"])),
-                world_size=int(environ["WORLD_SIZE"]),
                 local_world_size=int(environ.get("LOCAL_WORLD_SIZE", environ["WORLD_SIZE"])),
-                address=environ.get("MASTER_ADDR") or "localhost",
-                port=int(environ.get("MASTER_PORT", "29500")),
-                torchrun_hosts_store=environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True",
-            ))
+                address=environ.get("MASTER_ADDR") or "localhost", port=int(environ.get("MASTER_PORT", "29500")),
+                torchrun_hosts_store=environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"))
         if "SLURM_PROCID" in environ and "SLURM_STEP_ID" in environ:
             return checked(read_slurm(environ))
         for name, other, alone in (("WORLD_SIZE", "RANK", "1"), ("RANK", "WORLD_SIZE", "0")):
@@ -108,16 +100,9 @@ def read_slurm(environ: Mapping[str, str]) -> Launch:
         raise ValueError(f"node {node}, tasks on {len(tasks)} nodes and a list of {len(hosts)} nodes do not fit")
     if sum(tasks) != world_size:
         raise ValueError(f"{sum(tasks)} tasks on the nodes of a step of {world_size}")
-    return Launch(
-        launcher="slurm",
-        rank=int(environ["SLURM_PROCID"]),
-        local_rank=int(environ["SLURM_LOCALID"]),
-        world_size=world_size,
-        local_world_size=tasks[node],
-        address=environ.get("MASTER_ADDR") or hosts[0],
-        port=int(environ.get("MASTER_PORT") or 10000 + job_id % 20000),
-        peer=hosts[0 if node else -1],
-    )
+    return Launch(launcher="slurm", rank=int(environ["SLURM_PROCID"]), local_rank=int(environ["SLURM_LOCALID"]),
+                  world_size=world_size, local_world_size=tasks[node], address=environ.get("MASTER_ADDR") or hosts[0],
+                  port=int(environ.get("MASTER_PORT") or 10000 + job_id % 20000), peer=hosts[0 if node else -1])
 
 
 def per_node_counts(text: str) -> list[int]:
@@ -136,9 +121,9 @@ def host_names(node_list: str) -> list[str]:
     names = []
     for part in re.split(r",(?![^\[]*\])", node_list):
         brackets = re.search(r"\[([^\]]*)\]", part)
+        if brackets is None and re.fullmatch(r"[\w.-]+", part) is None:
+            raise ValueError(f"{part!r} is no host name of a Slurm node list")
         if brackets is None:
-            if re.fullmatch(r"[\w.-]+", part) is None:
-                raise ValueError(f"{part!r} is no host name of a Slurm node list")
             names.append(part)
             continue
         for piece in brackets[1].split(","):
@@ -168,10 +153,10 @@ def choose_threads(launch: Launch, environ: Mapping[str, str] = os.environ) -> i
     idle; the environment torchrun itself was started with tells the two apart.
     """
     asked = environ.get("OMP_NUM_THREADS", "")
-    by_torchrun = launch.launcher == "torchrun" and asked == "1" and not users_omp()
-    if asked.isdecimal() and int(asked) > 0 and not by_torchrun:
-        return int(asked)
-    return threads_per_rank(launch.local_world_size)
+    if launch.launcher == "torchrun" and asked == "1":
+        with contextlib.suppress(OSError):
+            asked = asked if b"\0OMP_NUM_THREADS=" in b"\0" + Path(f"/proc/{os.getppid()}/environ").read_bytes() else ""
+    return int(asked) if asked.isdecimal() and int(asked) > 0 else threads_per_rank(launch.local_world_size)
 
 
 def too_many_threads(launch: Launch, threads: int) -> str | None:
@@ -188,29 +173,13 @@ def threads_per_rank(num_ranks: int) -> int:
     return max(1, usable_cores() // num_ranks)
 
 
-def users_omp() -> bool:
-    """Whether OMP_NUM_THREADS was in the environment that this process's parent, torchrun, was started with."""
-    try:
-        with open(f"/proc/{os.getppid()}/environ", "rb") as file:
-            return b"\0OMP_NUM_THREADS=" in b"\0" + file.read()
-    except OSError:
-        return True
-
-
-def signals_passed_on(environ: Mapping[str, str] = os.environ) -> list[str] | None:
-    """The names of the signals that torchrun passes on to this process; None where torchrun did not start it."""
-    names = environ.get("TORCHELASTIC_SIGNALS_TO_HANDLE")
-    return None if names is None else [name.strip() for name in names.split(",")]
-
-
 def job_identity() -> dict[str, Any]:
     """The scheduler's or launcher's name for this job, and how often it has restarted it."""
     restarts = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
     if job := slurm_job():
         requeues = int(os.environ.get("SLURM_RESTART_COUNT", "0"))
         return {"job": f"slurm-{job}", "restart": REQUEUE * requeues + restarts}
-    agent = launcher_identity()
-    if agent is None:
+    if (agent := launcher_identity()) is None:
         return {"job": None, "restart": 0}
     name = agent["run_id"] if agent["run_id"] != "none" else f"{agent['host']}-{agent['pid']}-{agent['started']}"
     return {"job": f"torchrun-{name}", "restart": restarts}
@@ -223,22 +192,21 @@ def launcher_identity() -> dict[str, Any] | None:
     """
     if "TORCHELASTIC_RUN_ID" not in os.environ:
         return None
-    agent = os.getppid()
-    stat = stat_of(agent)
-    return {"host": socket.gethostname(), "pid": agent, "started": int(stat[19]) if stat else None,
+    stat = stat_of(os.getppid())
+    return {"host": socket.gethostname(), "pid": os.getppid(), "started": int(stat[19]) if stat else None,
             "run_id": os.environ["TORCHELASTIC_RUN_ID"]}
 
 
 def slurm_job() -> str | None:
     """The id of the Slurm job that started this process, or an array task's `<array job>_<task>`; a requeue keeps it.
 
-    An interactive allocation is not such a job, for many commands are run in one: the shell of salloc, where Slurm gave
-    no task number or the number of its interactive step, that of `srun --pty`, and the steps that are started there.
-    What a batch script inherits from the shell in which it was submitted does not make it interactive.
+    An interactive allocation is not such a job, for many commands are run in one: the shell of salloc (no task number,
+    or that of the interactive step) or of `srun --pty`, and steps started there. A batch script stays one, whatever it
+    inherits from the shell in which it was submitted.
     """
     interactive = (os.environ.get("SLURM_STEP_ID") == INTERACTIVE_STEP or "SLURM_PTY_PORT" in os.environ
                    or os.environ.get("SLURM_JOB_NAME") == "interactive")  # salloc's default
-    if "SLURM_JOB_ID" not in os.environ or "SLURM_PROCID" not in os.environ or (
+    if not {"SLURM_JOB_ID", "SLURM_PROCID"} <= os.environ.keys() or (
             interactive and os.environ.get("ENVIRONMENT") != "BATCH"):
         return None
     if "SLURM_ARRAY_TASK_ID" in os.environ:

@@ -21,23 +21,17 @@ from launch.launcher import Launch
 
 
 def choose_device(device: str, launch: Launch) -> torch.device:
-    """cpu, or this rank's GPU. A rank that sees exactly one GPU uses index 0: its launcher has chosen for it.
-
-    Raises:
-        DeviceError: if CUDA is asked for and absent, or the node has more ranks than visible GPUs.
-    """
+    """cpu, or this rank's GPU; DeviceError if there is none for it, or no CUDA where that is asked for."""
     if device == "cpu" or (device == "auto" and not torch.cuda.is_available()):
         return torch.device("cpu")
     if not torch.cuda.is_available():
         raise DeviceError("--device cuda: no CUDA device is available to torch; use --device cpu")
     num_visible = torch.cuda.device_count()
-    if num_visible == 1:
+    if num_visible == 1:  # its launcher has chosen for it
         return torch.device("cuda", 0)
     if launch.local_rank >= num_visible:
-        raise DeviceError(
-            f"--device {device}: local rank {launch.local_rank} of {launch.local_world_size} has no GPU, "
-            f"{num_visible} are visible; start {num_visible} ranks on this node, or use --device cpu"
-        )
+        raise DeviceError(f"--device {device}: local rank {launch.local_rank} of {launch.local_world_size} has no GPU, "
+                          f"{num_visible} are visible; start {num_visible} ranks on this node, or use --device cpu")
     return torch.device("cuda", launch.local_rank)
 
 
@@ -78,11 +72,10 @@ def environment_record() -> dict[str, Any]:
 def git_commit() -> str | None:
     """The commit of this checkout, with `-dirty` if files differ from it; None outside git."""
     try:
-        found = subprocess.run(["git", "describe", "--always", "--dirty", "--abbrev=40"], cwd=ROOT, timeout=10,
-                               capture_output=True, text=True, check=True)
+        return subprocess.check_output(["git", "describe", "--always", "--dirty", "--abbrev=40"], cwd=ROOT, timeout=10,
+                                       stderr=subprocess.DEVNULL, text=True).strip()
     except (OSError, subprocess.SubprocessError):
         return None
-    return found.stdout.strip()
 
 
 def gpu_uuid(index: int) -> str:

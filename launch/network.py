@@ -4,7 +4,6 @@ import fcntl
 import os
 import socket
 import struct
-from collections.abc import Iterable
 from urllib.parse import urlsplit
 from urllib.request import getproxies, proxy_bypass
 
@@ -14,19 +13,16 @@ SIOCGIFADDR = 0x8915  # linux/sockios.h: the address of an interface
 
 
 def address_towards(host: str) -> str | None:
-    """This machine's own address on the route to `host`, or None if there is no route or no such name.
-
-    A connected UDP socket sends nothing: the kernel only looks up the route.
-    """
+    """This machine's own address on the route to `host`, or None if there is no route or no such name."""
     try:
         with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-            probe.connect((host, 9))
+            probe.connect((host, 9))  # of UDP: nothing is sent, the kernel only looks up the route
             return probe.getsockname()[0]
     except OSError:
         return None
 
 
-def address_among(hosts: Iterable[str]) -> str | None:
+def address_among(hosts: list[str]) -> str | None:
     """This machine's address on the way to the first of `hosts` that is another machine; None if there is no way.
 
     A machine's own name often means 127.0.1.1 to itself, which no other machine can reach.
@@ -42,10 +38,8 @@ def address_among(hosts: Iterable[str]) -> str | None:
 
 def interface_of(address: str | None) -> str | None:
     """The name of the interface that holds an address, or None if none does (Linux only)."""
-    for _, name in socket.if_nameindex():
-        if address is not None and interface_address(name) == address:
-            return name
-    return None
+    names = [name for _, name in socket.if_nameindex() if address is not None]
+    return next((name for name in names if interface_address(name) == address), None)
 
 
 def interface_address(name: str) -> str | None:
@@ -85,8 +79,7 @@ def is_reachable(url: str) -> bool:
     parts = urlsplit(url)
     proxies = getproxies() if parts.hostname and not proxy_bypass(parts.hostname) else {}
     way = urlsplit(proxies.get(parts.scheme, url))
-    port = way.port or (443 if way.scheme == "https" else 80)
-    return not connect_problem(way.hostname or "", port)
+    return not connect_problem(way.hostname or "", way.port or (443 if way.scheme == "https" else 80))
 
 
 def library_defaults(*, unless: str = "", **variables: str) -> None:

@@ -28,7 +28,7 @@ if not __package__:
 from launch.errors import EXIT_DONE, DistributedError, to_stderr
 from launch.launcher import host_names, parent_of, threads_per_rank
 from launch.network import address_among, connect_problem, interface_of
-from launch.stop import signals_flag, stop_signals
+from launch.stop import moments, signals_flag, stop_signals
 
 ARRIVAL_SECONDS = 60  # for the slowest node; srun starts them together
 LINE_SECONDS = 5  # a node that has connected sends its line at once
@@ -49,13 +49,16 @@ def main() -> int:
             else:
                 wait_for_host(host, int(port), line=f"{options.id} {node}\n".encode())
         except OSError as error:
-            to_stderr(explain(error, options.rendezvous, node, address))
+            reason = error.strerror or str(error)
+            where = f"{options.rendezvous} (interface {interface_of(address) or 'unknown'}, {address or 'no address'})"
+            to_stderr(f"node number {node}, {socket.gethostname()}: cannot meet at {where}: {reason}" if node else
+                      f"ERROR distributed: rendezvous {where}: {reason}; check that nothing blocks that port, or set "
+                      f"MASTER_PORT to a free one, or MASTER_ADDR to the first node's name on another network")
             return DistributedError.exit_code
     is_host = node == 0 if options.nodes.isdigit() else host == options.me
     if address is None or address.startswith("127."):
         address = options.me  # which the other nodes know as something else
-    return supervise([sys.executable, "-m", "torch.distributed.run", *torchrun_flags(options, address, is_host),
-                      *options.command], environment_for(options.command), host, int(port))
+    return supervise(torchrun(options, address, is_host), environment_for(options.command), host, int(port))
 
 
 def parse() -> argparse.Namespace:
@@ -72,16 +75,13 @@ def parse() -> argparse.Namespace:
     return options
 
 
-def torchrun_flags(options: argparse.Namespace, address: str, is_host: bool) -> list[str]:
-    """What makes torchrun join the other nodes."""
-    if options.nodes == "1":
-        return ["--standalone", signals_flag()]
-    seconds = f"join_timeout={5 * ARRIVAL_SECONDS},last_call_timeout=15"
-    return [
+def torchrun(options: argparse.Namespace, address: str, is_host: bool) -> list[str]:
+    """The torchrun command that joins the other nodes."""
+    rendezvous = ["--standalone"] if options.nodes == "1" else [
         f"--nnodes={options.nodes}", "--rdzv-backend=c10d", f"--rdzv-endpoint={options.rendezvous}",
-        f"--rdzv-id={options.id}", f"--rdzv-conf=is_host={str(is_host).lower()},{seconds}",
-        signals_flag(), f"--local-addr={address}",
-    ]
+        f"--rdzv-id={options.id}", f"--local-addr={address}",
+        f"--rdzv-conf=is_host={str(is_host).lower()},join_timeout={5 * ARRIVAL_SECONDS},last_call_timeout=15"]
+    return [sys.executable, "-m", "torch.distributed.run", *rendezvous, signals_flag(), *options.command]
 
 
 def environment_for(words: list[str]) -> dict[str, str]:
@@ -98,8 +98,8 @@ def environment_for(words: list[str]) -> dict[str, str]:
 
 def wait_as_host(port: int, *, num_nodes: int, token: str) -> None:
     """Wait for a connection from every other node, then tell them all to start. Grows with the number of nodes."""
-    deadline = time.monotonic() + ARRIVAL_SECONDS
     arrived: dict[str, socket.socket] = {}
+    deadline = time.monotonic() + ARRIVAL_SECONDS
     with socket.create_server(("", port), backlog=num_nodes) as server:
         while len(arrived) < num_nodes - 1:
             server.settimeout(max(0.01, deadline - time.monotonic()))
@@ -124,19 +124,18 @@ def wait_as_host(port: int, *, num_nodes: int, token: str) -> None:
 
 def wait_for_host(host: str, port: int, *, line: bytes) -> None:
     """Connect to the first node, which may start later, and wait until it says `go`; OSError after a minute."""
-    deadline = time.monotonic() + ARRIVAL_SECONDS
-    while True:
+    refused = OSError("no answer")
+    for waited in moments(ARRIVAL_SECONDS):
         try:
             with socket.create_connection((host, port), timeout=LINE_SECONDS) as connection:
                 connection.sendall(line)
-                connection.settimeout(max(0.01, deadline - time.monotonic()))
+                connection.settimeout(max(0.01, ARRIVAL_SECONDS - waited))
                 if read_line(connection) == "go\n":
                     return
                 raise ConnectionError("what listens there is not this job")
-        except OSError:
-            if time.monotonic() > deadline:
-                raise
-        time.sleep(0.2)
+        except OSError as error:
+            refused = error
+    raise refused
 
 
 def read_line(connection: socket.socket) -> str:
@@ -146,16 +145,6 @@ def read_line(connection: socket.socket) -> str:
             return file.readline(200)
     except OSError:
         return ""
-
-
-def explain(error: OSError, rendezvous: str, node: int, address: str | None) -> str:
-    """The job's ERROR line on the first node, which knows who is missing; elsewhere, why this one could not connect."""
-    where = f"{rendezvous} (interface {interface_of(address) or 'unknown'}, {address or 'no address'})"
-    reason = error.strerror or str(error)
-    if node == 0:
-        return (f"ERROR distributed: rendezvous {where}: {reason}; check that nothing blocks that port, or set "
-                f"MASTER_PORT to a free one, or MASTER_ADDR to the first node's name on another network")
-    return f"node number {node}, {socket.gethostname()}: cannot meet at {where}: {reason}"
 
 
 def supervise(command: list[str], environment: dict[str, str], host: str, port: int) -> int:
@@ -168,10 +157,9 @@ def supervise(command: list[str], environment: dict[str, str], host: str, port: 
     process: subprocess.Popen[bytes] | None = None
 
     def handle(number: int, frame: FrameType | None) -> None:
-        if not passed_on:
-            passed_on.append(number)
-            if process is not None:
-                process.send_signal(number)
+        passed_on.append(number)
+        if process is not None and len(passed_on) == 1:
+            process.send_signal(number)
 
     for number in stop_signals():
         signal.signal(number, handle)

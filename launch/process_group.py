@@ -35,8 +35,7 @@ class World(Launch):
     """This process's place in the job, its device and its group. A world of one has no backend, needs no collective."""
 
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
-    backend: str | None = None
-    """gloo, nccl, or None where there is no process group."""
+    backend: str | None = None  # gloo, nccl, or None where there is no process group
     threads: int = 1
     watchdog: Watchdog = field(default_factory=Watchdog)
 
@@ -54,14 +53,10 @@ class World(Launch):
 @contextlib.contextmanager
 def process_group(backend: str = "auto", *, device: str = "auto", timeout_seconds: float = 300,
                   threads: int | None = None, deterministic: bool = False) -> Iterator[World]:
-    """Join the other ranks for the length of a `with` block.
+    """Join the other ranks for the length of a `with` block; DistributedError if they do not all arrive in a minute.
 
     An error inside the block ends every rank: the one that fails first prints it, in one line, and the others,
     which only lose their peer, exit quietly with the same kind of exit code.
-
-    Raises:
-        DeviceError: for a device or backend that is not here.
-        DistributedError: if the ranks do not all arrive within a minute.
     """
     launch = read_launch()
     failure = JobFailure(launch)
@@ -82,7 +77,7 @@ def process_group(backend: str = "auto", *, device: str = "auto", timeout_second
                 join(world, store)
             yield world
         except Exception as error:
-            failure.leave(error, step=watchdog.step)
+            failure.leave(error)
             raise
     finally:
         if dist.is_initialized():
@@ -94,7 +89,7 @@ def process_group(backend: str = "auto", *, device: str = "auto", timeout_second
 
 def prepare(launch: Launch, watchdog: Watchdog, backend: str, *, device: str, threads: int | None,
             deterministic: bool) -> World:
-    """Choose this rank's device, threads and backend, and set torch up for them."""
+    """Choose this rank's device, threads and backend, and set torch up for them; DeviceError if one is not here."""
     chosen = choose_device(device, launch)
     num_threads = choose_threads(launch) if threads is None else threads
     torch.set_num_threads(num_threads)
@@ -119,14 +114,11 @@ def join(world: World, store: dist.Store) -> None:
         dist.init_process_group(
             backend, store=store, rank=world.rank, world_size=world.world_size,
             timeout=timedelta(seconds=MOST_SECONDS),  # hangs are the watchdog's: torch would count a job's SIGSTOP too
-            device_id=world.device if world.backend == "nccl" else None,
-        )
-        dist.all_reduce(torch.zeros(1))
+            device_id=world.device if world.backend == "nccl" else None)
+        barrier(world)
     except RuntimeError as error:
-        raise DistributedError(
-            f"{described(world)}: cannot connect to the other ranks ({first_line(error)}); set GLOO_SOCKET_IFNAME to "
-            f"an interface that they can reach"
-        ) from None
+        raise DistributedError(f"{described(world)}: cannot connect to the other ranks ({first_line(error)}); set "
+                               f"GLOO_SOCKET_IFNAME to an interface that they can reach") from None
 
 
 def barrier(world: World) -> None:
@@ -136,10 +128,7 @@ def barrier(world: World) -> None:
 
 
 def from_main(world: World, action: Callable[[], T]) -> T:
-    """What `action` returns on rank 0, on every rank; if it raises there, every rank raises the same error.
-
-    The other ranks wait meanwhile, at most the collective timeout. The value must be picklable and small.
-    """
+    """What `action` returns on rank 0, small and picklable, on every rank; if it raises there, each raises the same."""
     outcome: list[Any] = [None, None]
     world.watchdog.mark("main" if world.is_main else "reduce")
     if world.is_main:
@@ -168,14 +157,12 @@ def gather(world: World, value: T) -> list[T]:
 def time_all_reduce(world: World, *, num_bytes: int, device: torch.device, backend: str) -> float:
     """Seconds that an all_reduce of that size takes in a group of its own; a first one, which connects, is left out."""
     group: Any = dist.new_group(backend=backend, timeout=timedelta(seconds=RENDEZVOUS_SECONDS))
-    seconds = 0.0
+    start = 0.0
     for _ in range(2):
         values = torch.ones(num_bytes // 4, device=device)
         barrier(world)  # else it also times how late the slowest rank comes
         start = time.perf_counter()
         dist.all_reduce(values, group=group)
-        total = values.sum().item()  # waits for a GPU, which works on after all_reduce has returned
-        seconds = time.perf_counter() - start
-        if total != world.world_size * len(values):
+        if values.sum().item() != world.world_size * len(values):  # waits for a GPU, which works on meanwhile
             raise DistributedError(f"{backend} on {device}: all_reduce over {world.world_size} ranks gave a wrong sum")
-    return seconds
+    return time.perf_counter() - start

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from launch.errors import DistributedError, first_line
 from launch.launcher import Launch
 from launch.network import choose_interface, connect_problem, interface_address
-from launch.stop import Stopped, stop_request
+from launch.stop import moments
 
 RENDEZVOUS_SECONDS = 60  # for all ranks to have started; torchrun or srun starts them together
 PATHS_SECONDS = 20  # for all ranks to have tried their paths; they have all met a moment before
@@ -47,17 +47,15 @@ def meet(launch: Launch, timeout_seconds: float) -> dist.Store:
 
 def wait_for_port(launch: Launch, wait_seconds: float) -> None:
     """Until something listens there. torch's own wait hears no signal, and ends with pages of C++ frames."""
-    began = time.monotonic()
-    while True:
+    refused = OSError("no answer")
+    for _ in moments(wait_seconds, patience=STOP_SECONDS):
         try:
             with socket.create_connection((launch.address, launch.port), timeout=STOP_SECONDS):
                 time.sleep(0.2)  # without, torch's own connection of some of 16 ranks stalled for 5 s (5 of 5 starts)
                 return
-        except OSError:
-            if time.monotonic() - began > wait_seconds:
-                raise
-        leave_if_stopped(time.monotonic() - began)
-        time.sleep(0.1)
+        except OSError as error:
+            refused = error
+    raise refused
 
 
 def take_place(store: dist.Store, launch: Launch, wait_seconds: float) -> dist.Store:
@@ -65,26 +63,24 @@ def take_place(store: dist.Store, launch: Launch, wait_seconds: float) -> dist.S
 
     Rank 0 opens the roll and, once it is full, closes it with a random token, under which all later keys lie: so a rank
     of another job that was given the same address cannot write there. torchrun's store outlives its ranks: in every
-    round rank 0 opens another roll.
-
-    Raises:
-        DistributedError: if this rank has no place in the job that meets here.
-        RuntimeError: if ranks do not arrive in time.
+    round rank 0 opens another roll. DistributedError for a rank without a place, RuntimeError if some do not come.
     """
     rolls = dist.PrefixStore("trainers", store)
     step = f"{os.environ.get('SLURM_JOB_ID')}.{os.environ.get('SLURM_STEP_ID')}" if launch.launcher == "slurm" else ""
     job = json.dumps([launch.world_size, os.environ.get("TORCHELASTIC_RUN_ID", step)])  # the same on all of its ranks
-    token = (open_roll if launch.rank == 0 else enter_roll)(rolls, launch, job, wait_seconds)
+    pause = 0.01 * max(1.0, launch.world_size / 16)  # what the store must serve does not grow with W
+    looks = moments(wait_seconds, pause=pause, patience=STOP_SECONDS)
+    token = (open_roll if launch.rank == 0 else enter_roll)(rolls, launch, job, looks)
     return dist.PrefixStore(token, rolls)
 
 
-def open_roll(rolls: dist.Store, launch: Launch, job: str, wait_seconds: float) -> str:
+def open_roll(rolls: dist.Store, launch: Launch, job: str, looks: Iterator[float]) -> str:
     """Rank 0's part: a roll for this round, closed with a token once every rank has its place."""
     roll = dist.PrefixStore(str(rolls.add("open", 1)), rolls)
     roll.set("job", job)
     roll.add("place/0", 1)
     places = [f"place/{rank}" for rank in range(launch.world_size)]
-    for _ in ticks(launch, wait_seconds):
+    for _ in looks:
         if roll.check(places):
             token = secrets.token_hex(8)
             roll.set("token", token)
@@ -93,13 +89,13 @@ def open_roll(rolls: dist.Store, launch: Launch, job: str, wait_seconds: float) 
     raise RuntimeError(f"missing: rank {', '.join(missing[:8])}")
 
 
-def enter_roll(rolls: dist.Store, launch: Launch, job: str, wait_seconds: float) -> str:
+def enter_roll(rolls: dist.Store, launch: Launch, job: str, looks: Iterator[float]) -> str:
     """Another rank's part: the token, once the roll in which it has a place is full.
 
     A roll that refuses it may be that of an earlier round, where the store is torchrun's: then another one is awaited.
     """
     number, refused = b"", "rank 0 did not come"
-    for _ in ticks(launch, wait_seconds):
+    for _ in looks:
         if rolls.check(["open"]) and (latest := rolls.get("open")) != number:
             number, roll = latest, dist.PrefixStore(latest.decode(), rolls)
             refused = why_refused(roll, launch, job)
@@ -119,21 +115,6 @@ def why_refused(roll: dist.Store, launch: Launch, job: str) -> str:
     if roll.check(["token"]):
         return f"{launch.world_size} ranks have met there already"
     return f"another rank {launch.rank} has come before" if roll.add(f"place/{launch.rank}", 1) > 1 else ""
-
-
-def ticks(launch: Launch, wait_seconds: float) -> Iterator[None]:
-    """The moments to look at the store in, until so many seconds have passed; Stopped if this rank is asked to stop."""
-    began = time.monotonic()
-    while (waited := time.monotonic() - began) <= wait_seconds:
-        yield
-        leave_if_stopped(waited)
-        time.sleep(0.01 * max(1.0, launch.world_size / 16))  # what the store must serve does not grow with W
-
-
-def leave_if_stopped(waited_seconds: float) -> None:
-    """A stop while ranks are still awaited: there is nothing to save, and they may never come."""
-    if stop_request() and waited_seconds > STOP_SECONDS:
-        raise Stopped(stop_request().reason)
 
 
 def check_paths(store: dist.Store, launch: Launch) -> None:
@@ -178,9 +159,7 @@ def problem_with_next(store: dist.Store, launch: Launch) -> str:
 
 def wait_for(store: dist.Store, key: str, seconds: float) -> str:
     """The value of a key once it is there; after too long, a sentence that it is not."""
-    deadline = time.monotonic() + seconds
-    while not store.check([key]):
-        if time.monotonic() > deadline:
-            return f"no answer ({key}) within {seconds:.0f} s"
-        time.sleep(0.02)
-    return store.get(key).decode()
+    for _ in moments(seconds, pause=0.02):
+        if store.check([key]):
+            return store.get(key).decode()
+    return f"no answer ({key}) within {seconds:.0f} s"

@@ -14,6 +14,7 @@ the first, ends the process at once (the delay because torchrun passes the termi
 
 import atexit
 import contextlib
+import math
 import os
 import signal
 import threading
@@ -43,10 +44,8 @@ class StopRequest:
 
     def __init__(self) -> None:
         self.reason: str | None = None
-        self.launcher: int | None = None
-        """The process that started this one, known before it can have died unnoticed."""
-        self.signals = -1
-        """Where Python's own handler, which no call holds up, writes the numbers of signals."""
+        self.launcher: int | None = None  # the process that started this one, known before it can have died unnoticed
+        self.signals = -1  # where Python's own handler, which no call holds up, writes the numbers of signals
         self._interrupted_at: float | None = None
         self._may_interrupt: Callable[[FrameType | None], bool] | None = None
 
@@ -111,10 +110,9 @@ def catch_signals() -> StopRequest:
 def signals_caught() -> Iterator[StopRequest]:
     """Catch signals for the length of a `with` block, then give the caller's handlers back.
 
-    Where the caller had handlers of its own, as a library's user has, the request ends with the block. In a thread
-    other than the main one Python allows no handlers: only other ranks can then ask for a stop.
+    Where the caller had handlers of its own, as a library's user has, the request ends with the block.
     """
-    if threading.current_thread() is not threading.main_thread():
+    if threading.current_thread() is not threading.main_thread():  # Python allows it none: only other ranks can ask
         yield _request
         return
     before = {number: signal.getsignal(number) for number in SIGNALS}
@@ -133,6 +131,19 @@ def stop_request() -> StopRequest:
     return _request
 
 
+def moments(seconds: float, *, pause: float = 0.1, patience: float = math.inf) -> Iterator[float]:
+    """The moments at which to look whether what is awaited has come: the seconds since the first, up to so many.
+
+    Stopped if this process was asked to stop and has waited for longer than `patience`.
+    """
+    began = time.monotonic()
+    while (waited := time.monotonic() - began) <= seconds:
+        yield waited
+        if _request and time.monotonic() - began > patience:
+            raise Stopped(_request.reason)
+        time.sleep(pause)
+
+
 def ignore_signals() -> None:
     """For DataLoader workers, which must live until their rank has saved; and for a rank at its very end."""
     for number in SIGNALS:
@@ -140,10 +151,7 @@ def ignore_signals() -> None:
 
 
 def signals_flag() -> str:
-    """What makes torchrun pass all of them on to its ranks; it takes every name that Python's `signal` has.
-
-    By default it dies of SIGUSR1, SIGUSR2 and SIGXCPU, and leaves its ranks running.
-    """
+    """What makes torchrun pass all on to its ranks: by default it dies of the last three and leaves its ranks alone."""
     return f"--signals-to-handle={','.join(number.name for number in SIGNALS)}"
 
 
@@ -169,7 +177,7 @@ class StopAgreement:
     def vote(self, request: StopRequest, bad_steps: int = 0) -> int:
         """The largest number of consecutive bad steps of any rank; Stopped on every rank, if any was asked to stop."""
         step_seconds = (time.monotonic() - self._since) / max(1, self._steps_since)
-        stop, slowest, worst = float(bool(request)), step_seconds, float(bad_steps)
+        stop, slowest, worst = bool(request), step_seconds, bad_steps
         if self.world_size > 1:
             import torch  # not at the top: handlers are installed before torch is imported
             import torch.distributed as dist

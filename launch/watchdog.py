@@ -19,6 +19,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -26,7 +27,7 @@ from typing import Any
 import torch.distributed as dist
 
 from launch.errors import EXIT_PREEMPTED, to_stderr
-from launch.failure import JobFailure, RunRecord
+from launch.failure import JobFailure
 from launch.files import ROOT
 from launch.heartbeats import Heartbeats
 from launch.launcher import Launch
@@ -64,31 +65,38 @@ class Watchdog:
         self._answered_at = math.inf  # when the store last did; inf until there is one
         self._trainer = (threading.get_ident(), threading.get_native_id())  # the thread that trains
         self._switches, self._moved_at, self._has_warned = "", 0.0, False
+        self._watched_at = 0.0  # on the wall's clock
 
     def mark(self, phase: str, step: int | None = None) -> None:
         """The training loop is alive, and in this phase of that step (by default the last one that was named)."""
-        self.step = self.step if step is None else step
+        self.step = self.failure.step = self.step if step is None else step
         self.phase, self._changed_at = phase, self._seconds
 
-    def attend(self, run: RunRecord) -> None:
-        """Keep `run` told that this process lives, and why it was ended if a thread here has to end it."""
+    def attend(self, run: Any) -> None:
+        """Keep a run's folder told that this process lives, by `beat()`; and why it ends, if a thread here ends it."""
         self.failure.run = run
-        self._start_thread(self._beat_folder, run)
+        self._every(TICK_SECONDS, run.beat)
 
     def start(self, store: dist.Store | None = None) -> None:
         """Begin to watch; again with a store when there is one. It is used through a connection of its own."""
         self.mark(self.phase)
         if not self._threads:
-            self._start_thread(self._watch)
+            self._watched_at = time.monotonic()
+            self._every(TICK_SECONDS, self._watch)
         if store is not None:
             heartbeats = self.failure.heartbeats = Heartbeats(store, rank=self.rank, world_size=self.world_size)
             with contextlib.suppress(RuntimeError):
                 heartbeats.send(self.step, self.phase)  # at once: a rank that hangs within the first tick is known too
             self._answered_at = self._seconds
-            self._start_thread(self._talk, heartbeats)
+            scale = max(1.0, self.world_size / 64)  # what the store must serve does not grow with W
+            self._every(scale * TICK_SECONDS, partial(self._talk, heartbeats))
 
-    def _start_thread(self, target: Callable[..., None], *args: Any) -> None:
-        thread = threading.Thread(target=target, args=args, daemon=True)
+    def _every(self, seconds: float, action: Callable[[], None]) -> None:
+        def repeat() -> None:
+            while not self._stopping.wait(seconds):
+                action()
+
+        thread = threading.Thread(target=repeat, daemon=True)
         thread.start()
         self._threads.append(thread)
 
@@ -98,49 +106,40 @@ class Watchdog:
         for thread in self._threads:
             thread.join(timeout=5)
 
-    def _beat_folder(self, run: RunRecord) -> None:
-        while not self._stopping.wait(TICK_SECONDS):
-            run.beat()
-
     def _watch(self) -> None:
-        before = time.monotonic()
-        while not self._stopping.wait(TICK_SECONDS):
-            now = time.monotonic()
-            self._seconds += min(now - before, MOST_TICK_SECONDS)
-            before = now
-            stop_request().hear()
-            if self.failure.launcher_died():
-                self.failure.end_without_launcher(step=self.step)
-            if self.world_size == 1:
-                self._check_alone()
-            seconds = self._seconds - self._answered_at
-            if seconds > self.timeout_seconds + SILENT_SECONDS:
-                line = (f"ERROR distributed: rank {self.rank} of {self.world_size}: the host of the rendezvous has not "
-                        f"answered for {seconds:.0f} s at step {self.step}; look at the network, then start the same "
-                        f"command again")
-                self.failure.end(line, step=self.step, speaks=self.failure.claim_in_this_process())
+        before, self._watched_at = self._watched_at, time.monotonic()
+        self._seconds += min(self._watched_at - before, MOST_TICK_SECONDS)
+        stop_request().hear()
+        if self.failure.launcher_died():
+            self.failure.end_without_launcher()
+        if self.world_size == 1:
+            self._check_alone()
+        seconds = self._seconds - self._answered_at
+        if seconds > self.timeout_seconds + SILENT_SECONDS:
+            line = (f"ERROR distributed: rank {self.rank} of {self.world_size}: the host of the rendezvous has not "
+                    f"answered for {seconds:.0f} s at step {self.step}; look at the network, then start the same "
+                    f"command again")
+            self.failure.end(line, speaks=self.failure.claim_in_this_process())
 
     def _talk(self, heartbeats: Heartbeats) -> None:
-        interval = TICK_SECONDS * max(1.0, self.world_size / 64)  # what the store must serve does not grow with W
-        while not self._stopping.wait(interval):
-            with contextlib.suppress(RuntimeError):  # a store that died with its host; the collectives will say so
-                if not heartbeats.has_left:
-                    self._beat(heartbeats)
-            if self.world_size > 1:
-                self._check_progress(heartbeats)
-            self._answered_at = self._seconds
+        with contextlib.suppress(RuntimeError):  # a store that died with its host; the collectives will say so
+            if not heartbeats.has_left:
+                self._beat(heartbeats)
+        if self.world_size > 1:
+            self._check_progress(heartbeats)
+        self._answered_at = self._seconds
 
     def _beat(self, heartbeats: Heartbeats) -> None:
         """Send a heartbeat; pass a stop request on, or take it over; leave some time after another rank's error."""
         heartbeats.send(self.step, self.phase)
         request = stop_request()
         if request:
-            heartbeats.ask_all_to_stop()
+            heartbeats.set_mark("stop")
             if self.world_size > 1:
                 self._stop_without(heartbeats, request)
-        elif heartbeats.asked_to_stop():
+        elif heartbeats.has_mark("stop"):
             request.ask("another rank was asked to stop")
-        self.failure.follow(step=self.step)
+        self.failure.follow()
 
     def _stop_without(self, heartbeats: Heartbeats, request: StopRequest) -> None:
         """End the process at the last checkpoint if some rank still waits for data so long after a stop."""
@@ -149,7 +148,7 @@ class Watchdog:
         reads = self._reads(sys._current_frames().get(self._trainer[0]))
         if (stuck := heartbeats.stuck_rank(is_me=reads and waited > AGREED_SECONDS)) is not None:
             self.failure.claim_in_this_process()
-            self.failure.end(f"{request.reason}; rank {stuck} waited for data", step=self.step, code=EXIT_PREEMPTED)
+            self.failure.end(f"{request.reason}; rank {stuck} waited for data", code=EXIT_PREEMPTED)
 
     def _check_alone(self) -> None:
         """With one rank: end a wait for data at the timeout, interrupt it for a stop; warn once of another standstill.
@@ -166,13 +165,13 @@ class Watchdog:
         if still > HEARD_SECONDS and reads and (request := stop_request()):
             self._asked_at = min(self._asked_at, self._seconds)
             if min(still, self._seconds - self._asked_at) > AGREED_SECONDS:  # nor does it hear the interruption
-                self.failure.end(str(request.reason), step=self.step, code=EXIT_PREEMPTED)
+                self.failure.end(str(request.reason), code=EXIT_PREEMPTED)
             request.interrupt(allowed=self._reads)
         elif still > self.timeout_seconds and reads and place.startswith(OURS):
             show_stacks()
             line = (f"ERROR data: --timeout {self.timeout_seconds:.0f}: no data for longer at step {self.step} "
                     f"({place}); {data_remedy()}")
-            self.failure.end(line, step=self.step, speaks=self.failure.claim_in_this_process(), code=DATA_EXIT_CODE)
+            self.failure.end(line, speaks=self.failure.claim_in_this_process(), code=DATA_EXIT_CODE)
         elif since_mark > self.timeout_seconds and not self._has_warned:
             self._has_warned = True
             to_stderr(f"WARNING no progress for {self.timeout_seconds:.0f} s at step {self.step}, phase {self.phase} "
@@ -210,7 +209,7 @@ class Watchdog:
         remedy = data_remedy() if phase in READING else "look at that process, or raise --timeout if it was only slow"
         line = (f"ERROR distributed: rank {culprit} of {self.world_size}: no progress for {self.timeout_seconds:.0f} s "
                 f"at {where}; the others wait for it: {remedy}")
-        self.failure.end(line, step=self.step, speaks=self.failure.claim_error_line(), stuck=silent)
+        self.failure.end(line, speaks=self.failure.claim_error_line(), stuck=silent)
 
 
 def show_stacks() -> None:

@@ -7,11 +7,10 @@ from typing import Any
 import pytest
 
 from launch.bench.charts import curves_of, draw
-from launch.bench.compare import comparison, differences, judgement
 from launch.bench.runs import Job, error_in, plan, rotated
 from launch.bench.setups import Hardware, command, everything, parse_setup, powers_up_to, why_not
 from launch.bench.summary import summarise, warnings_of
-from launch.bench.table import as_table, page, speed_cells
+from launch.bench.table import as_table, comparison, differences, judgement, page, speed_cells
 from launch.errors import UsageError
 
 LAPTOP = Hardware(cores=4, gpu_names=())

@@ -39,7 +39,7 @@ def test_without_a_store_a_process_speaks_once() -> None:
 
 def test_when_the_store_has_died_the_first_rank_that_lives_elsewhere_speaks() -> None:
     class Dead:
-        def first_to_fail(self) -> bool:
+        def set_mark(self, mark: str) -> bool:
             raise RuntimeError("Connection reset by peer")
 
     failures = [JobFailure(Launch(rank=rank, world_size=8, local_world_size=4, torchrun_hosts_store=True))
@@ -63,12 +63,11 @@ def test_a_rank_that_sends_nothing_unreachable_and_one_that_has_left_is_not(stor
 
 def test_a_stop_request_and_a_failure_are_seen_by_the_others(store: dist.Store) -> None:
     first, second = (Heartbeats(store, rank=rank, world_size=2) for rank in range(2))
-    assert not second.asked_to_stop()
-    assert not second.anyone_failed()
-    first.ask_all_to_stop()
-    first.first_to_fail()
-    assert second.asked_to_stop()
-    assert second.anyone_failed()
+    for mark in ("stop", "failed"):
+        assert not second.has_mark(mark)
+        assert first.set_mark(mark)
+        assert second.has_mark(mark)
+        assert not second.set_mark(mark)
 
 
 def test_the_thread_ends_when_it_is_told_to(store: dist.Store) -> None:

@@ -1,1 +1,0 @@
-"""The parts of launch/benchmark.py: set-ups, runs, summary, and what is shown."""

@@ -1,6 +1,5 @@
 """benchmark.png: how fast each set-up is, how that scales, and where its step goes."""
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,7 @@ def draw(results: dict[str, Any], path: Path) -> None:
     curves = curves_of(rows)
     height = max(4.2, 2.2 + 0.45 * len(rows))
     figure = Figure(figsize=(15 if curves else 11, height), layout="constrained")
-    axes = figure.subplots(1, 3 if curves else 2, width_ratios=[1.2, 1, 1][: 3 if curves else 2], squeeze=False)[0]
+    axes = figure.subplots(1, 3 if curves else 2, width_ratios=[1.2, 1, 1][: 3 if curves else 2])
     figure.suptitle(f"{results['model']}, {results['trainer']} trainer, torch {results['machine']['torch']}",
                     fontsize=11)
     draw_bars(axes[0], rows)
@@ -32,7 +31,7 @@ def draw(results: dict[str, Any], path: Path) -> None:
     figure.savefig(path, dpi=130)
 
 
-def draw_bars(axis: Any, rows: Sequence[dict[str, Any]]) -> None:
+def draw_bars(axis: Any, rows: list[dict[str, Any]]) -> None:
     """Samples per second: the median, and as a whisker the slowest and fastest round."""
     positions = range(len(rows))
     rates = [row["samples_per_second"] for row in rows]
@@ -51,7 +50,7 @@ def draw_bars(axis: Any, rows: Sequence[dict[str, Any]]) -> None:
                    fontsize=10)
 
 
-def draw_steps(axis: Any, rows: Sequence[dict[str, Any]]) -> None:
+def draw_steps(axis: Any, rows: list[dict[str, Any]]) -> None:
     """Milliseconds per step of each phase, stacked."""
     left = [0.0] * len(rows)
     for name, (text, color) in PHASES.items():
@@ -64,26 +63,19 @@ def draw_steps(axis: Any, rows: Sequence[dict[str, Any]]) -> None:
     axis.legend(fontsize=8, frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.07), ncols=2)
 
 
-def curves_of(rows: Sequence[dict[str, Any]]) -> dict[str, list[tuple[int, float]]]:
+def curves_of(rows: list[dict[str, Any]]) -> dict[str, list[tuple[int, float]]]:
     """Name of a curve -> (devices, samples per second relative to its own first point), of at least two points.
 
     A curve holds set-ups that differ in the number of devices only; one GPU begins the curves of dp and ddp.
     """
     points: dict[str, dict[int, dict[str, Any]]] = {}
     for row in rows:
-        options = row["setup"].partition("+")[2]
-        kinds = ("dp", "ddp") if row["kind"] == "gpu" else (row["kind"],)
-        for kind in kinds:
+        _, plus, options = row["setup"].partition("+")
+        for kind in ("dp", "ddp") if row["kind"] == "gpu" else (row["kind"],):
             for scaling in row["scalings"]:
-                curve = f"{kind}{'+' + options if options else ''}, {scaling}"
-                points.setdefault(curve, {})[row["devices"]] = row
-    curves = {}
-    for name, by_devices in points.items():
-        if len(by_devices) > 1:
-            fewest = min(by_devices)
-            curves[name] = [(count, fewest * ratio_of_rounds(by_devices[count], by_devices[fewest]))
-                            for count in sorted(by_devices)]
-    return curves
+                points.setdefault(f"{kind}{plus}{options}, {scaling}", {})[row["devices"]] = row
+    return {name: [(count, min(found) * ratio_of_rounds(found[count], found[min(found)])) for count in sorted(found)]
+            for name, found in points.items() if len(found) > 1}
 
 
 def draw_scaling(axis: Any, curves: dict[str, list[tuple[int, float]]]) -> None:

@@ -7,10 +7,10 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar
 
 from tqdm import tqdm
 
@@ -31,8 +31,7 @@ class Job:
 
     setup: Setup
     batch_size: int
-    scalings: tuple[Literal["strong", "weak"], ...]
-    """Which curves it is a point of: one device at the base batch is the start of both."""
+    scalings: tuple[str, ...]  # which curves it is a point of: one device at the base batch is the start of both
 
     @property
     def key(self) -> tuple[str, int]:
@@ -40,12 +39,11 @@ class Job:
         return self.setup.name, self.batch_size
 
 
-def plan(setups: Sequence[Setup], *, batch_size: int, rank_batch_size: int, scaling: str) -> list[Job]:
+def plan(setups: list[Setup], *, batch_size: int, rank_batch_size: int, scaling: str) -> list[Job]:
     """The jobs: each set-up at the fixed global batch, at the fixed batch per device, or both."""
     wanted: dict[tuple[str, int], Job] = {}
     for setup in setups:
-        sizes: dict[Literal["strong", "weak"], int] = {"strong": batch_size, "weak": rank_batch_size * setup.devices}
-        for name, size in sizes.items():
+        for name, size in (("strong", batch_size), ("weak", rank_batch_size * setup.devices)):
             if scaling in (name, "both"):
                 before = wanted.get((setup.name, size))
                 scalings = (*before.scalings, name) if before else (name,)
@@ -53,13 +51,13 @@ def plan(setups: Sequence[Setup], *, batch_size: int, rank_batch_size: int, scal
     return list(wanted.values())
 
 
-def rotated(jobs: Sequence[T], round_number: int) -> list[T]:
+def rotated(jobs: list[T], round_number: int) -> list[T]:
     """A B C, then B C A, …: no set-up always runs first, when the machine is coolest, or last."""
     start = round_number % len(jobs)
     return [*jobs[start:], *jobs[:start]]
 
 
-def run_job(job: Job, trainer: str, flags: Sequence[str], *, steps: str, timeout_seconds: float) -> dict[str, Any]:
+def run_job(job: Job, trainer: str, flags: list[str], *, steps: str, timeout_seconds: float) -> dict[str, Any]:
     """Run the trainer once; `benchmark` holds the figures that it measured, None if it failed, and `error` how."""
     with tempfile.TemporaryDirectory(prefix="benchmark-") as folder:
         words = command(job.setup, trainer, [*flags, "--batch-size", str(job.batch_size), "--measure", steps,
@@ -74,7 +72,7 @@ def run_job(job: Job, trainer: str, flags: Sequence[str], *, steps: str, timeout
             "benchmark": figures}
 
 
-def execute(words: Sequence[str], variables: dict[str, str], log: Path, timeout_seconds: float) -> str | None:
+def execute(words: list[str], variables: dict[str, str], log: Path, timeout_seconds: float) -> str | None:
     """Run a command in a session of its own, so that Ctrl-C reaches the benchmark alone; how it failed, or None."""
     with open(log, "wb") as file:
         process = subprocess.Popen(words, stdin=subprocess.DEVNULL, stdout=file, stderr=file, env=variables,
@@ -106,31 +104,26 @@ def error_in(log: str) -> str:
     return (errors or exceptions[-1:] or lines[-1:] or ["no output"])[0][:300]
 
 
-def calibrate(jobs: Sequence[Job], *, steps: int | None, warmup_steps: int | None, seconds: float,
+def calibrate(jobs: list[Job], *, steps: int | None, warmup_steps: int | None, seconds: float,
               run: Callable[..., dict[str, Any]]) -> tuple[int, int]:
     """(warm-up, timed) steps, the same for every set-up: what the first that runs at all does in `seconds`."""
     if steps is None:
-        steps = FEWEST_STEPS
-        for job in jobs:
-            to_stderr("calibrating: how many steps to time")
-            figures = run(job, steps=CALIBRATION)["benchmark"]
-            if figures is not None:
-                steps = round(seconds * figures["steps"] / figures["seconds"])
-                break
-        steps = max(FEWEST_STEPS, min(MOST_STEPS, steps))
+        to_stderr("calibrating: how many steps to time")
+        figures = next(filter(None, (run(job, steps=CALIBRATION)["benchmark"] for job in jobs)), None)
+        wanted = round(seconds * figures["steps"] / figures["seconds"]) if figures else FEWEST_STEPS
+        steps = max(FEWEST_STEPS, min(MOST_STEPS, wanted))
     return (max(5, steps // 5) if warmup_steps is None else warmup_steps), steps
 
 
-def run_rounds(jobs: Sequence[Job], *, rounds: int, steps: str, run: Callable[..., dict[str, Any]]
+def run_rounds(jobs: list[Job], *, rounds: int, steps: str, run: Callable[..., dict[str, Any]]
                ) -> Iterator[dict[str, Any]]:
     """Every job once per round, in rotating order; a job that failed once is not tried again."""
     failed = set()
-    on_terminal = sys.stderr.isatty()
-    with tqdm(total=rounds * len(jobs), unit="run", disable=not on_terminal, dynamic_ncols=True) as bar:
+    with tqdm(total=rounds * len(jobs), unit="run", disable=not sys.stderr.isatty(), dynamic_ncols=True) as bar:
         for number in range(rounds):
             for job in rotated(jobs, number):
+                bar.set_description(f"round {number + 1}: {job.setup.name}, batch {job.batch_size}")
                 if job.key not in failed:
-                    bar.set_description(f"round {number + 1}: {job.setup.name}, batch {job.batch_size}")
                     result = {**run(job, steps=steps), "round": number}
                     if result["error"]:
                         failed.add(job.key)
@@ -138,7 +131,7 @@ def run_rounds(jobs: Sequence[Job], *, rounds: int, steps: str, run: Callable[..
                     else:
                         rate = result["benchmark"]["samples_per_second"]
                         ended = f"{rate:,.0f} samples/s, {result['wall_seconds']:.0f} s in all"
-                    if result["error"] or not on_terminal:
+                    if result["error"] or bar.disable:
                         bar.clear()
                         to_stderr(f"round {number + 1} of {rounds}, {job.setup.name}, batch {job.batch_size}: {ended}")
                     yield result

@@ -4,9 +4,8 @@ import os
 import platform
 import re
 import sys
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal, cast
+from typing import Any
 
 import torch
 
@@ -17,7 +16,6 @@ from launch.launcher import usable_cores
 from launch.machine import processor
 from launch.rules import AtLeast, check_number
 
-Kind = Literal["cpu", "gpu", "dp", "ddp"]
 COUNT = AtLeast(1, most=1024)  # devices of a set-up, threads of a rank
 KINDS = ("cpu", "gpu", "dp", "ddp")
 OPTIONS: dict[str, dict[str, Any]] = {
@@ -31,15 +29,13 @@ class Setup:
     """One column of the comparison."""
 
     name: str
-    kind: Kind
-    devices: int
-    """Ranks, or GPUs of a DataParallel."""
-    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    kind: str  # one of KINDS
+    devices: int  # ranks, or GPUs of a DataParallel
+    precision: str = "fp32"
     compile: bool = False
     channels_last: bool = False
     gloo: bool = False
-    threads: int = 1
-    """Per rank."""
+    threads: int = 1  # per rank
 
     @property
     def ranks(self) -> int:
@@ -79,10 +75,9 @@ def parse_setup(text: str, *, threads: int = 1) -> Setup:
         raise UsageError(f"--setups {text}: unknown; must be cpu:N, dp:N, ddp:N or gpu:1, with options such as +bf16"
                          f"{nearest(head.partition(':')[0], KINDS)}")
     check_number(f"--setups {text}: {match[1]}", devices := int(match[2][:20]), COUNT)
-    setup = Setup(name=text, kind=cast(Kind, match[1]), devices=devices, threads=threads)
+    setup = Setup(name=text, kind=match[1], devices=devices, threads=threads)
     for option in options:
-        count = re.fullmatch(r"threads=([1-9]\d*)", option)
-        if count:
+        if count := re.fullmatch(r"threads=([1-9]\d*)", option):
             check_number(f"--setups {text}: threads", threads := int(count[1][:20]), COUNT)
             setup = replace(setup, threads=threads)
         elif option in OPTIONS:
@@ -96,14 +91,10 @@ def parse_setup(text: str, *, threads: int = 1) -> Setup:
 
 
 def everything(hardware: Hardware) -> list[str]:
-    """All that this machine has: powers of two of its cores and GPUs, and their full number.
-
-    Where there is no GPU, or one, what is missing is in the list too, to be shown as not run.
-    """
-    num_gpus = len(hardware.gpu_names)
-    names = [f"cpu:{count}" for count in powers_up_to(hardware.cores)] + ["gpu:1"]
-    several = [count for count in powers_up_to(num_gpus) if count > 1] or [2]
-    return [*names, *(f"{kind}:{count}" for kind in ("dp", "ddp") for count in several)]
+    """All that this machine has, and what it lacks of one GPU and two, to be shown as not run."""
+    several = [count for count in powers_up_to(len(hardware.gpu_names)) if count > 1] or [2]
+    return [*(f"cpu:{count}" for count in powers_up_to(hardware.cores)), "gpu:1",
+            *(f"{kind}:{count}" for kind in ("dp", "ddp") for count in several)]
 
 
 def powers_up_to(most: int) -> list[int]:
@@ -128,25 +119,15 @@ def why_not(setup: Setup, hardware: Hardware, batch_size: int) -> str | None:
     return None
 
 
-def core_warnings(setups: Sequence[Setup], hardware: Hardware) -> list[str]:
-    """A warning for each CPU set-up that wants more cores than there are; it runs all the same."""
-    wants = {setup.name: setup.ranks * setup.threads for setup in setups if setup.kind == "cpu"}
-    return [f"{name}: {want} threads on {hardware.cores} cores; they take turns"
-            for name, want in wants.items() if want > hardware.cores]
-
-
-def command(setup: Setup, trainer: str, flags: Sequence[str]) -> list[str]:
+def command(setup: Setup, trainer: str, flags: list[str]) -> list[str]:
     """The command line: the trainer under python, or under torchrun."""
     torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={setup.ranks}"]
     parallel = "dp" if setup.kind == "dp" else "ddp" if setup.launched else "none"
-    return [
-        sys.executable, *(torchrun if setup.launched else []), str(ROOT / "trainers" / f"{trainer}.py"), *flags,
-        "--device", "cpu" if setup.kind == "cpu" else "cuda", "--parallel", parallel,
-        "--backend", "gloo" if setup.gloo or setup.kind == "cpu" else "auto", "--precision", setup.precision,
-        "--compile" if setup.compile else "--no-compile",
-        "--channels-last" if setup.channels_last else "--no-channels-last",
-        "--threads", str(setup.threads),
-    ]
+    return [sys.executable, *(torchrun if setup.launched else []), str(ROOT / "trainers" / f"{trainer}.py"), *flags,
+            "--device", "cpu" if setup.kind == "cpu" else "cuda", "--parallel", parallel,
+            "--backend", "gloo" if setup.gloo or setup.kind == "cpu" else "auto", "--precision", setup.precision,
+            "--compile" if setup.compile else "--no-compile",
+            "--channels-last" if setup.channels_last else "--no-channels-last", "--threads", str(setup.threads)]
 
 
 def environment(setup: Setup) -> dict[str, str]:
@@ -160,7 +141,6 @@ def environment(setup: Setup) -> dict[str, str]:
     if setup.launched:
         kept.setdefault("OMP_NUM_THREADS", str(setup.threads))
     if setup.kind == "dp":
-        visible = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
-        gpus = visible if visible != [""] else [str(index) for index in range(setup.devices)]
-        kept["CUDA_VISIBLE_DEVICES"] = ",".join(gpus[: setup.devices])
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(setup.devices)))
+        kept["CUDA_VISIBLE_DEVICES"] = ",".join(visible.split(",")[: setup.devices])
     return kept

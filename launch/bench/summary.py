@@ -1,7 +1,6 @@
 """From the figures of all rounds to one row per set-up: medians, spread, speed-ups, and warnings."""
 
 import math
-from collections.abc import Sequence
 from statistics import median
 from typing import Any
 
@@ -17,7 +16,7 @@ MOVED_TOLERANCE = 0.02  # relative, for the distance that the weights moved, whi
 LOOSE_TOLERANCE = 0.1  # relative: other number formats, or BatchNorm, whose statistics depend on how a batch is split
 
 
-def summarise(jobs: Sequence[Job], runs: Sequence[dict[str, Any]], *, baseline: str | None) -> dict[str, Any]:
+def summarise(jobs: list[Job], runs: list[dict[str, Any]], *, baseline: str | None) -> dict[str, Any]:
     """Rows, in the order of the jobs, of what run_rounds yielded; baseline None: the slowest set-up on one device."""
     rows = [row_of(job, [run for run in runs if (run["setup"], run["batch_size"]) == job.key]) for job in jobs]
     chosen = baseline or slowest_one_device(rows)
@@ -30,7 +29,7 @@ def summarise(jobs: Sequence[Job], runs: Sequence[dict[str, Any]], *, baseline: 
     return {"baseline": chosen, "rows": rows}
 
 
-def measured(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+def measured(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Rows with a speed: at least one round succeeded."""
     return [row for row in rows if row["samples_per_second"]]
 
@@ -41,10 +40,8 @@ def row_of(job: Job, runs: list[dict[str, Any]]) -> dict[str, Any]:
     errors = [run["error"] for run in runs if run["error"]]
     row: dict[str, Any] = {
         "setup": job.setup.name, "kind": job.setup.kind, "devices": job.setup.devices, "batch_size": job.batch_size,
-        "scalings": list(job.scalings), "precision": job.setup.precision, "rounds": len(good),
-        "error": errors[0] if errors else None, "samples_per_second": None, "by_round": {}, "loss": None,
-        "verdict": None,
-    }
+        "scalings": list(job.scalings), "precision": job.setup.precision, "rounds": len(good), "verdict": None,
+        "error": errors[0] if errors else None, "samples_per_second": None, "by_round": {}, "loss": None}
     if not good:
         return row
     figures = [run["benchmark"] for run in good]
@@ -60,8 +57,7 @@ def row_of(job: Job, runs: list[dict[str, Any]]) -> dict[str, Any]:
         "peak_memory_bytes": max(max(one["peak_memory_bytes"]) for one in figures),
         "step_seconds": {name: phase(figures, name) for name in STEP_PHASES},
         "flops_per_second": median(rates) * figures[0]["flops_per_sample"],
-        "matrix_flops_per_second": median(sum(one["matrix_flops_per_second"]) * gpus for one in figures),
-    }
+        "matrix_flops_per_second": median(sum(one["matrix_flops_per_second"]) * gpus for one in figures)}
     row["utilisation"] = row["flops_per_second"] / row["matrix_flops_per_second"]
     return row
 
@@ -88,20 +84,18 @@ def is_busy(figures: dict[str, Any], setup: Setup) -> bool:
     return alone and cpu_share(figures) < 1 - IDLE_SHARE
 
 
-def slowest_one_device(rows: Sequence[dict[str, Any]]) -> str | None:
+def slowest_one_device(rows: list[dict[str, Any]]) -> str | None:
     """The default baseline."""
     candidates = [row for row in measured(rows) if row["devices"] == 1] or measured(rows)
     return min(candidates, key=lambda row: row["samples_per_second"])["setup"] if candidates else None
 
 
-def baseline_for(row: dict[str, Any], rows: Sequence[dict[str, Any]], name: str | None) -> dict[str, Any] | None:
+def baseline_for(row: dict[str, Any], rows: list[dict[str, Any]], name: str | None) -> dict[str, Any] | None:
     """The baseline's row on the same curve: at the same global batch, or at the same batch per device."""
-    if row["samples_per_second"] is None:
-        return None
-    for other in [other for other in measured(rows) if other["setup"] == name]:
-        if "strong" in row["scalings"] and other["batch_size"] == row["batch_size"]:
-            return other
-        if "weak" in row["scalings"] and other["batch_size"] * row["devices"] == row["batch_size"] * other["devices"]:
+    for other in measured(rows) if row["samples_per_second"] else []:
+        strong = "strong" in row["scalings"] and other["batch_size"] == row["batch_size"]
+        per_device = other["batch_size"] * row["devices"] == row["batch_size"] * other["devices"]
+        if other["setup"] == name and (strong or ("weak" in row["scalings"] and per_device)):
             return other
     return None
 
@@ -112,7 +106,7 @@ def ratio_of_rounds(row: dict[str, Any], base: dict[str, Any]) -> float:
     return median(row["by_round"][name] / base["by_round"][name] for name in shared)
 
 
-def compare_losses(rows: Sequence[dict[str, Any]], baseline: str | None) -> None:
+def compare_losses(rows: list[dict[str, Any]], baseline: str | None) -> None:
     """Set `verdict`: at one global batch all set-ups see the same samples, so they must reach the same loss.
 
     Their weights must also have moved as far: a loss that hardly falls would hide gradients that were not averaged.
@@ -121,45 +115,38 @@ def compare_losses(rows: Sequence[dict[str, Any]], baseline: str | None) -> None
     for row in measured(rows):
         peers = [other for other in measured(rows) if other["batch_size"] == row["batch_size"]]
         reference = next((other for other in peers if other["setup"] == baseline), peers[0])
-        row["tolerance"] = tolerance(row, reference)
-        if None in row["losses"]:
+        allowed = row["tolerance"] = tolerance(row, reference)
+        pairs = [(row["weights_moved"], reference["weights_moved"], max(allowed, MOVED_TOLERANCE)),
+                 *((loss, reference["loss"], allowed) for loss in row["losses"])]
+        if not all(None not in pair and math.isclose(*pair[:2], rel_tol=pair[2]) for pair in pairs):
             row["verdict"] = "WRONG"
         elif len(peers) > 1:
-            row["verdict"] = "same" if agrees(row, reference) else "WRONG"
-
-
-def agrees(row: dict[str, Any], reference: dict[str, Any]) -> bool:
-    """Whether every round's loss, and the distance that the weights moved, are the reference's."""
-    if reference["loss"] is None:
-        return False
-    losses = all(math.isclose(loss, reference["loss"], rel_tol=row["tolerance"]) for loss in row["losses"])
-    return losses and math.isclose(row["weights_moved"], reference["weights_moved"],
-                                   rel_tol=max(row["tolerance"], MOVED_TOLERANCE))
+            row["verdict"] = "same"
 
 
 def tolerance(row: dict[str, Any], reference: dict[str, Any]) -> float:
     """How far two losses may lie apart, relative to the reference."""
-    split_differently = row["batch_norm"] and (row["ranks"], row["devices"]) != (reference["ranks"],
-                                                                                  reference["devices"])
+    split_differently = row["batch_norm"] and any(row[name] != reference[name] for name in ("ranks", "devices"))
     same_format = row["precision"] == reference["precision"] == "fp32"
     return LOSS_TOLERANCE if same_format and not split_differently else LOOSE_TOLERANCE
 
 
-def warnings_of(rows: Sequence[dict[str, Any]], *, rounds: int) -> list[str]:
+def warnings_of(rows: list[dict[str, Any]], *, rounds: int) -> list[str]:
     """What a reader must know before believing a row."""
+    def name(row: dict[str, Any]) -> str:
+        return f"{row['setup']} (batch {row['batch_size']})"
+
     found = []
-    busy = [f"{row['setup']} (batch {row['batch_size']})" for row in rows if row.get("busy")]
-    if busy:
+    if busy := [name(row) for row in rows if row.get("busy")]:
         found.append(f"the machine was busy with something else during {', '.join(busy)}: wall time is well above CPU "
                      f"time there; run it again on an idle machine")
     for row in rows:
-        name = f"{row['setup']} (batch {row['batch_size']})"
         if row["error"]:
-            found.append(f"{name} failed: {row['error']}")
+            found.append(f"{name(row)} failed: {row['error']}")
         if row["verdict"] == "WRONG":
-            found.append(f"{name} is WRONG: loss {row['loss']} after moving the weights by "
+            found.append(f"{name(row)} is WRONG: loss {row['loss']} after moving the weights by "
                          f"{row['weights_moved']}; the others at this batch differ (tolerance {row['tolerance']:g}), "
                          f"so its speed is worth nothing")
         if row["samples_per_second"] and row["rounds"] < rounds:
-            found.append(f"{name}: only {row['rounds']} of {rounds} rounds")
+            found.append(f"{name(row)}: only {row['rounds']} of {rounds} rounds")
     return found

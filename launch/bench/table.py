@@ -1,7 +1,6 @@
-"""What is written and printed: benchmark.json, and one page of Markdown that is also read in a terminal."""
+"""What is written, printed and compared: benchmark.json, and a page of Markdown that is also read in a terminal."""
 
 import json
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +10,7 @@ from launch.errors import UsageError
 from launch.files import replace_file
 
 MIB = 2**20
+FORMAT = 1  # of benchmark.json
 Cells = list[list[str]]
 
 
@@ -57,7 +57,7 @@ def page(results: dict[str, Any]) -> str:
     ])
 
 
-def speed_cells(rows: Sequence[dict[str, Any]], baseline: str | None) -> Cells:
+def speed_cells(rows: list[dict[str, Any]], baseline: str | None) -> Cells:
     """Header and rows: how fast each set-up is, and what that is worth."""
     cells = [["set-up", "global batch", "samples/s", "min - max", f"x {baseline}", "efficiency", "cores busy", "loss",
               "verdict"]]
@@ -66,29 +66,25 @@ def speed_cells(rows: Sequence[dict[str, Any]], baseline: str | None) -> Cells:
         if row["samples_per_second"] is None:
             cells.append([name, str(row["batch_size"]), "failed", *[""] * 6])
             continue
-        cells.append([
-            name, str(row["batch_size"]), number(row["samples_per_second"]),
-            f"{number(row['slowest_round'])} - {number(row['fastest_round'])}",
-            f"{row['speedup']:.2f}" if row["speedup"] is not None else "",
-            f"{100 * row['efficiency']:.0f} %" if row["efficiency"] is not None else "",
-            f"{row['cpu_share']:.2f}", "not finite" if row["loss"] is None else f"{row['loss']:.5f}",
-            row["verdict"] or "",
-        ])
+        cells.append([name, str(row["batch_size"]), number(row["samples_per_second"]),
+                      f"{number(row['slowest_round'])} - {number(row['fastest_round'])}",
+                      "" if row["speedup"] is None else f"{row['speedup']:.2f}",
+                      "" if row["efficiency"] is None else f"{100 * row['efficiency']:.0f} %",
+                      f"{row['cpu_share']:.2f}", "not finite" if row["loss"] is None else f"{row['loss']:.5f}",
+                      row["verdict"] or ""])
     return cells
 
 
-def step_cells(rows: Sequence[dict[str, Any]]) -> Cells:
+def step_cells(rows: list[dict[str, Any]]) -> Cells:
     """Header and rows: where a step goes, in milliseconds (empty: could not be measured), memory, and arithmetic."""
     cells = [["set-up", "global batch", "data", "forward+backward", "communication", "optimizer", "peak memory",
               "GFLOP/s", "of a matrix product"]]
     for row in measured(rows):
-        seconds = [row["step_seconds"][name] for name in STEP_PHASES]
-        cells.append([
-            row["setup"], str(row["batch_size"]),
-            *("" if phase is None else f"{1000 * phase:.2f} ms" for phase in seconds),
-            f"{row['peak_memory_bytes'] / MIB:,.0f} MiB", number(row["flops_per_second"] / 1e9),
-            f"{100 * row['utilisation']:.1f} %",
-        ])
+        phases = [row["step_seconds"][name] for name in STEP_PHASES]
+        cells.append([row["setup"], str(row["batch_size"]),
+                      *("" if seconds is None else f"{1000 * seconds:.2f} ms" for seconds in phases),
+                      f"{row['peak_memory_bytes'] / MIB:,.0f} MiB", number(row["flops_per_second"] / 1e9),
+                      f"{100 * row['utilisation']:.1f} %"])
     return cells
 
 
@@ -103,3 +99,47 @@ def as_table(cells: Cells) -> str:
     rule = ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])]
     return "\n".join(" | ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]).rstrip()
                      for row in [cells[0], rule, *cells[1:]])
+
+
+def read_results(path: Path) -> dict[str, Any]:
+    """A benchmark.json; UsageError, with the cause, if it is none."""
+    try:
+        results = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise UsageError(f"{path}: cannot be read as a benchmark.json ({error}); give one that launch/benchmark.py "
+                         f"wrote") from None
+    if not isinstance(results, dict) or results.get("format") != FORMAT or "rows" not in results:
+        raise UsageError(f"{path}: is no benchmark.json of format {FORMAT}; give one that launch/benchmark.py wrote")
+    return results
+
+
+def comparison(old: dict[str, Any], new: dict[str, Any]) -> str:
+    """What else differs, then a table with a row for every set-up and batch that both have."""
+    cells = [["set-up", "global batch", "old samples/s", "new samples/s", "new / old", "judgement"]]
+    before = {(row["setup"], row["batch_size"]): row for row in measured(old["rows"])}
+    for row in measured(new["rows"]):
+        other = before.get((row["setup"], row["batch_size"]))
+        if other is not None:
+            ratio = row["samples_per_second"] / other["samples_per_second"]
+            cells.append([row["setup"], str(row["batch_size"]), f"{other['samples_per_second']:,.0f}",
+                          f"{row['samples_per_second']:,.0f}", f"{ratio:.3f}", judgement(other, row)])
+    return "\n".join([*(f"differs: {difference}" for difference in differences(old, new)),
+                      as_table(cells) if len(cells) > 1 else "the two have no set-up and batch in common"])
+
+
+def judgement(old: dict[str, Any], new: dict[str, Any]) -> str:
+    """faster or slower only if every new round lies beyond every old one; one round each shows no noise."""
+    if min(old["rounds"], new["rounds"]) < 2:
+        return "one round: noise unknown"
+    if new["slowest_round"] > old["fastest_round"]:
+        return "faster, beyond the noise"
+    if new["fastest_round"] < old["slowest_round"]:
+        return "slower, beyond the noise"
+    return "within the noise"
+
+
+def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
+    """What else changed between the two, so that a ratio is not put down to the code alone."""
+    names = ("model", "trainer", "dataset", "recipe", "host", "processor", "cores", "gpus", "torch")
+    values = [(name, *({**results, **results["machine"]}.get(name) for results in (old, new))) for name in names]
+    return [f"{name}: {before} -> {after}" for name, before, after in values if before != after]

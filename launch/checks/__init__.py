@@ -1,1 +1,0 @@
-"""What launch/doctor.py checks: this machine, the job, its ranks."""

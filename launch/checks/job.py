@@ -1,10 +1,11 @@
 """What launch/doctor.py finds out about the job: who started this process, and where its ranks would meet."""
 
+import contextlib
 import os
 import socket
 
 from launch.checks.finding import Finding, fail, ok, warn, warn_if
-from launch.launcher import Launch, signals_passed_on
+from launch.launcher import Launch
 from launch.network import address_towards
 from launch.stop import SIGNALS, signals_flag, stop_signals
 
@@ -20,8 +21,8 @@ def job_findings(launch: Launch) -> list[Finding]:
     """Which launcher's variables would be followed, those that are set, this machine's name, the port."""
     alone = launch.launcher == "none"
     chosen = {"torchrun": "torchrun", "slurm": "srun", "none": "none, one process"}[launch.launcher]
-    text = (f"{chosen}: rank {launch.rank} of {launch.world_size}"
-            f"{'' if alone else f', meeting at {launch.address}:{launch.port}'}")
+    place = "" if alone else f", meeting at {launch.address}:{launch.port}"
+    text = f"{chosen}: rank {launch.rank} of {launch.world_size}{place}"
     shown = [f"{name}={os.environ[name]}" for name in SHOWN_VARIABLES if name in os.environ]
     return [warn_if(alone and "SLURM_JOB_ID" in os.environ, "launcher", text,
                     "this is a Slurm job: start the ranks with srun, or with torchrun"),
@@ -31,8 +32,8 @@ def job_findings(launch: Launch) -> list[Finding]:
 
 def signals_finding() -> Finding:
     """At which signals training saves and stops, and whether torchrun, if it started this process, passes them on."""
-    passed_on = signals_passed_on()
-    lost = [number.name for number in SIGNALS if passed_on is not None and number.name not in passed_on]
+    passed_on = os.environ.get("TORCHELASTIC_SIGNALS_TO_HANDLE", ",".join(number.name for number in SIGNALS))
+    lost = [number.name for number in SIGNALS if number.name not in map(str.strip, passed_on.split(","))]
     text = f"a run saves and stops at {', '.join(number.name for number in stop_signals())}"
     return warn_if(bool(lost), "signals", f"{text}; torchrun would die of {', '.join(lost)}" if lost else text,
                    f"start torchrun with {signals_flag()}")
@@ -41,10 +42,9 @@ def signals_finding() -> Finding:
 def address_finding(launch: Launch) -> Finding:
     """What this machine's name means to itself; other nodes need an address that is not the loopback's."""
     name, several_nodes = socket.gethostname(), launch.world_size > launch.local_world_size
-    try:
+    address = None
+    with contextlib.suppress(OSError):
         address = socket.gethostbyname(name)
-    except OSError:
-        address = None
     text = f"{name} -> {address or 'no address'}"
     if several_nodes:
         route = address_towards(launch.address)
