@@ -11,6 +11,7 @@ import contextlib
 import difflib
 import inspect
 import io
+import json
 import os
 import re
 import shutil
@@ -22,32 +23,23 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import tyro
+import yaml
 
-from launch.config_file import as_words, read_flags
-from launch.errors import (
-    EXIT_DONE,
-    EXIT_PREEMPTED,
-    UsageError,
-    drop_unread_output,
-    launched_rank,
-    say,
-    to_stderr,
-    user_line,
-)
+from launch import errors
+from launch.errors import UsageError
 from launch.rules import check_numbers
 from launch.stop import Stopped
 
 HELP_COLUMN = 27  # where the explanations of --help stand
+OF_ONE_RUN = ("run_name", "resume", "evaluate")  # all three are in a run's config.json; another run has its own
 
 
 def parse(config_class: type, *, recipes: Mapping[str, Mapping[str, Any]] | None = None,
           args: Sequence[str] | None = None) -> Any:
-    """A config from command-line flags, in hyphens or underscores, over `--config FILE`, over `--recipe NAME`, over the
-    defaults.
+    """A config from command-line flags (in hyphens or underscores) over `--config FILE` over `--recipe NAME`.
 
-    Raises:
-        UsageError: for flags that do not parse, naming the nearest that exists; for a number out of its range.
-        SystemExit: with code 0, after `--help` was printed (by rank 0 alone).
+    UsageError for flags that do not parse, with the nearest that exists, and for a number out of its range; SystemExit
+    with code 0 after `--help` was printed, by rank 0 alone.
     """
     args = in_new_spelling(sys.argv[1:] if args is None else args, getattr(config_class, "OLD_SPELLINGS", {}))
     default = config_class()
@@ -75,6 +67,47 @@ def parse(config_class: type, *, recipes: Mapping[str, Mapping[str, Any]] | None
     return replace(config, **{**values, **stated})
 
 
+def read_flags(path: Path, config_class: type) -> dict[str, Any]:
+    """The flags that a file states: JSON as a run's config.json is written, or YAML by hand; old spellings translated.
+
+    Left out are `config`, and what makes a run unique where the file is a run's config.json.
+    """
+    is_yaml = path.suffix.lower() in (".yaml", ".yml")
+    try:
+        text = path.read_text(encoding="utf-8")
+        stated = yaml.safe_load(text) if is_yaml else json.loads(text)
+    except OSError as error:
+        raise UsageError(f"--config {path}: cannot be read ({error.strerror}); name a JSON or YAML file") from None
+    except (ValueError, RecursionError, yaml.YAMLError) as error:
+        kind, reason = "YAML" if is_yaml else "JSON", " ".join(str(error).split()) or type(error).__name__
+        raise UsageError(f"--config {path}: is no {kind} ({reason}); write a line `epochs: 5` for each flag in a "
+                         f".yaml file, or use the config.json of a run") from None
+    if not isinstance(stated, dict) or not all(isinstance(name, str) for name in stated):
+        raise UsageError(f"--config {path}: must map names of flags to values, such as `epochs: 5`")
+    flags = {name.removeprefix("--").replace("-", "_"): value for name, value in stated.items()}
+    translated = getattr(config_class, "translated", dict)
+    left_out = {"config", *(OF_ONE_RUN if flags.keys() >= set(OF_ONE_RUN) else ())}
+    return {name: value for name, value in translated(flags).items() if name not in left_out}
+
+
+def as_words(flags: Mapping[str, Any], config_class: type) -> list[str]:
+    """Flags as a command line gives them, so that one parser checks both; UsageError for what no command line can."""
+    words: list[str] = []
+    for name, value in flags.items():
+        flag = f"--{name.replace('_', '-')}"
+        if isinstance(getattr(config_class, name, None), bool):
+            if not isinstance(value, bool):
+                raise UsageError(f"{flag} {value}: must be true or false")
+            words.append(flag if value else f"--no-{flag[2:]}")
+        elif any(isinstance(item, list | dict) for item in (value if isinstance(value, list) else [value])):
+            raise UsageError(f"{flag}: must be one value or a list of values")
+        elif isinstance(value, list):
+            words += [flag, *map(str, value)]
+        else:
+            words += [f"{flag}={value}"] if str(value).startswith("-") else [flag, str(value)]
+    return words
+
+
 def from_words(config_class: type, args: Sequence[str], default: Any) -> Any:
     """tyro's reading of a command line over a config; raises as `parse` does."""
     printed, complaint = io.StringIO(), io.StringIO()
@@ -83,9 +116,9 @@ def from_words(config_class: type, args: Sequence[str], default: Any) -> Any:
             return tyro.cli(config_class, args=args, default=default, compact_help=False)
     except SystemExit as stop:
         if stop.code in (0, None):
-            if launched_rank() == 0:
+            if errors.launched_rank() == 0:
                 width = max(60, min(120, shutil.get_terminal_size().columns))
-                say(grouped_help(printed.getvalue(), config_class, width=width).rstrip("\n"))
+                errors.say(grouped_help(printed.getvalue(), config_class, width=width).rstrip("\n"))
             raise
         raise UsageError(plain_text(complaint.getvalue())) from None
 
@@ -97,7 +130,7 @@ def flags_in(args: Sequence[str]) -> tuple[str, ...]:
 
 
 def at_home(value: Any) -> Any:
-    """A path, or several, with a leading `~` replaced: the shell leaves it in `--data-dir=~/photos`."""
+    """A path, or several, with a leading `~` replaced: a shell leaves it in `--data-dir=~/photos`."""
     if isinstance(value, tuple):
         return tuple(at_home(item) for item in value)
     return Path(os.path.expanduser(value)) if isinstance(value, Path) else value
@@ -190,10 +223,10 @@ def run(main: Callable[[Any], Any], config_class: type, *,
     found before the ranks met, by all of them alike, so rank 0 speaks. With `prints_results`, as of one process
     alone, whatever a launcher has left in its environment, stdout waits for its reader, however slow that is.
     """
-    drop_unread_output("stderr", *() if prints_results else ("stdout",))
+    errors.drop_unread_output("stderr", *() if prints_results else ("stdout",))
     os.environ.pop("MPLBACKEND", None)  # every notebook sets it, to what may not be installed here
     code = in_one_line(lambda: main(parse(config_class, recipes=recipes)), is_alone=prints_results)
-    sys.exit(code if isinstance(code, int) else EXIT_DONE)
+    sys.exit(code if isinstance(code, int) else errors.EXIT_DONE)
 
 
 def in_one_line(call: Callable[[], Any], *, is_alone: bool = False) -> Any:
@@ -204,14 +237,14 @@ def in_one_line(call: Callable[[], Any], *, is_alone: bool = False) -> Any:
     try:
         return call()
     except Stopped:
-        sys.exit(EXIT_PREEMPTED)
+        sys.exit(errors.EXIT_PREEMPTED)
     except Exception as error:
-        line = user_line(error)
+        line = errors.user_line(error)
         if line is None:
             raise
         speaks = getattr(error, "speaks", None)
-        if is_alone or (launched_rank() == 0 if speaks is None else speaks):
-            to_stderr(line)
+        if is_alone or (errors.launched_rank() == 0 if speaks is None else speaks):
+            errors.to_stderr(line)
         sys.exit(error.exit_code)  # pyright: ignore[reportAttributeAccessIssue]
     except KeyboardInterrupt:
         sys.exit(130)  # 128 + SIGINT, as a shell reports it

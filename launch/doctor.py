@@ -73,11 +73,9 @@ def main(config: DoctorConfig) -> int:
                                          timeout_seconds=config.timeout)
     failed = any(finding.state == "FAIL" for finding in findings)
     if launch.rank == 0:
-        if config.json:
-            say(json.dumps({"ok": not failed, "host": socket.gethostname(), "ranks": ranks,
-                              "findings": [asdict(finding) for finding in findings]}, indent=2))
-        else:
-            say(page(findings, ranks, color=sys.stdout.isatty() and "NO_COLOR" not in os.environ))
+        say(json.dumps({"ok": not failed, "host": socket.gethostname(), "ranks": ranks,
+                        "findings": [asdict(finding) for finding in findings]}, indent=2) if config.json else
+            page(findings, ranks, color=sys.stdout.isatty() and "NO_COLOR" not in os.environ))
     return DeviceError.exit_code if failed else 0
 
 
@@ -97,17 +95,10 @@ def page(findings: list[Finding], ranks: list[dict[str, Any]], *, color: bool) -
         for record in ranks:
             lines.append(f"  {record['rank']:4}  {record['local_rank']:5}  {record['host']:{host_width}}  "
                          f"{record['device'] or 'none':8}  {record['threads']:7}  {record['uuid'] or ''}".rstrip())
-    return "\n".join([*lines, "", summary(findings)])
-
-
-def summary(findings: list[Finding]) -> str:
-    """How many of each, in words that say what to do."""
-    count = {state: sum(finding.state == state for finding in findings) for state in ("OK", "WARN", "FAIL")}
-    if count["FAIL"]:
-        return f"{count['FAIL']} FAIL, {count['WARN']} WARN: training would not work as it is"
-    if count["WARN"]:
-        return f"{count['WARN']} WARN: training works"
-    return "all OK"
+    count = {state: sum(finding.state == state for finding in findings) for state in ("WARN", "FAIL")}
+    summary = (f"{count['FAIL']} FAIL, {count['WARN']} WARN: training would not work as it is" if count["FAIL"] else
+               f"{count['WARN']} WARN: training works" if count["WARN"] else "all OK")
+    return "\n".join([*lines, "", summary])
 
 
 if __name__ == "__main__":

@@ -18,47 +18,37 @@ UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u20
 class RunError(Exception):
     """What a user can cause: shown as one line, without a traceback. `exit_code` is what the process returns."""
 
-    kind = "run"
-    exit_code = 1
-    speaks: bool | None = None
-    """Whether this rank is the one to print it; None where all ranks find the same, and rank 0 does."""
+    kind, exit_code = "run", 1
+    speaks: bool | None = None  # whether this rank prints it; None where all ranks find the same, and rank 0 does
 
 
 class UsageError(RunError):
     """A flag, or a combination of flags, that cannot work."""
-
     kind, exit_code = "usage", 2
 
 
 class CheckpointError(RunError):
     """A checkpoint or run folder that cannot be written, read or used."""
-
     kind, exit_code = "checkpoint", 4
 
 
 class DeviceError(RunError):
     """A device, backend or environment that is not there."""
-
     kind, exit_code = "device", 5
 
 
 class DistributedError(RunError):
     """Ranks that cannot find, or have lost, each other."""
-
     kind, exit_code = "distributed", 6
 
 
 class NumericError(RunError):
     """A loss that is no longer a number."""
-
     kind, exit_code = "numeric", 7
 
 
 def is_users(error: BaseException) -> bool:
-    """Whether a user can cause it: it carries a kind and an exit code. Anything else is a bug of ours.
-
-    Any exception with those two attributes counts, so that datasets/ need not import launch/.
-    """
+    """Whether a user can cause it, and no bug of ours: datasets/, which does not import this, has such errors too."""
     return hasattr(error, "kind") and hasattr(error, "exit_code")
 
 

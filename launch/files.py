@@ -20,13 +20,10 @@ def no_check() -> None:
 
 def replace_file(path: Path, content: bytes, *, durable: bool = False,
                  check_fence: Callable[[], None] = no_check) -> None:
-    """Write a file that is whole or absent: a temporary in the same folder, then os.replace.
+    """Write a file that is whole or absent: a temporary in the same folder, then os.replace; or OSError, and no trace.
 
     With `durable`, the content and the folder entry are on the disk before this returns. `check_fence` is called right
     before the file is replaced, and raises if this process may not.
-
-    Raises:
-        OSError: as the file system says; the temporary is removed.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
@@ -75,15 +72,12 @@ def writing(path: Path) -> Iterator[None]:
 
 def remedy(error: OSError) -> str:
     """What a user can do about what a file system refused."""
-    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-        return "free some space"
-    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
-        return "make it readable and writable"
-    if error.errno in (errno.EISDIR, errno.ENOTDIR, errno.EEXIST, errno.ENOTEMPTY):
-        return "move away what has that name"
-    if error.errno == errno.ENOENT:
-        return "move it back if it was moved while in use"
-    return "check the disk"
+    remedies = {
+        "free some space": (errno.ENOSPC, errno.EDQUOT, errno.EFBIG),
+        "make it readable and writable": (errno.EACCES, errno.EPERM, errno.EROFS),
+        "move away what has that name": (errno.EISDIR, errno.ENOTDIR, errno.EEXIST, errno.ENOTEMPTY),
+        "move it back if it was moved while in use": (errno.ENOENT,)}
+    return next((text for text, numbers in remedies.items() if error.errno in numbers), "check the disk")
 
 
 def read_object(path: Path) -> dict[str, Any] | None:

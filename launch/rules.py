@@ -24,11 +24,10 @@ class AtLeast:
     _: KW_ONLY
     most: float = LARGEST
     below: float | None = None
-    such_as: float | None = None
-    """A value that works, for the message."""
+    such_as: float | None = None  # a value that works, for the message
 
     def includes(self, number: float) -> bool:
-        """Whether a number is in the range. NaN is not: it compares false with everything."""
+        """Whether a number is in the range. NaN compares false with everything."""
         return self.low <= number <= self.most and (self.below is None or number < self.below)
 
     def text(self) -> str:
@@ -57,9 +56,8 @@ def rules_of(config_class: type) -> Iterator[tuple[str, AtLeast]]:
     """Each field that has a rule, with it."""
     hints = get_type_hints(config_class, include_extras=True)
     for field in fields(config_class):
-        for note in getattr(hints[field.name], "__metadata__", ()):
-            if isinstance(note, AtLeast):
-                yield field.name, note
+        notes = getattr(hints[field.name], "__metadata__", ())
+        yield from ((field.name, note) for note in notes if isinstance(note, AtLeast))
 
 
 def check_numbers(config: Any) -> None:

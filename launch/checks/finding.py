@@ -12,10 +12,8 @@ class Finding:
     check: str
     state: Literal["OK", "WARN", "FAIL"] = field(kw_only=True)
     text: str
-    fix: str = ""
-    """What to do about it; empty for OK."""
-    host: str = ""
-    """Where it was found; empty for the machine of rank 0, and for what concerns the job."""
+    fix: str = ""  # what to do about it; empty for OK
+    host: str = ""  # where it was found; empty for the machine of rank 0, and for what concerns the job
 
 
 ok = partial(Finding, state="OK")

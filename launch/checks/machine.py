@@ -39,13 +39,11 @@ def versions_finding() -> Finding:
     versions, wrong = [f"python {sys.version.split()[0]}"], []
     for name, least in required_versions().items():
         try:
-            version = metadata.version(name)
+            versions.append(f"{name} {metadata.version(name)}")
+            if as_numbers(metadata.version(name)) < as_numbers(least):
+                wrong.append(f"{versions[-1]} is older than {least}")
         except metadata.PackageNotFoundError:
             wrong.append(f"{name} is missing")
-            continue
-        versions.append(f"{name} {version}")
-        if as_numbers(version) < as_numbers(least):
-            wrong.append(f"{name} {version} is older than {least}")
     if wrong:
         return fail("versions", "; ".join(wrong), f"pip install -e {ROOT}")
     return ok("versions", ", ".join(versions))
@@ -63,17 +61,17 @@ def as_numbers(version: str) -> tuple[int, ...]:
 
 
 def device_findings() -> list[Finding]:
-    """Every visible GPU: name, UUID, free memory, and whether a kernel runs on it."""
-    if not torch.cuda.is_available():
-        if Path("/dev/nvidiactl").exists():
-            return [fail("devices", f"an NVIDIA driver is loaded, but torch {torch.__version__} finds no CUDA device",
-                         "update the driver, or install the torch build for it; see CUDA_VISIBLE_DEVICES too")]
-        return [ok("devices", f"{processor()}; no GPU, training runs on the CPU")]
-    return [gpu_finding(index) for index in range(torch.cuda.device_count())]
+    """Every visible GPU, or why there is none."""
+    if torch.cuda.is_available():
+        return [gpu_finding(index) for index in range(torch.cuda.device_count())]
+    if Path("/dev/nvidiactl").exists():
+        return [fail("devices", f"an NVIDIA driver is loaded, but torch {torch.__version__} finds no CUDA device",
+                     "update the driver, or install the torch build for it; see CUDA_VISIBLE_DEVICES too")]
+    return [ok("devices", f"{processor()}; no GPU, training runs on the CPU")]
 
 
 def gpu_finding(index: int) -> Finding:
-    """One GPU."""
+    """One GPU: name, UUID, free memory, and whether a kernel runs on it."""
     name = f"gpu {index}"
     try:
         properties = torch.cuda.get_device_properties(index)
@@ -119,8 +117,7 @@ def shared_memory_finding(*, batch_bytes: int, workers: int) -> Finding:
 
 def output_finding(output_dir: Path) -> Finding:
     """Free space where the runs are kept, and whether a file can be replaced and synced there; leaves nothing."""
-    check = "--output-dir"
-    folder = output_dir.absolute()
+    check, folder = "--output-dir", output_dir.absolute()
     while not folder.exists():
         folder = folder.parent
     try:

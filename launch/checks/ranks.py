@@ -47,9 +47,8 @@ def rank_record(launch: Launch, device: str) -> dict[str, Any]:
     """What the other ranks need to know about this one; `device` is None where it would get none."""
     record: dict[str, Any] = {
         "rank": launch.rank, "local_rank": launch.local_rank, "host": socket.gethostname(), "pid": os.getpid(),
-        "threads": choose_threads(launch), "torch": torch.__version__, "code": code_hash(),
-        "commit": git_commit(), "device": None, "uuid": None, "problem": None,
-    }
+        "threads": choose_threads(launch), "torch": torch.__version__, "code": code_hash(), "commit": git_commit(),
+        "device": None, "uuid": None, "problem": None}
     try:
         chosen = choose_device(device, launch)
     except DeviceError as error:
@@ -80,13 +79,11 @@ def rank_devices_finding(ranks: list[dict[str, Any]], backend: str) -> Finding:
             rule, _, fix = record["problem"].partition("; ")
             return fail("rank devices", f"rank {record['rank']} on {record['host']}: {rule}", fix)
     owners = ranks_by(ranks, "uuid")
-    shared = [f"{names} share {uuid}" for (uuid,), names in owners.items() if uuid and "," in names]
-    if shared:
-        text = "; ".join(shared)
+    if shared := "; ".join(f"{names} share {uuid}" for (uuid,), names in owners.items() if uuid and "," in names):
         fix = "start one rank per GPU: torchrun --nproc-per-node gpu, or srun --gpus-per-task=1"
         if backend == "gloo":
-            return warn("rank devices", text, fix)
-        return fail("rank devices", f"{text}, which NCCL refuses", f"{fix}; or train with --backend gloo")
+            return warn("rank devices", shared, fix)
+        return fail("rank devices", f"{shared}, which NCCL refuses", f"{fix}; or train with --backend gloo")
     hosts = {record["host"] for record in ranks}
     kinds = ", ".join(sorted({str(record["device"]).partition(":")[0] for record in ranks}))
     return ok("rank devices", f"{len(ranks)} ranks on {len(hosts)} host{'s' * (len(hosts) > 1)} ({kinds}), none shared")
@@ -94,10 +91,11 @@ def rank_devices_finding(ranks: list[dict[str, Any]], backend: str) -> Finding:
 
 def ranks_by(ranks: list[dict[str, Any]], *names: str) -> dict[tuple[Any, ...], str]:
     """The values of these fields -> `ranks 0, 2`, those whose records hold them."""
-    found: dict[tuple[Any, ...], list[str]] = {}
+    found: dict[tuple[Any, ...], str] = {}
     for record in ranks:
-        found.setdefault(tuple(record[name] for name in names), []).append(str(record["rank"]))
-    return {values: f"ranks {', '.join(numbers)}" for values, numbers in found.items()}
+        values = tuple(record[name] for name in names)
+        found[values] = f"{found[values]}, {record['rank']}" if values in found else f"ranks {record['rank']}"
+    return found
 
 
 def code_finding(ranks: list[dict[str, Any]]) -> Finding:
@@ -116,9 +114,8 @@ def clocks_finding(world: World, ranks: list[dict[str, Any]]) -> Finding:
         barrier(world)
         times = gather(world, time.time())
         spreads.append(max(times) - min(times))
-    skew = min(spreads)
-    text = f"at most {skew * 1000:.1f} ms apart"
-    return warn_if(skew > SKEW_SECONDS and len({record["host"] for record in ranks}) > 1, "clocks", text,
+    bad = min(spreads) > SKEW_SECONDS and len({record["host"] for record in ranks}) > 1
+    return warn_if(bad, "clocks", f"at most {min(spreads) * 1000:.1f} ms apart",
                    "let every node keep its time by NTP (chronyc tracking)")
 
 
