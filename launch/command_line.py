@@ -36,11 +36,7 @@ OF_ONE_RUN = ("run_name", "resume", "evaluate")  # all three are in a run's conf
 
 def parse(config_class: type, *, recipes: Mapping[str, Mapping[str, Any]] | None = None,
           args: Sequence[str] | None = None) -> Any:
-    """A config from command-line flags (in hyphens or underscores) over `--config FILE` over `--recipe NAME`.
-
-    UsageError for flags that do not parse, with the nearest that exists, and for a number out of its range; SystemExit
-    with code 0 after `--help` was printed, by rank 0 alone.
-    """
+    """A config from flags (in hyphens or underscores) over `--config FILE` over `--recipe NAME`, all checked."""
     args = in_new_spelling(sys.argv[1:] if args is None else args, getattr(config_class, "OLD_SPELLINGS", {}))
     default = config_class()
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
@@ -57,21 +53,17 @@ def parse(config_class: type, *, recipes: Mapping[str, Mapping[str, Any]] | None
     if file is not None:
         try:
             default = from_words(config_class, as_words(flags, config_class), default)
-            check_numbers(default)
         except UsageError as error:
             raise UsageError(f"--config {file}: {error}") from None
     config = from_words(config_class, args, default)
-    check_numbers(config)
     values = {field.name: at_home(getattr(config, field.name)) for field in fields(config)}
-    stated = {"given": flags_in(args), "in_file": tuple(flags)} if "given" in values else {}
+    names = (word.partition("=")[0][2:].replace("-", "_") for word in args if word.startswith("--"))
+    stated = {"given": tuple(dict.fromkeys(names)), "in_file": tuple(flags)} if "given" in values else {}
     return replace(config, **{**values, **stated})
 
 
 def read_flags(path: Path, config_class: type) -> dict[str, Any]:
-    """The flags that a file states: JSON as a run's config.json is written, or YAML by hand; old spellings translated.
-
-    Left out are `config`, and what makes a run unique where the file is a run's config.json.
-    """
+    """The flags that a file states: a run's config.json, other JSON, or YAML by hand, old spellings translated."""
     is_yaml = path.suffix.lower() in (".yaml", ".yml")
     try:
         text = path.read_text(encoding="utf-8")
@@ -109,11 +101,11 @@ def as_words(flags: Mapping[str, Any], config_class: type) -> list[str]:
 
 
 def from_words(config_class: type, args: Sequence[str], default: Any) -> Any:
-    """tyro's reading of a command line over a config; raises as `parse` does."""
+    """tyro's reading of a command line over a config; UsageError with the nearest flag, or SystemExit by --help."""
     printed, complaint = io.StringIO(), io.StringIO()
     try:
         with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(complaint):
-            return tyro.cli(config_class, args=args, default=default, compact_help=False)
+            config = tyro.cli(config_class, args=args, default=default, compact_help=False)
     except SystemExit as stop:
         if stop.code in (0, None):
             if errors.launched_rank() == 0:
@@ -121,12 +113,8 @@ def from_words(config_class: type, args: Sequence[str], default: Any) -> Any:
                 errors.say(grouped_help(printed.getvalue(), config_class, width=width).rstrip("\n"))
             raise
         raise UsageError(plain_text(complaint.getvalue())) from None
-
-
-def flags_in(args: Sequence[str]) -> tuple[str, ...]:
-    """The names of the flags in a command line, as a config's fields spell them; those of aliases as they are."""
-    words = (word.partition("=")[0][2:].replace("-", "_") for word in args if word.startswith("--"))
-    return tuple(dict.fromkeys(words))
+    check_numbers(config)
+    return config
 
 
 def at_home(value: Any) -> Any:
@@ -139,9 +127,8 @@ def at_home(value: Any) -> Any:
 def in_new_spelling(args: Sequence[str], old: Mapping[str, Sequence[str]]) -> list[str]:
     """The words of a command line with `old` flags replaced, where they stand without a value."""
     words: list[str] = []
-    for position, word in enumerate(args):
-        bare = position + 1 == len(args) or args[position + 1].startswith("-")
-        words += old.get(word.replace("_", "-"), [word]) if bare else [word]
+    for word, following in zip(args, [*args[1:], "-"], strict=False):
+        words += old.get(word.replace("_", "-"), [word]) if following.startswith("-") else [word]
     return words
 
 
@@ -152,10 +139,7 @@ def nearest(name: str, known: Sequence[str] | Mapping[str, Any]) -> str:
 
 
 def grouped_help(text: str, config_class: type, *, width: int) -> str:
-    """tyro's --help with each flag under its title, by `TITLES` of the class that had it first; the command's on top.
-
-    Two commands of the module's docstring stand at its end.
-    """
+    """tyro's --help with each flag under its title, by `TITLES` of the class that had it first; then two examples."""
     text = "\n".join(line.rstrip() for line in text.splitlines() if not re.match(r" \S", line))  # without tyro's titles
     usage, *flags = re.split(r"\n(?=  \S)", text)
     own = usage.split()[1]  # the path of the command
@@ -166,17 +150,18 @@ def grouped_help(text: str, config_class: type, *, width: int) -> str:
             title = base.__dict__.get("TITLES", {}).get(name, title)
             titles.setdefault(name, title)
     order = [title for base in config_class.__mro__ for title in base.__dict__.get("TITLES", {}).values()]
+    indent = " " * HELP_COLUMN
     groups: dict[str, list[str]] = {title: [] for title in (own, *order, *titles.values())}
     for flag in flags:
         header, _, explained = re.sub(r"\{None\}\|", "", flag).strip().partition("  ")
         header, _, rest = header.partition("\n")
         explained = re.sub(r" \(default: (None)?\)$", "", " ".join(f"{rest} {explained}".split()))
-        lines = textwrap.wrap(explained, width - HELP_COLUMN, break_on_hyphens=False) or [""]
-        head = f"  {header}".ljust(HELP_COLUMN - 1)
-        head = f"{head} {lines.pop(0)}" if len(head) < HELP_COLUMN else head
+        body = textwrap.fill(explained, width, initial_indent=indent, subsequent_indent=indent, break_on_hyphens=False)
+        head = f"  {header}"
+        fits = len(head) < HELP_COLUMN
         names = [name.replace("-", "_") for name in re.findall(r"--([\w-]+)", header)]
         title = next((titles[name] for name in names if name in titles), own)
-        groups[title].append("\n".join([head.rstrip(), *(" " * HELP_COLUMN + line for line in lines)]))
+        groups[title].append((head + body[len(head):] if fits else f"{head}\n{body}").rstrip())
     first = usage.split("\n\n")[:2]
     parts = [f"{title}:\n" + "\n".join(blocks) for title, blocks in groups.items() if blocks]
     return "\n\n".join([*first, *parts, examples(sys.modules[config_class.__module__].__doc__ or "", width)]) + "\n"
@@ -197,20 +182,12 @@ def examples(docstring: str, width: int) -> str:
 def plain_text(boxed: str) -> str:
     """tyro's framed error message on one line: what is wrong, then the nearest flag if it names one."""
     lines = [re.sub(r"\x1b\[[0-9;]*m|\[/?bold\]", "", line).strip("│╭╮╰╯ \n") for line in boxed.splitlines()]
-    text, in_suggestion = [], False
-    for line in lines[1:]:  # the first is the frame's title
-        if set(line) <= {"─", "-"}:
-            continue
-        if line.startswith(("Argument helptext", "For full helptext")):
-            break
-        if line.startswith("Perhaps you meant"):
-            in_suggestion = True
-        elif in_suggestion:
-            text.append(f"; did you mean {max(re.findall(r'--[^ ,]+', line), key=len)}?")  # not its short alias
-            break
-        else:
-            text.append(line)
-    message = " ".join(text).replace(" ;", ";")
+    text = "\n".join(line for line in lines[1:] if not set(line) <= {"─", "-"})  # the first is the frame's title
+    text = re.split(r"^(?:Argument|For full) helptext", text, flags=re.MULTILINE)[0]
+    message, _, suggested = text.partition("\nPerhaps you meant")
+    if flags := re.findall(r"--[^ ,]+", "".join(suggested.split("\n")[1:2])):
+        message += f"; did you mean {max(flags, key=len)}?"  # not its short alias
+    message = " ".join(message.split())
     return f"{message[:1].lower()}{message[1:]}; see --help"
 
 
@@ -218,10 +195,9 @@ def run(main: Callable[[Any], Any], config_class: type, *,
         recipes: Mapping[str, Mapping[str, Any]] | None = None, prints_results: bool = False) -> NoReturn:
     """Parse the flags, call `main`, exit: with the code that it returns, 0 for anything else, or that of its error.
 
-    An error is one line on stderr from one rank: `ERROR <kind>: <flag or file> <value>: <rule>; <remedy>`.
-    Errors inside `process_group()` are shown there by the one rank that failed first; what reaches this function was
-    found before the ranks met, by all of them alike, so rank 0 speaks. With `prints_results`, as of one process
-    alone, whatever a launcher has left in its environment, stdout waits for its reader, however slow that is.
+    An error inside `process_group()` is shown there by the rank that failed first; what reaches this function was found
+    before the ranks met, by all of them alike, so rank 0 speaks. With `prints_results`, as of one process alone,
+    whatever a launcher has left in its environment, stdout waits for its reader, however slow that is.
     """
     errors.drop_unread_output("stderr", *() if prints_results else ("stdout",))
     os.environ.pop("MPLBACKEND", None)  # every notebook sets it, to what may not be installed here
@@ -230,10 +206,7 @@ def run(main: Callable[[Any], Any], config_class: type, *,
 
 
 def in_one_line(call: Callable[[], Any], *, is_alone: bool = False) -> Any:
-    """What `call` returns; a stop, or an error that a user can cause, ends the process as `run` says.
-
-    `is_alone`: whether this process speaks whatever its rank is.
-    """
+    """What `call` returns; a stop, or a user's error, ends the process as `run` says. `is_alone`: whatever its rank."""
     try:
         return call()
     except Stopped:

@@ -64,9 +64,9 @@ def main(config: DoctorConfig) -> int:
         job = job_findings(launch)
     except UsageError as error:
         launch, job = Launch(), [fail("launcher", str(error), "start with torchrun, srun python, or plain python")]
-    rank_batch = -(-config.batch_size // launch.world_size)
-    findings = [*machine_findings(launch, Path(config.output_dir), workers=config.workers,
-                                  batch_bytes=rank_batch * 3 * config.image_size**2), *job]
+    batch_bytes = -(-config.batch_size // launch.world_size) * 3 * config.image_size**2
+    findings = [*machine_findings(launch, Path(config.output_dir), workers=config.workers, batch_bytes=batch_bytes),
+                *job]
     ranks: list[dict[str, Any]] = []
     if launch.launcher != "none":
         findings, ranks = ranks_findings(launch, findings, device=config.device, backend=config.backend,

@@ -12,6 +12,7 @@ from typing import Any, TextIO
 PATIENCE_SECONDS = 1.0  # for a reader of stdout or stderr to take what is printed
 EXIT_DONE = 0
 EXIT_PREEMPTED = 75  # EX_TEMPFAIL of sysexits.h: the same command, run again, resumes
+# with these a file's name could begin a line of its own, or colour, move or turn round what is printed
 UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 
 
@@ -58,10 +59,7 @@ def user_line(error: BaseException) -> str | None:
 
 
 def printable(text: str, *, keep: str = "") -> str:
-    r"""A text whose control characters, and what no encoding knows, are escapes such as \x1b, less those in `keep`.
-
-    So a file's name can neither begin a line of its own nor colour, move or turn round what is printed.
-    """
+    r"""A text whose control characters, and what no encoding knows, are escapes such as \x1b, less those in `keep`."""
     return UNPRINTABLE.sub(lambda found: found[0] if found[0] in keep else ascii(found[0])[1:-1], text)
 
 
@@ -114,10 +112,7 @@ def to_stderr(line: str) -> None:
 
 
 def say(text: str, *, is_result: bool = False) -> None:
-    """Print to stdout, names in it made `printable`. If the reader has gone away, later text is dropped.
-
-    Raises UsageError for a result that has no room, as on a full disk.
-    """
+    """Print to stdout, until its reader has gone away; UsageError for a result that has no room, as on a full disk."""
     try:
         print(encodable(printable(text, keep="\n\t"), sys.stdout), flush=True)
     except (OSError, ValueError) as error:

@@ -29,16 +29,12 @@ LINGER_SECONDS = 5.0  # for which the host of the store waits for the others, wh
 
 
 class JobFailure:
-    """One rank prints the line of an error and every rank leaves, this one among them.
-
-    The ranks agree through the store of the heartbeats. Without one (one process, or ranks that have not met) each
-    prints its own.
-    """
+    """One rank prints the line of an error and every rank leaves: they agree through the store of the heartbeats."""
 
     def __init__(self, launch: Launch) -> None:
         self.launch = launch
         self.step = 0  # at which this rank is, as the watchdog is told
-        self.heartbeats: Heartbeats | None = None  # until the ranks have met
+        self.heartbeats: Heartbeats | None = None  # until the ranks have met each prints its own
         self.run: Any = None  # the run's folder, which is to be told: `failed(cause)`, `preempted(reason)`
         self._launcher = (stop_request().launcher or os.getppid()) if launch.is_grouped else None
         self._claimed = threading.Lock()  # taken once: this process prints at most one error

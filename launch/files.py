@@ -12,6 +12,7 @@ from typing import Any
 from launch.errors import CheckpointError, to_stderr
 
 ROOT = Path(__file__).resolve().parents[1]  # of this checkout
+warn_once = functools.cache(to_stderr)
 
 
 def no_check() -> None:
@@ -49,15 +50,10 @@ def sync_folder(folder: Path) -> None:
     except OSError as error:
         if error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS):
             raise
-        warn_of_folders(error.strerror)
+        warn_once(f"WARNING checkpoint: this file system cannot sync folders ({error.strerror}): a power cut may lose "
+                  f"new files")
     finally:
         os.close(descriptor)
-
-
-@functools.cache
-def warn_of_folders(reason: str) -> None:
-    """One line, the first time."""
-    to_stderr(f"WARNING checkpoint: this file system cannot sync folders ({reason}): a power cut may lose new files")
 
 
 @contextlib.contextmanager

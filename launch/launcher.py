@@ -54,29 +54,26 @@ def read_launch(environ: Mapping[str, str] = os.environ) -> Launch:
     Slurm's are believed only inside a step (SLURM_STEP_ID): in a batch script they describe the whole job, and a
     plain `python` there would wait for ranks that nobody starts. UsageError for variables that cannot be right.
     """
+    launch = Launch()
     try:
         for name in ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT"):
             if int(environ.get(name, "0")) < 0:
                 raise ValueError(f"{name}={environ[name]} is below 0")
         if "RANK" in environ and "WORLD_SIZE" in environ:
-            return checked(Launch(
+            launch = Launch(
                 launcher="torchrun", rank=int(environ["RANK"]), world_size=int(environ["WORLD_SIZE"]),
                 local_rank=int(environ.get("LOCAL_RANK", environ["RANK"])),
                 local_world_size=int(environ.get("LOCAL_WORLD_SIZE", environ["WORLD_SIZE"])),
                 address=environ.get("MASTER_ADDR") or "localhost", port=int(environ.get("MASTER_PORT", "29500")),
-                torchrun_hosts_store=environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"))
-        if "SLURM_PROCID" in environ and "SLURM_STEP_ID" in environ:
-            return checked(read_slurm(environ))
-        for name, other, alone in (("WORLD_SIZE", "RANK", "1"), ("RANK", "WORLD_SIZE", "0")):
-            if environ.get(name, alone) != alone:
-                raise ValueError(f"{name}={environ[name]} is set without {other}")
+                torchrun_hosts_store=environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True")
+        elif "SLURM_PROCID" in environ and "SLURM_STEP_ID" in environ:
+            launch = read_slurm(environ)
+        elif environ.get("WORLD_SIZE", "1") != "1":
+            raise ValueError(f"WORLD_SIZE={environ['WORLD_SIZE']} is set without RANK")
+        elif environ.get("RANK", "0") != "0":
+            raise ValueError(f"RANK={environ['RANK']} is set without WORLD_SIZE")
     except (KeyError, ValueError) as error:
         raise UsageError(f"launcher variables: {error}; {START_WITH}") from None
-    return Launch()
-
-
-def checked(launch: Launch) -> Launch:
-    """The same; UsageError, from each rank that has them, for numbers that cannot be those of one job."""
     for name, value, low, high in (
             ("world size", launch.world_size, 1, LARGEST), ("port", launch.port, 1, 2**16 - 1),
             ("ranks on this node", launch.local_world_size, 1, launch.world_size),
@@ -84,7 +81,7 @@ def checked(launch: Launch) -> Launch:
             ("local rank", launch.local_rank, 0, launch.local_world_size - 1)):
         if not low <= value <= high:
             error = UsageError(f"launcher variables: {name} {value} is not from {low} to {high}; {START_WITH}")
-            error.speaks = name.endswith("rank") or None
+            error.speaks = name.endswith("rank") or None  # each rank that has it
             raise error
     return launch
 
@@ -146,14 +143,10 @@ def usable_cores() -> int:
         return cores
 
 
-def choose_threads(launch: Launch, environ: Mapping[str, str] = os.environ) -> int:
-    """Threads per rank without --threads: the user's OMP_NUM_THREADS, else the usable cores shared by the node's ranks.
-
-    torchrun sets OMP_NUM_THREADS=1 for its ranks when the user set nothing, which would leave most of a CPU node
-    idle; the environment torchrun itself was started with tells the two apart.
-    """
-    asked = environ.get("OMP_NUM_THREADS", "")
-    if launch.launcher == "torchrun" and asked == "1":
+def choose_threads(launch: Launch) -> int:
+    """Threads per rank without --threads: the user's OMP_NUM_THREADS, else the usable cores over the node's ranks."""
+    asked = os.environ.get("OMP_NUM_THREADS", "")
+    if launch.launcher == "torchrun" and asked == "1":  # set by torchrun, unless it was itself started with it
         with contextlib.suppress(OSError):
             asked = asked if b"\0OMP_NUM_THREADS=" in b"\0" + Path(f"/proc/{os.getppid()}/environ").read_bytes() else ""
     return int(asked) if asked.isdecimal() and int(asked) > 0 else threads_per_rank(launch.local_world_size)
@@ -186,10 +179,7 @@ def job_identity() -> dict[str, Any]:
 
 
 def launcher_identity() -> dict[str, Any] | None:
-    """The torchrun agent that started this process; the processes of its restarts have the same. None without one.
-
-    `started` is in ticks since the machine was booted: a wall-clock time of it would differ from reader to reader.
-    """
+    """The torchrun agent that started this process, the same for its restarts; `started` is in ticks since the boot."""
     if "TORCHELASTIC_RUN_ID" not in os.environ:
         return None
     stat = stat_of(os.getppid())

@@ -23,14 +23,11 @@ def address_towards(host: str) -> str | None:
 
 
 def address_among(hosts: list[str]) -> str | None:
-    """This machine's address on the way to the first of `hosts` that is another machine; None if there is no way.
-
-    A machine's own name often means 127.0.1.1 to itself, which no other machine can reach.
-    """
+    """This machine's address on the way to the first of `hosts` that is another machine; None if there is no way."""
     found = None
     for host in hosts:
         address = address_towards(host)
-        if address is not None and not address.startswith("127."):
+        if address is not None and not address.startswith("127."):  # as a machine's own name often means to itself
             return address
         found = found or address
     return found
@@ -62,10 +59,7 @@ def connect_problem(address: str, port: int) -> str:
 
 
 def choose_interface(launch: Launch) -> None:
-    """Have gloo listen where its peers are: loopback on one node, else the interface that leads to the other nodes.
-
-    Left alone, gloo takes the address its host name resolves to, which on many systems is 127.0.1.1.
-    """
+    """Have gloo listen where its peers are; left alone, it would often take 127.0.1.1, as the host's name resolves."""
     if "GLOO_SOCKET_IFNAME" in os.environ or os.uname().sysname != "Linux":
         return
     if launch.local_world_size == launch.world_size:

@@ -3,11 +3,10 @@
     srun --ntasks-per-node=1 python launch/node.py --nodes 2 --rendezvous node1:13455 --id 1734-0 -- \\
         --nproc-per-node 4 trainers/cifar.py --epochs 20
 
-What torchrun lacks: a rendezvous that cannot come up ends in one line within a minute (torchrun waits for ten and
-shows a traceback), other nodes are told an address that they can reach (torchrun gives its host name, which may mean
-127.0.1.1), a stop signal that comes again does not interrupt the ranks' saving (a third one makes torchrun leave
-them), and on a node that was cut off it ends when its ranks have (torchrun keeps waiting for the store, a quarter of
-an hour). `--nodes 1:2` is elastic: a node that comes later joins, so none is waited for.
+What torchrun lacks: a rendezvous that cannot come up ends in one line within a minute (not in ten, with a traceback),
+other nodes are told an address that they can reach (torchrun gives its host name, which may mean 127.0.1.1), a stop
+signal that comes again does not interrupt the ranks' saving (a third one makes torchrun leave them), and on a node that
+was cut off it ends when its ranks have. `--nodes 1:2` is elastic: a node that comes later joins, so none is waited for.
 """
 
 import argparse
@@ -85,13 +84,10 @@ def torchrun(options: argparse.Namespace, address: str, is_host: bool) -> list[s
 
 
 def environment_for(words: list[str]) -> dict[str, str]:
-    """This environment, with the threads per rank that the ranks would choose: torchrun prints a box where none is set.
-
-    torchrun counts the ranks itself where --nproc-per-node is no number but `gpu` or the like; then nothing is set.
-    """
+    """This environment, with the threads per rank that the ranks would choose: torchrun prints a box where unset."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--nproc-per-node", "--nproc_per_node", default="1")
-    ranks = parser.parse_known_args(words)[0].nproc_per_node
+    ranks = parser.parse_known_args(words)[0].nproc_per_node  # a number, or `gpu` or the like, which torchrun counts
     chosen = {"OMP_NUM_THREADS": str(threads_per_rank(int(ranks)))} if ranks.isdecimal() and int(ranks) > 1 else {}
     return {**chosen, **os.environ}
 
@@ -148,17 +144,13 @@ def read_line(connection: socket.socket) -> str:
 
 
 def supervise(command: list[str], environment: dict[str, str], host: str, port: int) -> int:
-    """Run torchrun to its end, or until this node has been cut off from the rendezvous and has no ranks any more.
-
-    The first stop signal is passed on to it, later ones are dropped: Slurm sends SIGTERM twice when it preempts a job,
-    and again when its grace time ends.
-    """
+    """Run torchrun to its end, or until this node has been cut off from the rendezvous and has no ranks any more."""
     passed_on: list[int] = []
     process: subprocess.Popen[bytes] | None = None
 
     def handle(number: int, frame: FrameType | None) -> None:
         passed_on.append(number)
-        if process is not None and len(passed_on) == 1:
+        if process is not None and len(passed_on) == 1:  # Slurm sends SIGTERM two or three times when it preempts a job
             process.send_signal(number)
 
     for number in stop_signals():

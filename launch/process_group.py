@@ -3,8 +3,8 @@
     with process_group("auto", timeout_seconds=300) as world:
         ...                                  # world.rank, world.world_size, world.device
 
-One process needs no launcher and gets no process group. Under torchrun, or under plain `srun python`, the ranks
-meet at MASTER_ADDR:MASTER_PORT, and the group is taken down again however the block ends.
+One process needs no launcher and gets no process group. Under torchrun, or under plain `srun python`, the ranks meet at
+MASTER_ADDR:MASTER_PORT, and the group is taken down again however the block ends.
 """
 
 import contextlib

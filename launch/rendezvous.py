@@ -38,11 +38,10 @@ def meet(launch: Launch, timeout_seconds: float) -> dist.Store:
                               timeout=timedelta(seconds=wait_seconds))
         return take_place(store, launch, wait_seconds)
     except (RuntimeError, OSError) as error:  # torch's DistError and its kin
-        raise DistributedError(
-            f"{described(launch)}: not all ranks met within {wait_seconds:.0f} s ({first_line(error)}); check that "
-            f"every rank was started, that the port is free (MASTER_PORT) and that every node can reach that host, or "
-            f"set GLOO_SOCKET_IFNAME"
-        ) from None
+        raise DistributedError(f"{described(launch)}: not all ranks met within {wait_seconds:.0f} s "
+                               f"({first_line(error)}); check that every rank was started, that the port is free "
+                               f"(MASTER_PORT) and that every node can reach that host, or set GLOO_SOCKET_IFNAME"
+                               ) from None
 
 
 def wait_for_port(launch: Launch, wait_seconds: float) -> None:
@@ -90,16 +89,19 @@ def open_roll(rolls: dist.Store, launch: Launch, job: str, looks: Iterator[float
 
 
 def enter_roll(rolls: dist.Store, launch: Launch, job: str, looks: Iterator[float]) -> str:
-    """Another rank's part: the token, once the roll in which it has a place is full.
-
-    A roll that refuses it may be that of an earlier round, where the store is torchrun's: then another one is awaited.
-    """
+    """Another rank's part: the token, once the roll in which it has a place is full."""
     number, refused = b"", "rank 0 did not come"
     for _ in looks:
         if rolls.check(["open"]) and (latest := rolls.get("open")) != number:
             number, roll = latest, dist.PrefixStore(latest.decode(), rolls)
-            refused = why_refused(roll, launch, job)
-            if refused and not launch.torchrun_hosts_store:
+            theirs, refused = roll.get("job").decode(), ""
+            if theirs != job:
+                refused = f"the {json.loads(theirs)[0]} ranks of another job meet there"
+            elif roll.check(["token"]):
+                refused = f"{launch.world_size} ranks have met there already"
+            elif roll.add(f"place/{launch.rank}", 1) > 1:
+                refused = f"another rank {launch.rank} has come before"
+            if refused and not launch.torchrun_hosts_store:  # torchrun's may still hold the roll of an earlier round
                 raise DistributedError(f"{described(launch)}: {refused}; start each rank once, and give each job a "
                                        f"port of its own (MASTER_PORT)")
         if number and not refused and roll.check(["token"]):
@@ -107,21 +109,8 @@ def enter_roll(rolls: dist.Store, launch: Launch, job: str, looks: Iterator[floa
     raise RuntimeError(refused or "rank 0 gave up")
 
 
-def why_refused(roll: dist.Store, launch: Launch, job: str) -> str:
-    """Why this rank has no place in a roll; empty if it has just taken it."""
-    theirs = roll.get("job").decode()
-    if theirs != job:
-        return f"the {json.loads(theirs)[0]} ranks of another job meet there"
-    if roll.check(["token"]):
-        return f"{launch.world_size} ranks have met there already"
-    return f"another rank {launch.rank} has come before" if roll.add(f"place/{launch.rank}", 1) > 1 else ""
-
-
 def check_paths(store: dist.Store, launch: Launch) -> None:
-    """Let every rank open a port on its interface and connect to that of the next; all raise what one rank finds.
-
-    Costs one connection and a few store entries per rank. One node needs no check.
-    """
+    """Let every rank open a port on its interface and connect to that of the next; all raise what one rank finds."""
     name = os.environ.get("GLOO_SOCKET_IFNAME", "").partition(",")[0]
     if launch.local_world_size == launch.world_size or not name:
         return

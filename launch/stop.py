@@ -9,7 +9,7 @@
 
 SIGTERM, SIGUSR1 and SIGUSR2 are what Slurm, torchrun, Kubernetes and Grid Engine send, SIGXCPU comes at a limit on CPU
 time, SIGHUP from a terminal that closes; SIGINT is Ctrl-C and SIGQUIT Ctrl-\\. A second Ctrl-C, a second or more after
-the first, ends the process at once (the delay because torchrun passes the terminal's SIGINT on again).
+the first (as torchrun passes the terminal's SIGINT on again), ends the process at once.
 """
 
 import atexit
@@ -29,10 +29,7 @@ MOST_STEPS = 64  # between two agreements, so that a step that becomes slow does
 
 
 class Stopped(BaseException):
-    """All ranks have agreed to stop, and raise this at the same step; what there was to save is saved on the way out.
-
-    No Exception, since it is no error: nothing that handles errors may swallow it. `command_line.run` makes it exit 75.
-    """
+    """All ranks have agreed to stop, and raise this at the same step. No Exception, as no handler may swallow it."""
 
     def __init__(self, reason: str | None = None, *, step: int = 0, epoch: int = 0) -> None:
         super().__init__(reason or "another rank was asked to stop")
@@ -108,10 +105,7 @@ def catch_signals() -> StopRequest:
 
 @contextlib.contextmanager
 def signals_caught() -> Iterator[StopRequest]:
-    """Catch signals for the length of a `with` block, then give the caller's handlers back.
-
-    Where the caller had handlers of its own, as a library's user has, the request ends with the block.
-    """
+    """Catch signals for the length of a `with` block, then give the caller's handlers back."""
     if threading.current_thread() is not threading.main_thread():  # Python allows it none: only other ranks can ask
         yield _request
         return
@@ -121,7 +115,7 @@ def signals_caught() -> Iterator[StopRequest]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler or signal.SIG_DFL)
-        if before[signal.SIGTERM] != _request.handle:
+        if before[signal.SIGTERM] != _request.handle:  # of the caller's own, as a library's user has
             _request.hear()
             _request.reason = None
 
@@ -132,10 +126,7 @@ def stop_request() -> StopRequest:
 
 
 def moments(seconds: float, *, pause: float = 0.1, patience: float = math.inf) -> Iterator[float]:
-    """The moments at which to look whether what is awaited has come: the seconds since the first, up to so many.
-
-    Stopped if this process was asked to stop and has waited for longer than `patience`.
-    """
+    """When to look for what is awaited: the seconds since the first look. Stopped once asked to, beyond `patience`."""
     began = time.monotonic()
     while (waited := time.monotonic() - began) <= seconds:
         yield waited

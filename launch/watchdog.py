@@ -1,12 +1,10 @@
-"""Threads beside the training loop that see what the loop cannot while it waits.
+"""Threads beside the training loop that see what the loop cannot while it waits. How the process ends is failure.py's.
 
-One of them, twice a second, tells the other ranks how far this one is, passes a stop request on, and looks for trouble:
-a rank that has failed while this one does not notice, or a loop that has made no progress for the timeout (then the
-rank that hangs is named, with its Python stack, and the job ends). Another never asks a machine or a disk, so that
-nothing can hold it up: it sees that the launcher has died, or that the first still waits for an answer, as on a node
-whose cable was pulled. With one rank, for which nobody waits, it ends waits for data alone, at the timeout or for a
-stop; of another standstill (compute, compilation, a user's function) it warns once. How the process then ends is
-failure.py's.
+One of them, twice a second, tells the other ranks how far this one is, passes a stop request on, and looks for a rank
+that has failed, or for a loop without progress for the timeout (then the rank that hangs is named, with its Python
+stack, and the job ends). Another never asks a machine or a disk, so that nothing can hold it up: it sees that the
+launcher has died, or that the first still waits for an answer, as on a node whose cable was pulled. With one rank it
+ends waits for data alone, at the timeout or for a stop; of another standstill (compute, a user's function) it warns.
 """
 
 import contextlib
@@ -151,13 +149,10 @@ class Watchdog:
             self.failure.end(f"{request.reason}; rank {stuck} waited for data", code=EXIT_PREEMPTED)
 
     def _check_alone(self) -> None:
-        """With one rank: end a wait for data at the timeout, interrupt it for a stop; warn once of another standstill.
-
-        Outside the training loop, where nothing marks progress, a thread that moves is no hang, however slow a disk is.
-        """
+        """With one rank: end a wait for data at the timeout, or at once for a stop; warn once of another standstill."""
         since_mark = self._seconds - self._changed_at
         switches = context_switches(self._trainer[1])
-        if switches != self._switches:
+        if switches != self._switches:  # it moves, and is no hang, though outside the loop nothing marks progress
             self._switches, self._moved_at = switches, self._seconds
         still = since_mark if self.phase in READING else min(since_mark, self._seconds - self._moved_at)
         frame = sys._current_frames().get(self._trainer[0])
@@ -223,10 +218,9 @@ def show_stacks() -> None:
 
 def place_of(frame: FrameType | None) -> str:
     """`FILE:LINE function` of the innermost code that is in no library: ours, or a user's own function."""
-    for each, line in traceback.walk_stack(frame):
-        if not each.f_code.co_filename.startswith(LIBRARIES):
-            return f"{each.f_code.co_filename}:{line} {each.f_code.co_name}"
-    return "unknown"
+    places = ((each.f_code, line) for each, line in traceback.walk_stack(frame))
+    return next((f"{code.co_filename}:{line} {code.co_name}" for code, line in places
+                 if not code.co_filename.startswith(LIBRARIES)), "unknown")
 
 
 def data_remedy() -> str:

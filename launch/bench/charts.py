@@ -33,8 +33,7 @@ def draw(results: dict[str, Any], path: Path) -> None:
 
 def draw_bars(axis: Any, rows: list[dict[str, Any]]) -> None:
     """Samples per second: the median, and as a whisker the slowest and fastest round."""
-    positions = range(len(rows))
-    rates = [row["samples_per_second"] for row in rows]
+    positions, rates = range(len(rows)), [row["samples_per_second"] for row in rows]
     spread = [[row["samples_per_second"] - row["slowest_round"] for row in rows],
               [row["fastest_round"] - row["samples_per_second"] for row in rows]]
     axis.barh(positions, rates, xerr=spread, color=[COLORS[row["kind"]] for row in rows], height=0.6,
@@ -46,8 +45,8 @@ def draw_bars(axis: Any, rows: list[dict[str, Any]]) -> None:
     axis.set_yticks(positions, [f"{row['setup']}, batch {row['batch_size']}{' *' * row['busy']}" for row in rows])
     axis.invert_yaxis()
     axis.set_xlim(0, widest * 1.2)
-    axis.set_title("samples per second (whisker: rounds)" + (", * busy machine" * any(row["busy"] for row in rows)),
-                   fontsize=10)
+    busy = ", * busy machine" * any(row["busy"] for row in rows)
+    axis.set_title(f"samples per second (whisker: rounds){busy}", fontsize=10)
 
 
 def draw_steps(axis: Any, rows: list[dict[str, Any]]) -> None:
@@ -64,14 +63,11 @@ def draw_steps(axis: Any, rows: list[dict[str, Any]]) -> None:
 
 
 def curves_of(rows: list[dict[str, Any]]) -> dict[str, list[tuple[int, float]]]:
-    """Name of a curve -> (devices, samples per second relative to its own first point), of at least two points.
-
-    A curve holds set-ups that differ in the number of devices only; one GPU begins the curves of dp and ddp.
-    """
+    """Name of a curve, of set-ups with other numbers of devices -> (devices, speed relative to its own first point)."""
     points: dict[str, dict[int, dict[str, Any]]] = {}
     for row in rows:
         _, plus, options = row["setup"].partition("+")
-        for kind in ("dp", "ddp") if row["kind"] == "gpu" else (row["kind"],):
+        for kind in ("dp", "ddp") if row["kind"] == "gpu" else (row["kind"],):  # one GPU begins both curves
             for scaling in row["scalings"]:
                 points.setdefault(f"{kind}{plus}{options}, {scaling}", {})[row["devices"]] = row
     return {name: [(count, min(found) * ratio_of_rounds(found[count], found[min(found)])) for count in sorted(found)]

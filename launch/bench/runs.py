@@ -82,17 +82,12 @@ def execute(words: list[str], variables: dict[str, str], log: Path, timeout_seco
         except subprocess.TimeoutExpired:
             return f"still running after {timeout_seconds:.0f} s"
         finally:
-            end_session(process)
+            for number in (signal.SIGTERM, signal.SIGKILL):
+                with contextlib.suppress(ProcessLookupError, subprocess.TimeoutExpired):
+                    if process.poll() is None:
+                        os.killpg(process.pid, number)
+                        process.wait(timeout=STOP_SECONDS)
     return None if code == 0 else f"exit code {code}: {error_in(log.read_text(errors='replace'))}"
-
-
-def end_session(process: "subprocess.Popen[bytes]") -> None:
-    """End the process tree: SIGTERM, then SIGKILL."""
-    for number in (signal.SIGTERM, signal.SIGKILL):
-        if process.poll() is None:
-            with contextlib.suppress(ProcessLookupError, subprocess.TimeoutExpired):
-                os.killpg(process.pid, number)
-                process.wait(timeout=STOP_SECONDS)
 
 
 def error_in(log: str) -> str:

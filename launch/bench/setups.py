@@ -20,8 +20,7 @@ COUNT = AtLeast(1, most=1024)  # devices of a set-up, threads of a rank
 KINDS = ("cpu", "gpu", "dp", "ddp")
 OPTIONS: dict[str, dict[str, Any]] = {
     "bf16": {"precision": "bf16"}, "fp16": {"precision": "fp16"}, "channels-last": {"channels_last": True},
-    "compile": {"compile": True}, "gloo": {"gloo": True},
-}
+    "compile": {"compile": True}, "gloo": {"gloo": True}}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -131,15 +130,12 @@ def command(setup: Setup, trainer: str, flags: list[str]) -> list[str]:
 
 
 def environment(setup: Setup) -> dict[str, str]:
-    """This environment for the command: no launcher's variables, and for DataParallel just its GPUs.
-
-    OMP_NUM_THREADS is set for torchrun, which would print a box about it; ranks compute with --threads all the same.
-    """
+    """This environment for the command: no launcher's variables, and for DataParallel just its GPUs."""
     launchers = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
     kept = {name: value for name, value in os.environ.items()
             if name not in launchers and not name.startswith(("TORCHELASTIC_", "SLURM_"))}
     if setup.launched:
-        kept.setdefault("OMP_NUM_THREADS", str(setup.threads))
+        kept.setdefault("OMP_NUM_THREADS", str(setup.threads))  # else torchrun prints a box; ranks go by --threads
     if setup.kind == "dp":
         visible = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(setup.devices)))
         kept["CUDA_VISIBLE_DEVICES"] = ",".join(visible.split(",")[: setup.devices])

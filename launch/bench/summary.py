@@ -19,7 +19,9 @@ LOOSE_TOLERANCE = 0.1  # relative: other number formats, or BatchNorm, whose sta
 def summarise(jobs: list[Job], runs: list[dict[str, Any]], *, baseline: str | None) -> dict[str, Any]:
     """Rows, in the order of the jobs, of what run_rounds yielded; baseline None: the slowest set-up on one device."""
     rows = [row_of(job, [run for run in runs if (run["setup"], run["batch_size"]) == job.key]) for job in jobs]
-    chosen = baseline or slowest_one_device(rows)
+    candidates = [row for row in measured(rows) if row["devices"] == 1] or measured(rows)
+    slowest = min(candidates, key=lambda row: row["samples_per_second"], default={"setup": None})
+    chosen = baseline or slowest["setup"]
     for row in rows:
         base = baseline_for(row, rows, chosen)
         row["speedup"] = ratio_of_rounds(row, base) if base else None
@@ -84,12 +86,6 @@ def is_busy(figures: dict[str, Any], setup: Setup) -> bool:
     return alone and cpu_share(figures) < 1 - IDLE_SHARE
 
 
-def slowest_one_device(rows: list[dict[str, Any]]) -> str | None:
-    """The default baseline."""
-    candidates = [row for row in measured(rows) if row["devices"] == 1] or measured(rows)
-    return min(candidates, key=lambda row: row["samples_per_second"])["setup"] if candidates else None
-
-
 def baseline_for(row: dict[str, Any], rows: list[dict[str, Any]], name: str | None) -> dict[str, Any] | None:
     """The baseline's row on the same curve: at the same global batch, or at the same batch per device."""
     for other in measured(rows) if row["samples_per_second"] else []:
@@ -107,28 +103,23 @@ def ratio_of_rounds(row: dict[str, Any], base: dict[str, Any]) -> float:
 
 
 def compare_losses(rows: list[dict[str, Any]], baseline: str | None) -> None:
-    """Set `verdict`: at one global batch all set-ups see the same samples, so they must reach the same loss.
+    """Set `verdict`, "same" or "WRONG": at one global batch all set-ups see the same samples, and must learn the same.
 
-    Their weights must also have moved as far: a loss that hardly falls would hide gradients that were not averaged.
-    "same" or "WRONG", or None for a batch that only one set-up ran. The reference is the baseline, else the first.
+    A loss that hardly falls would hide gradients that were not averaged, so the weights must have moved as far, too.
     """
     for row in measured(rows):
         peers = [other for other in measured(rows) if other["batch_size"] == row["batch_size"]]
         reference = next((other for other in peers if other["setup"] == baseline), peers[0])
-        allowed = row["tolerance"] = tolerance(row, reference)
+        same_format = row["precision"] == reference["precision"] == "fp32"
+        same_split = all(row[name] == reference[name] for name in ("ranks", "devices"))
+        strict = same_format and (same_split or not row["batch_norm"])
+        allowed = row["tolerance"] = LOSS_TOLERANCE if strict else LOOSE_TOLERANCE
         pairs = [(row["weights_moved"], reference["weights_moved"], max(allowed, MOVED_TOLERANCE)),
                  *((loss, reference["loss"], allowed) for loss in row["losses"])]
         if not all(None not in pair and math.isclose(*pair[:2], rel_tol=pair[2]) for pair in pairs):
             row["verdict"] = "WRONG"
         elif len(peers) > 1:
             row["verdict"] = "same"
-
-
-def tolerance(row: dict[str, Any], reference: dict[str, Any]) -> float:
-    """How far two losses may lie apart, relative to the reference."""
-    split_differently = row["batch_norm"] and any(row[name] != reference[name] for name in ("ranks", "devices"))
-    same_format = row["precision"] == reference["precision"] == "fp32"
-    return LOSS_TOLERANCE if same_format and not split_differently else LOOSE_TOLERANCE
 
 
 def warnings_of(rows: list[dict[str, Any]], *, rounds: int) -> list[str]:
