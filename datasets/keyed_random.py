@@ -29,6 +29,7 @@ class Purpose(IntEnum):
     WINDOW_AREA, WINDOW_RATIO, WINDOW_TOP, WINDOW_LEFT = 20, 21, 22, 23
     SPLIT = 24
     TRAIN_SAMPLE, TEST_SAMPLE = 26, 27
+    MIX_KIND, MIX_LAMBDA, MIX_ROW, MIX_COLUMN = 40, 41, 42, 43
 
 
 def signed(word: int) -> int:
@@ -84,3 +85,15 @@ def random_normal(indices: Tensor, *key_parts: int) -> Tensor:
     """A float32 from the standard normal distribution for each index (Box and Muller, 1958)."""
     first, second = (random_uniform(2 * indices + part, *key_parts) for part in (0, 1))
     return torch.sqrt(-2 * torch.log(1 - first)) * torch.cos(2 * math.pi * second)
+
+
+def random_beta(indices: Tensor, shape: Tensor, *key_parts: int) -> Tensor:
+    """A float32 from Beta(shape, shape) for each index, `shape` (float64) above 0.
+
+    By the polar method (Bailey, 1994; Devroye, 1996): two uniform numbers, none rejected. In float64, so that what a
+    device, or a vector of another length, rounds in another way is rounded off.
+    """
+    first, second = (random_uniform(2 * indices + part, *key_parts).double() for part in (0, 1))
+    cosine = torch.cos(2 * math.pi * second)
+    ratio = torch.expm1(-torch.log(1 - first) / shape) * cosine**2
+    return (0.5 + 0.5 * cosine.sign() / torch.sqrt(1 + 1 / ratio)).float()

@@ -1,8 +1,8 @@
 """Which sample comes when: a pure function of (seed, epoch, position), whatever the number of ranks and workers.
 
 Optimizer step k of an epoch consumes order[k * G : (k + 1) * G], G the global batch; rank r takes every
-world_size-th of them. So a position in training is just (epoch, samples consumed), and a run may resume at
-another world size with no sample repeated or skipped.
+world_size-th of them, or every world_size-th pair where pairs are mixed (mixing.py). So a position in training is just
+(epoch, samples consumed), and a run may resume at another world size with no sample repeated or skipped.
 """
 
 from collections.abc import Iterator, Sized
@@ -49,6 +49,8 @@ class ResumableSampler(DistributedSampler[int]):
         self.global_batch_size = global_batch_size
         self.steps_per_epoch = self.num_dataset_samples // global_batch_size
         self.samples_consumed = 0
+        self.group_size = 1
+        """Neighbours in the order that go to one rank together: 2 for partners that will be mixed."""
 
     def set_position(self, epoch: int, samples_consumed: int) -> None:
         """Start the next iteration there. `samples_consumed` counts over all ranks, in this epoch.
@@ -68,7 +70,7 @@ class ResumableSampler(DistributedSampler[int]):
         """This rank's samples from the position to the end of the epoch, in order: int64."""
         order = epoch_order(self.num_dataset_samples, seed=self.seed, epoch=self.epoch)
         end = self.steps_per_epoch * self.global_batch_size
-        return order[self.samples_consumed : end][self.rank :: self.num_replicas]
+        return order[self.samples_consumed : end].view(-1, self.group_size)[self.rank :: self.num_replicas].flatten()
 
     def __len__(self) -> int:
         remaining = self.steps_per_epoch * self.global_batch_size - self.samples_consumed

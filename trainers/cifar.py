@@ -25,6 +25,7 @@ from torch import nn
 
 from datasets import cifar, synthetic
 from datasets.augment import Augmentation
+from datasets.mixing import mixed
 from datasets.tensors import TensorDataset, ThreeSplits, hold_out
 from datasets.transforms import image_loaders
 from launch.command_line import run
@@ -107,6 +108,7 @@ def main(config: CifarConfig) -> dict[str, Any]:
         images = Augmentation(**config.augmentation((source.MEAN, source.STD)))
         loaders = image_loaders((train, validation, test), images, own_transform(config), **config.batches(),
                                 **run.world.shard)
+        loaders = mixed(loaders, config.mixing(), num_classes=len(test.class_names), device=run.world.device)
         return train_classifier(config, run, build_model(config, train, len(test.class_names), images),
                                 test.class_names, (images.mean, images.std), dataset=train, **loaders)
 

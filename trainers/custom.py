@@ -32,6 +32,7 @@ from datasets import synthetic
 from datasets.augment import normalize
 from datasets.errors import DataError
 from datasets.images.loaders import Key
+from datasets.mixing import mixed
 from datasets.samples import (
     SEED_IT,
     Explain,
@@ -51,7 +52,7 @@ from trainers import models
 from trainers.engine.config import TrainConfig
 from trainers.engine.run.card import CARD_FILE, ModelCard
 from trainers.engine.session import entry_point, open_run, train_model
-from trainers.engine.task import Loss, Metric, Task, classification_task, with_own_code
+from trainers.engine.task import Loss, Metric, MixingFlags, Task, classification_task, with_own_code
 from trainers.engine.trainer import Run
 from trainers.engine.user_code import (
     Reference,
@@ -69,7 +70,7 @@ KINDS: dict[str, Kind] = {"cross-entropy": "classes", "bce": "labels", "mse": "n
 
 
 @dataclass(frozen=True, kw_only=True)
-class CustomConfig(TrainConfig):
+class CustomConfig(MixingFlags, TrainConfig):
     """Train your own network on your own data."""
 
     dataset: Literal["own", "synthetic", "given"] = "own"
@@ -91,6 +92,7 @@ class CustomConfig(TrainConfig):
             models.check_name(self.model, [*models.OURS, *models.GREY, *models.torchvision_names()])
         if self.dataset == "own" and not is_reference(self.data):
             raise UsageError(f"--data {self.data}: must be FILE.py:NAME, a function of yours; or --dataset synthetic")
+        self.check_mixing(self.batch_size, 0 if self.evaluate is not None else self.rank_batch_size())
         if self.loss != "auto":
             check_loss(self.loss, KINDS, label_smoothing=self.label_smoothing, class_weights=self.class_weights)
 
@@ -191,12 +193,16 @@ def learn_facts(config: CustomConfig, reading: Reading, known: Sequence[str] | N
     num_outputs = config.num_classes or num_outputs
     if kind == "classes" and num_outputs == 0:
         raise UsageError("--num-classes: missing; the targets are class numbers, and the training set has no .classes")
+    shape = tuple(inputs.shape[1:]) if isinstance(inputs, Tensor) else ()
+    if config.mixing() and (kind == "numbers" or len(shape) != 3):
+        raise UsageError(f"--mixup {config.mixup} --cutmix {config.cutmix}: mix images (C, H, W) and their labels, and "
+                         f"these are inputs of {shape or 'several tensors'} with {kind}; leave both out")
     if len(names) != num_outputs:
         names = tuple(map(str, range(num_outputs)))
     reading.num_classes = num_outputs if kind == "classes" else None
     if kind != "classes" or names != tuple(known or class_names_of(dataset)):
         reading.labels = {}  # these targets are no classes that have names
-    return Facts(kind=kind, names=names, shape=tuple(inputs.shape[1:]) if isinstance(inputs, Tensor) else ())
+    return Facts(kind=kind, names=names, shape=shape)
 
 
 def kind_of(targets: list[Any]) -> Kind:
@@ -284,6 +290,7 @@ def main(config: CustomConfig, given: Given = Given()) -> dict[str, Any]:
         names = facts.names if facts.kind == "classes" else ()
         loaders = sample_loaders(reading, workers=config.workers, prepare_worker=ignore_signals, warn=to_stderr,
                                  **config.batches(), **run.world.shard)
+        loaders = mixed(loaders, config.mixing(), num_classes=len(facts.names), device=run.world.device)
         return train_model(config, run, build_model(config, facts, given),
                            build_task(config, facts, run.world.device, given), class_names=names,
                            dataset=reading if config.evaluate is None else None, **loaders)

@@ -39,6 +39,7 @@ from datasets.images.packed import PackedImages
 from datasets.images.read import FitName, InterpolationName
 from datasets.images.unreadable import BadImages
 from datasets.loaders import check_size, evaluation_loader, train_loader
+from datasets.mixing import mixed
 from datasets.order import ResumableSampler
 from datasets.transforms import in_files, transformed_loaders
 from launch.command_line import run
@@ -278,7 +279,8 @@ def main(config: ImageFolderConfig) -> dict[str, Any]:
         splits = {name: tree for name, tree in found if tree is not None}
         class_names = next(iter(splits.values())).class_names
         images = Augmentation(**config.augmentation(IMAGENET))
-        loaders = build_loaders(config, splits, images, run)
+        loaders = mixed(build_loaders(config, splits, images, run), config.mixing(), num_classes=len(class_names),
+                        device=run.world.device)
         return train_classifier(config, run, build_model(config, len(class_names), run.world), class_names,
                                 (images.mean, images.std), dataset=splits.get("train"), **loaders)
 

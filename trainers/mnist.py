@@ -24,6 +24,7 @@ if __name__ == "__main__":
 from datasets import mnist
 from datasets import synthetic_digits as digits
 from datasets.augment import Augmentation
+from datasets.mixing import mixed
 from datasets.tensors import ThreeSplits, hold_out
 from datasets.transforms import image_loaders
 from launch.command_line import run
@@ -106,6 +107,7 @@ def main(config: MnistConfig) -> dict[str, Any]:
         images = Augmentation(**config.augmentation((mnist.MEAN, mnist.STD)))
         loaders = image_loaders((train, validation, test), images, own_transform(config), **config.batches(),
                                 **run.world.shard)
+        loaders = mixed(loaders, config.mixing(), num_classes=len(test.class_names), device=run.world.device)
         return train_classifier(config, run, models.from_flags(config, len(test.class_names)), test.class_names,
                                 (images.mean, images.std), dataset=train, **loaders)
 

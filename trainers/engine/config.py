@@ -19,6 +19,7 @@ from launch.rules import LARGEST, MOST_SECONDS, Above, AtLeast, check_numbers
 from trainers.engine.parallel import ParallelName
 from trainers.engine.precision import PrecisionName
 from trainers.engine.schedule import ScheduleFlags
+from trainers.engine.task import MixingFlags
 from trainers.engine.trackers.tracker import TrackerName, check_installed
 from trainers.engine.user_code import check_loss, is_reference, options_in
 
@@ -28,8 +29,7 @@ MAY_CHANGE = frozenset({
     "parallel", "find_unused_parameters", "compile", "compile_mode", "channels_last", "workers", "threads", "onednn",
     "deterministic", "eval_every", "checkpoint_every", "keep_checkpoints", "resume", "evaluate", "timeout",
     "tensorboard", "init_from", "config", "dry_run", "patience", "pictures", "log_gradients", "show_batch",
-    "save_weights",
-    "cache", "cache_dir", "skip_bad",  # of image_folder.py: how images are read, and what is forgiven
+    "save_weights", "cache", "cache_dir", "skip_bad",  # of image_folder.py: how images are read, what is forgiven
 })
 
 OPTIMIZERS = ("sgd", "adam", "adamw", "rmsprop", "muon")
@@ -241,7 +241,7 @@ class TrainConfig(ScheduleFlags):
 
 
 @dataclass(frozen=True, kw_only=True)
-class ImageConfig(TrainConfig):
+class ImageConfig(MixingFlags, TrainConfig):
     """Flags shared by the trainers of image classifiers."""
 
     TITLES: ClassVar = {"normalize": "Data"}
@@ -251,13 +251,12 @@ class ImageConfig(TrainConfig):
     }
 
     loss: str = "cross-entropy"
-    """cross-entropy, or FILE.py:NAME: yours, of (outputs, targets)."""
+    """cross-entropy, bce (each class against the rest), or FILE.py:NAME: yours, of (outputs, targets)."""
     transform: str | None = None
     """FILE.py:NAME, of one uint8 image (C, H, W) at full size, in the place of fit, crop, flip and normalisation; with
     a parameter `train` it serves evaluation too."""
     normalize: Literal["none", "half", "dataset", "imagenet"] = "dataset"
-    """Mean and std taken out of each channel: none leaves [0, 1], half is 0.5 and 0.5, dataset those of the training
-    images."""
+    """Mean and std taken out of each channel: none leaves [0, 1], half is 0.5 and 0.5, dataset the training images'."""
     shift: Annotated[int, AtLeast(0, most=8191)] = 0
     """Random crop: pixels of padding on each side."""
     padding: Literal["reflect", "zeros"] = "reflect"
@@ -279,16 +278,17 @@ class ImageConfig(TrainConfig):
         super().check()
         if self.shift >= self.size():
             raise UsageError(f"--shift {self.shift}: must be below the image size of {self.size()}")
-        check_loss(self.loss, ("cross-entropy",), label_smoothing=self.label_smoothing,
-                   class_weights=self.class_weights)
+        self.check_mixing(self.batch_size, 0 if self.evaluate is not None else self.rank_batch_size())
+        if self.loss != "bce":  # which takes all that cross-entropy does
+            check_loss(self.loss, ("cross-entropy", "bce"), label_smoothing=self.label_smoothing,
+                       class_weights=self.class_weights)
 
     def augmentation(self, dataset: Statistics) -> dict[str, Any]:
         """The arguments of Augmentation; `dataset` is what `--normalize dataset` stands for."""
         zero, half, one = ((value,) * len(dataset[0]) for value in (0.0, 0.5, 1.0))
         known = {"none": (zero, one), "half": (half, half), "dataset": dataset, "imagenet": IMAGENET}
-        mean, std = known[self.normalize]
-        return {"seed": self.seed, "mean": mean, "std": std, "shift": self.shift, "padding": self.padding,
-                "flip": self.flip}
+        moved = {name: getattr(self, name) for name in ("seed", "shift", "padding", "flip")}
+        return {"mean": known[self.normalize][0], "std": known[self.normalize][1], **moved}
 
 
 def measured_steps(text: str) -> tuple[int, int]:

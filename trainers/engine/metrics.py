@@ -56,6 +56,8 @@ class TrainingSums:
 
     def update(self, loss: Tensor, outputs: Tensor, targets: Tensor) -> None:
         """Add one micro-batch: its mean loss, outputs (B, ...), targets (B, ...). Nothing here waits for the device."""
+        if self.classification and targets.is_floating_point():
+            targets = targets.argmax(1)  # of mixed samples: the label of the larger share
         correct = (outputs.detach().argmax(1) == targets).sum() if self.classification else None
         self._waiting.append((loss.detach(), correct, num_samples(targets)))  # .item() here would wait for every step
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from launch.errors import printable, say
 from trainers.engine.checkpoints.snapshot import hash_tensors
@@ -133,9 +134,17 @@ def draw_first_batch(folder: RunFolder, batch: Batch, statistics: Statistics, cl
     """first_batch.png: training images as the network sees them, un-normalised. Rank 0 only."""
     inputs, targets = batch
     images = pictures.denormalize(inputs[: pictures.MOST_IMAGES].float().cpu(), *statistics)
-    captions = [class_names[int(label)] for label in targets[: len(images)]]
+    captions = [label_text(target, class_names) for target in targets[: len(images)].cpu()]
     title = f"first training batch: {len(images)} of this rank's {len(inputs)} images"
     folder.write_bytes("first_batch.png", pictures.image_grid(images, captions, title=title))
+
+
+def label_text(target: Tensor, class_names: Sequence[str]) -> str:
+    """The name of a class; of mixed ones the two largest shares too."""
+    if not target.is_floating_point():
+        return class_names[int(target)]
+    shares, labels = (part.tolist() for part in target.topk(2))
+    return "\n".join(f"{class_names[label]} {share:.0%}" for share, label in zip(shares, labels, strict=True) if share)
 
 
 @torch.no_grad()

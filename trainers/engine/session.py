@@ -200,8 +200,8 @@ def train_classifier(config: ImageConfig, run: Run, model: nn.Module, class_name
         transform=absolute(config.transform) if config.transform else None,
         **{name: getattr(config, name) for name in ("fit", "resize_size", "interpolation") if hasattr(config, name)})
     run.folder.write_json(CARD_FILE, asdict(card))
-    task = classification_task(class_names, run.world.device, label_smoothing=config.label_smoothing,
-                               class_weights=config.class_weights)
+    task = classification_task(class_names, run.world.device, loss=config.loss, class_weights=config.class_weights,
+                               label_smoothing=config.label_smoothing)
     task = with_own_code(task, references(config), run.world.device)
     return train_model(config, run, model, task, train, test, validation=validation, dataset=dataset,
                        class_names=class_names, statistics=statistics)

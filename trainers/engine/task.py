@@ -3,13 +3,14 @@
 import functools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Protocol, cast
+from typing import Annotated, Any, ClassVar, Protocol, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from launch.errors import UsageError
+from launch.rules import Above, AtLeast
 from trainers.engine.user_code import Reference
 
 Batch = tuple[Any, Any]  # inputs and targets: tensors, or dicts and tuples of them
@@ -39,6 +40,35 @@ class TrainBatches(Protocol):
 def samples_per_epoch(train: TrainBatches) -> int:
     """Samples that all ranks together consume in one epoch; the incomplete last global batch is left out."""
     return train.steps_per_epoch * train.global_batch_size
+
+
+@dataclass(frozen=True, kw_only=True)
+class MixingFlags:
+    """Flags of the trainers that can mix samples in pairs, so that targets become shares of labels."""
+
+    TITLES: ClassVar = {"mixup": "Data"}
+
+    mixup: Annotated[float | None, Above(0, such_as=0.2)] = None
+    """Mix the images of each pair with each other, and their labels, by lambda and 1 - lambda from Beta(this, this).
+    Targets are then rows of shares, one per class; also those of a loss of yours."""
+    cutmix: Annotated[float | None, Above(0, such_as=1)] = None
+    """Exchange a box of each pair, of an area from Beta(this, this). With --mixup: one of them per pair, half each."""
+    mix_off_epoch: Annotated[int | None, AtLeast(1)] = None
+    """Epochs after which nothing is mixed any more."""
+
+    def mixing(self) -> dict[str, Any]:
+        """The arguments of datasets.mixing.Mixing; none where nothing is mixed."""
+        kinds = {"mixup": self.mixup, "cutmix": self.cutmix}
+        return {} if set(kinds.values()) == {None} else {**kinds, "off_epoch": self.mix_off_epoch}
+
+    def check_mixing(self, batch_size: int, rank_batch_size: int) -> None:
+        """Raise UsageError for an end of what never begins, or a micro-batch that is not all pairs."""
+        if self.mix_off_epoch is not None and not self.mixing():
+            raise UsageError(f"--mix-off-epoch {self.mix_off_epoch}: does nothing alone; add --mixup 0.2")
+        if self.mixing() and rank_batch_size % 2:
+            even = batch_size // rank_batch_size * (rank_batch_size + 1)
+            raise UsageError(f"--batch-size {batch_size}: leaves {rank_batch_size} samples per rank and micro-batch, "
+                             f"and --mixup and --cutmix need pairs; try {even}")
 
 
 @dataclass(kw_only=True)
@@ -141,28 +171,40 @@ def apply(model: Callable[..., Any], inputs: Any) -> Any:
     return model(**inputs) if isinstance(inputs, Mapping) else model(*inputs)
 
 
-def classification_task(class_names: tuple[str, ...], device: torch.device, *, label_smoothing: float = 0.0,
-                        class_weights: tuple[float, ...] = ()) -> Task:
-    """Cross-entropy by `--label-smoothing` and `--class-weights` to train, without either to report.
+def classification_task(class_names: tuple[str, ...], device: torch.device, *, loss: str = "cross-entropy",
+                        label_smoothing: float = 0.0, class_weights: tuple[float, ...] = ()) -> Task:
+    """Cross-entropy or bce by `--label-smoothing` and `--class-weights` to train, without either to report.
 
     Raises:
         UsageError: if there are not as many class weights as classes.
     """
-    loss = functools.partial(F.cross_entropy, label_smoothing=label_smoothing)
-    if class_weights:
-        if len(class_weights) != len(class_names):
-            raise UsageError(f"--class-weights {' '.join(map(str, class_weights))}: {len(class_weights)} weights for "
-                             f"{len(class_names)} classes; give one for each of {', '.join(class_names)}")
-        weights = torch.tensor(class_weights, device=device)
-        loss = functools.partial(weighted_cross_entropy, weights=weights, label_smoothing=label_smoothing)
-    return Task(loss=loss, test_loss=F.cross_entropy, num_classes=len(class_names))
+    if len(class_weights) not in (0, len(class_names)):
+        raise UsageError(f"--class-weights {' '.join(map(str, class_weights))}: {len(class_weights)} weights for "
+                         f"{len(class_names)} classes; give one for each of {', '.join(class_names)}")
+    plain, weighted = (label_wise, label_wise) if loss == "bce" else (F.cross_entropy, weighted_cross_entropy)
+    weights = {"weights": torch.tensor(class_weights, device=device)} if class_weights else {}
+    trained = functools.partial(weighted if weights else plain, label_smoothing=label_smoothing, **weights)
+    return Task(loss=trained, test_loss=plain, num_classes=len(class_names))
 
 
 def weighted_cross_entropy(outputs: Tensor, targets: Tensor, *, weights: Tensor, label_smoothing: float = 0.0
                            ) -> Tensor:
     """The mean over the batch of each sample's cross-entropy times the weight of its class; logits (B, C), labels (B,).
 
-    torch's own CrossEntropyLoss(weight=...) divides by the sum of the batch's weights instead. That sum differs between
-    ranks, so the average of their gradients would not be the gradient of the whole batch.
+    Of mixed targets, shares (B, C), each label's counts by its weight. torch's own CrossEntropyLoss(weight=...)
+    divides by the sum of the batch's weights instead. That sum differs between ranks, so the average of their gradients
+    would not be the gradient of the whole batch.
     """
     return F.cross_entropy(outputs, targets, weight=weights, label_smoothing=label_smoothing, reduction="none").mean()
+
+
+def label_wise(logits: Tensor, targets: Tensor, *, weights: Tensor | None = None, label_smoothing: float = 0.0
+               ) -> Tensor:
+    """Binary cross-entropy of each class against the rest, the mean over classes and batch; targets as above."""
+    shares = targets if targets.is_floating_point() else F.one_hot(targets, logits.shape[1]).float()
+    factors = None
+    if weights is not None:
+        factors = (shares @ weights)[:, None]
+        shares = shares * weights / factors.clamp(min=1e-30)  # of a pair whose weights are all 0 nothing counts
+    shares = (1 - label_smoothing) * shares + label_smoothing / logits.shape[1]
+    return F.binary_cross_entropy_with_logits(logits.float(), shares, factors)
