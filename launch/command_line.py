@@ -109,8 +109,9 @@ def from_words(config_class: type, args: Sequence[str], default: Any) -> Any:
     except SystemExit as stop:
         if stop.code in (0, None):
             if errors.launched_rank() == 0:
-                width = max(60, min(120, shutil.get_terminal_size().columns))
-                errors.say(grouped_help(printed.getvalue(), config_class, width=width).rstrip("\n"))
+                width, text = max(60, min(120, shutil.get_terminal_size().columns)), printed.getvalue()
+                is_help = not any(word.startswith("--tyro-") for word in args)  # but a script for a shell, as it is
+                errors.say((grouped_help(text, config_class, width=width) if is_help else text).rstrip("\n"))
             raise
         raise UsageError(plain_text(complaint.getvalue())) from None
     check_numbers(config)
@@ -217,7 +218,7 @@ def in_one_line(call: Callable[[], Any], *, is_alone: bool = False) -> Any:
             raise
         speaks = getattr(error, "speaks", None)
         if is_alone or (errors.launched_rank() == 0 if speaks is None else speaks):
-            errors.to_stderr(line)
+            errors.report_error(line)
         sys.exit(error.exit_code)  # pyright: ignore[reportAttributeAccessIssue]
     except KeyboardInterrupt:
         sys.exit(130)  # 128 + SIGINT, as a shell reports it

@@ -2,11 +2,13 @@
 
 import contextlib
 import io
+import json
 import os
 import re
 import select
 import stat
 import sys
+import time
 from typing import Any, TextIO
 
 PATIENCE_SECONDS = 1.0  # for a reader of stdout or stderr to take what is printed
@@ -109,6 +111,15 @@ def to_stderr(line: str) -> None:
     with contextlib.suppress(OSError, ValueError, AttributeError):  # a closed terminal must not hide the exit code
         sys.stderr.write(encodable(f"{printable(line)}\n", sys.stderr))
         sys.stderr.flush()
+
+
+def report_error(line: str) -> None:
+    """Print the line of an error, and leave it where torchrun looks for what to show of a failed rank."""
+    to_stderr(line)
+    if path := os.environ.get("TORCHELASTIC_ERROR_FILE"):
+        a_second_ago = int(time.time()) - 1  # torchrun shows the earliest, and others may end within this second
+        with contextlib.suppress(OSError), open(path, "w") as file:
+            json.dump({"message": {"message": line, "extraInfo": {"timestamp": a_second_ago}}}, file)
 
 
 def say(text: str, *, is_result: bool = False) -> None:

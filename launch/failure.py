@@ -17,7 +17,16 @@ from typing import Any, NoReturn
 import torch
 import torch.distributed as dist
 
-from launch.errors import EXIT_PREEMPTED, DeviceError, DistributedError, UsageError, is_users, to_stderr, user_line
+from launch.errors import (
+    EXIT_PREEMPTED,
+    DeviceError,
+    DistributedError,
+    UsageError,
+    first_line,
+    is_users,
+    report_error,
+    user_line,
+)
 from launch.heartbeats import Heartbeats
 from launch.launcher import Launch
 from launch.stop import moments, stop_request
@@ -77,9 +86,9 @@ class JobFailure:
         with exit_after(AGREE_SECONDS, code):
             first = self.claim_error_line()
             if first and isinstance(known, LostPeer):
-                to_stderr(self._lost_line())
+                report_error(self._lost_line())
             elif first and (line := user_line(known)) is not None:
-                to_stderr(line)
+                report_error(line)
             if self.heartbeats is not None:
                 with contextlib.suppress(RuntimeError):
                     self.heartbeats.send(self.step, "left")  # so that the others do not take it for one that was lost
@@ -122,7 +131,7 @@ class JobFailure:
         all are here, with the error line claimed: so none takes another for lost.
         """
         if speaks:
-            to_stderr(line)
+            report_error(line)
         if stuck and self.heartbeats is not None:
             self.heartbeats.kill_siblings(stuck)
         if self.run is not None:
@@ -179,6 +188,9 @@ def translated(error: Exception) -> Exception:
     if isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in text:
         return DeviceError(f"memory: {str(error).splitlines()[0] if text else 'used up'}; lower --batch-size, raise "
                            f"--accumulation-steps, or use --precision bf16")
+    if isinstance(error, torch.AcceleratorError):
+        return DeviceError(f"GPU: {first_line(error)}; look at nvidia-smi and the system log; CUDA_LAUNCH_BLOCKING=1 "
+                           f"shows the line that caused it")
     if "finished reduction in the prior iteration" in text:
         indices = re.search(r"did not receive grad for rank \d+: ([\d ]+)", text)
         which = f" (numbers {indices[1].strip()})" if indices else ""

@@ -65,6 +65,8 @@ def environment_record() -> dict[str, Any]:
         "python": platform.python_version(), "torch": torch.__version__, "platform": platform.platform(),
         "cuda": torch.version.cuda, "host": socket.gethostname(), "command": sys.argv, "git_commit": git_commit(),
         "gpus": [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())],
+        "float32_matmul": torch.get_float32_matmul_precision(), "cudnn_benchmark": torch.backends.cudnn.benchmark,
+        "cudnn_tf32": torch.backends.cudnn.allow_tf32, "deterministic": torch.are_deterministic_algorithms_enabled(),
         "started": datetime.now().astimezone().isoformat(timespec="seconds"),
     }
 

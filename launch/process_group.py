@@ -24,10 +24,14 @@ from launch.launcher import Launch, choose_threads, read_launch
 from launch.machine import choose_backend, choose_device, keep_freed_memory
 from launch.rendezvous import RENDEZVOUS_SECONDS, check_paths, described, meet
 from launch.rules import MOST_SECONDS
-from launch.watchdog import Watchdog
+from launch.watchdog import Watchdog, turn_on_flight_recorder
 
 T = TypeVar("T")
 TEARDOWN_SECONDS = 30  # gloo needs milliseconds
+NCCL_REMEDIES = {
+    "Duplicate GPU": "start one rank per GPU, or use --backend gloo",
+    "shared memory": "enlarge /dev/shm (docker's --shm-size), or set NCCL_SHM_DISABLE=1",
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,11 +100,12 @@ def prepare(launch: Launch, watchdog: Watchdog, backend: str, *, device: str, th
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it when CUDA is first used
         torch.use_deterministic_algorithms(True)
-        torch.backends.cudnn.benchmark = False
     if chosen.type == "cpu":
         keep_freed_memory()
     else:
         torch.cuda.set_device(chosen)
+        torch.set_float32_matmul_precision("highest" if deterministic else "high")  # high: TF32
+        torch.backends.cudnn.allow_tf32 = torch.backends.cudnn.benchmark = not deterministic
     return World(**vars(launch), device=chosen, threads=num_threads, watchdog=watchdog,
                  backend=choose_backend(backend, chosen) if launch.is_grouped else None)
 
@@ -110,6 +115,8 @@ def join(world: World, store: dist.Store) -> None:
     assert world.backend is not None
     backend = f"cpu:gloo,cuda:{world.backend}" if world.device.type == "cuda" else world.backend
     check_paths(store, world)
+    if world.backend == "nccl":
+        turn_on_flight_recorder()
     try:
         dist.init_process_group(
             backend, store=store, rank=world.rank, world_size=world.world_size,
@@ -117,8 +124,11 @@ def join(world: World, store: dist.Store) -> None:
             device_id=world.device if world.backend == "nccl" else None)
         barrier(world)
     except RuntimeError as error:
-        raise DistributedError(f"{described(world)}: cannot connect to the other ranks ({first_line(error)}); set "
-                               f"GLOO_SOCKET_IFNAME to an interface that they can reach") from None
+        last = str(error).partition("Last error:\n")[2].strip()  # NCCL's own, below a line of torch's
+        remedy = next((remedy for words, remedy in NCCL_REMEDIES.items() if words in last), "set GLOO_SOCKET_IFNAME, "
+                      "and for NCCL NCCL_SOCKET_IFNAME, to an interface that they can reach")
+        raise DistributedError(f"{described(world)}: cannot connect to the other ranks "
+                               f"({last or first_line(error)}); {remedy}") from None
 
 
 def barrier(world: World) -> None:

@@ -22,6 +22,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+import torch
 import torch.distributed as dist
 
 from launch.errors import EXIT_PREEMPTED, to_stderr
@@ -40,6 +41,8 @@ AGREED_SECONDS = 5.0  # the same where the steps since the last checkpoint are t
 WAITING = ("backward", "reduce", "left")  # phases in which a rank may be waiting for another
 READING = ("data", "evaluation data")  # phases in which it waits for its next batch
 DATA_EXIT_CODE = 3  # of datasets.errors.DataError, which launch/ does not import
+DUMP_SECONDS = 10  # for NCCL's flight recorder to answer
+DUMP_PREFIXES = ("TORCH_FR_DUMP_TEMP_FILE", "TORCH_NCCL_DEBUG_INFO_TEMP_FILE")  # torch's names, today's and the old
 OURS = f"{ROOT}{os.sep}"
 READERS = tuple(f"{OURS}{place}" for place in ("datasets", "trainers/engine/checkpoints/load",
                                                 "trainers/engine/checkpoints/weight"))
@@ -70,9 +73,14 @@ class Watchdog:
         self.step = self.failure.step = self.step if step is None else step
         self.phase, self._changed_at = phase, self._seconds
 
-    def attend(self, run: Any) -> None:
-        """Keep a run's folder told that this process lives, by `beat()`; and why it ends, if a thread here ends it."""
+    def attend(self, run: Any, *, traces: Path | None = None) -> None:
+        """Keep a run's folder told that this process lives, by `beat()`; and why it ends, if a thread here ends it.
+
+        `traces`: the folder for NCCL's last collectives, unless the environment names another place.
+        """
         self.failure.run = run
+        if traces is not None and not any(name in os.environ for name in DUMP_PREFIXES):
+            os.environ[DUMP_PREFIXES[0]] = str(traces.absolute() / "nccl-trace-rank-")
         self._every(TICK_SECONDS, run.beat)
 
     def start(self, store: dist.Store | None = None) -> None:
@@ -201,10 +209,33 @@ class Watchdog:
         where = f"step {step}, phase {phase}"
         if silent and step < self.step:  # its last heartbeat is older than its hang: it is where this rank waits
             where = f"step {self.step}, last seen at {where}"
+        trace = dump_collectives(self.rank)
         remedy = data_remedy() if phase in READING else "look at that process, or raise --timeout if it was only slow"
         line = (f"ERROR distributed: rank {culprit} of {self.world_size}: no progress for {self.timeout_seconds:.0f} s "
-                f"at {where}; the others wait for it: {remedy}")
+                f"at {where}; the others wait for it: {remedy}{trace}")
         self.failure.end(line, speaks=self.failure.claim_error_line(), stuck=silent)
+
+
+def turn_on_flight_recorder() -> None:
+    """Have NCCL remember its last collectives, unless the environment says otherwise; before the group is made."""
+    if "TORCH_NCCL_TRACE_BUFFER_SIZE" not in os.environ:  # the old name
+        os.environ.setdefault("TORCH_FR_BUFFER_SIZE", "2000")
+    os.environ.setdefault("TORCH_NCCL_DUMP_ON_TIMEOUT", "1")
+
+
+def dump_collectives(rank: int) -> str:
+    """Write down this rank's last collectives where NCCL runs them; returns what to say of it.
+
+    torch itself never would: it dumps at its own timeout, and hangs are this file's.
+    """
+    prefix = next((os.environ[name] for name in DUMP_PREFIXES if name in os.environ), None)
+    if prefix is None or not dist.is_initialized() or "nccl" not in str(dist.get_backend_config()):
+        return ""
+    with contextlib.suppress(OSError, RuntimeError, ValueError):
+        faulthandler.dump_traceback_later(DUMP_SECONDS, exit=True)  # NCCL may hold Python's lock, and not answer
+        Path(f"{prefix}{rank}").write_bytes(torch._C._distributed_c10d._dump_nccl_trace())  # pyright: ignore
+    faulthandler.cancel_dump_traceback_later()
+    return f"; NCCL's last collectives are in {prefix}*, for torchfrtrace to compare"
 
 
 def show_stacks() -> None:

@@ -128,3 +128,14 @@ def test_a_second_torchrun_of_the_same_id_is_refused_at_every_restart(tmp_path: 
         first.signal(signal.SIGTERM, 0)
         finish(first)
     assert read_json(tmp_path / "r" / "status.json")["state"] == "PREEMPTED"
+
+
+@pytest.mark.slow
+def test_torchruns_own_report_shows_the_line_of_the_rank_that_failed(tmp_path: Path) -> None:
+    with torchrun(tmp_path, "--sync-bn") as job:
+        finished = finish(job)
+    assert finished.code == 1
+    check_lines(ours(finished), "ERROR usage: --sync-bn: ")
+    root_cause = finished.err.partition("Root Cause")[2]
+    assert f"traceback : {finished.errors[0]}" in root_cause
+    assert "To enable traceback see" not in root_cause

@@ -98,7 +98,7 @@ def open_run(config: TrainConfig, trainer: str, *, named: bool = False) -> Itera
             config.output_dir, trainer, config.recipe, to_plain(config)))
         folder = RunFolder(config.output_dir / name, is_main=world.is_main)
         from_main(world, folder.claim)
-        world.watchdog.attend(folder)
+        world.watchdog.attend(folder, traces=folder.path)
         try:
             state, known, config = find_evaluated(config, named=named)
             if state is not None:
