@@ -9,6 +9,7 @@ A trainer ends with
 import argparse
 import contextlib
 import difflib
+import gc
 import inspect
 import io
 import json
@@ -200,6 +201,8 @@ def run(main: Callable[[Any], Any], config_class: type, *,
     before the ranks met, by all of them alike, so rank 0 speaks. With `prints_results`, as of one process alone,
     whatever a launcher has left in its environment, stdout waits for its reader, however slow that is.
     """
+    gc.freeze()  # what was imported stays, and need not be looked through again: 0.14 s each time
+    gc.enable()
     errors.drop_unread_output("stderr", *() if prints_results else ("stdout",))
     os.environ.pop("MPLBACKEND", None)  # every notebook sets it, to what may not be installed here
     code = in_one_line(lambda: main(parse(config_class, recipes=recipes)), is_alone=prints_results)

@@ -1,6 +1,6 @@
 """A stop that loses nothing: a signal sets a flag, and all ranks agree on the step at which they stop.
 
-    with signals_caught() as request:        # in a script catch_signals() comes first: importing torch takes seconds
+    with signals_caught() as request:        # in a script begin_script() comes first: importing torch takes seconds
         agreement = StopAgreement(world_size)
         for ...:
             train_step()
@@ -14,6 +14,7 @@ the first (as torchrun passes the terminal's SIGINT on again), ends the process 
 
 import atexit
 import contextlib
+import gc
 import math
 import os
 import signal
@@ -101,6 +102,15 @@ def catch_signals() -> StopRequest:
     for number in stop_signals():
         signal.signal(number, _request.handle)
     return _request
+
+
+def begin_script() -> None:
+    """What a script does before it imports torch: catch signals, and collect no garbage until `command_line.run`.
+
+    Imports leave none, and looking for it takes a third of their time: 1.2 of the 3.8 s of torch and torchvision.
+    """
+    catch_signals()
+    gc.disable()
 
 
 @contextlib.contextmanager

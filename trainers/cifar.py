@@ -16,10 +16,10 @@ from typing import Annotated, Any, Literal
 if not __package__:  # run by path: our packages, not others of the same names
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from launch.stop import catch_signals
+from launch.stop import begin_script
 
 if __name__ == "__main__":
-    catch_signals()  # before torch is imported, which takes seconds
+    begin_script()  # before torch is imported, which takes seconds
 
 from torch import nn
 

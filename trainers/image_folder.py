@@ -20,10 +20,10 @@ from typing import Annotated, Any, Literal
 if not __package__:  # run by path: our packages, not others of the same names
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from launch.stop import catch_signals, ignore_signals
+from launch.stop import begin_script, ignore_signals
 
 if __name__ == "__main__":
-    catch_signals()  # before torch is imported, which takes seconds
+    begin_script()  # before torch is imported, which takes seconds
 
 import torch
 from torch import nn
