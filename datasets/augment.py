@@ -1,17 +1,22 @@
-"""Augmentation of a whole batch at a time, on the device the model is on, keyed by (seed, epoch, sample).
+"""Augmentation keyed by (seed, epoch, sample): of a whole batch at a time on the device the model is on, or in workers.
 
 A sample gets the same crop and flip on the CPU and the GPU, alone or in a batch, at any world size. The per-sample
-choices are one hash each; the pixels are moved by one gather and one select for the batch.
+choices are one hash each; the pixels are moved by one gather and one select for the batch. Only `KeyedTransforms` take
+one image after the other: for torchvision's transforms, which draw from torch's generator.
 """
 
-from dataclasses import dataclass
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from datasets.keyed_random import Purpose, random_integers
+from datasets.keyed_random import Purpose, key, random_integers, random_uniform
+
+ERASED_AREA, ERASED_RATIO = (0.02, 0.33), (0.3, 3.3)  # of an image; height / width: torchvision's RandomErasing
 
 CACHED_VALUES = 2**18  # 1 MiB of floats: a core's own cache holds them through the three steps of `normalize`
 
@@ -31,6 +36,10 @@ class Augmentation:
     """random: half of the samples, chosen again in each epoch. alternating: half of them in the first epoch, and then
     each sample the other way round every epoch, so that any two consecutive epochs show both sides (cifar10-airbench).
     """
+    vertical_flip: float = 0.0
+    """The share of samples that are turned upside down."""
+    random_erase: float = 0.0
+    """The share of samples in which a rectangle is blank."""
 
     def prepare(self, images: Tensor) -> Tensor:
         """Pad the whole data set once, (N, C, H, W) to (N, C, H + 2 shift, W + 2 shift), so that a crop is a gather."""
@@ -61,6 +70,11 @@ class Augmentation:
 
     def augment(self, prepared: Tensor, rows: Tensor, samples: Tensor, epoch: int) -> Tensor:
         """Some rows (B,) of prepared images, their random choices keyed by `samples` (B,)."""
+        images = normalize(self.moved(prepared, rows, samples, epoch), self.mean, self.std)
+        return erase(images, self.random_erase, samples, self.seed, epoch) if self.random_erase else images
+
+    def moved(self, prepared: Tensor, rows: Tensor, samples: Tensor, epoch: int) -> Tensor:
+        """The same images cropped and flipped, uint8."""
         if self.shift:
             down = random_integers(samples, 2 * self.shift + 1, self.seed, epoch, Purpose.CROP_ROW)
             right = random_integers(samples, 2 * self.shift + 1, self.seed, epoch, Purpose.CROP_COLUMN)
@@ -69,7 +83,10 @@ class Augmentation:
             images = prepared[rows]
         if self.flip is not None:
             images = mirror(images, self.flipped(samples, epoch))
-        return normalize(images, self.mean, self.std)
+        if self.vertical_flip:
+            chosen = random_uniform(samples, self.seed, epoch, Purpose.VERTICAL_FLIP) < self.vertical_flip
+            images = mirror(images, chosen, -2)
+        return images
 
     def normalize(self, images: Tensor) -> Tensor:
         """uint8 images (B, C, H, W) as the network sees them when nothing is random."""
@@ -80,6 +97,36 @@ class Augmentation:
         if self.flip == "random":
             return random_integers(samples, 2, self.seed, epoch, Purpose.FLIP) == 1
         return (random_integers(samples, 2, self.seed, 0, Purpose.FLIP) + epoch) % 2 == 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class KeyedTransforms:
+    """The work of one worker on training images: torchvision's transforms, one image after the other.
+
+    They draw from torch's generator, which is seeded by the sample. It is left as it was, for dropout.
+    """
+
+    augmentation: Augmentation
+    """Its crop and flips come first."""
+    transforms: Sequence[Callable[[Tensor], Tensor]]
+
+    def __call__(self, images: Tensor, samples: list[int], epoch: int) -> Tensor:
+        """uint8 images (B, C, H, W), as they are stored, of these samples; changed in place."""
+        augmentation, keys = self.augmentation, torch.tensor(samples, dtype=torch.int64)
+        images.copy_(augmentation.moved(augmentation.prepare(images), torch.arange(len(images)), keys, epoch))
+        with torch.random.fork_rng(devices=[]):
+            for row, sample in enumerate(samples):
+                torch.default_generator.manual_seed(key(augmentation.seed, epoch, Purpose.TRAIN_SAMPLE, sample))
+                image = images[row]
+                for transform in self.transforms:
+                    image = transform(image)
+                images[row] = image
+        return images
+
+    @property
+    def rest(self) -> Augmentation:
+        """What is left to do on the device."""
+        return replace(self.augmentation, shift=0, flip=None, vertical_flip=0.0)
 
 
 def pad(images: Tensor, amount: int, mode: Literal["reflect", "zeros"]) -> Tensor:
@@ -105,13 +152,34 @@ def crop(padded: Tensor, samples: Tensor, rows: Tensor, columns: Tensor, shift: 
     return windows[samples, :, rows, columns]
 
 
-def mirror(images: Tensor, chosen: Tensor) -> Tensor:
+def mirror(images: Tensor, chosen: Tensor, dimension: int = -1) -> Tensor:
     """Some of the images (B, C, H, W), by a bool (B,), the other way round; on a CPU in place, 5 times as fast."""
     if images.device.type != "cpu":
-        return torch.where(chosen[:, None, None, None], images.flip(-1), images)  # does not wait for the device
+        return torch.where(chosen[:, None, None, None], images.flip(dimension), images)  # does not wait for the device
     pixels, which = images.numpy(), chosen.numpy()
-    pixels[which] = torch.from_numpy(pixels[which]).flip(-1).numpy()
+    pixels[which] = torch.from_numpy(pixels[which]).flip(dimension).numpy()
     return images
+
+
+def erase(images: Tensor, share: float, samples: Tensor, *key_parts: int) -> Tensor:
+    """Zeros, in place, in a rectangle of this share of normalised images (B, C, H, W) (Zhong et al., 2017).
+
+    Areas and ratios are torchvision's; a side that is longer than the image is cut, where torchvision draws again.
+    """
+    def drawn(purpose: Purpose, low: float = 0.0, high: float = 1.0) -> Tensor:
+        return low + (high - low) * random_uniform(samples, *key_parts, purpose).double()
+
+    area = drawn(Purpose.ERASE_AREA, *ERASED_AREA) * images[0, 0].numel()
+    ratio = drawn(Purpose.ERASE_RATIO, *map(math.log, ERASED_RATIO)).exp()
+    inside = []
+    for side, length, purpose in ((images.shape[2], area * ratio, Purpose.ERASE_TOP),
+                                  (images.shape[3], area / ratio, Purpose.ERASE_LEFT)):
+        length = length.sqrt().round().clamp(1, side)[:, None]
+        start = (drawn(purpose)[:, None] * (side - length + 1)).floor()
+        places = torch.arange(side, device=images.device)
+        inside.append((places >= start) & (places < start + length))  # (B, side)
+    chosen = (drawn(Purpose.ERASE) < share)[:, None, None]
+    return images.masked_fill_((chosen & inside[0][:, :, None] & inside[1][:, None, :])[:, None], 0)
 
 
 def normalize(images: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> Tensor:

@@ -15,9 +15,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
+from datasets.augment import Augmentation, KeyedTransforms
 from datasets.errors import DataError
+from datasets.images.loaders import Decoder, FromMemory, decoded_train_loader
 from datasets.images.read import BadImage, FitName, Stored, pixels, to_square
 from datasets.images.source import ImageSource
+from datasets.images.unreadable import BadImages
 from datasets.loaders import evaluation_loader, train_loader
 from datasets.samples import SPLITS, Explain, Reading, Splits, sample_loaders
 from datasets.tensors import TensorDataset, ThreeSplits
@@ -87,16 +90,26 @@ def full_size(content: Stored) -> Tensor:
 Own = tuple[Callable[[], Callable[..., Any]], Explain, str, Mapping[str, Any]]
 
 
-def image_loaders(splits: ThreeSplits, images: Any, own: Own | None, **how: Any) -> dict[str, Any]:
-    """The loaders of one rank for images in memory: a whole batch at a time, or one by one through a user's transform.
-    """
+def image_loaders(splits: ThreeSplits, images: Augmentation, own: Own | None, keyed: KeyedTransforms | None, *,
+                  workers: int, prepare_worker: Callable[[], None], **how: Any) -> dict[str, Any]:
+    """The loaders of one rank for images in memory: a whole batch at a time, or one by one in workers where a user's
+    transform or `keyed` ones ask for that."""
     present = {name: dataset for name, dataset in zip(SPLITS, splits, strict=True) if dataset is not None}
     if own is not None:
         return transformed_loaders({name: in_memory(dataset) for name, dataset in present.items()}, images.normalize,
                                    own, **how)
     shard = {name: how[name] for name in ("rank", "world_size", "device")}
-    return {name: train_loader(dataset, images, **how) if name == "train" else
-            evaluation_loader(dataset, images.normalize, **shard) for name, dataset in present.items()}
+    loaders: dict[str, Any] = {name: evaluation_loader(dataset, images.normalize, **shard)
+                               for name, dataset in present.items() if name != "train"}
+    if "train" not in present:
+        return loaders
+    if keyed is None:
+        loaders["train"] = train_loader(present["train"], images, **how)
+    else:
+        decoder = Decoder(FromMemory(images=present["train"].inputs, keyed=keyed), workers=workers,
+                          pin_memory=shard["device"].type == "cuda", prepare_worker=prepare_worker)
+        loaders["train"] = decoded_train_loader(present["train"], decoder, keyed.rest, BadImages(0), **how)
+    return loaders
 
 
 def transformed_loaders(splits: Mapping[str, Images], normalize: Callable[[Tensor], Tensor], own: Own, **how: Any

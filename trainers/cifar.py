@@ -11,7 +11,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 if not __package__:  # run by path: our packages, not others of the same names
     sys.path[0] = str(Path(__file__).resolve().parents[1])
@@ -22,26 +22,27 @@ if __name__ == "__main__":
     begin_script()  # before torch is imported, which takes seconds
 
 from torch import nn
+from torchvision.transforms import AutoAugmentPolicy
 
 from datasets import cifar, synthetic
 from datasets.augment import Augmentation
-from datasets.mixing import mixed
 from datasets.tensors import TensorDataset, ThreeSplits, hold_out
-from datasets.transforms import image_loaders
 from launch.command_line import run
 from launch.errors import UsageError
 from launch.process_group import World
 from launch.rules import AtLeast
 from trainers import models
-from trainers.engine.config import ImageConfig
+from trainers.augment_flags import AugmentFlags
 from trainers.engine.once_per_node import once_per_node
 from trainers.engine.session import entry_point, open_run, train_classifier
-from trainers.engine.user_code import is_reference, own_transform
+from trainers.engine.user_code import is_reference
 
 
 @dataclass(frozen=True, kw_only=True)
-class CifarConfig(ImageConfig):
+class CifarConfig(AugmentFlags):
     """Train an image classifier on CIFAR-10."""
+
+    AUTO_AUGMENT: ClassVar = AutoAugmentPolicy.CIFAR10
 
     recipe: str = "fast"
     """fast: over 90 % in 10 epochs. blitz: the 60-minute tutorial's. Other flags override its settings."""
@@ -106,9 +107,7 @@ def main(config: CifarConfig) -> dict[str, Any]:
         train, validation, test = load_data(config, run.world, run.known)
         source = cifar if config.dataset == "cifar10" else synthetic
         images = Augmentation(**config.augmentation((source.MEAN, source.STD)))
-        loaders = image_loaders((train, validation, test), images, own_transform(config), **config.batches(),
-                                **run.world.shard)
-        loaders = mixed(loaders, config.mixing(), num_classes=len(test.class_names), device=run.world.device)
+        loaders = config.loaders((train, validation, test), images, run.world)
         return train_classifier(config, run, build_model(config, train, len(test.class_names), images),
                                 test.class_names, (images.mean, images.std), dataset=train, **loaders)
 

@@ -23,22 +23,19 @@ if __name__ == "__main__":
 from datasets import fashion_mnist
 from datasets import synthetic_digits as digits
 from datasets.augment import Augmentation
-from datasets.mixing import mixed
 from datasets.tensors import ThreeSplits, hold_out
-from datasets.transforms import image_loaders
 from launch.command_line import run
 from launch.process_group import World
 from trainers import models
-from trainers.engine.config import ImageConfig
+from trainers.augment_flags import AugmentFlags
 from trainers.engine.once_per_node import once_per_node
 from trainers.engine.session import entry_point, open_run, train_classifier
-from trainers.engine.user_code import own_transform
 
 MEAN, STD = (0.2860,), (0.3530,)  # over the 60,000 training images; tests/test_fashion_mnist.py recomputes them
 
 
 @dataclass(frozen=True, kw_only=True)
-class FashionMnistConfig(ImageConfig):
+class FashionMnistConfig(AugmentFlags):
     """Train a classifier of clothing on FashionMNIST."""
 
     recipe: str = "softmax"
@@ -88,9 +85,7 @@ def main(config: FashionMnistConfig) -> dict[str, Any]:
         config = run.config
         train, validation, test = load_data(config, run.world, run.known)
         images = Augmentation(**config.augmentation((MEAN, STD)))
-        loaders = image_loaders((train, validation, test), images, own_transform(config), **config.batches(),
-                                **run.world.shard)
-        loaders = mixed(loaders, config.mixing(), num_classes=len(test.class_names), device=run.world.device)
+        loaders = config.loaders((train, validation, test), images, run.world)
         return train_classifier(config, run, models.from_flags(config, len(test.class_names)), test.class_names,
                                 (images.mean, images.std), dataset=train, **loaders)
 

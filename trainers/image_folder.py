@@ -34,24 +34,25 @@ from datasets.errors import DataError
 from datasets.image_folder import ImageTree
 from datasets.images import packed
 from datasets.images.cache import GatherThenAugment, ImageCache
-from datasets.images.loaders import DecodedEvaluationLoader, DecodedTrainLoader, Decoder, Decoding
+from datasets.images.loaders import DecodedEvaluationLoader, Decoder, Decoding, decoded_train_loader
 from datasets.images.packed import PackedImages
 from datasets.images.read import FitName, InterpolationName
 from datasets.images.unreadable import BadImages
 from datasets.loaders import check_size, evaluation_loader, train_loader
 from datasets.mixing import mixed
-from datasets.order import ResumableSampler
 from datasets.transforms import in_files, transformed_loaders
 from launch.command_line import run
 from launch.errors import UsageError, printable, say, to_stderr
 from launch.process_group import World, from_main, gather
 from launch.rules import Above, AtLeast
 from trainers import models
-from trainers.engine.config import IMAGENET, ImageConfig, Statistics
+from trainers.augment_flags import AugmentFlags
+from trainers.engine.config import IMAGENET, Statistics
 from trainers.engine.once_per_node import once_per_node
 from trainers.engine.session import entry_point, open_run, train_classifier
 from trainers.engine.trainer import Run
 from trainers.engine.user_code import is_reference, own_transform
+from trainers.image_recipes import RECIPES
 from trainers.pretrained import as_published, find_weights, named_weights, start_from
 
 OUR_MODELS = ("cheatsheet", "net", "resnet9")  # other names are torchvision's, resnet18 too
@@ -62,7 +63,7 @@ Images = ImageTree | PackedImages
 
 
 @dataclass(frozen=True, kw_only=True)
-class ImageFolderConfig(ImageConfig):
+class ImageFolderConfig(AugmentFlags):
     """Train an image classifier on a folder of images by class."""
 
     recipe: str = "fast"
@@ -82,6 +83,9 @@ class ImageFolderConfig(ImageConfig):
     --pretrained knows."""
     image_size: Annotated[int | None, AtLeast(1, most=8192)] = None
     """Height and width that the network sees. Default: 32 for our networks, 224 for torchvision's."""
+    train_size: Annotated[int | None, AtLeast(1, most=8192)] = None
+    """Height and width of training images, where smaller ones than those of the evaluation do. Default: --image-size.
+    """
     fit: FitName = "squash"
     """How images become square: squash them, or crop their middle."""
     resize_size: Annotated[int | None, AtLeast(1, most=8192)] = None
@@ -105,6 +109,10 @@ class ImageFolderConfig(ImageConfig):
     def size(self) -> int:
         """Height and width that the network sees."""
         return self.image_size or (32 if self.model in OUR_MODELS else 224)
+
+    def training_size(self) -> int:
+        """The same of training images."""
+        return self.train_size or self.size()
 
     def frame(self) -> dict[str, Any]:
         """How images become square."""
@@ -136,25 +144,17 @@ class ImageFolderConfig(ImageConfig):
         if self.cache and self.random_crop is not None:
             raise UsageError(f"--random-crop {self.random_crop}: needs the images at full size, which --cache does not "
                              f"keep; use --shift, or leave --cache out")
+        if self.transform is not None and self.train_size is not None:
+            raise UsageError(f"--train-size {self.train_size}: --transform takes each image at full size and chooses "
+                             f"its own; leave it out")
         if self.transform is not None and (self.cache or self.skip_bad or self.random_crop is not None):
             raise UsageError(f"--transform {self.transform}: takes each image at full size, in the place of --cache, "
                              f"--skip-bad and --random-crop; leave those out")
+        if self.cache and (self.auto_augment or self.color_jitter or self.grayscale or self.blur):
+            raise UsageError("--cache: gives whole batches, and --auto-augment, --color-jitter, --grayscale and --blur "
+                             "take one image at a time; leave --cache out")
         if self.cache_dir is not None and not self.cache:
             raise UsageError(f"--cache-dir {self.cache_dir}: does nothing alone; add --cache")
-
-
-RECIPES: dict[str, dict[str, Any]] = {
-    "fast": {
-        "epochs": 10, "batch_size": 32, "learning_rate": 0.02, "momentum": 0.9, "nesterov": True,
-        "weight_decay": 0.0005, "schedule": "onecycle", "shift": 1, "flip": "alternating",
-    },
-    "cheatsheet": {"epochs": 10, "batch_size": 8, "learning_rate": 0.01, "momentum": 0.0, "normalize": "none"},
-    "finetune": {
-        "model": "resnet18", "fit": "crop", "epochs": 5, "batch_size": 32, "learning_rate": 0.005, "momentum": 0.9,
-        "nesterov": True, "weight_decay": 0.0001, "schedule": "cosine", "random_crop": 0.35, "flip": "random",
-        "channels_last": True, "workers": 2,
-    },
-}
 
 
 def load_data(config: ImageFolderConfig, world: World, known: Sequence[str] | None = None
@@ -186,15 +186,16 @@ def load_data(config: ImageFolderConfig, world: World, known: Sequence[str] | No
 
 
 def build_model(config: ImageFolderConfig, num_classes: int, world: World) -> nn.Module:
-    """The network, from the seed and `--pretrained`, tried on one blank image."""
-    model, size = models.from_flags(config, num_classes), config.size()
-    try:
-        if not is_reference(config.model) and config.transform is None:
+    """The network, from the seed and `--pretrained`, tried on one blank image of each size."""
+    model, tried = models.from_flags(config, num_classes), not is_reference(config.model) and config.transform is None
+    sizes = {"--image-size": config.size(), "--train-size": config.training_size()} if tried else {}
+    for flag, size in sizes.items():
+        try:
             with torch.no_grad():
                 model.eval()(torch.zeros(1, 3, size, size))
-    except (RuntimeError, AssertionError) as error:
-        raise UsageError(f"--image-size {size}: {config.model} cannot take 3 x {size} x {size} images "
-                         f"({str(error).strip().splitlines()[0]}); try another size") from None
+        except (RuntimeError, AssertionError) as error:
+            raise UsageError(f"{flag} {size}: {config.model} cannot take 3 x {size} x {size} images "
+                             f"({str(error).strip().splitlines()[0]}); try another size") from None
     start_from(config, model, num_classes, world)
     return model.train()
 
@@ -224,7 +225,8 @@ def build_loaders(config: ImageFolderConfig, splits: dict[str, Images], images: 
     if (own := own_transform(config)) is not None:
         files = {name: in_files(tree, size=config.size(), fit=config.fit) for name, tree in splits.items()}
         return transformed_loaders(files, images.normalize, own, **config.batches(), **world.shard)
-    decoding = Decoding(splits=splits, size=config.size(), **config.frame(),
+    keyed = config.keyed(images)
+    decoding = Decoding(splits=splits, size=config.size(), **config.frame(), train_size=config.train_size, keyed=keyed,
                         seed=config.seed, smallest_area=config.random_crop or 1.0, skip_bad=config.skip_bad)
     decoder = Decoder(decoding, workers=config.workers, pin_memory=world.device.type == "cuda",
                       prepare_worker=ignore_signals)
@@ -234,13 +236,12 @@ def build_loaders(config: ImageFolderConfig, splits: dict[str, Images], images: 
             for name in evaluated}
         if "train" not in splits:
             return loaders
-        sampler = ResumableSampler(splits["train"], global_batch_size=config.batch_size, seed=config.seed,
-                                   rank=world.rank, world_size=world.world_size)
-        train = DecodedTrainLoader(splits["train"], decoder, images, sampler, bad_images, device=world.device,
-                                   rank_batch_size=config.rank_batch_size())
+        train = decoded_train_loader(splits["train"], decoder, images if keyed is None else keyed.rest, bad_images,
+                                     **config.batches(), **world.shard)
         return {"train": train, **loaders}
     folder = config.cache_dir or config.data_dir / ".cache"
-    caches = {split: ImageCache(tree, split, folder, size=config.size(), **config.frame())
+    caches = {split: ImageCache(tree, split, folder, **config.frame(),
+                                size=config.training_size() if split == "train" else config.size())
               for split, tree in splits.items()}
     for cache in caches.values():
         once_per_node(world, fill(cache, decoder, bad_images))

@@ -24,22 +24,19 @@ if __name__ == "__main__":
 from datasets import mnist
 from datasets import synthetic_digits as digits
 from datasets.augment import Augmentation
-from datasets.mixing import mixed
 from datasets.tensors import ThreeSplits, hold_out
-from datasets.transforms import image_loaders
 from launch.command_line import run
 from launch.errors import UsageError
 from launch.process_group import World
 from launch.rules import AtLeast
 from trainers import models
-from trainers.engine.config import ImageConfig
+from trainers.augment_flags import AugmentFlags
 from trainers.engine.once_per_node import once_per_node
 from trainers.engine.session import entry_point, open_run, train_classifier
-from trainers.engine.user_code import own_transform
 
 
 @dataclass(frozen=True, kw_only=True)
-class MnistConfig(ImageConfig):
+class MnistConfig(AugmentFlags):
     """Train a classifier of handwritten digits on MNIST."""
 
     recipe: str = "tutorial"
@@ -105,9 +102,7 @@ def main(config: MnistConfig) -> dict[str, Any]:
         config = run.config
         train, validation, test = load_data(config, run.world, run.known)
         images = Augmentation(**config.augmentation((mnist.MEAN, mnist.STD)))
-        loaders = image_loaders((train, validation, test), images, own_transform(config), **config.batches(),
-                                **run.world.shard)
-        loaders = mixed(loaders, config.mixing(), num_classes=len(test.class_names), device=run.world.device)
+        loaders = config.loaders((train, validation, test), images, run.world)
         return train_classifier(config, run, models.from_flags(config, len(test.class_names)), test.class_names,
                                 (images.mean, images.std), dataset=train, **loaders)
 

@@ -18,13 +18,15 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from datasets.augment import Augmentation
+from datasets.augment import Augmentation, KeyedTransforms
 from datasets.errors import DataError
 from datasets.images.read import BadImage, FitName, InterpolationName, random_window, to_square
 from datasets.images.source import ImageSource
 from datasets.images.unreadable import BadImages
 from datasets.images.workers import WorkerStart, blocked_signals, worker_context
+from datasets.loaders import check_size
 from datasets.order import ResumableSampler, evaluation_indices
+from datasets.tensors import TensorDataset
 
 Batch = tuple[Tensor, Tensor]
 
@@ -64,6 +66,10 @@ class Decoding(Dataset[DecodedBatch]):
     """Of the random windows of training images; 1 for none."""
     skip_bad: int = 0
     """How many unreadable training images may follow each other."""
+    train_size: int | None = None
+    """Of training images, if it is another than that of the others."""
+    keyed: KeyedTransforms | None = None
+    """Of training images, before they leave the worker."""
 
     def __getitem__(self, key: Key) -> DecodedBatch:
         images: list[Tensor] = []
@@ -80,8 +86,10 @@ class Decoding(Dataset[DecodedBatch]):
                 samples.append(sample)
                 sources.append(source)
                 break
-        empty = torch.empty(0, 3, self.size, self.size, dtype=torch.uint8)
-        return DecodedBatch(torch.stack(images) if images else empty, samples, sources, bad)
+        batch = torch.stack(images) if images else torch.empty(0, 3, self.size, self.size, dtype=torch.uint8)
+        if self.keyed is not None and key.split == "train":
+            self.keyed(batch, samples, key.epoch)
+        return DecodedBatch(batch, samples, sources, bad)
 
     def candidates(self, split: str, sample: int) -> list[int]:
         """The image of a sample and, in training, those after it, of which the first readable one is shown.
@@ -95,11 +103,24 @@ class Decoding(Dataset[DecodedBatch]):
 
     def read(self, key: Key, sample: int, source: int) -> Tensor:
         """One image; a random window of it where training asks for that."""
-        window = None
+        window, size, resize_size = None, self.size, self.resize_size
         if key.split == "train" and self.smallest_area < 1:
             window = random_window(sample, seed=self.seed, epoch=key.epoch, smallest_area=self.smallest_area)
-        return to_square(self.splits[key.split].read(source), size=self.size, fit=self.fit, window=window,
-                         resize_size=self.resize_size, interpolation=self.interpolation)
+        if key.split == "train" and self.train_size is not None:
+            size, resize_size = self.train_size, resize_size and round(resize_size * self.train_size / size)
+        return to_square(self.splits[key.split].read(source), size=size, fit=self.fit, window=window,
+                         resize_size=resize_size, interpolation=self.interpolation)
+
+
+@dataclass(frozen=True, kw_only=True)
+class FromMemory(Dataset[DecodedBatch]):
+    """The same work where the images (N, C, H, W) are in memory, which all workers share."""
+
+    images: Tensor
+    keyed: KeyedTransforms
+
+    def __getitem__(self, key: Key) -> DecodedBatch:
+        return DecodedBatch(self.keyed(self.images[key.samples], key.samples, key.epoch), key.samples, key.samples, [])
 
 
 class Keys(Sampler[Key]):
@@ -163,8 +184,9 @@ def as_it_is(batch: Any) -> Any:
 class DecodedTrainLoader:
     """Micro-batches of one rank, decoded from files, from any position of any epoch; as loaders.TrainLoader."""
 
-    def __init__(self, tree: ImageSource, decoder: Decoder, augmentation: Augmentation, sampler: ResumableSampler,
-                 bad_images: BadImages, *, rank_batch_size: int, device: torch.device) -> None:
+    def __init__(self, tree: ImageSource | TensorDataset, decoder: Decoder, augmentation: Augmentation,
+                 sampler: ResumableSampler, bad_images: BadImages, *, rank_batch_size: int,
+                 device: torch.device) -> None:
         self.targets, self.decoder, self.augmentation, self.sampler = tree.targets, decoder, augmentation, sampler
         self.bad_images, self.rank_batch_size, self.device = bad_images, rank_batch_size, device
         self.steps_per_epoch, self.global_batch_size = sampler.steps_per_epoch, sampler.global_batch_size
@@ -187,6 +209,16 @@ class DecodedTrainLoader:
             images = batch.images.to(self.device, non_blocking=True)
             samples = torch.tensor(batch.samples).to(self.device, non_blocking=True)
             yield self.augmentation.batch(images, samples, epoch=epoch), self.targets[batch.sources]
+
+
+def decoded_train_loader(tree: ImageSource | TensorDataset, decoder: Decoder, augmentation: Augmentation,
+                         bad_images: BadImages, *, batch_size: int, rank_batch_size: int, seed: int,
+                         device: torch.device, **shard: int) -> DecodedTrainLoader:
+    """The training loader of one rank; DataError if there are too few samples for one step."""
+    check_size(len(tree), batch_size)
+    sampler = ResumableSampler(tree, global_batch_size=batch_size, seed=seed, **shard)
+    return DecodedTrainLoader(tree, decoder, augmentation, sampler, bad_images, rank_batch_size=rank_batch_size,
+                              device=device)
 
 
 class DecodedEvaluationLoader:

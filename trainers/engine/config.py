@@ -276,8 +276,8 @@ class ImageConfig(MixingFlags, TrainConfig):
     def check(self) -> None:
         """The same, and that no image is shifted out of itself, where reflected padding ends too."""
         super().check()
-        if self.shift >= self.size():
-            raise UsageError(f"--shift {self.shift}: must be below the image size of {self.size()}")
+        if self.shift >= (size := getattr(self, "train_size", None) or self.size()):
+            raise UsageError(f"--shift {self.shift}: must be below the image size of {size}")
         self.check_mixing(self.batch_size, 0 if self.evaluate is not None else self.rank_batch_size())
         if self.loss != "bce":  # which takes all that cross-entropy does
             check_loss(self.loss, ("cross-entropy", "bce"), label_smoothing=self.label_smoothing,

@@ -1,0 +1,104 @@
+"""The flags of augmentation that the trainers of images share, and the loaders that they ask for."""
+
+import functools
+from dataclasses import dataclass
+from typing import Annotated, Any, ClassVar, Literal
+
+import torch
+from torch import Tensor
+from torchvision.transforms import AutoAugmentPolicy, InterpolationMode, v2
+
+from datasets.augment import Augmentation, KeyedTransforms
+from datasets.mixing import mixed
+from datasets.tensors import ThreeSplits
+from datasets.transforms import image_loaders
+from launch.errors import UsageError
+from launch.process_group import World
+from launch.rules import AtLeast
+from launch.stop import ignore_signals
+from trainers.engine.config import ImageConfig, Statistics
+from trainers.engine.user_code import own_transform
+
+POLICIES = {"randaugment": v2.RandAugment, "trivialaugment": v2.TrivialAugmentWide, "autoaugment": v2.AutoAugment,
+            "augmix": v2.AugMix}
+MAGNITUDES = {"randaugment": ("magnitude", 0, 30), "augmix": ("severity", 1, 10)}  # torchvision's names and ranges
+SIGMA, KERNEL = (0.1, 2.0), 13  # of the blur, in pixels (DeiT III, 2022), and what holds three sigmas on each side
+
+
+@dataclass(frozen=True, kw_only=True)
+class AugmentFlags(ImageConfig):
+    """Flags of augmentation: of whole batches on the device, and of one image at a time in workers."""
+
+    TITLES: ClassVar = {"vertical_flip": "Data"}
+    AUTO_AUGMENT: ClassVar = AutoAugmentPolicy.IMAGENET
+
+    vertical_flip: Annotated[float, AtLeast(0, most=1)] = 0.0
+    """Share of the training images that are turned upside down."""
+    auto_augment: Literal["randaugment", "trivialaugment", "autoaugment", "augmix"] | None = None
+    """A policy of torchvision's, on one image at a time: use --workers."""
+    augment_magnitude: Annotated[int | None, AtLeast(0, most=30)] = None
+    """Strength of the policy: of randaugment 0 to 30 (default 9), of augmix 1 to 10 (default 3)."""
+    color_jitter: Annotated[float, AtLeast(0, most=1)] = 0.0
+    """Vary brightness, contrast and saturation by up to this share; in workers too."""
+    grayscale: Annotated[float, AtLeast(0, most=1)] = 0.0
+    """Share of the training images that lose their colour; in workers too."""
+    blur: Annotated[float, AtLeast(0, most=1)] = 0.0
+    """Share of the training images that are blurred; in workers too."""
+    random_erase: Annotated[float, AtLeast(0, most=1)] = 0.0
+    """Share of the training images in which a random rectangle is blank."""
+
+    def check(self) -> None:
+        """The same, and that no flag of augmentation is in vain."""
+        super().check()
+        magnitude, given = self.augment_magnitude, f"--augment-magnitude {self.augment_magnitude}"
+        if magnitude is not None and self.auto_augment not in MAGNITUDES:
+            raise UsageError(f"{given}: is of --auto-augment randaugment and augmix, not of {self.auto_augment}; use "
+                             f"one of them, or leave it out")
+        _, low, high = MAGNITUDES.get(self.auto_augment or "", ("", 0, 30))
+        if magnitude is not None and not low <= magnitude <= high:
+            raise UsageError(f"{given}: must be from {low} to {high} for {self.auto_augment}")
+        ours = ("vertical_flip", "auto_augment", "color_jitter", "grayscale", "blur", "random_erase")
+        name = next((name for name in ours if getattr(self, name)), None) if self.transform is not None else None
+        if name is not None:
+            raise UsageError(f"--{name.replace('_', '-')} {getattr(self, name)}: --transform takes the place of our "
+                             f"augmentation; leave one of the two out")
+
+    def augmentation(self, dataset: Statistics) -> dict[str, Any]:
+        """The arguments of Augmentation; `dataset` is what `--normalize dataset` stands for."""
+        return {**super().augmentation(dataset), "vertical_flip": self.vertical_flip, "random_erase": self.random_erase}
+
+    def keyed(self, images: Augmentation) -> KeyedTransforms | None:
+        """What workers do to one training image at a time, in torchvision's order; None for nothing."""
+        smooth = {"interpolation": InterpolationMode.BILINEAR} if getattr(self, "interpolation", None) else {}
+        chosen: list[Any] = []
+        if self.auto_augment is not None:
+            of_policy: dict[str, Any] = {"policy": self.AUTO_AUGMENT} if self.auto_augment == "autoaugment" else {}
+            if self.augment_magnitude is not None:
+                of_policy[MAGNITUDES[self.auto_augment][0]] = self.augment_magnitude
+            chosen.append(POLICIES[self.auto_augment](**smooth, **of_policy))
+        if self.color_jitter:
+            chosen.append(v2.ColorJitter(*[self.color_jitter] * 3))
+        if self.grayscale:
+            chosen.append(v2.RandomGrayscale(self.grayscale))
+        if self.blur:
+            chosen.append(functools.partial(blurred, share=self.blur))
+        return KeyedTransforms(augmentation=images, transforms=chosen) if chosen else None
+
+    def loaders(self, splits: ThreeSplits, images: Augmentation, world: World) -> dict[str, Any]:
+        """The loaders of one rank for images in memory."""
+        loaders = image_loaders(splits, images, own_transform(self), self.keyed(images), workers=self.workers,
+                                prepare_worker=ignore_signals, **self.batches(), **world.shard)
+        return mixed(loaders, self.mixing(), num_classes=len(splits[-1].class_names), device=world.device)
+
+
+def blurred(image: Tensor, *, share: float) -> Tensor:
+    """This share of images (C, H, W) through a Gaussian blur of random width.
+
+    Along one side, then the other: v2.GaussianBlur's square kernel takes ten times as long on 224 x 224 pixels.
+    """
+    if torch.rand(()) >= share:
+        return image
+    sigma = float(torch.empty(()).uniform_(*SIGMA))
+    for kernel in ([KERNEL, 1], [1, KERNEL]):
+        image = v2.functional.gaussian_blur(image, kernel, [sigma, sigma])
+    return image
