@@ -44,7 +44,7 @@ class JobFailure:
         self.launch = launch
         self.step = 0  # at which this rank is, as the watchdog is told
         self.heartbeats: Heartbeats | None = None  # until the ranks have met each prints its own
-        self.run: Any = None  # the run's folder, which is to be told: `failed(cause)`, `preempted(reason)`
+        self.run: Any = None  # the run's folder, to be told: `failed(cause, step=…)` or `preempted(reason)`
         self._launcher = (stop_request().launcher or os.getppid()) if launch.is_grouped else None
         self._claimed = threading.Lock()  # taken once: this process prints at most one error
         self._another_failed_at: float | None = None

@@ -58,11 +58,10 @@ def wait_for_port(launch: Launch, wait_seconds: float) -> None:
 
 
 def take_place(store: dist.Store, launch: Launch, wait_seconds: float) -> dist.Store:
-    """The part of the store that is this job's alone, once each of its ranks has taken its place in a roll.
+    """The part of the store that is this job's alone, once each of its ranks has taken its place in this round's roll.
 
     Rank 0 opens the roll and, once it is full, closes it with a random token, under which all later keys lie: so a rank
-    of another job that was given the same address cannot write there. torchrun's store outlives its ranks: in every
-    round rank 0 opens another roll. DistributedError for a rank without a place, RuntimeError if some do not come.
+    of another job that was given the same address cannot write there. RuntimeError if some ranks do not come.
     """
     rolls = dist.PrefixStore("trainers", store)
     step = f"{os.environ.get('SLURM_JOB_ID')}.{os.environ.get('SLURM_STEP_ID')}" if launch.launcher == "slurm" else ""

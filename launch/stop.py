@@ -152,7 +152,7 @@ def ignore_signals() -> None:
 
 
 def signals_flag() -> str:
-    """What makes torchrun pass all on to its ranks: by default it dies of the last three and leaves its ranks alone."""
+    """What makes torchrun pass all on to its ranks: by default it dies of the last three, and they run on."""
     return f"--signals-to-handle={','.join(number.name for number in SIGNALS)}"
 
 
@@ -165,9 +165,7 @@ class StopAgreement:
 
     def __init__(self, world_size: int) -> None:
         self.world_size = world_size
-        self._steps_until_next = 1
-        self._steps_since = 0
-        self._since = time.monotonic()
+        self._steps_until_next, self._steps_since, self._since = 1, 0, time.monotonic()
 
     def due(self) -> bool:
         """Called after every step by every rank: True, on all of them at the same step, when it is time to vote."""
@@ -177,8 +175,8 @@ class StopAgreement:
 
     def vote(self, request: StopRequest, bad_steps: int = 0) -> int:
         """The largest number of consecutive bad steps of any rank; Stopped on every rank, if any was asked to stop."""
-        step_seconds = (time.monotonic() - self._since) / max(1, self._steps_since)
-        stop, slowest, worst = bool(request), step_seconds, bad_steps
+        slowest = (time.monotonic() - self._since) / max(1, self._steps_since)  # seconds per step
+        stop, worst = bool(request), bad_steps
         if self.world_size > 1:
             import torch  # not at the top: handlers are installed before torch is imported
             import torch.distributed as dist

@@ -57,16 +57,14 @@ class Watchdog:
         self.rank, self.world_size = self.failure.launch.rank, self.failure.launch.world_size
         self.timeout_seconds = timeout_seconds
         self.step, self.phase = 0, "start"
-        self._seconds = 0.0  # a clock that stands still while the process is stopped: a job may sleep as it likes
-        self._changed_at = 0.0
+        self._seconds = self._changed_at = 0.0  # by a clock that stands still while the process is itself stopped
         self._before: dict[int, list[Any]] | None = None  # heartbeats at half of the timeout
         self._stopping = threading.Event()
         self._threads: list[threading.Thread] = []
         self._asked_at = math.inf  # when the request to stop was first seen
         self._answered_at = math.inf  # when the store last did; inf until there is one
         self._trainer = (threading.get_ident(), threading.get_native_id())  # the thread that trains
-        self._switches, self._moved_at, self._has_warned = "", 0.0, False
-        self._watched_at = 0.0  # on the wall's clock
+        self._switches, self._moved_at, self._has_warned, self._watched_at = "", 0.0, False, time.monotonic()
 
     def mark(self, phase: str, step: int | None = None) -> None:
         """The training loop is alive, and in this phase of that step (by default the last one that was named)."""
@@ -87,7 +85,6 @@ class Watchdog:
         """Begin to watch; again with a store when there is one. It is used through a connection of its own."""
         self.mark(self.phase)
         if not self._threads:
-            self._watched_at = time.monotonic()
             self._every(TICK_SECONDS, self._watch)
         if store is not None:
             heartbeats = self.failure.heartbeats = Heartbeats(store, rank=self.rank, world_size=self.world_size)

@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from tqdm import tqdm
 
@@ -21,8 +21,6 @@ from launch.files import read_object
 FEWEST_STEPS, MOST_STEPS = 10, 2000
 CALIBRATION = "3:10"  # steps left out, steps timed: enough for the order of magnitude that is asked of it
 STOP_SECONDS = 10  # for a process tree to leave after SIGTERM
-
-T = TypeVar("T")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,7 +49,7 @@ def plan(setups: list[Setup], *, batch_size: int, rank_batch_size: int, scaling:
     return list(wanted.values())
 
 
-def rotated(jobs: list[T], round_number: int) -> list[T]:
+def rotated(jobs: list[Any], round_number: int) -> list[Any]:
     """A B C, then B C A, …: no set-up always runs first, when the machine is coolest, or last."""
     start = round_number % len(jobs)
     return [*jobs[start:], *jobs[:start]]

@@ -23,7 +23,6 @@ from launch.process_group import World, barrier, gather, process_group, time_all
 BUCKET_BYTES = 25 * 2**20  # what DistributedDataParallel sends at once by default (bucket_cap_mb)
 SLOW_BYTES_PER_SECOND = 50e6  # a ResNet-18's gradients, 45 MB, would take a second per step
 SKEW_SECONDS = 1.0  # run names and log lines of different nodes are compared by people
-CODE = ("launch", "datasets", "trainers")
 
 
 def ranks_findings(launch: Launch, mine: list[Finding], *, device: str, backend: str, timeout_seconds: float
@@ -59,7 +58,7 @@ def rank_record(launch: Launch, device: str) -> dict[str, Any]:
 def code_hash() -> str:
     """sha256 over this checkout's Python files: also tells apart what was edited and not committed."""
     digest = hashlib.sha256()
-    for path in sorted(path for folder in CODE for path in (ROOT / folder).rglob("*.py")):
+    for path in sorted(path for name in ("launch", "datasets", "trainers") for path in (ROOT / name).rglob("*.py")):
         digest.update(f"{path.relative_to(ROOT)}\0".encode() + path.read_bytes())
     return digest.hexdigest()[:12]
 
@@ -133,6 +132,6 @@ def all_reduce_finding(world: World, ranks: list[dict[str, Any]], backend: str, 
         return fail("all_reduce", f"{chosen}: {str(error).splitlines()[0][:160]}",
                     "set NCCL_DEBUG=INFO, or GLOO_SOCKET_IFNAME / NCCL_SOCKET_IFNAME to the right interface")
     rate = BUCKET_BYTES / seconds
-    text = f"{BUCKET_BYTES / 2**20:.0f} MiB over {chosen} in {seconds * 1000:.1f} ms, {rate / 1e9:.2f} GB/s"
-    return warn_if(rate < SLOW_BYTES_PER_SECOND, "all_reduce", text,
+    return warn_if(rate < SLOW_BYTES_PER_SECOND, "all_reduce",
+                   f"{BUCKET_BYTES / 2**20:.0f} MiB over {chosen} in {seconds * 1000:.1f} ms, {rate / 1e9:.2f} GB/s",
                    "is this the fast network? set GLOO_SOCKET_IFNAME or NCCL_SOCKET_IFNAME")
