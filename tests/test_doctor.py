@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from launch.checks import machine
+from launch.checks.finding import ok, warn
 from launch.checks.job import job_findings, port_finding
 from launch.checks.machine import as_numbers, cores_finding, required_versions
 from launch.checks.ranks import gathered, rank_devices_finding
@@ -129,9 +130,8 @@ def test_the_room_in_shared_memory_is_compared_with_what_workers_need(monkeypatc
 
 
 def test_of_another_node_only_trouble_is_shown_and_with_its_name():
-    def line(state: str) -> dict[str, str]:
-        return {"check": "/dev/shm", "state": state, "text": "", "fix": "", "host": ""}
-    found = gathered([[line("OK")], [], [line("WARN"), line("OK")]], [record(0), record(1), record(2, host="b")])
+    good, bad = ok("/dev/shm", text=""), warn("/dev/shm", text="")
+    found = gathered([[good], [], [bad, good]], [record(0), record(1), record(2, host="b")])
     assert [(finding.state, finding.host) for finding in found] == [("OK", ""), ("WARN", "b")]
 
 

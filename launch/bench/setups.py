@@ -77,8 +77,8 @@ def parse_setup(text: str, *, threads: int = 1) -> Setup:
     setup = Setup(name=text, kind=match[1], devices=devices, threads=threads)
     for option in options:
         if count := re.fullmatch(r"threads=([1-9]\d*)", option):
-            check_number(f"--setups {text}: threads", threads := int(count[1][:20]), COUNT)
-            setup = replace(setup, threads=threads)
+            setup = replace(setup, threads=int(count[1][:20]))
+            check_number(f"--setups {text}: threads", setup.threads, COUNT)
         elif option in OPTIONS:
             setup = replace(setup, **OPTIONS[option])
         else:

@@ -8,7 +8,7 @@ import hashlib
 import os
 import socket
 import time
-from dataclasses import asdict, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -31,8 +31,7 @@ def ranks_findings(launch: Launch, mine: list[Finding], *, device: str, backend:
     try:
         with process_group("gloo", device="cpu", timeout_seconds=timeout_seconds) as world:
             ranks = gather(world, rank_record(launch, device))
-            lines = [asdict(finding) for finding in mine] if launch.local_rank == 0 else []
-            machines = gather(world, lines)
+            machines = gather(world, mine if launch.local_rank == 0 else [])
             found = [rank_devices_finding(ranks, backend), code_finding(ranks), clocks_finding(world, ranks)]
             found.append(all_reduce_finding(world, ranks, backend, found[0]))
     except (DistributedError, RuntimeError) as error:
@@ -63,12 +62,11 @@ def code_hash() -> str:
     return digest.hexdigest()[:12]
 
 
-def gathered(machines: list[list[dict[str, Any]]], ranks: list[dict[str, Any]]) -> list[Finding]:
+def gathered(machines: list[list[Finding]], ranks: list[dict[str, Any]]) -> list[Finding]:
     """Rank 0's machine in full; of the other nodes' only what is not OK, with the host's name."""
-    found = [Finding(**finding) for finding in machines[0]]
-    for record, lines in zip(ranks[1:], machines[1:], strict=True):
-        found += [replace(Finding(**line), host=record["host"]) for line in lines if line["state"] != "OK"]
-    return found
+    others = zip(ranks[1:], machines[1:], strict=True)
+    return [*machines[0], *(replace(finding, host=record["host"]) for record, findings in others
+                            for finding in findings if finding.state != "OK")]
 
 
 def rank_devices_finding(ranks: list[dict[str, Any]], backend: str) -> Finding:
