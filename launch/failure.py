@@ -17,16 +17,8 @@ from typing import Any, NoReturn
 import torch
 import torch.distributed as dist
 
-from launch.errors import (
-    EXIT_PREEMPTED,
-    DeviceError,
-    DistributedError,
-    UsageError,
-    first_line,
-    is_users,
-    report_error,
-    user_line,
-)
+from launch import errors
+from launch.errors import DeviceError, DistributedError, UsageError, is_users
 from launch.heartbeats import Heartbeats
 from launch.launcher import Launch
 from launch.stop import moments, stop_request
@@ -86,9 +78,9 @@ class JobFailure:
         with exit_after(AGREE_SECONDS, code):
             first = self.claim_error_line()
             if first and isinstance(known, LostPeer):
-                report_error(self._lost_line())
-            elif first and (line := user_line(known)) is not None:
-                report_error(line)
+                errors.report_error(self._lost_line())
+            elif first and (line := errors.user_line(known)) is not None:
+                errors.report_error(line)
             if self.heartbeats is not None:
                 with contextlib.suppress(RuntimeError):
                     self.heartbeats.send(self.step, "left")  # so that the others do not take it for one that was lost
@@ -131,16 +123,16 @@ class JobFailure:
         all are here, with the error line claimed: so none takes another for lost.
         """
         if speaks:
-            report_error(line)
+            errors.report_error(line)
         if stuck and self.heartbeats is not None:
             self.heartbeats.kill_siblings(stuck)
         if self.run is not None:
-            write = self.run.preempted if code == EXIT_PREEMPTED else partial(self.run.failed, step=self.step)
+            write = self.run.preempted if code == errors.EXIT_PREEMPTED else partial(self.run.failed, step=self.step)
             writing = threading.Thread(target=write, args=[line], daemon=True)
             with contextlib.suppress(RuntimeError):  # no more threads
                 writing.start()
                 writing.join(2)  # a file system that hangs must not keep the process
-        if code == EXIT_PREEMPTED and self.heartbeats is not None:
+        if code == errors.EXIT_PREEMPTED and self.heartbeats is not None:
             self.heartbeats.wait_to_leave(LINGER_SECONDS)
         os._exit(code)
 
@@ -189,8 +181,8 @@ def translated(error: Exception) -> Exception:
         return DeviceError(f"memory: {str(error).splitlines()[0] if text else 'used up'}; lower --batch-size, raise "
                            f"--accumulation-steps, or use --precision bf16")
     if isinstance(error, torch.AcceleratorError):
-        return DeviceError(f"GPU: {first_line(error)}; look at nvidia-smi and the system log; CUDA_LAUNCH_BLOCKING=1 "
-                           f"shows the line that caused it")
+        return DeviceError(f"GPU: {errors.first_line(error)}; look at nvidia-smi and the system log; "
+                           f"CUDA_LAUNCH_BLOCKING=1 shows the line that caused it")
     if "finished reduction in the prior iteration" in text:
         indices = re.search(r"did not receive grad for rank \d+: ([\d ]+)", text)
         which = f" (numbers {indices[1].strip()})" if indices else ""
