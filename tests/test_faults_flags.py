@@ -13,6 +13,8 @@ pytestmark = pytest.mark.timeout(60)
 FLAGS = [
     Fault(name="batch-not-divisible", ranks=2, flags=("--batch-size", "61"), codes=(2,), state=None,
           error="ERROR usage: --batch-size 61: not divisible by 2 ranks x 1 accumulation steps; try 6"),
+    Fault(name="odd-batch-with-mixing", ranks=2, flags=("--batch-size", "30", "--mixup", "0.2"), codes=(2,), state=None,
+          error="ERROR usage: --batch-size 30: leaves 15 samples per rank and micro-batch, and .* need pairs; try 32"),
     Fault(name="data-set-smaller-than-a-batch", ranks=2, flags=("--batch-size", "1000"), codes=(3,), state="FAILED",
           error="ERROR data: --batch-size 1000: the training set has only 600 samples"),
     Fault(name="unknown-model", ranks=2, flags=("--model", "nett"), codes=(2,), state=None,
@@ -48,8 +50,8 @@ FLAGS = [
 
 
 @pytest.mark.parametrize("fault", cases(FLAGS, default={
-    "batch-not-divisible", "data-set-smaller-than-a-batch", "unknown-flag", "no-CUDA-device", "data-missing",
-    "images-too-small-for-the-model", "one-sample-per-micro-batch"}))
+    "batch-not-divisible", "odd-batch-with-mixing", "data-set-smaller-than-a-batch", "unknown-flag",
+    "no-CUDA-device", "data-missing", "images-too-small-for-the-model", "one-sample-per-micro-batch"}))
 def test_a_mistake_is_told_in_one_line_before_anything_is_trained(tmp_path: Path, fault: Fault) -> None:
     assert_ends_as_specified(fault, tmp_path)
     assert not (tmp_path / "runs" / "r" / "metrics.jsonl").exists()

@@ -47,3 +47,15 @@ def test_ranks_that_find_other_samples_are_stopped(tmp_path: Path) -> None:
     ended = train(tmp_path, *LINEAR, ranks=2)
     assert ended.codes == [3, 3]
     assert "the ranks found different samples; seed whatever splits" in ended.err
+
+
+@pytest.mark.timeout(60)
+def test_mixing_with_a_regression_is_one_line(tmp_path: Path) -> None:
+    write(tmp_path, """
+        def load():
+            return tuple(TensorDataset(torch.rand(24, 3, 8, 8), torch.rand(24, 1)) for _ in range(2))""")
+    ended = train(tmp_path, *LINEAR, "--mixup", 0.2, ranks=2)
+    assert ended.codes == [2, 2]
+    assert [line for line in ended.err.splitlines() if line.startswith("ERROR")] == [
+        "ERROR usage: --mixup 0.2: mixes images (C, H, W) and their labels; these are inputs (3, 8, 8) with numbers; "
+        "leave it out"]

@@ -195,8 +195,8 @@ def learn_facts(config: CustomConfig, reading: Reading, known: Sequence[str] | N
         raise UsageError("--num-classes: missing; the targets are class numbers, and the training set has no .classes")
     shape = tuple(inputs.shape[1:]) if isinstance(inputs, Tensor) else ()
     if config.mixing() and (kind == "numbers" or len(shape) != 3):
-        raise UsageError(f"--mixup {config.mixup} --cutmix {config.cutmix}: mix images (C, H, W) and their labels, and "
-                         f"these are inputs of {shape or 'several tensors'} with {kind}; leave both out")
+        raise UsageError(f"--{'mixup' if config.mixup else 'cutmix'} {config.mixup or config.cutmix}: mixes images "
+                         f"(C, H, W) and their labels; these are inputs {shape} with {kind}; leave it out")
     if len(names) != num_outputs:
         names = tuple(map(str, range(num_outputs)))
     reading.num_classes = num_outputs if kind == "classes" else None
