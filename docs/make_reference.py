@@ -18,7 +18,8 @@ if __name__ == "__main__":  # run by path: our packages, not others of the same 
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from launch.rules import LARGEST, AtLeast, rules_of
-from trainers.engine.config import ImageConfig, TrainConfig
+from trainers.augment_flags import AugmentFlags
+from trainers.engine.config import TrainConfig
 from trainers.engine.schedule import ScheduleFlags
 
 PAGE = Path(__file__).with_name("reference.md")
@@ -98,7 +99,7 @@ def tables() -> str:
     """All tables: of every trainer, of the image trainers, then each command's own flags and other defaults."""
     hidden = {"given", "in_file"}
     common = [field.name for field in fields(TrainConfig) if field.name not in hidden]
-    of_images = [field.name for field in fields(ImageConfig) if field.name not in [*common, *hidden]]
+    of_images = [field.name for field in fields(AugmentFlags) if field.name not in [*common, *hidden]]
     text = ["## Flags of every trainer", ""]
     titles = ScheduleFlags.TITLES | TrainConfig.TITLES
     title, groups = "General", dict[str, list[str]]()
@@ -107,11 +108,11 @@ def tables() -> str:
         groups.setdefault(title, []).append(name)
     for title, names in groups.items():
         text += [f"### {title}", "", *rows(TrainConfig, names)] if any(names) else []
-    text += ["## Flags of the image trainers", "", *rows(ImageConfig, [*of_images, "loss"])]
+    text += ["## Flags of the image trainers", "", *rows(AugmentFlags, [*of_images, "loss"])]
     for path, name in COMMANDS.items():
         module = importlib.import_module(path.removesuffix(".py").replace("/", "."))
         config_class = getattr(module, name)
-        base = next(base for base in (ImageConfig, TrainConfig, object) if issubclass(config_class, base))
+        base = next(base for base in (AugmentFlags, TrainConfig, object) if issubclass(config_class, base))
         known = {field.name: field.default for field in fields(base)} if base is not object else {}
         own = [field.name for field in fields(config_class) if field.name not in known and field.name not in hidden]
         changed = {field.name: field.default for field in fields(config_class)

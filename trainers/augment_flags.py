@@ -17,6 +17,7 @@ from launch.process_group import World
 from launch.rules import AtLeast
 from launch.stop import ignore_signals
 from trainers.engine.config import ImageConfig, Statistics
+from trainers.engine.task import MixingFlags
 from trainers.engine.user_code import own_transform
 
 POLICIES = {"randaugment": v2.RandAugment, "trivialaugment": v2.TrivialAugmentWide, "autoaugment": v2.AutoAugment,
@@ -26,7 +27,7 @@ SIGMA, KERNEL = (0.1, 2.0), 13  # of the blur, in pixels (DeiT III, 2022), and w
 
 
 @dataclass(frozen=True, kw_only=True)
-class AugmentFlags(ImageConfig):
+class AugmentFlags(MixingFlags, ImageConfig):
     """Flags of augmentation: of whole batches on the device, and of one image at a time in workers."""
 
     TITLES: ClassVar = {"vertical_flip": "Data"}
@@ -50,6 +51,7 @@ class AugmentFlags(ImageConfig):
     def check(self) -> None:
         """The same, and that no flag of augmentation is in vain."""
         super().check()
+        self.check_mixing(self.batch_size, 0 if self.evaluate is not None else self.rank_batch_size())
         magnitude, given = self.augment_magnitude, f"--augment-magnitude {self.augment_magnitude}"
         if magnitude is not None and self.auto_augment not in MAGNITUDES:
             raise UsageError(f"{given}: is of --auto-augment randaugment and augmix, not of {self.auto_augment}; use "

@@ -19,7 +19,6 @@ from launch.rules import LARGEST, MOST_SECONDS, Above, AtLeast, check_numbers
 from trainers.engine.parallel import ParallelName
 from trainers.engine.precision import PrecisionName
 from trainers.engine.schedule import ScheduleFlags
-from trainers.engine.task import MixingFlags
 from trainers.engine.trackers.tracker import TrackerName, check_installed
 from trainers.engine.user_code import check_loss, is_reference, options_in
 
@@ -241,7 +240,7 @@ class TrainConfig(ScheduleFlags):
 
 
 @dataclass(frozen=True, kw_only=True)
-class ImageConfig(MixingFlags, TrainConfig):
+class ImageConfig(TrainConfig):
     """Flags shared by the trainers of image classifiers."""
 
     TITLES: ClassVar = {"normalize": "Data"}
@@ -278,7 +277,6 @@ class ImageConfig(MixingFlags, TrainConfig):
         super().check()
         if self.shift >= (size := getattr(self, "train_size", None) or self.size()):
             raise UsageError(f"--shift {self.shift}: must be below the image size of {size}")
-        self.check_mixing(self.batch_size, 0 if self.evaluate is not None else self.rank_batch_size())
         if self.loss != "bce":  # which takes all that cross-entropy does
             check_loss(self.loss, ("cross-entropy", "bce"), label_smoothing=self.label_smoothing,
                        class_weights=self.class_weights)
