@@ -1,7 +1,6 @@
 """The flags that every trainer shares. A trainer's own config inherits from TrainConfig and adds its own.
 
-Each field is a flag (`--batch-size` or `--batch_size`), its docstring the help, None means off. The range of a number
-stands beside it (launch/rules.py).
+Each field is a flag, its docstring the help, None means off. A number's range (launch/rules.py) stands beside it.
 """
 
 import re
@@ -27,7 +26,7 @@ MAY_CHANGE = frozenset({
     "data_dir", "download", "output_dir", "run_name", "epochs", "max_steps", "accumulation_steps", "device", "backend",
     "parallel", "find_unused_parameters", "compile", "compile_mode", "channels_last", "workers", "threads", "onednn",
     "deterministic", "eval_every", "checkpoint_every", "keep_checkpoints", "resume", "evaluate", "timeout",
-    "tensorboard", "init_from", "config", "dry_run", "patience", "pictures", "log_gradients", "show_batch",
+    "tensorboard", "init_from", "config", "dry_run", "patience", "pictures", "log_gradients", "show_batch", "profile",
     "save_weights", "cache", "cache_dir", "skip_bad",  # of image_folder.py: how images are read, what is forgiven
 })
 
@@ -178,6 +177,8 @@ class TrainConfig(ScheduleFlags):
     """Take a few steps, save and load in a temporary place, say what the run would take, and keep nothing."""
     measure: str | None = None
     """Time so many steps after leaving others out, WARMUP:STEPS, write the figures to result.json, and stop."""
+    profile: str | None = None
+    """Record so many steps from one on, STEP:STEPS, by torch.profiler: profile/rank-R.* in the run folder."""
 
     @staticmethod
     def translated(saved: Mapping[str, Any]) -> dict[str, Any]:
@@ -190,10 +191,7 @@ class TrainConfig(ScheduleFlags):
         return config
 
     def rank_batch_size(self) -> int:
-        """Samples per rank per micro-batch, by the launcher's world size.
-
-        Raises UsageError if the batch does not divide; where nothing is trained, it need not.
-        """
+        """Samples per rank per micro-batch; UsageError if the batch does not divide and something is trained."""
         world_size = read_launch().world_size
         parts = world_size * self.accumulation_steps
         if self.batch_size % parts and self.evaluate is None:
@@ -216,6 +214,8 @@ class TrainConfig(ScheduleFlags):
         check_installed(self.trackers())
         if self.measure is not None:
             measured_steps(self.measure)
+        if self.profile is not None:
+            measured_steps(self.profile, flag="--profile", form="STEP:STEPS")
         if self.optimizer not in OPTIMIZERS and not is_reference(self.optimizer):
             raise UsageError(f"--optimizer {self.optimizer}: unknown; choose {', '.join(OPTIMIZERS)} or FILE.py:NAME"
                              f"{nearest(self.optimizer, OPTIMIZERS)}")
@@ -289,10 +289,10 @@ class ImageConfig(TrainConfig):
         return {"mean": known[self.normalize][0], "std": known[self.normalize][1], **moved}
 
 
-def measured_steps(text: str) -> tuple[int, int]:
-    """`20:100` as (20, 100): steps left out, steps timed. UsageError for anything else, or if no step is timed."""
+def measured_steps(text: str, *, flag: str = "--measure", form: str = "WARMUP:STEPS") -> tuple[int, int]:
+    """`20:100` as (20, 100): steps left out, steps taken. UsageError for anything else, or if no step is taken."""
     match = re.fullmatch(r"(\d{1,10}):(\d{1,10})", text)
     warmup, steps = map(int, match.groups()) if match else (0, 0)
     if warmup > LARGEST or not 0 < steps <= LARGEST:
-        raise UsageError(f"--measure {text}: must be WARMUP:STEPS, such as 20:100, each at most {LARGEST:,}")
+        raise UsageError(f"{flag} {text}: must be {form}, such as 20:100, each at most {LARGEST:,}")
     return warmup, steps

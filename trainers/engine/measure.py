@@ -1,6 +1,6 @@
 """What one set-up is worth, measured inside a real run: `--measure WARMUP:STEPS`, which launch/benchmark.py passes.
 
-And `--dry-run`: whether a run would work, and what it would take.
+And `--dry-run`: whether a run would work, and what it would take; and `--profile STEP:STEPS`: what steps are made of.
 
 The window is timed on the loop that trains (votes, reports and all); only then is the step split into phases, since
 that needs a wait for the device at every phase. Communication is what gradient averaging adds to forward and backward:
@@ -11,7 +11,8 @@ import os
 import resource
 import shutil
 import time
-from contextlib import nullcontext, suppress
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.flop_counter import FlopCounterMode
 
-from launch.errors import CheckpointError, say
+from launch.errors import CheckpointError, say, to_stderr
 from launch.process_group import barrier, from_main, gather
 from trainers.engine.checkpoints.load import load_or_fail
 from trainers.engine.checkpoints.save import write_checkpoint
@@ -165,6 +166,68 @@ def time_phases(trainer: Trainer, train: TrainBatches, steps: int) -> dict[str, 
         "communication_seconds": max(0.0, gradients - bare) if averages else None,
         "optimizer_seconds": phases["optimizer"],
     }
+
+
+class Profile:
+    """Is told of the phases of a step in the watchdog's place, and records the steps from `first` to before `end`."""
+
+    def __init__(self, trainer: Trainer, first: int, end: int) -> None:
+        self.trainer, self.first, self.end = trainer, first, end
+        self.on_gpu = trainer.world.device.type == "cuda"
+        self.profiler: torch.profiler.profile | None = None
+        self.is_recording = False
+        self._phase = ExitStack()  # the range that the trace shows
+
+    def mark(self, phase: str, step: int) -> None:
+        """A phase begins."""
+        self.trainer.world.watchdog.mark(phase, step)
+        self._phase.close()
+        if step >= self.end:
+            self.write()
+        elif self.profiler is None and step >= self.first and phase == "data":
+            if self.on_gpu:
+                torch.cuda.memory._record_memory_history(max_entries=100_000)
+            self.profiler = torch.profiler.profile(record_shapes=True, profile_memory=True)
+            self.profiler.start()
+            self.is_recording = True
+        if self.is_recording:
+            self._phase.enter_context(torch.profiler.record_function(phase))
+
+    def write(self) -> None:
+        """End a recording: a trace for chrome and TensorBoard, and on a GPU what its memory held."""
+        if self.profiler is None or not self.is_recording:
+            return
+        self.is_recording = False
+        self._phase.close()
+        world, folder = self.trainer.world, self.trainer.folder
+        with self.trainer.report.optional("--profile"):
+            self.profiler.stop()
+            if world.is_main:
+                folder.ownership.check()
+            place = folder.path / "profile" / f"rank-{world.rank}"
+            place.parent.mkdir(exist_ok=True)
+            self.profiler.export_chrome_trace(f"{place}.pt.trace.json")
+            if self.on_gpu:
+                torch.cuda.memory._dump_snapshot(f"{place}.memory.pickle")
+                torch.cuda.memory._record_memory_history(enabled=None)
+
+
+@contextmanager
+def profiled(trainer: Trainer, steps: str | None) -> Iterator[None]:
+    """Record what `--profile` asks for of the steps taken in the block, however that ends."""
+    if steps is None:
+        yield
+        return
+    first, number = measured_steps(steps)
+    profile = Profile(trainer, first, first + number)
+    trainer.train_step.mark = profile.mark
+    try:
+        yield
+    finally:
+        profile.write()
+        trainer.train_step.mark = trainer.world.watchdog.mark
+        if profile.profiler is None and trainer.world.is_main:
+            to_stderr(f"WARNING --profile {steps}: no such step was taken; the run is at step {trainer.step}")
 
 
 def usage() -> dict[str, float | None]:

@@ -30,7 +30,7 @@ from launch.stop import Stopped, signals_caught
 from trainers.engine.checkpoints.save import Checkpointer
 from trainers.engine.config import ImageConfig, Statistics, TrainConfig
 from trainers.engine.data_record import DataRecord
-from trainers.engine.measure import dry_run, write_measurement
+from trainers.engine.measure import dry_run, profiled, write_measurement
 from trainers.engine.metrics import TOP
 from trainers.engine.optimizer import build_optimizer, ema_average, freeze
 from trainers.engine.parallel import choose_parallel, parallelize
@@ -246,11 +246,12 @@ def train_model(config: TrainConfig, run: Run, model: nn.Module, task: Task, tra
                     first = next(train.batches(trainer.epoch, trainer.samples_consumed))
                     with trainer.report.optional("--show-batch"):
                         draw_first_batch(run.folder, first, statistics, class_names)
-            if config.dry_run:
-                return dry_run(trainer, train, config)
-            if config.measure is not None:
-                return write_measurement(trainer, train, config.measure)
-            trainer.fit(train, evaluated, last_step=config.total_steps(train.steps_per_epoch))
+            with profiled(trainer, config.profile):
+                if config.dry_run:
+                    return dry_run(trainer, train, config)
+                if config.measure is not None:
+                    return write_measurement(trainer, train, config.measure)
+                trainer.fit(train, evaluated, last_step=config.total_steps(train.steps_per_epoch))
             if at_the_end is not None:
                 load_best(trainer)
         if at_the_end is not None:
