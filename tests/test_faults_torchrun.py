@@ -2,6 +2,7 @@
 
 import os
 import signal
+import sys
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -12,7 +13,7 @@ import pytest
 from launch.stop import signals_flag
 from tests.helpers.faults import check_lines, check_nothing_left
 from tests.helpers.hooks import at, kill, on_first_start, sleep_for, touch
-from tests.helpers.processes import Ended, metrics, newest_checkpoint, read_json, wait_until
+from tests.helpers.processes import ROOT, Ended, execute, metrics, newest_checkpoint, read_json, wait_until
 from tests.helpers.server import NORMED, Job, free_port, start
 
 pytestmark = pytest.mark.timeout(150)
@@ -139,3 +140,14 @@ def test_torchruns_own_report_shows_the_line_of_the_rank_that_failed(tmp_path: P
     root_cause = finished.err.partition("Root Cause")[2]
     assert f"traceback : {finished.errors[0]}" in root_cause
     assert "To enable traceback see" not in root_cause
+
+
+@pytest.mark.slow
+def test_in_our_own_torchrun_the_line_of_the_rank_that_failed_is_the_last(tmp_path: Path) -> None:
+    ended = execute([sys.executable, str(ROOT / "launch" / "torchrun.py"), "--standalone", "--nproc-per-node=2",
+                     str(ROOT / "trainers" / "mnist.py"), "--dataset", "synthetic", "--sync-bn", "--output-dir",
+                     str(tmp_path)], cwd=tmp_path, timeout=100, OMP_NUM_THREADS="1")
+    assert ended.code == 1
+    assert ended.errors == ended.err.splitlines()[-1:]
+    assert ended.errors[0].startswith("ERROR usage: --sync-bn: ")
+    assert "Traceback" not in ended.err
