@@ -5,6 +5,7 @@ choices are one hash each; the pixels are moved by one gather and one select for
 one image after the other: for torchvision's transforms, which draw from torch's generator.
 """
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -182,10 +183,16 @@ def erase(images: Tensor, share: float, samples: Tensor, *key_parts: int) -> Ten
     return images.masked_fill_((chosen & inside[0][:, :, None] & inside[1][:, None, :])[:, None], 0)
 
 
+@functools.lru_cache
+def scale_and_offset(mean: tuple[float, ...], std: tuple[float, ...], device: torch.device) -> tuple[Tensor, Tensor]:
+    """What `normalize` multiplies by and subtracts, (C, 1, 1) each; kept, as a copy to a GPU waits for it."""
+    return (torch.tensor([1 / (255 * s) for s in std], device=device)[:, None, None],
+            torch.tensor([m / s for m, s in zip(mean, std, strict=True)], device=device)[:, None, None])
+
+
 def normalize(images: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> Tensor:
     """uint8 (B, C, H, W) to float32: each channel less its mean, divided by its std."""
-    scale = torch.tensor([1 / (255 * s) for s in std], device=images.device)[:, None, None]
-    offset = torch.tensor([m / s for m, s in zip(mean, std, strict=True)], device=images.device)[:, None, None]
+    scale, offset = scale_and_offset(mean, std, images.device)
     normalized = torch.empty_like(images, dtype=torch.float32)
     together = CACHED_VALUES // images[0].numel() if images.device.type == "cpu" and len(images) else len(images)
     for some, result in zip(images.split(max(1, together)), normalized.split(max(1, together)), strict=True):

@@ -69,7 +69,9 @@ class TrainLoader:
     def batches(self, epoch: int, samples_consumed: int) -> Iterator[Batch]:
         """The rest of the epoch, in micro-batches of `rank_batch_size`."""
         self.sampler.set_position(epoch, samples_consumed)
-        samples = self.sampler.indices().to(self.inputs.device)
+        samples = self.sampler.indices()
+        if self.inputs.device.type != "cpu":
+            samples = samples.pin_memory().to(self.inputs.device, non_blocking=True)  # else a step waits for the GPU
         largest = min(CHUNK_SAMPLES, CHUNK_BYTES // max(1, self.inputs[0].nbytes))
         chunk_size = self.rank_batch_size * max(1, largest // self.rank_batch_size)
         for chunk in samples.split(chunk_size):

@@ -21,6 +21,8 @@ class History:
         """accuracy, accuracy_top5, loss and step of the best evaluation."""
         self.train_seconds = 0.0
         """Of all steps: no evaluation, checkpoint or report is in it."""
+        self.warm_up_seconds = 0.0
+        """Of this process, before its first step: compilation, choice of kernels."""
         self.samples_here = 0
         """Samples over all ranks that this process has taken part in training on."""
         self._running_since = 0.0
@@ -29,6 +31,12 @@ class History:
     def start_clock(self) -> None:
         """Steps begin."""
         self._running_since = time.perf_counter()
+
+    def end_warm_up(self, device: torch.device) -> None:
+        """What has passed was no step; the clock runs from now."""
+        synchronize(device)
+        self.warm_up_seconds = time.perf_counter() - self._running_since
+        self.start_clock()
 
     def pause_clock(self, device: torch.device) -> None:
         """Wait for the device and add what has passed; the clock runs on from now."""

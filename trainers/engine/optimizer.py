@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.optim.swa_utils import get_ema_multi_avg_fn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from launch.errors import UsageError, first_line
 from trainers.engine.user_code import Reference, is_reference, options_in
@@ -157,13 +157,25 @@ def as_matrix(tensor: Tensor, like: Tensor) -> Tensor:
 
 
 class FilterMuon(torch.optim.Muon):
-    """torch's Muon, which takes matrices only, for filters too: flattened, as cifar10-airbench and timm do."""
+    """torch's Muon, which takes matrices only, for filters too: flattened, as cifar10-airbench and timm do.
 
-    def __init__(self, groups: list[dict[str, Any]], **options: Any) -> None:
+    `normalize`: before each step every weight is scaled to the norm that as many orthonormal rows have.
+    """
+
+    def __init__(self, groups: list[dict[str, Any]], *, normalize: bool = False, **options: Any) -> None:
+        self.normalizes = normalize
         matrices = [[as_matrix(parameter.detach(), parameter) for parameter in group["params"]] for group in groups]
         super().__init__([{**group, "params": flat} for group, flat in zip(groups, matrices, strict=True)], **options)
         for group, given in zip(self.param_groups, groups, strict=True):
             group["params"] = given["params"]
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> Any:
+        """Update all parameters."""
+        for group in self.param_groups if self.normalizes else ():
+            for parameter in group["params"]:
+                parameter.mul_(len(parameter) ** 0.5 / parameter.norm().clamp_(min=1e-7))  # nothing here waits for the device
+        return super().step(closure)
 
     def _init_group(self, group: Any, params_with_grad: list[Tensor], grads: list[Tensor],
                     muon_momentum_bufs: list[Tensor]) -> bool:
@@ -180,22 +192,33 @@ class FilterMuon(torch.optim.Muon):
 class MuonWithAdamW:
     """Muon for weight matrices and filters and AdamW for everything else, stepped and saved as one.
 
-    Muon's rates are matched to AdamW's (adjust_lr_fn), so one learning rate serves both.
+    Muon's rates are matched to AdamW's (adjust_lr_fn), so one learning rate serves both. With `sgd`, its options such
+    as lr and momentum, Muon takes filters alone, as options such as ns_steps say, and SGD with momentum the rest, as in
+    cifar10-airbench.
     """
 
     def __init__(self, groups: list[dict[str, Any]], *, momentum: float, adams: Mapping[str, Any] | None = None,
-                 **common: Any) -> None:
-        def chosen(matrices: bool) -> list[dict[str, Any]]:
+                 sgd: Mapping[str, Any] | None = None, lr: float, weight_decay: float, **options: Any) -> None:
+        def chosen(matrices: bool, rate: float = lr) -> list[dict[str, Any]]:
             """The groups with only their matrices, or with only the rest; those left empty are dropped."""
-            parts = [{**group, "params": [each for each in group["params"] if is_matrix(each) is matrices]}
+            parts = [{**group, "lr": group.get("lr", lr) * (rate / lr if lr else 1), "params": [
+                each for each in group["params"] if (is_matrix(each) and (sgd is None or each.ndim > 2)) is matrices]}
                      for group in groups]
             return [part for part in parts if part["params"]]
 
+        sgd = None if sgd is None else dict(sgd)  # TypeError for anything else
+        common = {"lr": lr, "weight_decay": weight_decay}
         self.parts: list[Optimizer] = []
         if matrices := chosen(True):
-            self.parts.append(FilterMuon(matrices, momentum=momentum, adjust_lr_fn="match_rms_adamw", **common))
-        if others := chosen(False):
-            self.parts.append(torch.optim.AdamW(others, **common, **(adams or {})))
+            how = {"adjust_lr_fn": "match_rms_adamw" if sgd is None else "original", **common, **options}
+            self.parts.append(FilterMuon(matrices, momentum=momentum, **how))
+        if others := chosen(False, (sgd or common).get("lr", lr)):
+            if sgd is not None:
+                how = {"momentum": 0.9, "nesterov": True, "fused": True, **common, **sgd}
+                self.parts.append(torch.optim.SGD(others, **how))
+            else:
+                self.parts.append(torch.optim.AdamW(others, **common, **options, **(adams or {}),
+                                                    fused=others[0]["params"][0].is_cuda or None))
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:
@@ -225,10 +248,30 @@ class MuonWithAdamW:
 def ema_average(decay: float, *, warmup_steps: int) -> Callable[[Any, Any, Any], None]:
     """The update of a moving average of weights for `AveragedModel`: torch's own, slower to forget once warmed up."""
     def average(averaged: Any, current: Any, num_averaged: Any) -> None:
-        steps = int(num_averaged)  # on the CPU: no wait for a GPU
+        steps = int(num_averaged)
         get_ema_multi_avg_fn(min(decay, (1 + steps) / (warmup_steps + steps)))(averaged, current, num_averaged)
 
     return average if warmup_steps else get_ema_multi_avg_fn(decay)
+
+
+class MovingAverage(AveragedModel):
+    """An exponential moving average of weights and buffers; torch's copies its counter to the GPU, which waits."""
+
+    def __init__(self, model: nn.Module, decay: float, *, warmup_steps: int = 0) -> None:
+        super().__init__(model, multi_avg_fn=ema_average(decay, warmup_steps=warmup_steps), use_buffers=True)
+        self.num_updates = 0
+
+    @torch.no_grad()
+    def update_parameters(self, model: nn.Module) -> None:
+        """After an optimizer step; the first one is taken as it is."""
+        averages, values = ([*each.parameters(), *each.buffers()] for each in (self.module, model))
+        if self.num_updates == 0:
+            torch._foreach_copy_(averages, values)
+        for floats in (True, False) if self.num_updates else ():
+            pairs = [pair for pair in zip(averages, values, strict=True) if pair[0].is_floating_point() is floats]
+            if pairs:
+                self.multi_avg_fn(*map(list, zip(*pairs, strict=True)), self.num_updates)  # pyright: ignore
+        self.num_updates += 1
 
 
 def freeze(model: nn.Module, patterns: tuple[str, ...]) -> None:

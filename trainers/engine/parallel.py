@@ -79,15 +79,18 @@ def gradient_sync(model: nn.Module, *, last: bool) -> contextlib.AbstractContext
     return contextlib.nullcontext()
 
 
-def rebuild_buckets_early(model: nn.Module, world: World, batches: Iterator[Batch], *, loss: Callable[..., Tensor]
-                   ) -> Iterator[Batch]:
-    """Have DDP choose the layout of its gradients before the first step rather than after it.
+def warmed_up(model: nn.Module, world: World, batches: Iterator[Batch], *, loss: Callable[..., Tensor]
+              ) -> Iterator[Batch]:
+    """Run forward and backward once where that prepares something: torch.compile's kernels, cuDNN's choice, or DDP's
+    layout of the gradients.
 
-    It lays them out again in the order in which they first arrived, and over three or more ranks that decides in which
+    DDP lays them out again in the order in which they first arrived, and over three or more ranks that decides in which
     order they are added up: the first step of a resumed run would differ in the last bits from the same step of one
     never stopped. The model and its gradients are left as they were; the batches returned include the first one.
     """
-    first = next(batches, None) if isinstance(model, DistributedDataParallel) and world.world_size > 2 else None
+    prepares = (world.device.type == "cuda" or unwrap(model)._compiled_call_impl is not None
+                or (isinstance(model, DistributedDataParallel) and world.world_size > 2))
+    first = next(batches, None) if prepares else None
     if first is None:
         return batches
     before = [buffer.clone() for buffer in model.buffers()]  # BatchNorm's running statistics

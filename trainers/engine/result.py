@@ -54,6 +54,7 @@ def finish(trainer: Trainer, evaluation: Evaluation, class_names: tuple[str, ...
         "num_samples": evaluation.num_samples, "split": split, "accuracy_top5": evaluation.accuracy_top5,
         **evaluation.metrics,
         "class_names": list(class_names), "train_seconds": seconds, "total_seconds": total_seconds,
+        "warm_up_seconds": trainer.history.warm_up_seconds,
         "samples_per_second": trainer.step * batch_size / seconds if seconds else None,
         "world_size": world.world_size, "device": str(world.device), "precision": step.precision.name,
         "parallel": parallel_name(step.model), "num_parameters": num_parameters(step.network),

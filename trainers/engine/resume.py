@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 from torch import Tensor
-from torch.optim.swa_utils import AveragedModel
 
 from launch.errors import CheckpointError, UsageError, first_line, launched_rank, say, to_stderr
 from launch.files import writing
@@ -19,6 +18,7 @@ from trainers.engine.checkpoints.snapshot import hash_tensors, tensors_in
 from trainers.engine.checkpoints.weights import load_weights
 from trainers.engine.config import ImageConfig, TrainConfig
 from trainers.engine.data_record import saved_class_names
+from trainers.engine.optimizer import MovingAverage
 from trainers.engine.run.card import CARD_FILE, read_card
 from trainers.engine.run.folder import RunFolder
 from trainers.engine.run.ownership import is_restart_of
@@ -131,7 +131,7 @@ def load_for_evaluation(state: Mapping[str, Any], path: Path, trainer: Trainer) 
     train_step.network.load_state_dict(state["model"])
     train_step.ema = None
     if state["ema"] is not None:
-        train_step.ema = AveragedModel(train_step.network)
+        train_step.ema = MovingAverage(train_step.network, decay=1.0)
         train_step.ema.module.load_state_dict(state["ema"])
     trainer.step, trainer.epoch, trainer.history.best = state["step"], state["epoch"], state["best"]
     check_same_on_all_ranks(trainer, path)

@@ -20,7 +20,6 @@ from typing import Any, Literal
 
 import torch
 from torch import nn
-from torch.optim.swa_utils import AveragedModel
 
 from launch.errors import UsageError, say, to_stderr
 from launch.failure import translated
@@ -32,7 +31,7 @@ from trainers.engine.config import ImageConfig, Statistics, TrainConfig
 from trainers.engine.data_record import DataRecord
 from trainers.engine.measure import dry_run, profiled, write_measurement
 from trainers.engine.metrics import TOP
-from trainers.engine.optimizer import build_optimizer, ema_average, freeze
+from trainers.engine.optimizer import MovingAverage, build_optimizer, freeze
 from trainers.engine.parallel import choose_parallel, parallelize
 from trainers.engine.precision import Precision
 from trainers.engine.result import draw_first_batch, draw_result, finish, summary
@@ -170,8 +169,7 @@ def build_step(config: TrainConfig, model: nn.Module, task: Task, world: World, 
         raise UsageError(f"--freeze {' '.join(config.freeze)}: leaves nothing to train; freeze less")
     ema = None
     if config.ema_decay is not None:
-        average = ema_average(config.ema_decay, warmup_steps=config.ema_warmup_steps)
-        ema = AveragedModel(model, multi_avg_fn=average, use_buffers=True)
+        ema = MovingAverage(model, config.ema_decay, warmup_steps=config.ema_warmup_steps)
     optimizer = build_optimizer(model, config)
     if config.sync_bn and world.device.type != "cuda":
         raise UsageError(f"--sync-bn: torch's SyncBatchNorm needs CUDA, this is {world.device.type}; leave it out")

@@ -11,12 +11,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim.swa_utils import AveragedModel
 
 from launch.process_group import World
 from launch.stop import StopRequest
 from trainers.engine.dropout import default_generators, seed_dropout
 from trainers.engine.metrics import Evaluation, EvaluationSums, TrainingSums, sync_buffers
+from trainers.engine.optimizer import MovingAverage
 from trainers.engine.parallel import gradient_sync, unwrap
 from trainers.engine.precision import Precision
 from trainers.engine.task import Batch, EvaluationBatches, Task, apply, map_tensors
@@ -37,7 +37,7 @@ class TrainStep:
     """Owns what learns: the model, its optimizer and everything that a step does to them. Knows no position or file."""
 
     def __init__(self, model: nn.Module, optimizer: Any, task: Task, world: World, *, precision: Precision,
-                 schedule: Callable[[int], float], options: StepOptions, ema: AveragedModel | None = None) -> None:
+                 schedule: Callable[[int], float], options: StepOptions, ema: MovingAverage | None = None) -> None:
         self.model, self.optimizer, self.task, self.world = model, optimizer, task, world
         self.precision, self.schedule, self.options, self.ema = precision, schedule, options, ema
         self.mark: Callable[[str, int], None] = world.watchdog.mark
@@ -168,7 +168,7 @@ class TrainStep:
         self.precision.load_state_dict(state["scaler"])
         if self.ema is not None and state["ema"] is not None:
             self.ema.module.load_state_dict(state["ema"])
-            self.ema.n_averaged.fill_(state["step"])  # 0 would start the average again
+            self.ema.num_updates = state["step"]  # 0 would start the average again
 
 
 def is_frozen_norm(module: nn.Module) -> bool:

@@ -15,7 +15,7 @@ from trainers.engine.checkpoints.save import Checkpointer
 from trainers.engine.data_record import DataRecord
 from trainers.engine.history import History
 from trainers.engine.metrics import BestName, Evaluation
-from trainers.engine.parallel import rebuild_buckets_early
+from trainers.engine.parallel import warmed_up
 from trainers.engine.preflight import tried_first
 from trainers.engine.run.folder import RunFolder
 from trainers.engine.run.progress import Progress, epoch_text
@@ -132,11 +132,12 @@ class Trainer:
         step.train_mode()
         interval = max(1, train.steps_per_epoch // REPORTS_PER_EPOCH)
         batches = train.batches(self.epoch, self.samples_consumed)
+        self.history.start_clock()
         if not self.history.samples_here:
             batches = tried_first(step, batches, self.config)
-            batches = rebuild_buckets_early(step.model, self.world, batches,
-                                            loss=lambda *batch: step.forward(*step.to_device(*batch))[1])
-        self.history.start_clock()
+            batches = warmed_up(step.model, self.world, batches,
+                                loss=lambda *batch: step.forward(*step.to_device(*batch))[1])
+            self.history.end_warm_up(self.world.device)
         while self.samples_consumed < samples_per_epoch(train) and self.step < last_step:
             step_in_epoch = self.samples_consumed // train.global_batch_size + 1
             ends = step_in_epoch == train.steps_per_epoch or self.step + 1 == last_step

@@ -58,12 +58,12 @@ class Progress:
 
 
 def epoch_text(line: dict[str, Any], *, samples_per_second: float) -> str:
-    """An epoch's figures in one line."""
-    parts = [f"epoch {line['epoch']}: train loss {line['train_loss']:.4f}"]
+    """An epoch's figures in one line, aligned with those of other epochs; blank where there was no evaluation."""
     split = "validation" if "validation_loss" in line else "test"
-    for name, value in (("train accuracy", line["train_accuracy"]), (f"{split} accuracy", line[f"{split}_accuracy"])):
-        if value is not None:
-            parts.append(f"{name} {100 * value:.2f} %")
-    if line[f"{split}_loss"] is not None and line[f"{split}_accuracy"] is None:
-        parts.append(f"{split} loss {line[f'{split}_loss']:.6f}")
-    return ", ".join(parts) + f", {line['seconds']:.1f} s of training, {samples_per_second:,.0f} samples/s"
+    measure = "loss" if line["train_accuracy"] is None else "accuracy"
+    parts = [f"{'epoch ' + str(line['epoch']) + ':':<10}train loss {line['train_loss']:7.4f}"]
+    for name in [f"{split} loss"] if measure == "loss" else ["train accuracy", f"{split} accuracy"]:
+        value = line[name.replace(" ", "_")]
+        text = "" if value is None else f"{name} {value:10.6f}" if measure == "loss" else f"{name} {100 * value:6.2f} %"
+        parts.append(text.ljust(len(name) + (11 if measure == "loss" else 9)))
+    return "  ".join([*parts, f"{line['seconds']:7.1f} s", f"{samples_per_second:8,.0f} samples/s"])
