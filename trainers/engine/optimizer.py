@@ -174,7 +174,7 @@ class FilterMuon(torch.optim.Muon):
         """Update all parameters."""
         for group in self.param_groups if self.normalizes else ():
             for parameter in group["params"]:
-                parameter.mul_(len(parameter) ** 0.5 / parameter.norm().clamp_(min=1e-7))  # nothing here waits for the device
+                parameter.mul_(len(parameter) ** 0.5 / parameter.norm().clamp_(min=1e-7))
         return super().step(closure)
 
     def _init_group(self, group: Any, params_with_grad: list[Tensor], grads: list[Tensor],
