@@ -42,6 +42,7 @@ def parse(config_class: type, *, recipes: Mapping[str, Mapping[str, Any]] | None
     default = config_class()
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first.add_argument("--recipe", nargs="?")
+    first.add_argument("--model", nargs="?")
     first.add_argument("--config", nargs="?", type=Path)
     given = first.parse_known_args(args)[0]
     file = at_home(given.config) if hasattr(default, "config") else None
@@ -50,7 +51,7 @@ def parse(config_class: type, *, recipes: Mapping[str, Mapping[str, Any]] | None
         name = given.recipe or flags.get("recipe", default.recipe)
         if name not in recipes:
             raise UsageError(f"--recipe {name}: unknown; choose from {', '.join(recipes)}{nearest(name, recipes)}")
-        default = replace(default, **{**recipes[name], "recipe": name})
+        default = replace(default, **of_recipe(recipes[name], default, given.model or flags.get("model")), recipe=name)
     if file is not None:
         try:
             default = from_words(config_class, as_words(flags, config_class), default)
@@ -61,6 +62,13 @@ def parse(config_class: type, *, recipes: Mapping[str, Mapping[str, Any]] | None
     names = (word.partition("=")[0][2:].replace("-", "_") for word in args if word.startswith("--"))
     stated = {"given": tuple(dict.fromkeys(names)), "in_file": tuple(flags)} if "given" in values else {}
     return replace(config, **{**values, **stated})
+
+
+def of_recipe(recipe: Mapping[str, Any], default: Any, model: str | None) -> dict[str, Any]:
+    """A recipe's settings; where another model is asked for, without those that are of its own (`OF_A_MODEL`)."""
+    is_its_own = model in (None, recipe.get("model", getattr(default, "model", None)))
+    left_out = () if is_its_own else default.OF_A_MODEL
+    return {name: value for name, value in recipe.items() if name not in left_out}
 
 
 def read_flags(path: Path, config_class: type) -> dict[str, Any]:

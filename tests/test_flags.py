@@ -4,6 +4,7 @@ import json
 import re
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -29,6 +30,26 @@ TITLES = ["Data", "Model", "Optimization", "Distribution", "Saving and resuming"
 ])
 def test_old_spellings_of_normalize_mean_what_they_meant(module, config_class, words, normalize) -> None:
     assert parse(config_class, recipes=module.RECIPES, args=words.split()).normalize == normalize
+
+
+@pytest.mark.parametrize(("module", "config_class", "own"), [
+    (mnist, mnist.MnistConfig, {"channels": (16, 32), "hidden": 64, "dropout": 0.0}),
+])
+def test_a_recipe_sets_its_own_model_and_not_another_that_is_asked_for(tmp_path: Path, module, config_class, own
+                                                                       ) -> None:
+    def parsed(*words: str) -> Any:
+        return parse(config_class, recipes=module.RECIPES, args=["--recipe", "fast", *words])
+
+    def values(config: Any) -> dict[str, Any]:
+        return {name: getattr(config, name) for name in own}
+
+    file = tmp_path / "flags.yaml"
+    file.write_text("model: lenet")
+    nothing, plain = values(config_class()), parsed()
+    assert values(plain) == values(parsed("--model", plain.model)) == own
+    assert values(parsed("--model", "lenet")) == values(parsed("--config", str(file))) == nothing
+    assert parsed("--model=lenet", "--freeze", "fc").freeze == ("fc",)
+    assert parsed("--model", "lenet").batch_size == plain.batch_size  # what is not the model's stays
 
 
 @pytest.mark.parametrize(("config_class", "saved", "now"), [

@@ -45,6 +45,8 @@ class TrainConfig(ScheduleFlags):
         "output_dir": "Saving and resuming", "eval_every": "Reporting",
     }
     """The groups of --help, each by its first flag."""
+    OF_A_MODEL: ClassVar = ("width", "channels", "hidden", "dropout", "model_options", "freeze")
+    """What a recipe sets of its own model, and leaves alone where --model names another."""
 
     recipe: str = "default"
     """Named set of defaults, which other flags override."""
