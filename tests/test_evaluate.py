@@ -37,7 +37,7 @@ def trained(tree: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run with preprocessing that no recipe has."""
     folder = tmp_path_factory.mktemp("runs")
     ended = run("image_folder", "--data-dir", tree, "--output-dir", folder, "--batch-size", "12", "--epochs", "2",
-                "--fit", "crop", "--normalize", "half", "--image-size", "40", *SMALL, "run")
+                "--fit", "crop", "--normalize", "half", "--image-size", "40", "--save-weights", *SMALL, "run")
     assert ended.code == 0, ended.err
     return folder / "run"
 
@@ -115,6 +115,23 @@ def test_a_checkpoint_of_before_takes_its_classes_from_its_run_and_alone_by_posi
     assert ended.err.count("WARNING") == 1
     assert "holds no names of classes" in ended.err
     assert result["accuracy"] == read_json(trained / "result.json")["best"]["accuracy"]
+
+
+def test_weights_beside_a_run_are_evaluated_with_its_preprocessing_and_classes(trained: Path, tree: Path,
+                                                                                tmp_path: Path):
+    data = only_test(tree, tmp_path / "some", "ring", "bars")
+    newest = sorted((trained / "checkpoints").glob("step-*.pt"))[-1]
+    (_, expected), (ended, result) = (evaluate(path, data, tmp_path / path.stem)
+                                      for path in (newest, trained / "weights.pt"))
+    assert result is not None, ended.err
+    same = ("accuracy", "loss", "confusion_matrix", "class_names", "weights_sha256")
+    assert [result[name] for name in same] == [expected[name] for name in same]
+    card = read_json(tmp_path / "weights" / "evaluated" / "model.json")
+    assert (card["fit"], card["image_size"], card["mean"]) == ("crop", [40, 40], [0.5] * 3)
+    assert "without names of classes" not in ended.out
+    ended, _ = evaluate(trained / "weights.pt", tree, tmp_path / "b", "--normalize", "imagenet")
+    assert (ended.code, len(ended.errors)) == (2, 1)
+    assert "--normalize imagenet: the weights were trained with half" in ended.errors[0]
 
 
 @pytest.mark.parametrize(("trainer", "flags"), [

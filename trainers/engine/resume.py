@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from launch.errors import CheckpointError, UsageError, first_line, launched_rank, say, to_stderr
-from launch.files import writing
+from launch.files import read_object, writing
 from launch.launcher import job_identity
 from launch.process_group import from_main, gather
 from trainers.engine.checkpoints.files import committed, give_name, set_aside, step_of, sweep
@@ -29,7 +29,6 @@ NORMALIZATION = ("normalize", "mean", "std")
 # Flags that belong to the weights; by some of `pretrained`, a library builds another network.
 PREPROCESSING = ("image_size", "resize_size", "fit", "interpolation", *NORMALIZATION, "transform", "pretrained")
 MOMENTS = ("momentum_buffer", "exp_avg", "exp_avg_sq", "square_avg")  # of optimizers, as large as their parameter
-
 
 
 def choose_checkpoint(resume: str, folder: RunFolder,
@@ -95,15 +94,22 @@ def start_over(resume: str, folder: RunFolder) -> Path | None:
 def find_evaluated(config: TrainConfig, *, named: bool) -> tuple[dict[str, Any] | None, tuple[str, ...] | None, Any]:
     """What `--evaluate` names, where that is a checkpoint: its state, its classes, and the config as it was trained.
 
-    Of weights alone, a file's or those of a library's that are `named`, neither: they are loaded later, and the flags
-    stand.
+    Of weights alone no state, as they are loaded later; where a file of them lies in the folder of a run, the classes
+    and the config are that run's. Of a library's that are `named` the flags stand.
     """
     path = config.evaluate
-    if path is None or named or (path.is_file() and not is_checkpoint(path)):
+    if path is None or named:
+        return None, None, config
+    if path.is_file() and not is_checkpoint(path):
+        saved = read_object(path.absolute().parent / "config.json")
+        with contextlib.suppress(CheckpointError):
+            card = read_card(path.absolute().parent)
+            config = as_trained(config, saved) if saved else config
+            return None, card.class_names if card.kind == "classes" else None, config
         return None, None, config
     state = load_or_fail(path)
     known = known_classes(state, path) if isinstance(config, ImageConfig) else saved_class_names(state) or None
-    return state, known, as_trained(config, state)
+    return state, known, as_trained(config, state["config"])
 
 
 def load_evaluated(config: TrainConfig, run: Run, trainer: Trainer) -> None:
@@ -116,7 +122,8 @@ def load_evaluated(config: TrainConfig, run: Run, trainer: Trainer) -> None:
     taken = load_weights(train_step.network, path, flag="--evaluate") if path.exists() else f"weights {path}"
     check_same_on_all_ranks(trainer, path)
     if run.world.is_main:
-        joined = f"; without names of classes: the {num_classes:,} of the data, in sorted order" if num_classes else ""
+        nameless = num_classes and run.known is None
+        joined = f"; without names of classes: the {num_classes:,} of the data, in sorted order" if nameless else ""
         say(f"evaluate   {taken}{joined}")
 
 
@@ -137,15 +144,15 @@ def load_for_evaluation(state: Mapping[str, Any], path: Path, trainer: Trainer) 
     check_same_on_all_ranks(trainer, path)
 
 
-def as_trained(config: Any, state: Mapping[str, Any]) -> Any:
-    """The config of an evaluation with the preprocessing that a checkpoint's weights were trained with.
+def as_trained(config: Any, saved: Mapping[str, Any]) -> Any:
+    """The config of an evaluation with the preprocessing of a saved one, with which the weights were trained.
 
     What is given on the command line stands; where it differs, one line says so.
 
     Raises:
         UsageError: if another normalisation was given.
     """
-    saved = {"mean": (), "std": (), **TrainConfig.translated(state["config"])}
+    saved = {"mean": (), "std": (), **TrainConfig.translated(saved)}
     saved = {name: tuple(value) if isinstance(value, list) else value for name, value in saved.items()}
     if saved.get("pretrained") is not None:
         saved["pretrained"] = Path(saved["pretrained"])
@@ -171,6 +178,8 @@ def known_classes(state: Mapping[str, Any], path: Path) -> tuple[str, ...] | Non
         to_stderr(f"WARNING checkpoint: {path}: holds no names of classes and lies in no run folder with {CARD_FILE}; "
                   f"they are taken to be those of --data-dir, in sorted order")
     return names or None
+
+
 def load_best(trainer: Trainer) -> None:
     """Put best.pt's weights, and their moving average, into the trainer, which stays where it is; raises as above."""
     path, train_step = trainer.folder.checkpoints / "best.pt", trainer.train_step
@@ -196,6 +205,8 @@ def unlike_run(state: Mapping[str, Any], train_step: TrainStep) -> str | None:
         return name
     saved_parts = state["optimizer"].get("parts", [state["optimizer"]])
     for saved, part in zip(saved_parts, getattr(optimizer, "parts", [optimizer]), strict=False):
+        if not type(part).__module__.startswith(("torch.", "trainers.")):
+            continue  # timm's and people's own remember what they like
         parameters = dict(enumerate(parameter for group in part.param_groups for parameter in group["params"]))
         names = {frozenset(entry) if isinstance(entry, dict) else None for entry in saved["state"].values()}
         for index, entry in saved["state"].items():

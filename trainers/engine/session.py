@@ -100,7 +100,7 @@ def open_run(config: TrainConfig, trainer: str, *, named: bool = False) -> Itera
         world.watchdog.attend(folder, traces=folder.path)
         try:
             state, known, config = find_evaluated(config, named=named)
-            if state is not None:
+            if config.evaluate is not None:
                 files |= load_all(config)  # the transform that the weights were trained with
             begin(config, folder, world, files)
             with blaming(references(config)):
