@@ -18,7 +18,7 @@ from torch.utils.data import Dataset
 from datasets.augment import Augmentation, KeyedTransforms
 from datasets.errors import DataError
 from datasets.images.loaders import Decoder, FromMemory, decoded_train_loader
-from datasets.images.read import BadImage, FitName, Stored, pixels, to_square
+from datasets.images.read import BadImage, Stored, pixels, to_square
 from datasets.images.source import ImageSource
 from datasets.images.unreadable import BadImages
 from datasets.loaders import evaluation_loader, train_loader
@@ -67,16 +67,16 @@ def in_memory(dataset: TensorDataset) -> Images:
     return Images(read=read, fitted=read, targets=dataset.targets)
 
 
-def in_files(tree: ImageSource, *, size: int, fit: FitName) -> Images:
-    """The images of a folder, decoded one at a time."""
+def in_files(tree: ImageSource, **frame: Any) -> Images:
+    """The images of a folder, decoded one at a time; those that are evaluated are framed as `to_square` does."""
     return Images(read=functools.partial(decoded, tree), targets=tree.targets,
-                  fitted=functools.partial(decoded, tree, size=size, fit=fit))
+                  fitted=functools.partial(decoded, tree, **frame))
 
 
-def decoded(tree: ImageSource, sample: int, *, size: int | None = None, fit: FitName = "squash") -> Tensor:
+def decoded(tree: ImageSource, sample: int, **frame: Any) -> Tensor:
     """uint8 (3, H, W) of an image file, at full size by default; DataError if it is unreadable."""
     try:
-        return full_size(tree.read(sample)) if size is None else to_square(tree.read(sample), size=size, fit=fit)
+        return to_square(tree.read(sample), **frame) if frame else full_size(tree.read(sample))
     except BadImage as error:
         raise DataError(f"{tree.path(sample)}: not readable as an image ({error}); repair or remove it") from None
 

@@ -87,9 +87,10 @@ class ImageFolderConfig(AugmentFlags):
     """Height and width of training images, where smaller ones than those of the evaluation do. Default: --image-size.
     """
     fit: FitName = "squash"
-    """How images become square: squash them, or crop their middle."""
+    """How images become square: squash them, crop their middle, or (squash-crop) the former to --resize-size and then
+    the latter, as timm's NFNets are evaluated."""
     resize_size: Annotated[int | None, AtLeast(1, most=8192)] = None
-    """Resize the shorter side to this and crop the middle, whatever --fit, as published evaluations do."""
+    """Resize the shorter side to this and crop the middle, --fit squash too, as published evaluations do."""
     interpolation: InterpolationName | None = None
     """By which images are resized. Default: bilinear."""
     normalize: Literal["none", "half", "imagenet"] = "imagenet"
@@ -223,7 +224,7 @@ def build_loaders(config: ImageFolderConfig, splits: dict[str, Images], images: 
     evaluated = [name for name in splits if name != "train"]
     bad_images.add([item for tree in splits.values() for item in tree.unreadable.items()], log=world.is_main)
     if (own := own_transform(config)) is not None:
-        files = {name: in_files(tree, size=config.size(), fit=config.fit) for name, tree in splits.items()}
+        files = {name: in_files(tree, size=config.size(), **config.frame()) for name, tree in splits.items()}
         return transformed_loaders(files, images.normalize, own, **config.batches(), **world.shard)
     keyed = config.keyed(images)
     decoding = Decoding(splits=splits, size=config.size(), **config.frame(), train_size=config.train_size, keyed=keyed,

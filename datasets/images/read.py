@@ -34,7 +34,7 @@ try:
 except ImportError:  # an extra: `pip install -e ".[images]"`
     simplejpeg: Any = None
 
-FitName = Literal["squash", "crop"]
+FitName = Literal["squash", "crop", "squash-crop"]
 InterpolationName = Literal["bilinear", "bicubic"]
 LARGEST_RATIO = 4 / 3  # width / height of a random window is at most this, and at least its inverse (torchvision's)
 LARGEST_FILE = 2**30  # bytes; 89 megapixels, Pillow's limit on decompression bombs, need 512 MiB with 16 bits a channel
@@ -88,7 +88,8 @@ def to_square(content: Stored, *, size: int, fit: FitName, window: Window | None
     Args:
         content: a file in one of FORMATS, of several frames the first; or its pixels, uint8 (H, W, 3).
         size: height and width of the result.
-        fit: squash the whole image into the square, or crop its middle to a square first.
+        fit: squash the whole image into the square, or crop its middle to a square first; squash-crop squashes it into
+            a square of `resize_size` and crops the middle of that.
         window: show only this part, squashed into the square; `fit` is then ignored.
         resize_size, interpolation: if either is given, what `published` does, where there is no window.
 
@@ -107,10 +108,12 @@ def published(image: NDArray[np.uint8], *, size: int, fit: FitName, resize_size:
               interpolation: InterpolationName | None) -> Tensor:
     """Pixels (H, W, 3) as the evaluation transforms of torchvision and timm show them, to the bit: (3, size, size).
 
-    The shorter side is resized to `resize_size`, by default to `size`, and the middle is cropped; or all is squashed.
+    The shorter side is resized to `resize_size`, by default to `size`, and the middle is cropped; or all is squashed,
+    to `resize_size` if it is cropped too.
     By Pillow: torch's own resize differs from it by a shade or two in some pixels.
     """
-    to = [size, size] if fit == "squash" and resize_size is None else [resize_size or size]
+    side = resize_size or size
+    to = [side, side] if fit == "squash-crop" or (fit == "squash" and resize_size is None) else [side]
     picture: Any = Image.fromarray(image)
     picture = v2.resize(picture, to, interpolation=InterpolationMode(interpolation or "bilinear"))
     return v2.pil_to_tensor(v2.center_crop(picture, [size, size]))
@@ -133,7 +136,7 @@ def part(height: int, width: int, *, fit: FitName, window: Window | None) -> tup
         part_height = min(height, max(1, round(math.sqrt(pixels / window.ratio))))
         return (round(window.top * (height - part_height)), round(window.left * (width - part_width)), part_height,
                 part_width)
-    if fit == "squash":
+    if fit != "crop":
         return 0, 0, height, width
     side = min(height, width)
     return (height - side) // 2, (width - side) // 2, side, side

@@ -33,7 +33,7 @@ class ModelCard:
     """FILE.py:NAME of a transform of the user's."""
     user_code: dict[str, str] = field(default_factory=dict)
     """The sha256 of each of the user's files, by path."""
-    fit: Literal["squash", "crop"] = "squash"
+    fit: Literal["squash", "crop", "squash-crop"] = "squash"
     """How an image of another shape is made to fit."""
     resize_size: int | None = None
     interpolation: Literal["bilinear", "bicubic"] | None = None
@@ -54,7 +54,7 @@ class ModelCard:
             ("kind", self.kind in ("classes", "labels", "numbers")),
             ("transform", self.transform is None or isinstance(self.transform, str)),
             ("user_code", isinstance(self.user_code, dict)),
-            ("fit", self.fit in ("squash", "crop")),
+            ("fit", self.fit in ("squash", "crop", "squash-crop")),
             ("resize_size", self.resize_size is None or are_all((self.resize_size,), int, above=0)),
             ("interpolation", self.interpolation in (None, "bilinear", "bicubic")),
         ):
