@@ -211,7 +211,8 @@ def test_the_preprocessing_of_a_name_is_the_librarys_and_flags_stand_over_it():
 def test_the_preprocessing_of_timms_weights_is_timms():
     timm = pytest.importorskip("timm")
     for model in ("resnet18.a1_in1k", "vit_base_patch16_clip_224.openai", "mobilenetv3_large_100.ra_in1k",
-                  "tf_efficientnet_b0.ns_jft_in1k", "vit_base_patch16_siglip_224.webli", "dpn68.mx_in1k"):
+                  "tf_efficientnet_b0.ns_jft_in1k", "vit_base_patch16_siglip_224.webli", "dpn68.mx_in1k",
+                  "dm_nfnet_f0.dm_in1k", "convnext_base.fb_in22k_ft_in1k_384"):
         config = named("--model", f"timm/{model}", "--pretrained", "timm")
         own = timm.data.resolve_data_config({}, pretrained_cfg=timm.get_pretrained_cfg(model).to_dict())
         pixels = to_square(np.asarray(photograph(1)), size=config.size(), **config.frame())

@@ -1,8 +1,11 @@
 """trainers/engine/optimizer.py: every rule trains, is torch's own, and resumes from its saved state."""
 
 import copy
+import dataclasses
 import functools
+import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,6 +13,10 @@ import torchvision
 from torch import Tensor, nn
 
 from launch.errors import UsageError
+from tests.helpers.comparing import outcome
+from tests.helpers.hooks import at, kill
+from tests.helpers.own import train as train_own
+from tests.helpers.processes import Ended
 from trainers.engine.config import TrainConfig
 from trainers.engine.optimizer import MuonWithAdamW, build_optimizer, layer_numbers, parameter_groups
 
@@ -248,3 +255,59 @@ def test_frozen_parameters_are_left_alone() -> None:
     before = first.clone()
     train(model, build_optimizer(model, config("adamw", weight_decay=0.1)), 3)
     assert torch.equal(first, before)
+
+
+def test_timms_optimizers_are_timms_on_our_groups_and_resume() -> None:
+    optim = pytest.importorskip("timm.optim")
+    for name in ("lamb", "adan", "adafactor", "muon", "sgdw", "madgrad"):
+        flags = config("sgd", weight_decay=0.02, no_decay=("norm", "bias"), optimizer_options=("eps=1e-7",))
+        flags = dataclasses.replace(flags, optimizer=f"timm/{name}", learning_rate=0.01)
+        flags.check()
+        model, theirs = network(), network()
+        optimizer = build_optimizer(model, flags)
+        assert sorted(group["weight_decay"] for group in optimizer.param_groups) == [0.0, 0.02]
+        groups = [{"params": [each for each in theirs.parameters() if each.ndim > 1]},
+                  {"params": [each for each in theirs.parameters() if each.ndim == 1], "weight_decay": 0.0}]
+        expected = optim.create_optimizer_v2(groups, name, lr=0.01, weight_decay=0.02, momentum=0.9, eps=1e-7)
+        assert train(model, optimizer, 5) == train(theirs, expected, 5), name
+        other = copy.deepcopy(model)
+        resumed = build_optimizer(other, flags)
+        resumed.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+        assert train(model, optimizer, 5) == train(other, resumed, 5), name
+
+
+@pytest.mark.timeout(120)
+@pytest.mark.parametrize("name", [pytest.param("lamb", marks=pytest.mark.slow), "muon"])
+def test_a_run_with_an_optimizer_of_timms_killed_and_resumed_ends_as_one_never_killed(tmp_path: Path, name: str
+                                                                                      ) -> None:
+    pytest.importorskip("timm")
+    flags = ["--optimizer", f"timm/{name}", "--learning-rate", 0.01, "--weight-decay", 0.02, "--no-decay", "norm"]
+    assert train_own(tmp_path / "whole", *flags).code == 0
+    assert train_own(tmp_path / "killed", *flags, hook=at(11, "optimizer", kill)).code == -9
+    ended = train_own(tmp_path / "killed", *flags)
+    assert (ended.code, "from step-00000010.pt" in ended.out, "WARNING" in ended.err) == (0, True, False), ended
+    assert outcome(tmp_path / "killed" / "runs") == outcome(tmp_path / "whole" / "runs")
+
+
+@pytest.mark.timeout(60)
+def test_an_optimizer_that_timm_has_not_or_cannot_make_is_one_line(tmp_path: Path) -> None:
+    def refused(*flags: str) -> str:
+        ended: Ended = train_own(tmp_path, *flags)
+        assert (ended.code, len(ended.errors)) == (2, 1), ended.err
+        return ended.errors[0]
+
+    pytest.importorskip("timm")
+    assert refused("--optimizer", "timm/lam").endswith("of the first order; did you mean timm/lamb?")
+    assert "choose a name of timm.optim.list_optimizers()" in refused("--optimizer", "timm/adahessian")
+    assert "not of timm/lamb (Lamb.__init__()" in refused("--optimizer", "timm/lamb", "--optimizer-options", "spam=1")
+    assert refused("--optimizer", "timm/lion", "--eps", "1e-8").startswith("ERROR usage: --eps: timm/lion has none")
+    if not torch.cuda.is_available():
+        assert "(CUDA required for APEX optimizers)" in refused("--optimizer", "timm/fusedlamb")
+
+
+def test_without_timm_its_optimizers_name_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in [name for name in sys.modules if name.partition(".")[0] == "timm"]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "timm", None)
+    with pytest.raises(UsageError, match=r"--optimizer timm/NAME: needs timm \(.*\); pip install -e \.\[timm\]"):
+        dataclasses.replace(config("sgd"), optimizer="timm/lamb").check()

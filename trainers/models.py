@@ -3,7 +3,6 @@
 `width` is always the number of channels of the first convolution that is trained; the other layers scale with it.
 """
 
-import importlib
 import inspect
 from collections.abc import Callable, Collection
 from typing import Any
@@ -16,7 +15,7 @@ from torchvision.models.resnet import BasicBlock
 
 from launch.command_line import nearest
 from launch.errors import UsageError, first_line
-from trainers.engine.user_code import Reference, is_reference
+from trainers.engine.user_code import TIMM, Reference, is_reference, timm_library
 
 
 class Net(nn.Module):
@@ -224,26 +223,15 @@ GREY: dict[str, Callable[..., nn.Module]] = {  # for 1x28x28 images; the others 
 }
 
 
-TIMM = "timm/"  # before the names of the package timm
-
-
 def torchvision_names() -> list[str]:
     """The classifiers of torchvision.models."""
     return torchvision_models.list_models(module=torchvision_models)
 
 
-def timm_library() -> Any:
-    """The package timm; UsageError without."""
-    try:
-        return importlib.import_module("timm")
-    except ImportError as error:
-        raise UsageError(f"--model {TIMM}NAME: needs timm ({first_line(error)}); pip install -e .[timm]") from None
-
-
 def check_name(name: str, known: Collection[str], *, choices: str | None = None) -> None:
     """Raise UsageError for a mistyped `--model`, with `choices` or all known (TIMM: all of timm), and the nearest."""
     if TIMM in known and name.startswith(TIMM) and not is_reference(name):
-        timm, choices = timm_library(), "a name of timm.list_models() behind timm/"
+        timm, choices = timm_library("--model"), "a name of timm.list_models() behind timm/"
         known = [TIMM + model for model in (*timm.list_models(), *timm.list_pretrained())]
     if name not in known and not is_reference(name):
         raise UsageError(f"--model {name}: unknown; choose {choices or ', '.join(known)} or FILE.py:NAME"
@@ -290,7 +278,7 @@ def build(name: str, *, num_classes: int, **options: Any) -> nn.Module:
         return make(num_classes, **chosen)
     try:
         if name.startswith(TIMM):
-            return timm_library().create_model(name.removeprefix(TIMM), num_classes=num_classes, **chosen)
+            return timm_library("--model").create_model(name.removeprefix(TIMM), num_classes=num_classes, **chosen)
         name = name.removeprefix("torchvision/")
         own = {"aux_logits": False, "init_weights": True} if name in ("googlenet", "inception_v3") else {}
         return torchvision_models.get_model(name, weights=None, num_classes=num_classes, **own, **chosen)

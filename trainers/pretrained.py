@@ -25,11 +25,11 @@ from datasets.errors import DataError
 from launch.command_line import nearest
 from launch.errors import CheckpointError, UsageError, first_line, say
 from launch.process_group import World
-from trainers import models
 from trainers.engine.checkpoints.weight_files import read_weights_file
 from trainers.engine.checkpoints.weights import load_weights, put_weights
 from trainers.engine.config import IMAGENET, Statistics
 from trainers.engine.once_per_node import once_per_node
+from trainers.engine.user_code import timm_library
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,7 +116,7 @@ def torchvision_weights(model: str, name: str, what: str) -> NamedWeights:
 
 def timm_weights(model: str, what: str) -> NamedWeights:
     """The weights of a timm network's tag, by default of its first; preprocessing at the size of training."""
-    timm = models.timm_library()
+    timm = timm_library("--model")
     config = timm.get_pretrained_cfg(model)
 
     def build(num_classes: int) -> nn.Module:
@@ -134,7 +134,7 @@ def timm_weights(model: str, what: str) -> NamedWeights:
     def preprocessing() -> Preprocessing:
         own = timm.data.resolve_data_config({}, pretrained_cfg=config.to_dict())
         (_, height, width), share = own["input_size"], own["crop_pct"]
-        fit = {"center": "crop", "squash": "squash" if share == 1 else None}.get(own["crop_mode"])
+        fit = {"center": "crop", "squash": "squash" if share == 1 else "squash-crop"}.get(own["crop_mode"])
         return Preprocessing(size=height, resize_size=math.floor(height / share), crop_share=share,
                              fit=fit if height == width else None, interpolation=own["interpolation"],
                              statistics=(own["mean"], own["std"]))
@@ -159,7 +159,7 @@ def find_weights(network: str, name: Path | None, flag: str) -> NamedWeights | N
     if name is None or name.exists() or name.suffix or len(name.parts) > 1 or library not in ("torchvision", "timm"):
         return None
     if library == "timm":
-        config = models.timm_library().get_pretrained_cfg(model)
+        config = timm_library("--model").get_pretrained_cfg(model)
         names = ["timm"] if config is not None and config.has_weights else []
     else:
         names = list(torchvision_models.get_model_weights(model).__members__)
@@ -212,7 +212,7 @@ def as_published(config: Any) -> Any:
             raise UsageError(f"{named.what}: its images are fitted in a way that is not known here; give --fit crop or "
                              f"squash, and --image-size {own.size}")
         scaled = own.resize_size if size == own.size else math.floor(size / own.crop_share)
-        new |= {"fit": own.fit, "resize_size": scaled if own.fit == "crop" else None}
+        new |= {"fit": own.fit, "resize_size": scaled if own.fit != "squash" else None}
     if not stated & {"normalize", "mean", "std"}:
         new |= dict(zip(("mean", "std"), own.statistics, strict=True))
         for name in ("none", "half", "imagenet"):

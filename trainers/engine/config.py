@@ -11,7 +11,6 @@ from typing import Annotated, Any, ClassVar, Literal
 
 import tyro
 
-from launch.command_line import nearest
 from launch.errors import UsageError
 from launch.launcher import read_launch
 from launch.rules import LARGEST, MOST_SECONDS, Above, AtLeast, check_numbers
@@ -19,7 +18,7 @@ from trainers.engine.parallel import ParallelName
 from trainers.engine.precision import PrecisionName
 from trainers.engine.schedule import ScheduleFlags
 from trainers.engine.trackers.tracker import TrackerName, check_installed
-from trainers.engine.user_code import check_loss, is_reference, options_in
+from trainers.engine.user_code import check_loss, check_optimizer, is_reference, options_in
 
 # A resumed run may differ in these: they change where, how long and how fast it runs, not what is learned.
 MAY_CHANGE = frozenset({
@@ -29,8 +28,6 @@ MAY_CHANGE = frozenset({
     "tensorboard", "init_from", "config", "dry_run", "patience", "pictures", "log_gradients", "show_batch", "profile",
     "save_weights", "cache", "cache_dir", "skip_bad",  # of image_folder.py: how images are read, what is forgiven
 })
-
-OPTIMIZERS = ("sgd", "adam", "adamw", "rmsprop", "muon")
 
 Statistics = tuple[tuple[float, ...], tuple[float, ...]]  # mean and std per channel, in units of the full range [0, 1]
 IMAGENET: Statistics = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))  # torchvision's weights expect these
@@ -93,7 +90,8 @@ class TrainConfig(ScheduleFlags):
     """Keep images and convolutions in NHWC memory order."""
 
     optimizer: str = "sgd"
-    """sgd, adam, adamw, rmsprop, muon (matrices and filters; AdamW for the rest), or FILE.py:NAME: one of yours."""
+    """sgd, adam, adamw, rmsprop, muon (matrices and filters; AdamW for the rest), timm/NAME such as timm/lamb, or
+    FILE.py:NAME: one of yours."""
     optimizer_options: tuple[str, ...] = ()
     """key=value ...: further arguments of the optimizer."""
     momentum: Annotated[float, AtLeast(0, below=1)] = 0.9
@@ -218,9 +216,7 @@ class TrainConfig(ScheduleFlags):
             measured_steps(self.measure)
         if self.profile is not None:
             measured_steps(self.profile, flag="--profile", form="STEP:STEPS")
-        if self.optimizer not in OPTIMIZERS and not is_reference(self.optimizer):
-            raise UsageError(f"--optimizer {self.optimizer}: unknown; choose {', '.join(OPTIMIZERS)} or FILE.py:NAME"
-                             f"{nearest(self.optimizer, OPTIMIZERS)}")
+        check_optimizer(self)
         for flag in ("metric", "transform"):
             if (text := getattr(self, flag, None)) is not None and not is_reference(text):
                 raise UsageError(f"--{flag} {text}: must be FILE.py:NAME")
@@ -233,10 +229,6 @@ class TrainConfig(ScheduleFlags):
             raise UsageError(f"--compile-mode {self.compile_mode}: does nothing alone; add --compile")
         if self.ema_warmup_steps and self.ema_decay is None:
             raise UsageError(f"--ema-warmup-steps {self.ema_warmup_steps}: does nothing alone; add --ema-decay 0.999")
-        takes = {"sgd": (), "rmsprop": ("eps",)}.get(self.optimizer, ("betas", "eps"))
-        for name in ("betas", "eps"):
-            if getattr(self, name) is not None and name not in takes:
-                raise UsageError(f"--{name}: {self.optimizer} has none to set; leave it out, or use adamw")
         self.check_schedule()
         self.rank_batch_size()
 

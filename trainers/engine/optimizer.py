@@ -10,7 +10,7 @@ from torch.optim import Optimizer
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from launch.errors import UsageError, first_line
-from trainers.engine.user_code import Reference, is_reference, options_in
+from trainers.engine.user_code import TIMM, Reference, is_reference, options_in, timm_library
 
 if TYPE_CHECKING:
     from trainers.engine.config import TrainConfig
@@ -20,52 +20,43 @@ NORMS = (nn.modules.batchnorm._BatchNorm, nn.LayerNorm, nn.GroupNorm)
 
 def build_optimizer(model: nn.Module, config: "TrainConfig") -> "Optimizer | MuonWithAdamW":
     """The optimizer of the parameters that are trained; UsageError for options that it does not take."""
-    options = options_in(config.optimizer_options, "--optimizer-options")
-    if is_reference(config.optimizer):
-        optimizer = own_optimizer(parameter_groups(model, config), config, options)
-    else:
-        try:
-            optimizer = torchs_optimizer(model, config, options)
-        except (TypeError, ValueError) as error:
-            if not options:
-                raise
-            raise UsageError(f"--optimizer-options {' '.join(config.optimizer_options)}: not of {config.optimizer} "
-                             f"({first_line(error)}); leave out or correct what it does not take") from None
+    options, name = options_in(config.optimizer_options, "--optimizer-options"), config.optimizer
+    groups = parameter_groups(model, config)
+    flags = {flag: getattr(config, flag) for flag in ("betas", "eps") if getattr(config, flag) is not None}
+    common: dict[str, Any] = {"lr": config.learning_rate, "weight_decay": config.weight_decay}
+    try:
+        if is_reference(name):
+            optimizer = own_optimizer(name, groups, {**common, "momentum": config.momentum, **flags}, options)
+        elif name.startswith(TIMM):
+            make = timm_library("--optimizer", "timm.optim").create_optimizer_v2
+            optimizer = make(groups, name.removeprefix(TIMM), **{**common, "momentum": config.momentum, **flags,
+                                                                **options})
+        elif name == "muon":
+            optimizer = MuonWithAdamW(groups, momentum=config.momentum, adams=flags, **common, **options)
+        else:
+            rule = {"sgd": torch.optim.SGD, "adam": torch.optim.Adam, "adamw": torch.optim.AdamW}.get(name)
+            momentum = {} if name in ("adam", "adamw") else {"momentum": config.momentum}
+            nesterov = {"nesterov": config.nesterov and config.momentum > 0} if name == "sgd" else {}
+            kernel = {"fused": True} if rule is not None and fused_works(model) else {"foreach": True}
+            optimizer = (rule or torch.optim.RMSprop)(groups, **common, **flags, **momentum, **nesterov, **kernel,
+                                                      **options)
+    except (TypeError, ValueError, AssertionError, ImportError) as error:
+        if not options and not name.startswith(TIMM):
+            raise
+        flag = " ".join(["--optimizer-options", *options])
+        raise UsageError(f"{flag if options else f'--optimizer {name}'}: not of {name} ({first_line(error)}); leave "
+                         f"out or correct what it does not take") from None
     for group in optimizer.param_groups:
         group.setdefault("initial_lr", group["lr"])
     return optimizer
 
 
-def own_optimizer(groups: list[dict[str, Any]], config: "TrainConfig", options: dict[str, Any]) -> Optimizer:
+def own_optimizer(name: str, groups: list[dict[str, Any]], flags: dict[str, Any], options: dict[str, Any]) -> Optimizer:
     """The user's, of groups of parameters and of those of our flags that its signature has."""
-    reference = Reference("--optimizer", config.optimizer)
-    flags = {name: getattr(config, name, None) for name in ("momentum", "betas", "eps", "weight_decay")}
-    offered = {"lr": config.learning_rate, **{name: value for name, value in flags.items() if value is not None}}
-    optimizer = reference.make(offered, groups, options=options)
+    optimizer = Reference("--optimizer", name).make(flags, groups, options=options)
     if not isinstance(optimizer, Optimizer):
-        raise UsageError(f"--optimizer {config.optimizer}: makes {type(optimizer).__name__}, not an optimizer; return "
+        raise UsageError(f"--optimizer {name}: makes {type(optimizer).__name__}, not an optimizer; return "
                          f"a torch.optim.Optimizer")
-    return optimizer
-
-
-def torchs_optimizer(model: nn.Module, config: "TrainConfig", options: dict[str, Any]) -> "Optimizer | MuonWithAdamW":
-    """One of torch.optim."""
-    groups, momentum = parameter_groups(model, config), config.momentum
-    common: dict[str, Any] = {"lr": config.learning_rate, "weight_decay": config.weight_decay, **options}
-    adams = {name: getattr(config, name) for name in ("betas", "eps") if getattr(config, name) is not None}
-    kernel: dict[str, Any] = {"fused": True} if fused_works(model) else {"foreach": True}
-    optimizer: Optimizer | MuonWithAdamW
-    if config.optimizer == "sgd":
-        optimizer = torch.optim.SGD(groups, momentum=momentum, nesterov=config.nesterov and momentum > 0, **common,
-                                    **kernel)
-    elif config.optimizer == "adam":
-        optimizer = torch.optim.Adam(groups, **common, **adams, **kernel)
-    elif config.optimizer == "adamw":
-        optimizer = torch.optim.AdamW(groups, **common, **adams, **kernel)
-    elif config.optimizer == "rmsprop":
-        optimizer = torch.optim.RMSprop(groups, momentum=momentum, foreach=True, **common, **adams)
-    else:
-        optimizer = MuonWithAdamW(groups, momentum=momentum, adams=adams, **common)
     return optimizer
 
 

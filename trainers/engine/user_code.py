@@ -10,6 +10,7 @@ import ast
 import contextlib
 import functools
 import hashlib
+import importlib
 import inspect
 import os
 import random
@@ -26,7 +27,7 @@ import numpy as np
 import torch
 
 from launch.command_line import nearest
-from launch.errors import UsageError, is_users, to_stderr
+from launch.errors import UsageError, first_line, is_users, to_stderr
 from launch.failure import translated
 from launch.files import ROOT
 from launch.stop import ignore_signals
@@ -36,6 +37,8 @@ OURS = tuple(ROOT / name for name in ("launch", "datasets", "trainers"))
 TASK = str(ROOT / "trainers" / "engine" / "task.py")
 THEIRS_BELOW = {"--model": "apply", "--loss": "__call__"}  # the functions of task.py that call people's code
 Failure = Exception | SystemExit  # `sys.exit` in a user's file is no success
+OPTIMIZERS = ("sgd", "adam", "adamw", "rmsprop", "muon")
+TIMM = "timm/"  # before the names of the package timm, of networks and of optimizers
 
 
 def is_reference(text: Any) -> bool:
@@ -270,3 +273,29 @@ def check_loss(loss: str, known: Collection[str], *, label_smoothing: float, cla
         raise UsageError(f"--loss {loss}: unknown; choose {', '.join(known)} or FILE.py:NAME{nearest(loss, [*known])}")
     if loss != "cross-entropy" and (label_smoothing or class_weights):
         raise UsageError(f"--loss {loss}: takes no --label-smoothing or --class-weights, which are of cross-entropy")
+
+
+def timm_library(flag: str, module: str = "timm") -> Any:
+    """The package timm, or a module of it; UsageError without."""
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise UsageError(f"{flag} {TIMM}NAME: needs timm ({first_line(error)}); pip install -e .[timm]") from None
+
+
+def check_optimizer(config: Any) -> None:
+    """Raise UsageError for an unknown `--optimizer`, or a `--betas` or `--eps` that it does not take."""
+    name, known = config.optimizer, OPTIMIZERS
+    choices = f"{', '.join(OPTIMIZERS)}, timm/NAME or FILE.py:NAME"
+    takes = {"sgd": (), "rmsprop": ("eps",)}.get(name, ("betas", "eps"))
+    if name.startswith(TIMM) and not is_reference(name):
+        optim = timm_library("--optimizer", "timm.optim")
+        infos = {TIMM + each: optim.get_optimizer_info(each) for each in optim.list_optimizers()}
+        known = tuple(each for each, info in infos.items() if not info.second_order)
+        choices = "a name of timm.optim.list_optimizers() behind timm/, of the first order"
+        takes = [flag for flag in takes if getattr(infos.get(name), f"has_{flag}", False)]
+    if name not in known and not is_reference(name):
+        raise UsageError(f"--optimizer {name}: unknown; choose {choices}{nearest(name, known)}")
+    for flag in ("betas", "eps"):
+        if getattr(config, flag) is not None and flag not in takes:
+            raise UsageError(f"--{flag}: {name} has none to set; leave it out, or use adamw")
