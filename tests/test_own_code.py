@@ -50,18 +50,18 @@ def test_a_strangers_file_killed_and_resumed_ends_as_one_never_killed(tmp_path: 
 @pytest.mark.timeout(120)
 def test_any_number_of_workers_gives_the_same_bits(tmp_path: Path) -> None:
     found = []
-    for workers in (0, 2):
-        ended = train(tmp_path / str(workers), "--workers", workers, "--epochs", 1)
-        assert ended.code == 0, ended.err
+    for workers in (0, 1, 3):
+        ended = train(tmp_path / str(workers), "--workers", workers, "--epochs", 1, ranks=2)
+        assert ended.codes == [0, 0], ended.err
         found.append(result_of(tmp_path / str(workers)))
-    assert found[0] == found[1]
+    assert found[0] == found[1] == found[2]
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(300)
 def test_two_ranks_with_two_workers_killed_at_random_steps_end_as_one_never_killed(tmp_path: Path) -> None:
     assert train(tmp_path / "whole", ranks=2).codes == [0, 0]
-    steps = sorted(random.Random(0).sample(range(1, STEPS), 3))
+    steps = sorted(random.Random(0).sample(range(1, STEPS), 10))
     for step in steps:
         assert train(tmp_path / "killed", "--workers", 2, ranks=2, hook=at(step, "backward", kill)).codes == [-9, -9]
     assert train(tmp_path / "killed", "--workers", 3, ranks=2).codes == [0, 0]
@@ -99,14 +99,33 @@ def test_a_key_sets_all_three_generators_and_they_are_put_back() -> None:
     assert draw() == expected
 
 
-def test_a_key_costs_less_than_thirty_microseconds_a_sample() -> None:
+def test_keys_cost_less_than_thirty_microseconds_a_sample_with_what_is_put_back() -> None:
     def seconds() -> float:
-        began = time.perf_counter()
-        for sample in range(1000):
-            seed_sample(0, 1, Purpose.TRAIN_SAMPLE, sample)
-        return time.perf_counter() - began
+        """For one batch of 16, each sample drawing from all three."""
+        began = time.thread_time()
+        with generators_kept():
+            for sample in range(16):
+                seed_sample(0, 1, Purpose.TRAIN_SAMPLE, sample)
+                torch.rand(()), random.random(), np.random.random()
+        return time.thread_time() - began
 
-    assert min(seconds() for _ in range(20)) / 1000 < 30e-6
+    assert min(seconds() for _ in range(500)) / 16 < 30e-6
+
+
+def test_what_keeps_generators_may_be_within_another() -> None:
+    np.random.seed(1)
+    expected = np.random.random(3).tolist()
+    np.random.seed(1)
+    found = [np.random.random()]
+    with generators_kept():
+        np.random.seed(9)
+        inner = np.random.random(2).tolist()
+        np.random.seed(9)
+        assert np.random.random() == inner[0]
+        with generators_kept():
+            np.random.seed(5)
+        assert np.random.random() == inner[1]
+    assert [*found, *np.random.random(2).tolist()] == expected
 
 
 @pytest.mark.timeout(60)

@@ -239,6 +239,7 @@ def build_task(config: CustomConfig, facts: Facts, device: torch.device, given: 
         task = Task(loss=bce, test_loss=bce, num_classes=None, metrics={"labels": label_metrics})
     else:
         task = Task(loss=mse, test_loss=mse, num_classes=None)
+    task.is_own = True
     return with_own_code(task, references(config), device, loss=given.loss, metric=given.metric)
 
 

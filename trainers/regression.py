@@ -103,7 +103,8 @@ def build_task(config: RegressionConfig, device: torch.device) -> Task:
     """The loss, and the user's metric."""
     loss = choose_loss(config.loss)
     own = [each for each in references(config) if each.flag != "--loss"]
-    return with_own_code(Task(loss=loss, test_loss=loss, num_classes=None), own, device)
+    return with_own_code(Task(loss=loss, test_loss=loss, num_classes=None, is_own=config.loss not in LOSSES),
+                         own, device)
 
 
 @entry_point

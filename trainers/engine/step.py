@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from launch.process_group import World
 from launch.stop import StopRequest
-from trainers.engine.dropout import default_generators, seed_dropout
+from trainers.engine.dropout import default_generators, seed_dropout, seed_own_code
 from trainers.engine.metrics import Evaluation, EvaluationSums, TrainingSums, sync_buffers
 from trainers.engine.optimizer import MovingAverage
 from trainers.engine.parallel import gradient_sync, unwrap
@@ -77,11 +77,13 @@ class TrainStep:
             watch_gradients: keep the norm of each layer's gradient in `gradient_norms`.
         """
         mark, options = self.mark, self.options
-        seed_dropout(self._dropout_generators, seed=options.seed, step=step, rank=self.world.rank)
+        first = seed_dropout(self._dropout_generators, seed=options.seed, step=step, rank=self.world.rank)
         self._set_learning_rate(step)
         for micro_step in range(options.accumulation_steps):
             mark("data", step)
             inputs, targets = self.to_device(*next(batches))
+            if self.task.is_own:
+                seed_own_code(first + micro_step)
             with gradient_sync(self.model, last=micro_step == options.accumulation_steps - 1):
                 mark("forward", step)
                 self.is_under_way = True
@@ -125,6 +127,8 @@ class TrainStep:
         Through the unwrapped model, or its moving average, with rank 0's buffers. No collective inside the loop, so
         ranks may have different numbers of batches. Raises Stopped on every rank, if any was asked to stop.
         """
+        if self.task.is_own:
+            seed_own_code(seed_dropout(self._dropout_generators, seed=self.options.seed, step=-1, rank=self.world.rank))
         model = self.evaluated_model
         sync_buffers(model, self.world)
         model.eval()

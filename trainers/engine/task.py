@@ -83,6 +83,8 @@ class Task:
     """Of what the model returns."""
     metrics: dict[str, Metric] = field(default_factory=dict)
     """Further figures of an evaluation, by name."""
+    is_own: bool = False
+    """Whether the network or the loss may be people's own."""
 
 
 def logits_of(outputs: Any) -> Tensor:
@@ -140,7 +142,8 @@ def with_own_code(task: Task, found: Sequence[Reference], device: torch.device, 
     losses = [on_logits(each, logits, task.num_classes) if loss is None else UserLoss(loss, name)
               for each in (task.loss, task.test_loss)]
     named = {} if metric is None else {own["--metric"].name if "--metric" in own else "metric": metric}
-    return replace(task, loss=losses[0], test_loss=losses[1], logits=logits, metrics={**task.metrics, **named})
+    return replace(task, loss=losses[0], test_loss=losses[1], logits=logits, metrics={**task.metrics, **named},
+                   is_own=task.is_own or bool(found))
 
 
 def on_logits(loss: Loss, logits: Callable[[Any], Tensor], num_classes: int | None) -> Loss:
