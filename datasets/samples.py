@@ -11,6 +11,7 @@ import contextlib
 import hashlib
 import random
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -31,6 +32,7 @@ from datasets.tensors import held_out
 NUMPYS: Any = np.random  # whose types lack get_bit_generator
 SPARE: list[Any] = []  # numpy's generators that are not in use
 SPLITS = ("train", "validation", "test")
+NAMES = {"train": "training", "validation": "validation", "test": "test"}
 Collate = Callable[[list[Any]], Any]
 Explain = Callable[[BaseException, str], BaseException]
 
@@ -94,7 +96,7 @@ class Reading(Dataset[Any]):
         self.open_splits, self.seed, self.name, self.explain = open_splits, seed, name, explain
         self.splits = open_splits()
         for split, dataset in self.splits.present().items():
-            check_map_style(dataset, set_name(split), name)
+            check_map_style(dataset, NAMES[split], name)
         self.num_classes: int | None = None
         """Where it is known, the targets of every batch are held to it."""
         self.labels: dict[str, Tensor] = {}
@@ -128,10 +130,6 @@ class Reading(Dataset[Any]):
         except (Exception, SystemExit) as error:
             return self.explain(error, place)
 
-    def read(self, key: Key) -> Any:
-        """A batch, in this process; raises what its reading raised."""
-        return unless_failed(self[key])
-
     def fingerprint(self) -> str:
         """What notices that the data changed since a checkpoint."""
         return self.facts
@@ -140,13 +138,13 @@ class Reading(Dataset[Any]):
         """Take labels for positions in these names, which `owner` knows; DataError for a class that it lacks."""
         for split, dataset in self.splits.present().items():
             if (own := class_names_of(dataset)) not in ((), names):
-                joined = join_classes(own, names, place=f"{self.name}: {set_name(split)} class ", owner=owner)
+                joined = join_classes(own, names, place=f"{self.name}: {NAMES[split]} class ", owner=owner)
                 self.labels[split] = torch.tensor(list(joined.values()))
 
     def draws_elsewhere(self) -> bool:
         """Whether training sample 0 differs between two readings under one key."""
-        first, second = (self.read(Key("train", [0], 0)) for _ in range(2))
-        return digest(first) != digest(second)
+        first, second = (digest(unless_failed(self[Key("train", [0], 0)])) for _ in range(2))
+        return first != second
 
 
 SEED_IT = "seed whatever splits or shuffles it, such as random_split(..., generator=torch.Generator().manual_seed(0))"
@@ -161,12 +159,7 @@ def unless_failed(batch: Any) -> Any:
 
 def place_of(sample: int, split: str) -> str:
     """A sample in words."""
-    return f"sample {sample:,} of the {set_name(split)} set"
-
-
-def set_name(split: str) -> str:
-    """A split in words."""
-    return "training" if split == "train" else split
+    return f"sample {sample:,} of the {NAMES[split]} set"
 
 
 def check_map_style(dataset: Any, split: str, name: str) -> None:
@@ -269,13 +262,12 @@ class SampleTrainLoader:
         yield from map(unless_failed, self.decoder.decode(keys))
 
 
+@dataclass(frozen=True)
 class SampleEvaluationLoader:
     """This rank's share of the test or validation set: over all ranks every sample once."""
 
-    def __init__(self, decoder: Decoder, split: str, share: range, *, batch_size: int) -> None:
-        self.decoder = decoder
-        self.keys = [Key(split, list(share[start : start + batch_size]), 0)
-                     for start in range(0, len(share), batch_size)]
+    decoder: Decoder
+    keys: list[Key]
 
     def __iter__(self) -> Iterator[Any]:
         return map(unless_failed, self.decoder.decode(self.keys))
@@ -294,8 +286,9 @@ def sample_loaders(reading: Reading, *, batch_size: int, rank_batch_size: int, s
     found: dict[str, Any] = {}
     for split, dataset in reading.splits.present().items():
         if split != "train":
-            found[split] = SampleEvaluationLoader(decoder, split, evaluation_indices(len(dataset), **shard),
-                                                  batch_size=min(64, batch_size))
+            share, size = evaluation_indices(len(dataset), **shard), min(64, batch_size)
+            found[split] = SampleEvaluationLoader(decoder, [
+                Key(split, list(share[start : start + size]), 0) for start in range(0, len(share), size)])
             continue
         check_size(len(dataset), batch_size)
         if rank == 0 and reading.draws_elsewhere():

@@ -43,6 +43,7 @@ from datasets.samples import (
     sample_loaders,
     set_apart,
     unchanged,
+    unless_failed,
 )
 from launch.command_line import run
 from launch.errors import UsageError, to_stderr
@@ -99,7 +100,7 @@ class CustomConfig(MixingFlags, TrainConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class Given:
-    """What a Python program hands over itself, in the place of flags that name files."""
+    """What a Python program hands over, not by flags that name files."""
 
     splits: Splits | None = None
     model: Callable[..., Any] | nn.Module | None = None
@@ -113,17 +114,15 @@ class Facts:
     """What the data says about the task."""
 
     kind: Kind
-    names: tuple[str, ...]
-    """Of the network's outputs."""
-    shape: tuple[int, ...]
-    """Of one sample's inputs; empty if they are no single tensor."""
+    names: tuple[str, ...]  # of the network's outputs
+    shape: tuple[int, ...]  # of one sample's inputs; empty if they are no single tensor
 
 
 def open_own(reference: Reference, data_dir: Path, seed: int) -> Splits:
     """Run the user's file and call its function, in the process that will read the samples."""
     seed_everything(seed)
     reference.find()
-    seed_everything(seed)
+    seed_everything(seed)  # again: the file may have run before
     return splits_in(reference.make({"data_dir": data_dir}), reference.extra("collate"), reference.text)
 
 
@@ -151,11 +150,10 @@ def wanted(opening: Callable[[], Splits], config: CustomConfig) -> Splits:
 
 def open_synthetic(seed: int) -> Splits:
     """The drawn images of synthetic.py, normalised."""
-    splits = [TensorDataset(normalize(part.inputs, synthetic.MEAN, synthetic.STD), part.targets)
-              for part in synthetic.load(seed=seed)]
-    for part in splits:
-        vars(part)["classes"] = synthetic.CLASS_NAMES
-    return Splits(train=splits[0], test=splits[1])
+    train, test = (TensorDataset(normalize(part.inputs, synthetic.MEAN, synthetic.STD), part.targets)
+                   for part in synthetic.load(seed=seed))
+    vars(train)["classes"] = vars(test)["classes"] = synthetic.CLASS_NAMES
+    return Splits(train=train, test=test)
 
 
 def load_data(config: CustomConfig, world: World, known: Sequence[str] | None = None, given: Given = Given()
@@ -185,7 +183,7 @@ def load_data(config: CustomConfig, world: World, known: Sequence[str] | None = 
 def learn_facts(config: CustomConfig, reading: Reading, known: Sequence[str] | None) -> Facts:
     """What the first samples say; the targets of all others will be held to it."""
     split, dataset = next(iter(reading.splits.present().items()))
-    read = [reading.read(Key(split, [sample], 0)) for sample in range(min(8, len(dataset)))]
+    read = [unless_failed(reading[Key(split, [sample], 0)]) for sample in range(min(8, len(dataset)))]
     inputs, targets = read[0]
     kind: Kind = KINDS.get(config.loss) or kind_of([each for _, each in read])
     names = tuple(known or class_names_of(dataset))
@@ -219,13 +217,11 @@ def build_model(config: CustomConfig, facts: Facts, given: Given = Given()) -> n
     """The network, from the seed."""
     size = facts.shape[-1] if len(facts.shape) == 3 else None
     torch.manual_seed(config.seed)
-    if isinstance(given.model, nn.Module):
-        return given.model
+    offered = {"num_classes": len(facts.names), "image_size": size}
     if given.model is not None:
-        return call(given.model, {"num_classes": len(facts.names), "image_size": size})
-    options = options_in(config.model_options, "--model-options")
-    return models.build(config.model, num_classes=len(facts.names), **options,
-                        **({"image_size": size} if is_reference(config.model) else {}))
+        return given.model if isinstance(given.model, nn.Module) else call(given.model, offered)
+    offered = offered if is_reference(config.model) else {"num_classes": len(facts.names)}
+    return models.build(config.model, **offered, **options_in(config.model_options, "--model-options"))
 
 
 def build_task(config: CustomConfig, facts: Facts, device: torch.device, given: Given = Given()) -> Task:
@@ -236,31 +232,22 @@ def build_task(config: CustomConfig, facts: Facts, device: torch.device, given: 
     elif facts.kind == "labels":
         if importlib.util.find_spec("torchmetrics") is None:
             raise UsageError("--loss bce: its mean average precision needs torchmetrics; pip install torchmetrics")
+        bce = functools.partial(elementwise, "bce", F.binary_cross_entropy_with_logits)
         task = Task(loss=bce, test_loss=bce, num_classes=None, metrics={"labels": label_metrics})
     else:
+        mse = functools.partial(elementwise, "mse", F.mse_loss)
         task = Task(loss=mse, test_loss=mse, num_classes=None)
     task.is_own = True
     return with_own_code(task, references(config), device, loss=given.loss, metric=given.metric)
 
 
-def bce(logits: Tensor, targets: Tensor) -> Tensor:
-    """Binary cross-entropy of rows of 0 and 1."""
-    check_shapes("bce", logits, targets)
-    return F.binary_cross_entropy_with_logits(logits, targets.float())
-
-
-def mse(outputs: Tensor, targets: Tensor) -> Tensor:
-    """The mean squared difference; (B,) and (B, 1) are the same."""
-    check_shapes("mse", outputs, targets)
-    return F.mse_loss(outputs, targets.view_as(outputs).float())
-
-
-def check_shapes(loss: str, outputs: Tensor, targets: Any) -> None:
-    """Raise UsageError for outputs that a loss would spread over targets of another shape."""
+def elementwise(name: str, loss: Loss, outputs: Tensor, targets: Any) -> Tensor:
+    """A loss of as many outputs as targets, (B,) and (B, 1) being the same; UsageError for any other shapes."""
     if not isinstance(targets, Tensor) or outputs.numel() != targets.numel():
         shape = tuple(targets.shape) if isinstance(targets, Tensor) else type(targets).__name__
-        raise UsageError(f"--loss {loss}: outputs {tuple(outputs.shape)} for targets {shape}; return as many numbers, "
+        raise UsageError(f"--loss {name}: outputs {tuple(outputs.shape)} for targets {shape}; return as many numbers, "
                          f"or give a --loss FILE.py:NAME")
+    return loss(outputs, targets.view_as(outputs).float())
 
 
 def label_metrics(logits: Tensor, targets: Tensor) -> dict[str, float]:

@@ -16,7 +16,7 @@ import itertools
 import sys
 import typing
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -36,9 +36,9 @@ from datasets.images.loaders import Key
 from datasets.images.packed import PackedImages
 from datasets.images.read import BadImage, Stored, read_file, to_square
 from datasets.listing import describe_left_out, find_images
-from datasets.samples import Reading
+from datasets.samples import Reading, unless_failed
 from datasets.transforms import full_size, takes_train
-from launch.command_line import run
+from launch.command_line import parse, run
 from launch.errors import CheckpointError, UsageError, first_line, say, to_stderr
 from launch.launcher import read_launch
 from launch.machine import choose_device
@@ -50,9 +50,8 @@ from trainers.engine.data_record import saved_class_names
 from trainers.engine.export import export
 from trainers.engine.predictions import Prediction, as_json, as_lines
 from trainers.engine.run.card import CARD_FILE, ModelCard, read_card
-from trainers.engine.run.folder import RunFolder
 from trainers.engine.run.pictures import MOST_IMAGES, predictions
-from trainers.engine.task import logits_of
+from trainers.engine.task import apply, logits_of, map_tensors
 from trainers.engine.user_code import Reference, blaming, is_reference, made_again
 
 
@@ -86,10 +85,10 @@ class PredictConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class Picture:
-    """One image to classify: uint8 (C, H, W), or float as the network takes it."""
+    """One image to classify: uint8 (C, H, W), or float as the network takes it; of custom.py a batch of one."""
 
     name: str
-    pixels: Tensor
+    pixels: Any
     true_class: str | None = None
 
 
@@ -114,16 +113,16 @@ def load_model(run: Path, card: ModelCard, checkpoint: Path | None, device: torc
 
 
 class LogitsOf(nn.Module):
-    """A user's network whose outputs are logits alone, whatever else it returns."""
+    """A user's network whose outputs are logits alone, (B, num_classes), whatever else it returns."""
 
     def __init__(self, network: nn.Module, reference: Reference) -> None:
         super().__init__()
         self.network, own = network, reference.extra("logits")
         self.logits: Callable[..., Any] = own if callable(own) else logits_of
 
-    def forward(self, images: Tensor) -> Tensor:
-        """Logits (B, num_classes)."""
-        return self.logits(self.network(images))
+    def forward(self, *inputs: Any, **named: Any) -> Tensor:
+        """As the network takes them."""
+        return self.logits(self.network(*inputs, **named))
 
 
 def best_state(run: Path) -> tuple[dict[str, Any], Path]:
@@ -194,8 +193,8 @@ def test_pictures(config: PredictConfig, card: ModelCard, source: Path, bad: dic
     found = load_data(settings, World(), card.class_names)
     if isinstance(found, Reading):
         for sample in range(min(config.test_images or 0, len(found.splits.test))):
-            inputs, targets = found.read(Key("test", [sample], 0))
-            yield Picture(name=f"test {sample}", pixels=inputs[0], true_class=card.class_names[int(targets[0])])
+            inputs, targets = unless_failed(found[Key("test", [sample], 0)])
+            yield Picture(name=f"test {sample}", pixels=inputs, true_class=card.class_names[int(targets[0])])
         return
     _, validation, test = found
     test = validation if test is None else test
@@ -211,25 +210,23 @@ def test_pictures(config: PredictConfig, card: ModelCard, source: Path, bad: dic
 
 
 def restore_config(config_class: type, run: Path) -> Any:
-    """The config of a run, from its config.json: texts back to paths, lists to tuples."""
-    saved = RunFolder(run, is_main=False).read_config()
-    if saved is None:
-        raise CheckpointError(f"--run {run}: has no readable config.json; name image files, not --test-images")
-    values: dict[str, Any] = {}
-    for field in fields(config_class):
-        value = saved.get(field.name, field.default)
-        is_path = isinstance(value, str) and "Path" in str(typing.get_type_hints(config_class)[field.name])
-        values[field.name] = Path(value) if is_path else tuple(value) if isinstance(value, list) else value
-    return config_class(**values)
+    """The config of a run, from its config.json."""
+    try:
+        return parse(config_class, args=["--config", str(run / "config.json")])
+    except UsageError as error:
+        raise CheckpointError(f"--run {run}: has no readable config.json ({error}); name image files, not "
+                              f"--test-images") from None
 
 
 @torch.no_grad()
 def classify(model: nn.Module, batch: list[Picture], card: ModelCard, device: torch.device) -> list[Prediction]:
     """Probabilities of a batch of images."""
-    inputs = torch.stack([picture.pixels for picture in batch]).to(device)
-    if inputs.dtype == torch.uint8:
+    own = card.trainer == "custom"
+    inputs = batch[0].pixels if own else torch.stack([picture.pixels for picture in batch])
+    inputs = map_tensors(lambda tensor: tensor.to(device), inputs)
+    if not own and inputs.dtype == torch.uint8:
         inputs = normalize(inputs, card.mean, card.std)
-    probabilities = model(inputs).float().softmax(1).cpu().tolist()  # of log-probabilities too
+    probabilities = apply(model, inputs).float().softmax(1).cpu().tolist()  # of log-probabilities too
     return [Prediction(image=picture.name, probabilities=dict(zip(card.class_names, row, strict=True)),
                        true_class=picture.true_class)
             for picture, row in zip(batch, probabilities, strict=True)]
@@ -238,7 +235,7 @@ def classify(model: nn.Module, batch: list[Picture], card: ModelCard, device: to
 def draw(path: Path, shown: list[Picture], classified: list[Prediction], *, asked: bool) -> None:
     """The pictures with predicted and true names, as a PNG; one that was not asked for costs a warning at most."""
     names, shares = zip(*(each.ranked[0] for each in classified), strict=True)
-    images = torch.stack([picture.pixels for picture in shown])
+    images = torch.stack([picture.pixels.view(picture.pixels.shape[-3:]) for picture in shown])
     is_raw = images.dtype == torch.uint8
     images = images.float() / 255 if is_raw else (images - images.min()) / (images.max() - images.min())
     try:
@@ -279,7 +276,8 @@ def predict(config: PredictConfig, run: Path, card: ModelCard) -> int:
     shown: list[Picture] = []
     bad: dict[str, str] = {}
     pictures = pictures_of(config, card, source, bad)
-    while batch := list(itertools.islice(pictures, config.batch_size)):
+    size = 1 if card.trainer == "custom" else config.batch_size  # theirs may have any shape, and no two the same
+    while batch := list(itertools.islice(pictures, size)):
         classified += classify(model, batch, card, device)
         shown += batch[: MOST_IMAGES - len(shown)]
     if config.json and (classified or bad):
@@ -288,7 +286,7 @@ def predict(config: PredictConfig, run: Path, card: ModelCard) -> int:
         say(as_lines(classified, top=config.top), is_result=True)
     for path, reason in bad.items() if len(bad) > 1 else ():
         to_stderr(f"WARNING data: {path}: {reason}")
-    if classified:
+    if classified and all(isinstance(each.pixels, Tensor) and each.pixels.ndim > 2 for each in shown):
         draw(config.picture or run / "predict.png", shown, classified[: len(shown)],
              asked=config.picture is not None)
     for path, reason in bad.items():

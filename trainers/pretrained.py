@@ -38,10 +38,8 @@ class Preprocessing:
 
     size: int
     resize_size: int
-    crop_share: float
-    """The former divided by the latter, for other sizes."""
-    fit: Any
-    """That of ImageFolderConfig; None for a way that is not known here."""
+    crop_share: float  # the former divided by the latter, for other sizes
+    fit: Any  # that of ImageFolderConfig; None for a way that is not known here
     interpolation: Any
     statistics: Statistics
 
@@ -50,20 +48,14 @@ class Preprocessing:
 class NamedWeights:
     """Weights of a library, and its own functions for them."""
 
-    what: str
-    """Such as IMAGENET1K_V2 of resnet50."""
+    what: str  # such as --pretrained IMAGENET1K_V2 of resnet50
     num_classes: int
-    file: Callable[[], Path | None]
-    """Where they are cached, if they are."""
-    download: Callable[[], object]
-    """Fetches them into there."""
-    build: Callable[[int], nn.Module]
-    """The network with them; timm makes a new head for other classes."""
+    file: Callable[[], Path | None]  # where they are cached, if they are
+    download: Callable[[], object]  # fetches them into there
+    build: Callable[[int], nn.Module]  # the network with them; timm makes a new head for other classes
     preprocessing: Callable[[], Preprocessing]
-    options: dict[str, Any] = field(default_factory=dict)
-    """What models.build needs to make the same network."""
-    head: str | None = None
-    """The layer that timm makes itself."""
+    options: dict[str, Any] = field(default_factory=dict)  # what models.build needs to make the same network
+    head: str | None = None  # the layer that timm makes itself
 
     def fetch(self) -> None:
         """For one rank of each node: have the file in the cache, and look into it, which runs no code of its.

@@ -51,8 +51,7 @@ class Reference:
     """Something in a file of the user's. Small enough to be sent to a worker, which runs the file itself."""
 
     flag: str
-    text: str
-    """FILE.py:NAME."""
+    text: str  # FILE.py:NAME
 
     @property
     def path(self) -> Path:
@@ -248,9 +247,8 @@ def shadowed(error: BaseException) -> str:
     """The way out where a file wants another `datasets` than ours, as Hugging Face's users and timm's hfds do."""
     if not isinstance(error, ImportError | AttributeError) or not re.search(r"'datasets\b", str(error)):
         return ""
-    pack = ", then datasets/pack.py" if (ROOT / "datasets" / "pack.py").exists() else " and read that file here"
-    return (f"; `datasets` is a folder of this project here, not Hugging Face's package: export once, in a script of "
-            f"its own, to Parquet (load_dataset(...).to_parquet(FILE)){pack}, or write an image folder")
+    return ("; `datasets` is a folder of this project here, not Hugging Face's package: export once, in a script of "
+            "its own, to Parquet (load_dataset(...).to_parquet(FILE)), then datasets/pack.py, or write an image folder")
 
 
 def options_in(words: Iterable[str], flag: str) -> dict[str, Any]:
