@@ -86,7 +86,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, str
         fill_hub(Path(offline["HF_HOME"]) / "hub", "timm/resnet50.a1_in1k", timm.create_model("resnet50"))
     path = documents.make_programs(folder / "bin", free_port())
     variables = {**os.environ, **offline, "PATH": f"{path}:{os.environ['PATH']}", "WANDB_MODE": "offline",
-                 "OMP_NUM_THREADS": "1", "signals": signals_flag().partition("=")[2]}
+                 "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", "signals": signals_flag().partition("=")[2]}
     run("python trainers/cifar.py --run-name first", folder, variables)
     run("python trainers/cifar.py --run-name second --tensorboard", folder, variables)
     return folder, variables
