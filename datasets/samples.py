@@ -173,12 +173,9 @@ def check_map_style(dataset: Any, split: str, name: str) -> None:
 
 def targets_of(dataset: Any) -> Any:
     """The targets of all samples, where a data set has them at hand; else None."""
-    if isinstance(dataset, Subset):
-        whole = targets_of(dataset.dataset)
-        return None if whole is None else torch.as_tensor(np.asarray(whole))[list(dataset.indices)]
-    if isinstance(dataset, TensorDataset):
-        return dataset.tensors[-1]
-    return getattr(dataset, "targets", None)
+    if isinstance(dataset, Subset) and (whole := targets_of(dataset.dataset)) is not None:
+        return torch.as_tensor(np.asarray(whole))[list(dataset.indices)]
+    return dataset.tensors[-1] if isinstance(dataset, TensorDataset) else getattr(dataset, "targets", None)
 
 
 def class_names_of(dataset: Any) -> tuple[str, ...]:

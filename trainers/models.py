@@ -264,9 +264,8 @@ def from_flags(config: Any, num_classes: int) -> nn.Module:
 def build(name: str, *, num_classes: int, **options: Any) -> nn.Module:
     """A new network for colour or grey images with its usual initialisation, on the CPU.
 
-    `torchvision/resnet18` is torchvision's, where one of ours has the name too; `timm/resnet18` is timm's. The options
-    are `width`, or of mnistnet `channels`, `hidden` and `dropout`, or a library's own; None is the network's default.
-    Raises ValueError for an unknown name, or an option that the network does not have.
+    `torchvision/resnet18` is torchvision's, where one of ours has the name too; `timm/resnet18` is timm's. An option
+    of None is the network's default. Raises ValueError for an unknown name or option.
     """
     chosen: dict[str, Any] = {option: value for option, value in options.items() if value is not None}
     if is_reference(name):

@@ -286,7 +286,8 @@ def predict(config: PredictConfig, run: Path, card: ModelCard) -> int:
         say(as_lines(classified, top=config.top), is_result=True)
     for path, reason in bad.items() if len(bad) > 1 else ():
         to_stderr(f"WARNING data: {path}: {reason}")
-    if classified and all(isinstance(each.pixels, Tensor) and each.pixels.ndim > 2 for each in shown):
+    shapes = {getattr(each.pixels, "shape", ()) for each in shown}
+    if len(shapes) == 1 and len(shapes.pop()) > 2:  # else they are no images, or not of one size
         draw(config.picture or run / "predict.png", shown, classified[: len(shown)],
              asked=config.picture is not None)
     for path, reason in bad.items():

@@ -23,23 +23,22 @@ def build_optimizer(model: nn.Module, config: "TrainConfig") -> "Optimizer | Muo
     options, name = options_in(config.optimizer_options, "--optimizer-options"), config.optimizer
     groups = parameter_groups(model, config)
     flags = {flag: getattr(config, flag) for flag in ("betas", "eps") if getattr(config, flag) is not None}
-    common: dict[str, Any] = {"lr": config.learning_rate, "weight_decay": config.weight_decay}
+    rates = {"lr": config.learning_rate, "weight_decay": config.weight_decay}
+    common: dict[str, Any] = {**rates, **options}
     try:
         if is_reference(name):
-            optimizer = own_optimizer(name, groups, {**common, "momentum": config.momentum, **flags}, options)
+            optimizer = own_optimizer(name, groups, {**rates, "momentum": config.momentum, **flags}, options)
         elif name.startswith(TIMM):
             make = timm_library("--optimizer", "timm.optim").create_optimizer_v2
-            optimizer = make(groups, name.removeprefix(TIMM), **{**common, "momentum": config.momentum, **flags,
-                                                                **options})
+            optimizer = make(groups, name.removeprefix(TIMM), **{"momentum": config.momentum, **flags, **common})
         elif name == "muon":
-            optimizer = MuonWithAdamW(groups, momentum=config.momentum, adams=flags, **common, **options)
+            optimizer = MuonWithAdamW(groups, momentum=config.momentum, adams=flags, **common)
         else:
             rule = {"sgd": torch.optim.SGD, "adam": torch.optim.Adam, "adamw": torch.optim.AdamW}.get(name)
             momentum = {} if name in ("adam", "adamw") else {"momentum": config.momentum}
             nesterov = {"nesterov": config.nesterov and config.momentum > 0} if name == "sgd" else {}
             kernel = {"fused": True} if rule is not None and fused_works(model) else {"foreach": True}
-            optimizer = (rule or torch.optim.RMSprop)(groups, **common, **flags, **momentum, **nesterov, **kernel,
-                                                      **options)
+            optimizer = (rule or torch.optim.RMSprop)(groups, **common, **flags, **momentum, **nesterov, **kernel)
     except (TypeError, ValueError, AssertionError, ImportError) as error:
         if not options and not name.startswith(TIMM):
             raise
