@@ -275,8 +275,7 @@ def sample_loaders(reading: Reading, *, batch_size: int, rank_batch_size: int, s
                    warn: Callable[[str], None] = lambda line: None) -> dict[str, Any]:
     """The loaders of one rank, of the splits that there are; warns where random choices cannot be keyed.
 
-    Raises:
-        DataError: if there are too few samples for one step, or training sample 0 cannot be read.
+    Raises DataError if there are too few samples for one step, or training sample 0 cannot be read.
     """
     decoder = Decoder(reading, workers=workers, pin_memory=device.type == "cuda", prepare_worker=prepare_worker)
     shard = {"rank": rank, "world_size": world_size}

@@ -28,23 +28,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset, default_collate
 
-from datasets import synthetic
+from datasets import samples, synthetic
 from datasets.augment import normalize
 from datasets.errors import DataError
 from datasets.images.loaders import Key
 from datasets.mixing import mixed
-from datasets.samples import (
-    SEED_IT,
-    Explain,
-    Reading,
-    Splits,
-    check_map_style,
-    class_names_of,
-    sample_loaders,
-    set_apart,
-    unchanged,
-    unless_failed,
-)
+from datasets.samples import Explain, Reading, Splits, sample_loaders
 from launch.command_line import run
 from launch.errors import UsageError, to_stderr
 from launch.process_group import World, gather
@@ -106,7 +95,7 @@ class Given:
     model: Callable[..., Any] | nn.Module | None = None
     loss: Loss | None = None
     metric: Metric | None = None
-    explain: Explain = unchanged
+    explain: Explain = samples.unchanged
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -137,15 +126,15 @@ def splits_in(found: Any, collate: Any, name: str) -> Splits:
 def wanted(opening: Callable[[], Splits], config: CustomConfig) -> Splits:
     """The splits that a run needs: `--validation-fraction` of the training set apart, for --evaluate the test set."""
     splits, fraction, name = opening(), config.validation_fraction, f"--data {config.data or 'given'}"
-    check_map_style(splits.test, "test", name)
+    samples.check_map_style(splits.test, "test", name)
     if config.evaluate is not None:
         return Splits(test=splits.test, collate=splits.collate)
-    check_map_style(splits.train, "training", name)
+    samples.check_map_style(splits.train, "training", name)
     if fraction is None:
         return splits
     if splits.validation is not None:
         raise UsageError(f"--validation-fraction {fraction}: {name} gives a validation set of its own; leave it out")
-    return set_apart(splits, fraction, seed=config.seed)
+    return samples.set_apart(splits, fraction, seed=config.seed)
 
 
 def open_synthetic(seed: int) -> Splits:
@@ -170,9 +159,9 @@ def load_data(config: CustomConfig, world: World, known: Sequence[str] | None = 
     reading = Reading(functools.partial(wanted, opening, config), seed=config.seed, name=f"--data {reference.text}",
                       explain=explain)
     if len(set(gather(world, reading.facts))) > 1:
-        raise DataError(f"--data {reference.text}: the ranks found different samples; {SEED_IT}")
+        raise DataError(f"--data {reference.text}: the ranks found different samples; {samples.SEED_IT}")
     first = next(iter(reading.splits.present().values()))
-    names = tuple(known or class_names_of(first))
+    names = tuple(known or samples.class_names_of(first))
     if len({*names}) != len(names):
         raise DataError(f"--data {reference.text}: .classes names one class twice; give each a name of its own")
     if names:
@@ -183,10 +172,10 @@ def load_data(config: CustomConfig, world: World, known: Sequence[str] | None = 
 def learn_facts(config: CustomConfig, reading: Reading, known: Sequence[str] | None) -> Facts:
     """What the first samples say; the targets of all others will be held to it."""
     split, dataset = next(iter(reading.splits.present().items()))
-    read = [unless_failed(reading[Key(split, [sample], 0)]) for sample in range(min(8, len(dataset)))]
+    read = [samples.unless_failed(reading[Key(split, [sample], 0)]) for sample in range(min(8, len(dataset)))]
     inputs, targets = read[0]
     kind: Kind = KINDS.get(config.loss) or kind_of([each for _, each in read])
-    names = tuple(known or class_names_of(dataset))
+    names = tuple(known or samples.class_names_of(dataset))
     num_outputs = len(names) if kind == "classes" else targets[0].numel() if isinstance(targets, Tensor) else 1
     num_outputs = config.num_classes or num_outputs
     if kind == "classes" and num_outputs == 0:
@@ -198,7 +187,7 @@ def learn_facts(config: CustomConfig, reading: Reading, known: Sequence[str] | N
     if len(names) != num_outputs:
         names = tuple(map(str, range(num_outputs)))
     reading.num_classes = num_outputs if kind == "classes" else None
-    if kind != "classes" or names != tuple(known or class_names_of(dataset)):
+    if kind != "classes" or names != tuple(known or samples.class_names_of(dataset)):
         reading.labels = {}  # these targets are no classes that have names
     return Facts(kind=kind, names=names, shape=shape)
 

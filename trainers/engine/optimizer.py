@@ -265,11 +265,7 @@ class MovingAverage(AveragedModel):
 
 
 def freeze(model: nn.Module, patterns: tuple[str, ...]) -> None:
-    """Stop training every parameter whose name begins with, or matches (`*`), a pattern. Call it before wrapping.
-
-    Raises:
-        UsageError: if a pattern matches no parameter.
-    """
+    """Stop training what a pattern matches: call it before wrapping. UsageError if one matches no parameter."""
     for pattern in patterns:
         for name in matching(model, pattern, flag="--freeze"):
             model.get_parameter(name).requires_grad_(False)

@@ -64,11 +64,7 @@ class Reference:
         return self.text.rpartition(":")[2]
 
     def module(self) -> ModuleType:
-        """The file, run; the first time in this process only.
-
-        Raises:
-            UsageError: if there is no such file, or it fails.
-        """
+        """The file, run; the first time in this process only. UsageError if there is none, or it fails."""
         path, folder = self.path, str(self.path.parent)
         known = f"users_{path.stem}_{hashlib.sha256(str(path).encode()).hexdigest()[:8]}"
         if known in sys.modules:
@@ -101,11 +97,7 @@ class Reference:
         return found[self.name]
 
     def make(self, offered: Mapping[str, Any], *positional: Any, options: Mapping[str, Any] | None = None) -> Any:
-        """Call it with what its signature asks for of `offered`, and with all options.
-
-        Raises:
-            UsageError: if it takes no such option, needs more than that, or fails.
-        """
+        """Call it with what its signature asks for of `offered`, and with all options; UsageError if that fails."""
         made = self.find()
         with blaming([self], made):
             return call(made, offered, *positional, options=options, name=self)
