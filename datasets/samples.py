@@ -97,8 +97,8 @@ class Reading(Dataset[Any]):
         self.splits = open_splits()
         for split, dataset in self.splits.present().items():
             check_map_style(dataset, NAMES[split], name)
-        self.num_classes: int | None = None
-        """Where it is known, the targets of every batch are held to it."""
+        self.largest_target: int | None = None
+        """Where it is known, the targets of every batch are held to it, and to be at least 0."""
         self.labels: dict[str, Tensor] = {}
         """Of a split whose classes are named in another order: the label of each of its own."""
         self.facts = describe(self.splits)
@@ -125,7 +125,7 @@ class Reading(Dataset[Any]):
                 batch = map_leaves(single, self.splits.collate(items))
                 inputs, targets = batch
                 labels = self.labels.get(key.split)
-                check_targets(targets, key, self.num_classes if labels is None else len(labels), self.name)
+                check_targets(targets, key, self.largest_target if labels is None else len(labels) - 1, self.name)
                 return inputs, targets if labels is None else labels[targets]
         except (Exception, SystemExit) as error:
             return self.explain(error, place)
@@ -222,16 +222,16 @@ def single(leaf: Any) -> Any:
     return leaf.float() if isinstance(leaf, Tensor) and leaf.dtype == torch.float64 else leaf
 
 
-def check_targets(targets: Any, key: Key, num_classes: int | None, name: str) -> None:
-    """Raise DataError for a target that is NaN or no class, naming the sample."""
+def check_targets(targets: Any, key: Key, largest: int | None, name: str) -> None:
+    """Raise DataError for a target that is NaN or, where a largest is known, no class or label, naming the sample."""
     if not isinstance(targets, Tensor) or len(targets) != len(key.samples):
         return
-    bad = targets.isnan() if num_classes is None else (targets < 0) | (targets >= num_classes)
+    bad = targets.isnan() if largest is None else ~((targets >= 0) & (targets <= largest))
     if bad.any():
         row = int(bad.flatten(1).any(1).nonzero()[0]) if bad.ndim > 1 else int(bad.nonzero()[0])
-        rule = "must be a number" if num_classes is None else f"must be a class from 0 to {num_classes - 1}"
-        raise DataError(f"{name}: {place_of(key.samples[row], key.split)}: target {targets[row].tolist()} {rule}; "
-                        f"correct it or leave the sample out")
+        kind = "number" if largest is None else f"{'label' if bad.ndim > 1 else 'class'} from 0 to {largest}"
+        raise DataError(f"{name}: {place_of(key.samples[row], key.split)}: target {targets[row].tolist()} must be a "
+                        f"{kind}; correct it or leave the sample out")
 
 
 def set_apart(splits: Splits, fraction: float, *, seed: int) -> Splits:

@@ -215,6 +215,10 @@ MISTAKES = {  # what the file says, the flags, what the one line says
         def load():
             return data(24, lambda index: 2 if index == 20 else index % 2), data(9)""", (),
                                      "sample 20 of the training set: target 2 must be a class from 0 to 1"),
+    "a target that is no label": ("""
+        def load():
+            return data(24, lambda index: [3 * (index == 20), 1]), data(9, lambda index: [0, 1])""", ("--loss", "bce"),
+                                  "sample 20 of the training set: target [3, 1] must be a label from 0 to 1"),
     "a target that is NaN": ("""
         def load():
             return data(24, lambda index: float("nan") if index == 20 else 0.5), data(9)""", (),
@@ -312,6 +316,34 @@ def test_dicts_and_tuples_reach_the_model_by_keyword_and_position(tmp_path: Path
     ended = train(tmp_path, *LINEAR)
     assert ended.code == 0, ended.err
     assert "test loss" in ended.out
+
+
+@pytest.mark.timeout(90)
+def test_predict_reads_any_input_of_own_data(tmp_path: Path) -> None:
+    write(tmp_path, """
+        class Named(TensorDataset):
+            def __getitem__(self, index):
+                features, target = super().__getitem__(index)
+                return {"rows": torch.ones(1 + index % 3, 3) * features}, target
+        def collate(samples):
+            longest = max(len(inputs["rows"]) for inputs, _ in samples)
+            rows = [nn.functional.pad(each["rows"], (0, 0, 0, longest - len(each["rows"]))) for each, _ in samples]
+            return {"rows": torch.stack(rows)}, torch.stack([target for _, target in samples])
+        class Net(nn.Linear):
+            def forward(self, rows):
+                return {"logits": super().forward(rows.sum(1))}
+        def model(num_classes):
+            return Net(3, num_classes)
+        def load():
+            return Named(*data(24).tensors), Named(*data(9).tensors)""")
+    ended = train(tmp_path, *LINEAR)
+    assert ended.code == 0, ended.err
+    done = execute([sys.executable, str(ROOT / "trainers" / "predict.py"), "--run", "runs/r", "--test-images", "99",
+                    "--json", "--device", "cpu"], cwd=tmp_path, timeout=60)
+    assert done.code == 0, done.err
+    found = json.loads(done.out)["predictions"]
+    right = [max(each["probabilities"], key=each["probabilities"].get) == each["true_class"] for each in found]
+    assert sum(right) / 9 == pytest.approx(read_json(tmp_path / "runs" / "r" / "result.json")["best"]["accuracy"])
 
 
 THREE = """

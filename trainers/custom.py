@@ -10,6 +10,7 @@
 import functools
 import importlib.util
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -186,7 +187,7 @@ def learn_facts(config: CustomConfig, reading: Reading, known: Sequence[str] | N
                          f"(C, H, W) and their labels; these are inputs {shape} with {kind}; leave it out")
     if len(names) != num_outputs:
         names = tuple(map(str, range(num_outputs)))
-    reading.num_classes = num_outputs if kind == "classes" else None
+    reading.largest_target = {"classes": num_outputs - 1, "labels": 1}.get(kind)
     if kind != "classes" or names != tuple(known or samples.class_names_of(dataset)):
         reading.labels = {}  # these targets are no classes that have names
     return Facts(kind=kind, names=names, shape=shape)
@@ -244,8 +245,10 @@ def label_metrics(logits: Tensor, targets: Tensor) -> dict[str, float]:
     from torchmetrics.functional.classification import multilabel_average_precision
 
     exact = ((logits > 0) == (targets > 0)).all(1).float().mean().item()
-    return {"exact_match": exact, "mean_average_precision": multilabel_average_precision(
-        logits.float().sigmoid(), targets.int(), num_labels=logits.shape[1]).item()}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of labels that no sample has
+        precision = multilabel_average_precision(logits.float().sigmoid(), targets.int(), num_labels=logits.shape[1])
+    return {"exact_match": exact, "mean_average_precision": precision.item()}
 
 
 def write_card(config: CustomConfig, facts: Facts, run: Run) -> None:
