@@ -3,8 +3,11 @@
     python datasets/pipeline_speed.py pil:2          # torchvision's PIL transforms in a DataLoader with 2 workers
     python datasets/pipeline_speed.py v2:0           # its v2 transforms on tensors, sample by sample, no workers
     python datasets/pipeline_speed.py batch          # this project's augmentation of a whole batch
+    python datasets/pipeline_speed.py timm:1 --data-dir photos                  # photographs from files, by timm
 
-All do the same to the same synthetic 32x32 images: random crop after reflect padding by 2, random flip, normalise. One
+Without --data-dir, all do the same to the same synthetic 32x32 images: random crop after reflect padding by 2, random
+flip, normalise. With it, to the images of its train/: random resized crop (area 0.08 to 1) to 224, random flip,
+normalise, by `torchvision`, `timm` or `ours` (a folder or a pack); `timm:2+network` trains a trivial network too. One
 thread per process. Workers are running, and what they prefetched is used up, before the clock starts.
 """
 
@@ -22,20 +25,27 @@ if not __package__:  # run by path: our packages, not others of the same names
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, RandomSampler
 from torchvision import transforms
+from torchvision.datasets import ImageFolder
 from torchvision.transforms import v2
 
-from datasets import synthetic
+from datasets import image_folder, synthetic
 from datasets.augment import Augmentation
+from datasets.images import packed
+from datasets.images.loaders import DecodedTrainLoader, Decoder, Decoding
+from datasets.images.unreadable import BadImages
 from datasets.loaders import train_loader
+from datasets.order import ResumableSampler
 from datasets.tensors import TensorDataset
 
 SHIFT = 2
 PREFETCHED = 2  # batches per worker, DataLoader's default
 FOREVER = 10**9  # samples; the clock ends the run
 WARMUP_BATCHES = 5
+SIZE, SMALLEST_AREA = 224, 0.08  # of photographs
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, as torchvision and timm have them
 
 
 class Samples(Dataset):
@@ -80,6 +90,57 @@ def whole_batches(train: TensorDataset, batch_size: int) -> Iterator[Any]:
         yield from loader.batches(epoch, 0)
 
 
+class MeanColor(nn.Module):
+    """A network of the user's own that costs nothing: all time is that of data and loop."""
+
+    def __init__(self, num_classes: int) -> None:
+        super().__init__()
+        self.head = nn.Linear(3, num_classes)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Logits (B, num_classes) of images (B, 3, H, W)."""
+        return self.head(images.mean((2, 3)))
+
+
+def photographs(kind: str, data_dir: Path, batch_size: int, workers: int) -> Iterator[Any]:
+    """Batches without end of photographs in files: `torchvision`, `timm`, or `ours` from a folder or a pack."""
+    if kind == "ours":
+        module = packed if packed.is_pack(data_dir) else image_folder
+        tree, _ = module.load(data_dir)
+        assert tree is not None
+        decoder = Decoder(Decoding(splits={"train": tree}, size=SIZE, smallest_area=SMALLEST_AREA), workers=workers)
+        sampler = ResumableSampler(tree, global_batch_size=batch_size, rank=0, world_size=1, seed=0)
+        augmentation = Augmentation(seed=0, mean=MEAN, std=STD, flip="random")
+        loader: Any = DecodedTrainLoader(tree, decoder, augmentation, sampler, BadImages(0),
+                                         rank_batch_size=batch_size, device=torch.device("cpu"))
+        return itertools.chain.from_iterable(loader.batches(epoch, 0) for epoch in itertools.count())
+    if kind == "timm":
+        from timm.data import create_dataset, create_loader  # pyright: ignore[reportMissingImports]
+
+        photos: Any = create_dataset("", str(data_dir / "train"), is_training=True)
+        loader = create_loader(photos, (3, SIZE, SIZE), batch_size, is_training=True, num_workers=workers,
+                               color_jitter=0.0, interpolation="bilinear", device=torch.device("cpu"))
+    else:  # the transforms and loader of its references/classification, without an automatic policy
+        photos = ImageFolder(str(data_dir / "train"), transforms.Compose([
+            transforms.RandomResizedCrop(SIZE), transforms.RandomHorizontalFlip(), transforms.PILToTensor(),
+            transforms.ConvertImageDtype(torch.float32), transforms.Normalize(MEAN, STD),
+        ]))
+        loader = DataLoader(photos, batch_size, shuffle=True, drop_last=True, num_workers=workers,
+                            persistent_workers=workers > 0)
+    return itertools.chain.from_iterable(itertools.repeat(loader))
+
+
+def trained_on(batches: Iterator[Any]) -> Iterator[Any]:
+    """The same batches, each after a step of a trivial network on it."""
+    model = MeanColor(1000)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
+    for images, labels in batches:
+        nn.functional.cross_entropy(model(images), labels).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        yield images, labels
+
+
 def images_per_second(batches: Iterator[Any], *, skipped: int, seconds: float) -> float:
     """Whole batches over the time they took."""
     for _ in range(skipped):
@@ -93,21 +154,25 @@ def images_per_second(batches: Iterator[Any], *, skipped: int, seconds: float) -
 def main() -> None:
     """Time one variant and print `{"variant", "images_per_second"}`."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("variant", help="pil:WORKERS, v2:WORKERS or batch")
+    parser.add_argument("variant", help="pil:N, v2:N, batch; torchvision:N, timm:N, ours:N [+network], of N workers")
+    parser.add_argument("--data-dir", type=Path)
     parser.add_argument("--batch-size", type=int, default=128)
     parser.add_argument("--seconds", type=float, default=4)
     flags = parser.parse_args()
-    match = re.fullmatch(r"(pil|v2):(\d+)|batch", flags.variant)
+    names = "torchvision|timm|ours" if flags.data_dir else "pil|v2"
+    match = re.fullmatch(rf"({names}):(\d+)(\+network)?|batch", flags.variant)
     if match is None:
-        parser.error(f"{flags.variant}: must be pil:WORKERS, v2:WORKERS or batch")
+        parser.error(f"{flags.variant}: must be as --help says")
     torch.set_num_threads(1)
-    train, _ = synthetic.load(num_test=10)
     workers = int(match[2] or 0)
-    if match[1] is None:
-        batches = whole_batches(train, flags.batch_size)
+    if flags.data_dir:
+        batches = photographs(match[1], flags.data_dir, flags.batch_size, workers)
+    elif match[1] is None:
+        batches = whole_batches(synthetic.load(num_test=10)[0], flags.batch_size)
     else:
-        batches = single_samples(train, match[1], flags.batch_size, workers)
-    rate = images_per_second(batches, skipped=WARMUP_BATCHES + PREFETCHED * workers, seconds=flags.seconds)
+        batches = single_samples(synthetic.load(num_test=10)[0], match[1], flags.batch_size, workers)
+    rate = images_per_second(trained_on(batches) if match[3] else batches,
+                             skipped=WARMUP_BATCHES + PREFETCHED * workers, seconds=flags.seconds)
     print(json.dumps({"variant": flags.variant, "images_per_second": rate}))
 
 

@@ -4,6 +4,7 @@
     python launch/benchmark.py --model resnet18 --batch-size 512 --setups cpu:1 cpu:2 gpu:1 dp:8 ddp:2 ddp:8+bf16
     python launch/benchmark.py --trainer-flags="--width 64" --compare benchmark/old.json
     python launch/benchmark.py --pipeline                                 # images/s of ways to load and augment
+    python launch/benchmark.py --pipeline --data-dir photos               # of photographs in photos/train and test
 
 A set-up is `cpu:N` (N gloo ranks), `gpu:1`, `dp:N` (DataParallel) or `ddp:N` (NCCL), with options such as
 `+bf16+channels-last+compile+threads=2` (also `+fp16`; ddp `+gloo`, which lets ranks share a GPU). Each is the
@@ -97,6 +98,8 @@ class BenchmarkConfig:
     """Show this benchmark.json, run nothing."""
     pipeline: bool = False
     """Compare ways to load and augment images instead of set-ups."""
+    data_dir: Path | None = None
+    """With --pipeline: a folder of photographs as image_folder.py takes it, which is packed for the comparison."""
     timeout: Annotated[float, Above(0, most=MOST_SECONDS)] = 1800
     """Seconds after which a run is ended as failed."""
 
@@ -114,7 +117,7 @@ def main(config: BenchmarkConfig) -> int:
             signal.signal(number, signal.default_int_handler)  # a shell has its background jobs ignore SIGINT
         if config.pipeline:
             return benchmark_pipeline(config.output_dir, rounds=config.rounds, seconds=config.seconds,
-                                      batch_size=config.batch_size)
+                                      batch_size=config.batch_size, data_dir=config.data_dir)
         hardware = Hardware.here()
         jobs, missing = jobs_of(config, hardware)
         results = {

@@ -85,3 +85,13 @@ def test_a_data_set_smaller_than_a_batch_is_refused() -> None:
     with pytest.raises(DataError, match="only 40 samples"):
         train_loader(dataset, Augmentation(seed=0, **HALF), batch_size=64, rank_batch_size=64, rank=0, world_size=1,
                      seed=0, device=torch.device("cpu"))
+
+
+@pytest.mark.parametrize("num_images", [0, 1, 85, 200])
+def test_images_normalised_piece_by_piece_have_the_bits_of_the_whole(num_images: int) -> None:
+    images = torch.randint(0, 256, (num_images, 3, 32, 32), dtype=torch.uint8).to(memory_format=torch.channels_last)
+    scale, offset = (torch.tensor(values)[:, None, None] for values in ([1 / (255 * 0.2), 1 / 255, 2 / 255], [1, 2, 3]))
+    whole = images.float().mul_(scale).sub_(offset)
+    pieces = normalize(images, (0.2, 2.0, 1.5), (0.2, 1.0, 0.5))
+    assert torch.equal(pieces, whole)
+    assert pieces.stride() == whole.stride()

@@ -1,13 +1,17 @@
 """The input pipelines that launch/benchmark.py --pipeline compares."""
 
+import importlib.util
 import json
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from PIL import Image
 
-from launch.bench.pipeline import pipeline_cells, row, variants
+from datasets.pipeline_speed import photographs, trained_on
+from launch.bench.pipeline import peer_cells, pipeline_cells, row, variants
 from tests.helpers.processes import PROGRAMS, ROOT, execute, read_json
 
 
@@ -37,6 +41,51 @@ def test_every_input_pipeline_gives_the_same_kind_of_batch(first_batches: dict[s
     assert abs(batch["mean"] - whole["mean"]) < 0.1
     assert abs(batch["std"] - whole["std"]) < 0.1
     assert batch["labels"] == 500
+
+
+@pytest.fixture
+def photos(tmp_path: Path) -> Path:
+    """train/ and test/ of two classes of smooth JPEGs."""
+    for split, number in (("train", 24), ("test", 2)):
+        for index in range(number):
+            pixels = torch.randint(256, (12, 16, 3), generator=torch.Generator().manual_seed(index), dtype=torch.uint8)
+            path = tmp_path / "photos" / split / "ab"[index % 2] / f"{index}.jpg"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(pixels.numpy()).resize((320, 240)).save(path)
+    return tmp_path / "photos"
+
+
+@pytest.mark.parametrize("kind", ["torchvision", "ours", "timm"])
+def test_every_pipeline_of_photographs_gives_the_same_kind_of_batch(kind: str, photos: Path):
+    if kind == "timm":
+        pytest.importorskip("timm")
+    batches = trained_on(photographs(kind, photos, 4, 0))
+    images = torch.cat([next(batches)[0] for _ in range(8)])  # more than an epoch
+    assert images.shape == (32, 3, 224, 224)
+    assert images.dtype == torch.float32
+    assert abs(float(images.mean()) - 0.2) < 0.2  # grey, (0.5 - 0.45) / 0.225
+    assert 0.5 < float(images.std()) < 1.2
+
+
+def test_photographs_are_compared_with_timm_in_the_same_work_and_round():
+    trained = "2 workers, a trivial network trained"
+    rates = {"torchvision, a folder": {0: 1.0}, "timm, a folder": {0: 2.0, 1: 4.0}, "ours, a folder": {0: 4.0, 1: 4.0},
+             f"timm, {trained}": {1: 10.0}, f"ours, {trained}": {0: 99.0, 1: 15.0}}
+    assert [cells[0] for cells in peer_cells(rates)] == [
+        "x timm (rounds)", "0.50 (0.50 - 0.50)", "1.00 (1.00 - 1.00)", "1.50 (1.00 - 2.00)", "1.00 (1.00 - 1.00)",
+        "1.50 (1.50 - 1.50)"]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(280)
+def test_photographs_of_a_folder_are_measured_from_files_packs_and_in_the_trainer(photos: Path, tmp_path: Path):
+    done = execute([sys.executable, str(ROOT / "launch" / "benchmark.py"), "--pipeline", "--data-dir", str(photos),
+                    "--rounds", "1", "--seconds", "0.2", "--batch-size", "4", "--output-dir", str(tmp_path / "out")],
+                   timeout=270)
+    assert done.code == 0, done.err
+    rows = [one["variant"] for one in read_json(tmp_path / "out" / "pipeline.json")["rows"]]
+    assert len(rows) == 8 if importlib.util.find_spec("timm") else 6
+    assert not list((tmp_path / "out").glob(".packs-*"))
 
 
 @pytest.mark.long

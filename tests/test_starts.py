@@ -82,3 +82,20 @@ def test_the_doctor_names_the_signals_that_torchrun_would_not_pass_on(
 def test_what_must_start_fast_imports_neither_torch_nor_tyro(module: str) -> None:
     done = execute([sys.executable, str(PROGRAMS / "slow_imports.py"), module])
     assert done.out.strip() == "set()", done.err
+
+
+def test_a_script_collects_no_garbage_while_it_imports_and_does_once_it_runs() -> None:
+    """Collecting finds nothing in what imports make, and takes a third of their time."""
+    program = """
+import gc
+from launch.stop import begin_script
+begin_script()
+print(gc.isenabled())
+from dataclasses import dataclass
+from launch.command_line import run
+@dataclass
+class Config:
+    "None."
+run(lambda config: print(gc.isenabled(), gc.get_freeze_count() > 1000), Config)
+"""
+    assert execute([sys.executable, "-c", program], cwd=ROOT).out.split() == ["False", "True", "True"]

@@ -3,18 +3,25 @@
 import json
 import subprocess
 import sys
-from collections.abc import Sequence
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from statistics import median
 from typing import Any
 
-from launch.bench.runs import error_in, rotated
-from launch.bench.setups import Hardware
+from launch.bench.runs import calibrate, error_in, plan, rotated, run_job
+from launch.bench.setups import Hardware, parse_setup
 from launch.bench.table import Cells, as_table, write_json
-from launch.errors import say, to_stderr
+from launch.errors import UsageError, say, to_stderr
 from launch.files import ROOT, replace_file
+from launch.launcher import usable_cores
+
+Measure = Callable[..., "float | str"]  # of seconds: images/s, or how it failed
 
 SCRIPT = ROOT / "datasets" / "pipeline_speed.py"
+TRAINED = "2 workers, a trivial network trained"  # the whole loop
 START_SECONDS = 120  # for torch to be imported and workers to start on a slow disk
 
 
@@ -24,36 +31,82 @@ def variants(cores: int) -> list[str]:
     return [*(f"pil:{count}" for count in workers), *(f"v2:{count}" for count in workers), "batch"]
 
 
-def benchmark_pipeline(output_dir: Path, *, rounds: int, seconds: float, batch_size: int) -> int:
+def photo_variants(data_dir: Path, folder: Path, batch_size: int) -> dict[str, Measure]:
+    """What is compared on photographs: one worker from a folder and packs, made in `folder`; two in a whole loop."""
+    peers = ["torchvision", *(["timm"] if find_spec("timm") else [])]
+    packs = {"a pack, short side 256, quality 90": ["--resize", "256", "--quality", "90"],
+             "a raw pack, 256": ["--raw", "256"]}
+    commands = {f"{peer}, a folder": (f"{peer}:1", data_dir) for peer in [*peers, "ours"]}
+    for number, (name, flags) in enumerate(packs.items()):
+        to_stderr(f"packing {name}")
+        words = [sys.executable, str(ROOT / "datasets" / "pack.py"), "--data-dir", str(data_dir), *flags]
+        done = subprocess.run([*words, "--out", str(folder / str(number))], capture_output=True, text=True)
+        if done.returncode:
+            raise UsageError(f"--data-dir {data_dir}: cannot be packed ({error_in(done.stderr)}); correct that first")
+        commands[f"ours, {name}"] = "ours:1", folder / str(number)
+    commands |= {f"{peer}, {TRAINED}": (f"{peer}:2+network", data_dir) for peer in peers}
+    measures: dict[str, Measure] = {name: partial(images_per_second, variant, batch_size=batch_size, data_dir=where)
+                                    for name, (variant, where) in commands.items()}
+    return {**measures, f"ours, {TRAINED}": partial(trained_per_second, data_dir, batch_size)}
+
+
+def trained_per_second(data_dir: Path, batch_size: int, *, seconds: float) -> float | str:
+    """What the whole trainer does with two workers and a network that costs nothing, or how it failed."""
+    job = plan([parse_setup("cpu:1")], batch_size=batch_size, rank_batch_size=batch_size, scaling="strong")[0]
+    flags = ["--data-dir", str(data_dir), "--model", f"{SCRIPT}:MeanColor", "--workers", "2", "--image-size", "224",
+             "--random-crop", "0.08", "--shift", "0", "--flip", "random"]
+    run_one = partial(run_job, trainer="image_folder", flags=flags, timeout_seconds=START_SECONDS + 10 * seconds)
+    warmup, steps = calibrate([job], steps=None, warmup_steps=None, seconds=seconds, run=run_one)
+    done = run_one(job, steps=f"{warmup}:{steps}")
+    return done["error"] or float(done["benchmark"]["samples_per_second"])
+
+
+def benchmark_pipeline(output_dir: Path, *, rounds: int, seconds: float, batch_size: int, data_dir: Path | None) -> int:
     """Run all, print a table, write pipeline.json and pipeline.md; the exit code."""
-    hardware = Hardware.here()
-    names, rates, errors = variants(hardware.cores), {}, []
+    if data_dir is None:
+        work = "random crop, flip and normalise of 32x32 images"
+        each: dict[str, Measure] = {name: partial(images_per_second, name, batch_size=batch_size)
+                                    for name in variants(usable_cores())}
+        return measure_pipelines(each, output_dir, rounds=rounds, seconds=seconds, batch_size=batch_size, work=work)
+    with tempfile.TemporaryDirectory(dir=output_dir, prefix=".packs-") as folder:
+        each = photo_variants(data_dir, Path(folder), batch_size)
+        work = f"random resized crop to 224, flip and normalise of {data_dir} by one worker, where not said otherwise"
+        return measure_pipelines(each, output_dir, rounds=rounds, seconds=seconds, batch_size=batch_size, work=work)
+
+
+def measure_pipelines(each: Mapping[str, Measure], output_dir: Path, *, rounds: int, seconds: float, batch_size: int,
+                      work: str) -> int:
+    """The rounds, and what is written; the exit code."""
+    rates: dict[str, dict[int, float]] = {}
+    errors = []
     try:
         for number in range(rounds):
-            for name in rotated(names, number):
-                rate = images_per_second(name, seconds=seconds, batch_size=batch_size)
+            for name in rotated(list(each), number):
+                rate = each[name](seconds=seconds)
                 if isinstance(rate, str):
                     errors.append(f"{name}: {rate}")
                 else:
-                    rates.setdefault(name, []).append(rate)
+                    rates.setdefault(name, {})[number] = rate
                 shown = rate if isinstance(rate, str) else f"{rate:,.0f} images/s"
                 to_stderr(f"round {number + 1} of {rounds}, {name}: {shown}")
     except KeyboardInterrupt:
         to_stderr("stopped: finished runs are kept")
         errors.append("stopped by Ctrl-C")
-    rows = [row(name, rates[name]) for name in names if name in rates]
-    results = {"format": 1, "batch_size": batch_size, "machine": hardware.record(), "rows": rows, "errors": errors}
-    page = (f"# Input pipeline\n\nrandom crop, flip and normalise of 32x32 images, batch {batch_size}, one thread per "
-            f"process\n\n{as_table(pipeline_cells(rows))}\n")
+    rows = [row(name, list(rates[name].values())) for name in each if name in rates]
+    results = {"format": 1, "batch_size": batch_size, "machine": Hardware.here().record(), "rows": rows,
+               "errors": errors}
+    cells = [[*left, *right] for left, right in zip(pipeline_cells(rows), peer_cells(rates), strict=True)]
+    page = f"# Input pipeline\n\n{work}, batch {batch_size}, one thread per process\n\n{as_table(cells)}\n"
     write_json(results, output_dir / "pipeline.json")
     replace_file(output_dir / "pipeline.md", page.encode())
     say(f"\n{page}\nwritten to {output_dir}/pipeline.json, .md")
     return 130 if errors[-1:] == ["stopped by Ctrl-C"] else int(bool(errors))
 
 
-def images_per_second(name: str, *, seconds: float, batch_size: int) -> float | str:
+def images_per_second(name: str, *, seconds: float, batch_size: int, data_dir: Path | None = None) -> float | str:
     """What one process measured, or how it failed."""
-    words = [sys.executable, str(SCRIPT), name, "--seconds", str(seconds), "--batch-size", str(batch_size)]
+    words = [sys.executable, str(SCRIPT), name, "--seconds", str(seconds), "--batch-size", str(batch_size),
+             *(["--data-dir", str(data_dir)] if data_dir else [])]
     try:
         done = subprocess.run(words, capture_output=True, text=True, timeout=START_SECONDS + 3 * seconds)
         return float(json.loads(done.stdout)["images_per_second"])
@@ -71,12 +124,25 @@ def row(name: str, rates: Sequence[float]) -> dict[str, Any]:
 
 def pipeline_cells(rows: Sequence[dict[str, Any]]) -> Cells:
     """Header and rows, relative to the first."""
-    meaning = {"pil": "PIL transforms, {} workers", "v2": "v2 tensor transforms, {} workers",
+    meaning: dict[str, str] = {"pil": "PIL transforms, {} workers", "v2": "v2 tensor transforms, {} workers",
                "batch": "whole batch at once (ours)"}
     cells = [["pipeline", "images/s", "min - max", "relative"]]
     for one in rows:
         kind, _, workers = one["variant"].partition(":")
-        cells.append([meaning[kind].format(workers), f"{one['images_per_second']:,.0f}",
+        cells.append([(meaning.get(kind) or kind).format(workers), f"{one['images_per_second']:,.0f}",
                       f"{one['slowest_round']:,.0f} - {one['fastest_round']:,.0f}",
                       f"{one['images_per_second'] / rows[0]['images_per_second']:.2f}"])
+    return cells
+
+
+def peer_cells(rates: Mapping[str, Mapping[int, float]]) -> Cells:
+    """Header and rows of what each is to timm's loader, or else to torchvision's, in the same work and the same rounds.
+    """
+    peers = {TRAINED in name: name for name in rates if name.startswith(("torchvision", "timm"))}  # the last one stays
+    cells = [[f"x {name.partition(',')[0]} (rounds)" for name in list(peers.values())[:1]]]
+    for name, by_round in rates.items():
+        base = rates.get(peers.get(TRAINED in name, ""), {})
+        ratios = sorted(rate / base[number] for number, rate in by_round.items() if number in base)
+        text = f"{median(ratios):.2f} ({ratios[0]:.2f} - {ratios[-1]:.2f})" if ratios else ""
+        cells.append([text] * bool(peers))
     return cells
