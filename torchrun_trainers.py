@@ -56,7 +56,7 @@ def train(model: Any, data: Any, *, loss: Any = None, metric: Any = None, collat
         config = custom.CustomConfig(dataset="given", model=getattr(model, "__name__", type(model).__name__), **flags)
         found = call(data, {"data_dir": config.data_dir}) if callable(data) else data
         splits = custom.splits_in(found, collate, "given")
-        check_workers(splits, config.workers)
+        check_workers(splits, config.num_workers())
         script = getattr(sys.modules["__main__"], "__file__", None) or "notebook.py"
         reference = Reference("--data", f"{script}:{type(splits.train).__name__}")
         return custom.main(config, custom.Given(splits=splits, model=model, loss=loss, metric=metric,

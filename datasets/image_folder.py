@@ -1,8 +1,7 @@
 """A folder of images by class, as torchvision's ImageFolder reads it: train/<class>/… and test/<class>/… (or val/).
 
 Without a test folder, or to keep it untouched while flags are tuned, one folder of classes is split by a fraction.
-Only names are read here; images/read.py reads the pixels, in loader workers (images/loaders.py) or into a cache
-(images/cache.py).
+Only names are read here; images/read.py reads the pixels, in loader workers (images/loaders.py) or into a pack.
 """
 
 import contextlib
@@ -12,7 +11,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import ClassVar
+from typing import Any
 
 import torch
 from PIL import Image
@@ -23,7 +22,6 @@ from datasets.classes import join_classes, some_of
 from datasets.download import install
 from datasets.errors import DataError
 from datasets.images.read import DECODER, read_file
-from datasets.images.source import ImageSource
 from datasets.listing import EXTENSIONS, describe_left_out, is_hidden, list_images
 from datasets.order import epoch_order
 from datasets.tensors import held_out
@@ -34,9 +32,8 @@ SYNTHETIC_TRAIN, SYNTHETIC_TEST = 2000, 500
 
 @dataclass(frozen=True, kw_only=True)
 class ImageTree:
-    """The image files of one split, in a fixed order, with their labels; an ImageSource."""
+    """The image files of one split, in a fixed order, with their labels; see packed.ImageSource."""
 
-    decoder: ClassVar[str] = DECODER
     root: Path
     names: tuple[str, ...]
     """Paths below the root."""
@@ -47,6 +44,14 @@ class ImageTree:
     """Files that are no images, counted by extension, and hidden names."""
     unreadable: Mapping[str, str] = field(default_factory=dict)
     """What the listing could not read: path and reason."""
+    decoder: str = DECODER
+    raw: bool = False
+    fitted: bool = False
+
+    @property
+    def folder(self) -> Path:
+        """What the names of the images are below."""
+        return self.root
 
     def __len__(self) -> int:
         return len(self.names)
@@ -184,8 +189,8 @@ def one_class(folder: Path, images: Sequence[str]) -> str:
             f"{folder.name}/")
 
 
-def describe(train: ImageSource | None, test: ImageSource | None, validation: ImageSource | None = None) -> str:
-    """What was found, and what of it is left out, in one line."""
+def describe(train: Any, test: Any, validation: Any = None) -> str:
+    """What was found in a folder or pack, and what of it is left out, in one line."""
     found = {"training": train, "validation": validation, "test": test}
     parts = [f"{len(tree):,} {name} images" + (f" in {len(tree.class_names)} classes" if tree is train else "")
              for name, tree in found.items() if tree is not None]

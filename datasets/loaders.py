@@ -1,11 +1,11 @@
 """From a data set to the batches of one rank: a training loader that can start anywhere, an unpadded evaluation one.
 
-Both yield (inputs, targets) on the rank's device, one micro-batch at a time, and hold the whole data set there as
-uint8. Data that must be decoded from files goes through DataLoader workers instead; see images/loaders.py.
+Both yield (inputs, targets), one micro-batch at a time. Where these come from is a `Read`: data in memory is here, held
+on the device as uint8; images are in images/loaders.py, people's own samples in samples.py.
 """
 
-from collections.abc import Callable, Iterator
-from typing import Protocol
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -15,6 +15,7 @@ from datasets.order import ResumableSampler, evaluation_indices
 from datasets.tensors import TensorDataset
 
 Batch = tuple[Tensor, Tensor]
+Read = Callable[[Sequence[Tensor], int], Iterator[Any]]  # (the samples of each batch, the epoch) -> the batches
 CHUNK_SAMPLES = 1024  # augmented at once: small batches would pay the same two dozen kernels each
 CHUNK_BYTES = 2**24  # of stored inputs, and no more samples than that: large images would fill the memory
 
@@ -47,51 +48,50 @@ class PlainTransform:
 
 
 class TrainLoader:
-    """Micro-batches of one rank from a data set in memory, from any position of any epoch."""
+    """Micro-batches of one rank, from any position of any epoch."""
 
-    def __init__(self, dataset: TensorDataset, transform: Transform, sampler: ResumableSampler, *,
-                 rank_batch_size: int, device: torch.device) -> None:
-        self.inputs = transform.prepare(dataset.inputs.to(device))
-        self.targets = dataset.targets.to(device)
-        self.transform, self.sampler = transform, sampler
-        self.rank_batch_size = rank_batch_size
+    def __init__(self, read: Read, sampler: ResumableSampler, *, rank_batch_size: int, remedy: str = "") -> None:
+        self.read, self.sampler, self.rank_batch_size = read, sampler, rank_batch_size
+        self.remedy = remedy
+        """What a user can do where training waits for these batches."""
+        self.steps_per_epoch, self.global_batch_size = sampler.steps_per_epoch, sampler.global_batch_size
 
-    @property
-    def steps_per_epoch(self) -> int:
-        """Optimizer steps in one epoch; the incomplete last global batch is dropped."""
-        return self.sampler.steps_per_epoch
-
-    @property
-    def global_batch_size(self) -> int:
-        """Samples that all ranks together consume in one optimizer step."""
-        return self.sampler.global_batch_size
-
-    def batches(self, epoch: int, samples_consumed: int) -> Iterator[Batch]:
+    def batches(self, epoch: int, samples_consumed: int) -> Iterator[Any]:
         """The rest of the epoch, in micro-batches of `rank_batch_size`."""
         self.sampler.set_position(epoch, samples_consumed)
-        samples = self.sampler.indices()
-        if self.inputs.device.type != "cpu":
-            samples = samples.pin_memory().to(self.inputs.device, non_blocking=True)  # else a step waits for the GPU
-        largest = min(CHUNK_SAMPLES, CHUNK_BYTES // max(1, self.inputs[0].nbytes))
-        chunk_size = self.rank_batch_size * max(1, largest // self.rank_batch_size)
-        for chunk in samples.split(chunk_size):
-            inputs = self.transform(self.inputs, chunk, epoch=epoch)
-            yield from zip(inputs.split(self.rank_batch_size), self.targets[chunk].split(self.rank_batch_size),
-                           strict=True)
+        return self.read(self.sampler.indices().split(self.rank_batch_size), epoch)
 
 
-def train_loader(dataset: TensorDataset | None, transform: Transform, *, batch_size: int, rank_batch_size: int,
-                 rank: int, world_size: int, seed: int, device: torch.device) -> TrainLoader | None:
-    """The training loader of one rank; None of no data set, where nothing is trained.
+class EvaluationLoader:
+    """This rank's share of a test set, in batches: over all ranks every sample once."""
+
+    def __init__(self, read: Read, share: range, *, batch_size: int) -> None:
+        self.read, self.share, self.batch_size = read, share, batch_size
+
+    def __iter__(self) -> Iterator[Any]:
+        share = torch.arange(self.share.start, self.share.stop, self.share.step)
+        return self.read([part for part in share.split(self.batch_size) if len(part)], 0)
+
+
+def split_loaders(reads: Mapping[str, Read], sizes: Mapping[str, int], *, batch_size: int, rank_batch_size: int,
+                  seed: int, rank: int, world_size: int, remedy: str = "", evaluation_batch_size: int = 64
+                  ) -> dict[str, Any]:
+    """The loader of each split on this rank, by name: of `train` one to train with, of others to evaluate with.
 
     Raises:
-        DataError: if the data set is smaller than one global batch.
+        DataError: if the training set is smaller than one global batch.
     """
-    if dataset is None:
-        return None
-    check_size(len(dataset), batch_size)
-    sampler = ResumableSampler(dataset, global_batch_size=batch_size, rank=rank, world_size=world_size, seed=seed)
-    return TrainLoader(dataset, transform, sampler, rank_batch_size=rank_batch_size, device=device)
+    loaders: dict[str, Any] = {}
+    for split, read in reads.items():
+        if split == "train":
+            check_size(sizes[split], batch_size)
+            sampler = ResumableSampler(range(sizes[split]), global_batch_size=batch_size, rank=rank,
+                                       world_size=world_size, seed=seed)
+            loaders[split] = TrainLoader(read, sampler, rank_batch_size=rank_batch_size, remedy=remedy)
+        else:
+            share = evaluation_indices(sizes[split], rank=rank, world_size=world_size)
+            loaders[split] = EvaluationLoader(read, share, batch_size=evaluation_batch_size)
+    return loaders
 
 
 def check_size(num_samples: int, batch_size: int) -> None:
@@ -100,21 +100,36 @@ def check_size(num_samples: int, batch_size: int) -> None:
         raise DataError(f"--batch-size {batch_size}: the training set has only {num_samples} samples; use at most that")
 
 
-class EvaluationLoader:
-    """This rank's share of a test set, in batches: over all ranks every sample once."""
+def sent(tensor: Tensor, device: torch.device) -> Tensor:
+    """A tensor on its way to the device: from pinned memory, else the host would wait for a GPU."""
+    return tensor if device.type == "cpu" else tensor.pin_memory().to(device, non_blocking=True)
 
-    def __init__(self, dataset: TensorDataset, normalize: Callable[[Tensor], Tensor], *, batch_size: int, rank: int,
-                 world_size: int, device: torch.device) -> None:
-        self.num_samples = len(dataset)
-        share = evaluation_indices(len(dataset), rank=rank, world_size=world_size)
-        self.inputs = dataset.inputs[share.start :: share.step].to(device)
-        self.targets = dataset.targets[share.start :: share.step].to(device)
-        self.normalize, self.batch_size = normalize, batch_size
 
-    def __iter__(self) -> Iterator[Batch]:
-        for start in range(0, len(self.inputs), self.batch_size):
-            part = slice(start, start + self.batch_size)
-            yield self.normalize(self.inputs[part]), self.targets[part]
+class InMemory:
+    """A `Read` of a data set on the device."""
+
+    def __init__(self, dataset: TensorDataset, transform: Transform, device: torch.device) -> None:
+        self.inputs = transform.prepare(dataset.inputs.to(device))
+        self.targets = dataset.targets.to(device)
+        self.transform = transform
+
+    def __call__(self, parts: Sequence[Tensor], epoch: int) -> Iterator[Batch]:
+        """Several batches are prepared at once, where they are small."""
+        size = max(map(len, parts), default=1)
+        largest = min(CHUNK_SAMPLES, CHUNK_BYTES // max(1, self.inputs[:1].nbytes))
+        together = max(1, largest // size)
+        for start in range(0, len(parts), together):
+            samples = sent(torch.cat(list(parts[start : start + together])), self.inputs.device)
+            inputs = self.transform(self.inputs, samples, epoch=epoch)
+            yield from zip(inputs.split(size), self.targets[samples].split(size), strict=True)
+
+
+def train_loader(dataset: TensorDataset | None, transform: Transform, *, device: torch.device, **how: Any
+                 ) -> TrainLoader | None:
+    """The training loader of one rank; None of no data set, where nothing is trained. See split_loaders."""
+    if dataset is None:
+        return None
+    return split_loaders({"train": InMemory(dataset, transform, device)}, {"train": len(dataset)}, **how)["train"]
 
 
 def evaluation_loader(dataset: TensorDataset | None, normalize: Callable[[Tensor], Tensor], *, rank: int,
@@ -122,4 +137,6 @@ def evaluation_loader(dataset: TensorDataset | None, normalize: Callable[[Tensor
     """The evaluation loader of one rank, None of no data; `normalize` makes what the network sees of stored inputs."""
     if dataset is None:
         return None
-    return EvaluationLoader(dataset, normalize, batch_size=batch_size, rank=rank, world_size=world_size, device=device)
+    share = dataset.subset(torch.arange(len(dataset))[rank::world_size])  # no more of it is on the device
+    return EvaluationLoader(InMemory(share, PlainTransform(normalize), device), range(len(share)),
+                            batch_size=batch_size)

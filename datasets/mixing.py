@@ -76,6 +76,7 @@ class MixedBatches:
     def __init__(self, loader: Any, mixing: Mixing, device: torch.device) -> None:
         self.loader, self.mixing, self.device = loader, mixing, device
         self.steps_per_epoch, self.global_batch_size = loader.steps_per_epoch, loader.global_batch_size
+        self.remedy = loader.remedy
         loader.sampler.group_size = 2
 
     def batches(self, epoch: int, samples_consumed: int) -> Iterator[Batch]:

@@ -16,29 +16,29 @@ import json
 import os
 import shutil
 import sys
+import time
 import warnings
 import zlib
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, Any
 
 if not __package__:  # run by path: our packages, not others of the same names
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from PIL import Image
 from tqdm import tqdm
 
 from datasets.errors import DataError
-from datasets.image_folder import TEST_NAMES, ImageTree, scan
-from datasets.images.archives import ArchivedImages, open_archives
-from datasets.images.packed import ENTRY, FORMAT, RECORD, part_name, unfinished
-from datasets.images.read import DECODER, BadImage, Stored, pixels, resize
+from datasets.images.archives import Sources, open_sources
+from datasets.images.packed import ENTRY, FORMAT, RECORD, is_whole, part_name, unfinished
+from datasets.images.read import DECODER, BadImage, Stored, pixels, resize, to_square
 from datasets.listing import describe_left_out
 from launch.command_line import run
 from launch.errors import UsageError, say, to_stderr
@@ -46,7 +46,9 @@ from launch.files import replace_file, sync_folder
 from launch.launcher import usable_cores
 from launch.rules import AtLeast
 
-Sources = dict[str, ImageTree | ArchivedImages]
+
+class BeingPacked(DataError):
+    """Another process writes the same pack."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,102 +77,147 @@ class PackConfig:
         if self.quality is not None and self.resize is None:
             raise UsageError(f"--quality {self.quality}: without --resize files keep their own bytes; add --resize 256")
 
-
-class Item(NamedTuple):
-    """One image on its way into the pack."""
-
-    name: str
-    label: int
-    content: Stored
-    original: int
-    """Of its own bytes, 64 bits of their SHA-256."""
-
-
-def open_sources(data_dir: Path) -> Sources:
-    """The splits to pack: `train`, and `test` if there is one under any of its names."""
-    for pattern in ("{}", "{}-*.tar", "{}-*.parquet", "data/{}-*.parquet"):  # the last as Hugging Face has it
-        train, *tests = (sorted(data_dir.glob(pattern.format(name))) for name in ("train", *TEST_NAMES))
-        if train:
-            opened = scan_first if pattern == "{}" else open_archives
-            sources: Sources = {"train": opened(train)}
-            test = next(filter(None, tests), [])
-            return sources | ({"test": opened(test, sources["train"].class_names)} if test else {})
-    raise DataError(f"--data-dir {data_dir}: holds no train/, train-*.tar or train-*.parquet; name another folder")
+    def packing(self, sources: Sources, out: Path) -> "Packing":
+        """What these flags ask for."""
+        side, quality = self.raw or self.resize, self.resize and (self.quality or 90)
+        return Packing(
+            sources=sources, out=out, workers=self.workers or usable_cores(),
+            convert=partial(smaller, side=side, quality=quality) if side is not None else lambda own: own,
+            head={"resize": self.resize, "quality": quality, "raw": self.raw, "decoder": DECODER if side else None,
+                  "images_per_part": self.images_per_part, "class_names": sources["train"].class_names})
 
 
-def scan_first(folders: list[Path], class_names: tuple[str, ...] | None = None) -> ImageTree:
-    """The images of a folder."""
-    return scan(folders[0], class_names=class_names, owner="the training split")
+Item = tuple[str, int, Stored, int]  # name, label, content, and 64 bits of the SHA-256 of the file's own bytes
 
 
-def item_of(source: ImageTree | ArchivedImages, sample: int, label: int, config: PackConfig) -> Item:
-    """One image as it is stored. One that cannot be read stays as it is, for --skip-bad of the trainer."""
-    path, root = source.path(sample), source.root if isinstance(source, ImageTree) else config.data_dir
-    try:
-        own = source.read(sample)
-    except BadImage as error:
-        raise DataError(f"{path}: cannot be read ({error}); repair or remove it") from None
-    content, side = own, config.raw or config.resize
-    if side is not None:
+def fitted(own: Stored, **how: Any) -> Stored:
+    """The pixels that a network sees of an image; see to_square."""
+    return to_square(own, **how).permute(1, 2, 0).contiguous().numpy()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Packing:
+    """What is packed, as what, and where to."""
+
+    sources: Mapping[str, Any]
+    """ImageSource or ArchivedImages of each split."""
+    out: Path
+    convert: Callable[[Stored], Stored]
+    """A file's bytes to what is stored of it; BadImage where they are no image."""
+    head: Mapping[str, Any]
+    """The beginning of pack.json."""
+    workers: int = field(default_factory=usable_cores)
+    is_cache: bool = False
+    """Then what cannot be read has no bytes, and is nothing to speak of before it is trained on."""
+
+    @property
+    def num_images(self) -> int:
+        """In all splits."""
+        return sum(map(len, self.sources.values()))
+
+    def write(self) -> Iterator[None]:
+        """Pack, once for each image; what is there from before is not repeated.
+
+        Raises:
+            DataError: if another process is packing it, a source cannot be read, or the place cannot be written.
+        """
+        splits = {split: len(source) for split, source in self.sources.items()}
+        head = {"format": FORMAT, **self.head, "splits": splits}
+        known = () if self.is_cache else self.sources.values()  # a cache has it in its name
+        plan = json.dumps({**head, "sources": [source.fingerprint() for source in known]})
         try:
-            content = smaller(own, side, config)
+            with begun(self.out, plan) as folder:
+                for split, source in self.sources.items():
+                    labels = source.targets.tolist()
+                    for number, samples in enumerate(chunks(range(len(source)), self.head["images_per_part"])):
+                        name = part_name(split, number)
+                        entries = folder / f"{name}.entries"
+                        yield from ((None for _ in samples) if entries.exists() else
+                                    write_part(folder / "pack" / name, entries, self.items(source, samples, labels)))
+                finish(folder, self.out, head)
+        except OSError as error:
+            flag = "--cache-dir" if self.is_cache else "--out"
+            raise DataError(f"{flag} {self.out}: cannot be written ({error.strerror}); free some space or choose "
+                            f"another folder, then the same command continues") from None
+
+    def items(self, source: Any, samples: range, labels: list[int]) -> Iterator[Item]:
+        """Some images of a split, in order."""
+        with ThreadPoolExecutor(self.workers) as pool:  # what takes time is C code, which runs beside other threads
+            for some in chunks(samples, 32 * self.workers):
+                yield from pool.map(lambda sample: self.item(source, sample, labels[sample]), some)
+
+    def item(self, source: Any, sample: int, label: int) -> Item:
+        """One image as it is stored. One that cannot be decoded stays as it is, for --skip-bad of the trainer."""
+        path = source.path(sample)
+        try:
+            own = source.read(sample)
         except BadImage as error:
-            to_stderr(f"WARNING data: {path}: not readable as an image ({error}); packed as it is")
-    original = int.from_bytes(hashlib.sha256(own).digest()[:8], "little")
-    return Item(str(path.relative_to(root)), label, content, original)
+            if not self.is_cache:
+                raise DataError(f"{path}: cannot be read ({error}); repair or remove it") from None
+            own = b""
+        try:
+            content = self.convert(own)
+        except BadImage as error:
+            content = own
+            if not self.is_cache:
+                to_stderr(f"WARNING data: {path}: not readable as an image ({error}); packed as it is")
+        original = int.from_bytes(hashlib.sha256(own).digest()[:8], "little")
+        return str(path.relative_to(source.folder)), label, content, original
+
+    def fill(self) -> Generator[None]:
+        """Write a cache that is not there; wait for another process that does."""
+        told = False
+        while not is_whole(self.out):
+            try:
+                if not told:
+                    self.make_room()
+                told = True
+                yield from self.write()
+            except BeingPacked:
+                time.sleep(0.2)
+                yield
+
+    def make_room(self) -> None:
+        """Say what is to come; DataError if the disk is too full."""
+        place, num_bytes = self.out.parent, 3 * self.head["raw"]**2 * self.num_images
+        free = shutil.disk_usage(next(path for path in self.out.absolute().parents if path.exists())).free
+        if free < num_bytes:
+            raise DataError(f"--cache-dir {place}: the cache needs {num_bytes / 2**20:.0f} MiB and {free / 2**20:.0f} "
+                            f"MiB are free; choose another folder, or leave --cache out")
+        to_stderr(f"decoding {self.num_images:,} images into {self.out} ({num_bytes / 2**20:.0f} MiB or more)")
 
 
-def smaller(own: bytes, side: int, config: PackConfig) -> Stored:
-    """An image with its shorter side shrunk to `side`: pixels, or a JPEG; its own bytes if it was as small."""
+def smaller(own: Stored, *, side: int, quality: int | None) -> Stored:
+    """An image with its shorter side shrunk to `side`: pixels, or a JPEG of a quality; its own if it was as small."""
     image = pixels(own, shortest_side=2 * side)
     height, width = image.shape[:2]
     scale = min(1.0, side / min(height, width))
     if scale < 1:
         image = resize(image, round(scale * height), round(scale * width)).permute(1, 2, 0).contiguous().numpy()
-    if config.raw is not None:
+    if quality is None:
         return image
     buffer = io.BytesIO()
-    Image.fromarray(image).save(buffer, "JPEG", quality=config.quality or 90)
+    Image.fromarray(image).save(buffer, "JPEG", quality=quality)
     return buffer.getvalue() if scale < 1 else own
 
 
-def write_part(path: Path, entries_path: Path, items: Iterable[Item]) -> None:
-    """Write one part and, last, the entries of its images: where these are, it is whole. OSError as files say."""
+def write_part(path: Path, entries_path: Path, items: Iterable[Item]) -> Iterator[None]:
+    """Write one part, once for each image, and, last, their entries: where these are, it is whole."""
     entries, digest, offset = [], hashlib.sha256(), 0
     with open(path, "wb") as file:
-        for item in items:
-            name, content = os.fsencode(item.name), memoryview(item.content).cast("B")  # pyright: ignore
-            shape = item.content.shape[:2] if isinstance(item.content, np.ndarray) else (0, 0)
+        for text, label, stored, original in items:
+            name, content = os.fsencode(text), memoryview(stored).cast("B")  # pyright: ignore
+            shape = stored.shape[:2] if isinstance(stored, np.ndarray) else (0, 0)
             for piece in (name, content):
                 file.write(piece)
                 digest.update(piece)
-            entries.append((offset + len(name), len(content), len(name), zlib.crc32(content), item.label, *shape,
-                            item.original))
+            entries.append((offset + len(name), len(content), len(name), zlib.crc32(content), label, *shape, original))
             offset += len(name) + len(content)
+            yield
         file.flush()
         os.fsync(file.fileno())
     sync_folder(path.parent)
     replace_file(entries_path, digest.digest() + np.array(entries, ENTRY).tobytes(), durable=True)
-
-
-def write_parts(sources: Sources, folder: Path, config: PackConfig) -> None:
-    """Write the parts that are not there yet, showing progress."""
-    workers = config.workers or usable_cores()
-    with (ThreadPoolExecutor(workers) as pool,  # what takes time is C code, which runs beside other threads
-          tqdm(total=sum(map(len, sources.values())), unit=" images", disable=None) as bar):
-        for split, source in sources.items():
-            labels = source.targets.tolist()
-            for number, samples in enumerate(chunks(range(len(source)), config.images_per_part)):
-                def items(source: Any = source, samples: range = samples, labels: list[int] = labels) -> Iterator[Item]:
-                    for some in chunks(samples, 32 * workers):
-                        yield from pool.map(lambda sample: item_of(source, sample, labels[sample], config), some)
-                        bar.update(len(some))
-
-                name = part_name(split, number)
-                if (folder / f"{name}.entries").exists():
-                    bar.update(len(samples))
-                else:
-                    write_part(folder / "pack" / name, folder / f"{name}.entries", items())
 
 
 def chunks(numbers: range, size: int) -> Iterator[range]:
@@ -178,17 +225,16 @@ def chunks(numbers: range, size: int) -> Iterator[range]:
     return (numbers[start : start + size] for start in range(0, len(numbers), size))
 
 
-def finish(folder: Path, out: Path, head: Mapping[str, Any]) -> dict[str, NDArray[Any]]:
-    """Add index, labels and record to the parts, and give the whole its name; returns the index of each split."""
+def finish(folder: Path, out: Path, head: Mapping[str, Any]) -> None:
+    """Add index, labels and record to the parts, and give the whole its name."""
     files: dict[str, dict[str, Any]] = {}
-    indices = {}
     for split, num_images in head["splits"].items():
         contents = []
         for number in range(-(-num_images // head["images_per_part"])):
             name = part_name(split, number)
             contents.append((folder / f"{name}.entries").read_bytes())
             files[name] = {"bytes": (folder / "pack" / name).stat().st_size, "sha256": contents[-1][:32].hex()}
-        indices[split] = index = np.frombuffer(b"".join(content[32:] for content in contents), ENTRY)
+        index = np.frombuffer(b"".join(content[32:] for content in contents), ENTRY)
         for name, array in ((f"{split}.index", index), (f"{split}.labels", index["label"].astype("<i8"))):
             replace_file(folder / "pack" / name, array.tobytes(), durable=True)
             files[name] = {"bytes": array.nbytes, "sha256": hashlib.sha256(array.tobytes()).hexdigest()}
@@ -198,7 +244,6 @@ def finish(folder: Path, out: Path, head: Mapping[str, Any]) -> dict[str, NDArra
     os.rename(folder / "pack", out)
     sync_folder(out.parent)
     shutil.rmtree(folder)
-    return indices
 
 
 @contextlib.contextmanager
@@ -210,7 +255,7 @@ def begun(out: Path, plan: str) -> Iterator[Path]:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise DataError(f"--out {out}: another process is packing it; wait for that one") from None
+            raise BeingPacked(f"--out {out}: another process is packing it; wait for that one") from None
         if not (folder / "plan.json").exists() or (folder / "plan.json").read_text() != plan:
             for path in (*folder.glob("*.entries"), *(folder / "pack").iterdir()):
                 path.unlink()
@@ -229,33 +274,24 @@ def main(config: PackConfig) -> None:
         raise DataError(f"{path}: cannot be read ({reason}); repair or remove it")
     if not all(map(len, sources.values())):
         raise DataError(f"--data-dir {config.data_dir}: has a split without images; add some, or remove it")
-    kind = {"resize": config.resize, "quality": config.resize and (config.quality or 90), "raw": config.raw}
-    head = {"format": FORMAT, **kind, "decoder": DECODER if config.raw or config.resize else None,
-            "images_per_part": config.images_per_part, "class_names": sources["train"].class_names,
-            "splits": {split: len(source) for split, source in sources.items()}}
     if os.path.lexists(out):
         raise UsageError(f"--out {out}: is there already; remove it, or choose another")
-    plan = json.dumps({**head, "sources": [source.fingerprint() for source in sources.values()]})
-    try:
-        with begun(out, plan) as folder:
-            write_parts(sources, folder, config)
-            indices = finish(folder, out, head)
-    except OSError as error:
-        raise DataError(f"--out {out}: cannot be written ({error.strerror}); free some space or choose another folder, "
-                        f"then the same command continues") from None
-    warn_of_twins(sources, indices)
+    packing = config.packing(sources, out)
+    for _ in tqdm(packing.write(), total=packing.num_images, unit=" images", disable=None):
+        pass
+    warn_of_twins(sources, out)
     size = sum(path.stat().st_size for path in out.iterdir())
     say(f"{out}: {' + '.join(f'{len(source):,} {split}' for split, source in sources.items())} images in "
-        f"{len(head['class_names'])} classes, {size / 2**20:,.1f} MiB"
+        f"{len(sources['train'].class_names)} classes, {size / 2**20:,.1f} MiB"
         f"{describe_left_out(sum((source.left_out for source in sources.values()), Counter()))}")
 
 
-def warn_of_twins(sources: Sources, indices: Mapping[str, NDArray[Any]]) -> None:
+def warn_of_twins(sources: Sources, out: Path) -> None:
     """Count test images whose bytes are those of a training image."""
-    if "test" in indices:
-        twins = np.isin(indices["test"]["original"], indices["train"]["original"]).nonzero()[0]
-        if len(twins):
-            to_stderr(f"WARNING data: {len(twins):,} of {len(indices['test']):,} test images are byte for byte "
+    if "test" in sources:
+        test, train = (np.fromfile(out / f"{split}.index", ENTRY)["original"] for split in ("test", "train"))
+        if len(twins := np.isin(test, train).nonzero()[0]):
+            to_stderr(f"WARNING data: {len(twins):,} of {len(test):,} test images are byte for byte "
                       f"training images too, such as {sources['test'].path(int(twins[0]))}; they are no test")
 
 

@@ -8,10 +8,10 @@ tensors, or dicts and tuples of them; float64 becomes float32.
 """
 
 import contextlib
+import functools
 import hashlib
 import random
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -23,10 +23,9 @@ from torchvision.transforms.v2.functional import pil_to_tensor
 
 from datasets.classes import join_classes
 from datasets.errors import DataError
-from datasets.images.loaders import Decoder, Key
+from datasets.images.loaders import Decoder, Key, unless_failed
 from datasets.keyed_random import GOLDEN, WORD, Purpose, key, mix
-from datasets.loaders import check_size
-from datasets.order import ResumableSampler, evaluation_indices
+from datasets.loaders import split_loaders
 from datasets.tensors import held_out
 
 NUMPYS: Any = np.random  # whose types lack get_bit_generator
@@ -150,13 +149,6 @@ class Reading(Dataset[Any]):
 SEED_IT = "seed whatever splits or shuffles it, such as random_split(..., generator=torch.Generator().manual_seed(0))"
 
 
-def unless_failed(batch: Any) -> Any:
-    """A batch; raises the error that stands in its place."""
-    if isinstance(batch, BaseException):
-        raise batch
-    return batch
-
-
 def place_of(sample: int, split: str) -> str:
     """A sample in words."""
     return f"sample {sample:,} of the {NAMES[split]} set"
@@ -245,52 +237,25 @@ def set_apart(splits: Splits, fraction: float, *, seed: int) -> Splits:
     return splits._replace(train=parts[0], validation=parts[1])
 
 
-class SampleTrainLoader:
-    """Micro-batches of one rank, from any position of any epoch; as loaders.TrainLoader, on the CPU."""
-
-    def __init__(self, decoder: Decoder, sampler: ResumableSampler, *, rank_batch_size: int) -> None:
-        self.decoder, self.sampler, self.rank_batch_size = decoder, sampler, rank_batch_size
-        self.steps_per_epoch, self.global_batch_size = sampler.steps_per_epoch, sampler.global_batch_size
-
-    def batches(self, epoch: int, samples_consumed: int) -> Iterator[Any]:
-        """The rest of the epoch, in micro-batches of `rank_batch_size`."""
-        self.sampler.set_position(epoch, samples_consumed)
-        keys = [Key("train", part.tolist(), epoch) for part in self.sampler.indices().split(self.rank_batch_size)]
-        yield from map(unless_failed, self.decoder.decode(keys))
-
-
-@dataclass(frozen=True)
-class SampleEvaluationLoader:
-    """This rank's share of the test or validation set: over all ranks every sample once."""
-
-    decoder: Decoder
-    keys: list[Key]
-
-    def __iter__(self) -> Iterator[Any]:
-        return map(unless_failed, self.decoder.decode(self.keys))
-
-
-def sample_loaders(reading: Reading, *, batch_size: int, rank_batch_size: int, seed: int, rank: int, world_size: int,
-                   device: torch.device, workers: int = 0, prepare_worker: Callable[[], None] | None = None,
-                   warn: Callable[[str], None] = lambda line: None) -> dict[str, Any]:
+def sample_loaders(reading: Reading, *, device: torch.device, workers: int = 0,
+                   prepare_worker: Callable[[], None] | None = None, warn: Callable[[str], None] = lambda line: None,
+                   **how: Any) -> dict[str, Any]:
     """The loaders of one rank, of the splits that there are; warns where random choices cannot be keyed.
 
-    Raises DataError if there are too few samples for one step, or training sample 0 cannot be read.
+    Args:
+        how: of loaders.split_loaders.
+
+    Raises:
+        DataError: if there are too few samples for one step, or training sample 0 cannot be read.
     """
     decoder = Decoder(reading, workers=workers, pin_memory=device.type == "cuda", prepare_worker=prepare_worker)
-    shard = {"rank": rank, "world_size": world_size}
-    found: dict[str, Any] = {}
-    for split, dataset in reading.splits.present().items():
-        if split != "train":
-            share, size = evaluation_indices(len(dataset), **shard), min(64, batch_size)
-            found[split] = SampleEvaluationLoader(decoder, [
-                Key(split, list(share[start : start + size]), 0) for start in range(0, len(share), size)])
-            continue
-        check_size(len(dataset), batch_size)
-        if rank == 0 and reading.draws_elsewhere():
-            warn(f"WARNING data: {reading.name}: training sample 0 differs between two readings under one key, so a "
-                 f"resumed run will differ too; draw from torch, random or np.random, or from "
-                 f"default_rng(torch.initial_seed() % 2**32)")
-        sampler = ResumableSampler(dataset, global_batch_size=batch_size, seed=seed, **shard)
-        found[split] = SampleTrainLoader(decoder, sampler, rank_batch_size=rank_batch_size)
-    return found
+    present = reading.splits.present()
+    loaders = split_loaders({split: functools.partial(decoder.decode, split) for split in present},
+                            {split: len(dataset) for split, dataset in present.items()},
+                            evaluation_batch_size=min(64, how["batch_size"]),
+                            remedy=f"raise --workers from {workers}", **how)
+    if "train" in present and how["rank"] == 0 and reading.draws_elsewhere():
+        warn(f"WARNING data: {reading.name}: training sample 0 differs between two readings under one key, so a "
+             f"resumed run will differ too; draw from torch, random or np.random, or from "
+             f"default_rng(torch.initial_seed() % 2**32)")
+    return loaders

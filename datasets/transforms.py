@@ -17,11 +17,11 @@ from torch.utils.data import Dataset
 
 from datasets.augment import Augmentation, KeyedTransforms
 from datasets.errors import DataError
-from datasets.images.loaders import Decoder, FromMemory, decoded_train_loader
+from datasets.images.loaders import DecodedImages, Decoder, FromMemory
+from datasets.images.packed import ImageSource
 from datasets.images.read import BadImage, Stored, pixels, to_square
-from datasets.images.source import ImageSource
 from datasets.images.unreadable import BadImages
-from datasets.loaders import evaluation_loader, train_loader
+from datasets.loaders import evaluation_loader, split_loaders, train_loader
 from datasets.samples import SPLITS, Explain, Reading, Splits, sample_loaders
 from datasets.tensors import TensorDataset, ThreeSplits
 
@@ -108,7 +108,10 @@ def image_loaders(splits: ThreeSplits, images: Augmentation, own: Own | None, ke
     else:
         decoder = Decoder(FromMemory(images=present["train"].inputs, keyed=keyed), workers=workers,
                           pin_memory=shard["device"].type == "cuda", prepare_worker=prepare_worker)
-        loaders["train"] = decoded_train_loader(present["train"], decoder, keyed.rest, BadImages(0), **how)
+        device, train = how.pop("device"), present["train"]
+        read = DecodedImages("train", train.targets, decoder, keyed.rest, BadImages(0), device=device)
+        remedy = f"raise --workers from {workers}"
+        loaders |= split_loaders({"train": read}, {"train": len(train)}, remedy=remedy, **how)
     return loaders
 
 

@@ -166,6 +166,11 @@ def threads_per_rank(num_ranks: int) -> int:
     return max(1, usable_cores() // num_ranks)
 
 
+def default_workers(num_ranks: int) -> int:
+    """Loader workers for each of that many ranks of this node: a core stays for the rank itself."""
+    return max(0, min(8, usable_cores() // num_ranks - 1))
+
+
 def job_identity() -> dict[str, Any]:
     """The scheduler's or launcher's name for this job, and how often it has restarted it."""
     restarts = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))

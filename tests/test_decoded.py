@@ -15,16 +15,13 @@ from PIL import Image
 from torchvision.transforms import v2
 
 from datasets import image_folder
-from datasets.augment import Augmentation
 from datasets.errors import DataError
 from datasets.image_folder import ImageTree
-from datasets.images.loaders import DecodedEvaluationLoader, DecodedTrainLoader, Decoder, Decoding, Key
-from datasets.images.read import BadImage, open_rgb, part, random_window, read_image
+from datasets.images.loaders import Decoding, Key
+from datasets.images.read import BadImage, part, random_window
 from datasets.images.unreadable import BadImages
-from datasets.order import ResumableSampler
-from tests.helpers.images import write_bomb, write_tree
-
-CPU = torch.device("cpu")
+from datasets.loaders import TrainLoader
+from tests.helpers.images import PLAIN, image_loaders, open_rgb, read_image, write_bomb, write_tree
 
 
 @pytest.fixture
@@ -146,17 +143,13 @@ def trees(tmp_path_factory: pytest.TempPathFactory) -> tuple[ImageTree, ImageTre
     return image_folder.load(write_tree(tmp_path_factory.mktemp("images")))
 
 
-def loader(trees: tuple[ImageTree, ImageTree], *, workers: int = 0, rank: int = 0, world_size: int = 1,
-           skip_bad: int = 0, bad_images: BadImages | None = None) -> DecodedTrainLoader:
-    decoder = Decoder(Decoding(splits={"train": trees[0], "test": trees[1]}, size=24, seed=5, smallest_area=0.4,
-                               skip_bad=skip_bad), workers=workers)
-    augmentation = Augmentation(seed=5, mean=(0.5,) * 3, std=(0.5,) * 3, shift=2, flip="random")
-    sampler = ResumableSampler(trees[0], global_batch_size=12, rank=rank, world_size=world_size, seed=5)
-    return DecodedTrainLoader(trees[0], decoder, augmentation, sampler, bad_images or BadImages(skip_bad),
-                              rank_batch_size=12 // world_size, device=CPU)
+def loader(trees: tuple[ImageTree, ImageTree], *, skip_bad: int = 0, bad_images: BadImages | None = None, **how: Any
+           ) -> TrainLoader:
+    return image_loaders({"train": trees[0], "test": trees[1]}, skip_bad=skip_bad,
+                         bad_images=bad_images or BadImages(skip_bad), **how)["train"]
 
 
-def epochs(train: DecodedTrainLoader) -> list[tuple[torch.Tensor, torch.Tensor]]:
+def epochs(train: TrainLoader) -> list[tuple[torch.Tensor, torch.Tensor]]:
     return [batch for epoch in range(2) for batch in train.batches(epoch, 0)]
 
 
@@ -201,11 +194,10 @@ def test_loading_draws_no_random_number_that_dropout_would_miss(workers: int, tr
 
 def test_every_test_image_is_decoded_once_on_three_ranks(trees: tuple[ImageTree, ImageTree]):
     test = trees[1]
-    decoder = Decoder(Decoding(splits={"test": test}, size=24))
     seen = [image for rank in range(3) for images, _ in
-            DecodedEvaluationLoader(test, decoder, lambda images: images, BadImages(0), rank=rank, world_size=3,
-                                    device=CPU, batch_size=4) for image in images]
-    expected = [read_image(test.path(sample), size=24, fit="squash") for sample in range(len(test))]
+            image_loaders({"test": test}, images=PLAIN, rank=rank, world_size=3, evaluation_batch_size=4)["test"]
+            for image in images]
+    expected = [PLAIN.normalize(read_image(test.path(sample), size=24, fit="squash")) for sample in range(len(test))]
     assert sorted(image.sum().item() for image in seen) == sorted(image.sum().item() for image in expected)
     assert len(seen) == len(test) == 30
 
@@ -236,9 +228,7 @@ def test_an_unreadable_image_is_replaced_by_the_next_one_and_counts_stay_exact(t
 def test_an_unreadable_test_image_is_left_out_and_not_replaced(tmp_path: Path):
     test = image_folder.load(write_tree(tmp_path))[1]
     spoil(test.path(4))
-    decoder = Decoder(Decoding(splits={"test": test}, size=24, skip_bad=1))
-    loaded = DecodedEvaluationLoader(test, decoder, lambda images: images, BadImages(1), rank=0, world_size=1,
-                                     device=CPU)
+    loaded = image_loaders({"test": test}, skip_bad=1, bad_images=BadImages(1))["test"]
     assert sum(len(targets) for _, targets in loaded) == len(test) - 1
 
 

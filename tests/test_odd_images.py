@@ -14,7 +14,8 @@ from typing import Any
 import pytest
 from PIL import EpsImagePlugin, Image, ImageOps, PngImagePlugin
 
-from datasets.images.read import BadImage, open_rgb
+from datasets.images.read import BadImage
+from tests.helpers.images import open_rgb
 
 PICTURE = Image.effect_noise((40, 30), 60).convert("RGB")
 EXIF = Image.Exif()

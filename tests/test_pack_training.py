@@ -13,20 +13,16 @@ import torch
 from PIL import Image
 
 from datasets import image_folder, pack
-from datasets.augment import Augmentation
 from datasets.images import packed
-from datasets.images.loaders import DecodedEvaluationLoader, DecodedTrainLoader, Decoder, Decoding
-from datasets.images.source import ImageSource
-from datasets.images.unreadable import BadImages
-from datasets.order import ResumableSampler
+from datasets.images.loaders import Decoding, Key
+from datasets.images.packed import ImageSource
 from datasets.pack import PackConfig
-from tests.helpers.images import FLAGS, NUM_TEST, write_tree
+from tests.helpers.images import FLAGS, NUM_TEST, image_loaders, write_tree
 from tests.helpers.processes import largest_difference, metrics, newest_checkpoint, read_json
 from tests.helpers.server import run, start
 from trainers.engine.checkpoints.save import write_checkpoint
 
 pytestmark = pytest.mark.timeout(150)
-CPU = torch.device("cpu")
 Batches = list[tuple[torch.Tensor, torch.Tensor]]
 
 
@@ -43,13 +39,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def epochs(source: ImageSource, *, workers: int = 0, rank: int = 0, world_size: int = 1, consumed: int = 0) -> Batches:
+def epochs(source: ImageSource, *, consumed: int = 0, **how: Any) -> Batches:
     """Two epochs of random crops and flips, the first one from a position."""
-    decoder = Decoder(Decoding(splits={"train": source}, size=24, seed=5, smallest_area=0.4), workers=workers)
-    augmentation = Augmentation(seed=5, mean=(0.5,) * 3, std=(0.5,) * 3, shift=2, flip="random")
-    sampler = ResumableSampler(source, global_batch_size=12, rank=rank, world_size=world_size, seed=5)
-    loader = DecodedTrainLoader(source, decoder, augmentation, sampler, BadImages(0), device=CPU,
-                                rank_batch_size=12 // world_size)
+    loader = image_loaders({"train": source}, **how)["train"]
     return [*loader.batches(0, consumed), *loader.batches(1, 0)]
 
 
@@ -71,10 +63,7 @@ def test_a_pack_gives_the_pixels_of_the_folder_at_any_world_size_and_from_any_po
         together: Any = [tuple(torch.stack(parts, 1).flatten(0, 1) for parts in zip(*step, strict=True))
                          for step in zip(*ranks, strict=True)]
         assert_same(together, expected)
-    shard = {"rank": 0, "world_size": 1, "device": CPU}
-    assert_same(*[list(DecodedEvaluationLoader(split, Decoder(Decoding(splits={"test": split}, size=24)),
-                                               lambda images: images, BadImages(0), **shard))  # type: ignore
-                  for split in (test, files[1])])
+    assert_same(*[list(image_loaders({"test": split})["test"]) for split in (test, files[1])])
 
 
 @pytest.mark.parametrize("kind", ["bytes", "raw"])
@@ -92,13 +81,9 @@ def test_raw_packs_give_nearly_the_pixels_of_the_files(folder: Path) -> None:
     assert files is not None
     raw, expected = (Decoding(splits={"train": each}, size=24, fit="crop") for each in (train, files))
     for sample in range(len(files)):
-        first, second = (decoding.read(key(sample), sample, sample).int() for decoding in (raw, expected))
+        key = Key("train", [sample], 0)
+        first, second = (decoding.read(key, sample, sample).int() for decoding in (raw, expected))
         assert (first - second).abs().float().mean() < 4
-
-
-def key(sample: int) -> Any:
-    from datasets.images.loaders import Key
-    return Key("train", [sample], 0)
 
 
 def trained(data_dir: Path, place: Path, name: str, *flags: Any, **how: Any) -> Path:

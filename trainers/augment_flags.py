@@ -88,8 +88,9 @@ class AugmentFlags(MixingFlags, ImageConfig):
 
     def loaders(self, splits: ThreeSplits, images: Augmentation, world: World) -> dict[str, Any]:
         """The loaders of one rank for images in memory."""
-        loaders = image_loaders(splits, images, own_transform(self), self.keyed(images), workers=self.workers,
-                                prepare_worker=ignore_signals, **self.batches(), **world.shard)
+        keyed = self.keyed(images)
+        loaders = image_loaders(splits, images, own_transform(self), keyed, prepare_worker=ignore_signals,
+                                workers=self.num_workers(decodes=keyed is not None), **self.batches(), **world.shard)
         return mixed(loaders, self.mixing(), num_classes=len(splits[-1].class_names), device=world.device)
 
 

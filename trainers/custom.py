@@ -268,7 +268,7 @@ def main(config: CustomConfig, given: Given = Given()) -> dict[str, Any]:
         facts = learn_facts(config, reading, run.known)
         write_card(config, facts, run)
         names = facts.names if facts.kind == "classes" else ()
-        loaders = sample_loaders(reading, workers=config.workers, prepare_worker=ignore_signals, warn=to_stderr,
+        loaders = sample_loaders(reading, workers=config.num_workers(), prepare_worker=ignore_signals, warn=to_stderr,
                                  **config.batches(), **run.world.shard)
         loaders = mixed(loaders, config.mixing(), num_classes=len(facts.names), device=run.world.device)
         return train_model(config, run, build_model(config, facts, given),

@@ -7,13 +7,16 @@
         --pretrained resnet18.pth --workers 4
     torchrun --standalone --nproc_per_node=2 trainers/image_folder.py --data-dir imagenet --model resnet50 \\
         --evaluate IMAGENET1K_V2                                                 # does it give its published figure?
-    python trainers/image_folder.py --data-dir photos.pack --workers 4           # a pack; see datasets/pack.py
+    python trainers/image_folder.py --data-dir photos.pack                       # a pack; see datasets/pack.py
     python trainers/image_folder.py --dataset synthetic --cache                 # no data at hand
 """
 
+import hashlib
+import math
 import sys
-from collections.abc import Generator, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -26,20 +29,20 @@ if __name__ == "__main__":
     begin_script()  # before torch is imported, which takes seconds
 
 import torch
+import torchvision
 from torch import nn
 
 from datasets import image_folder
 from datasets.augment import Augmentation
 from datasets.errors import DataError
-from datasets.image_folder import ImageTree
 from datasets.images import packed
-from datasets.images.cache import GatherThenAugment, ImageCache
-from datasets.images.loaders import DecodedEvaluationLoader, Decoder, Decoding, decoded_train_loader
-from datasets.images.packed import PackedImages
-from datasets.images.read import FitName, InterpolationName
+from datasets.images.loaders import DecodedImages, Decoder, Decoding
+from datasets.images.packed import ImageSource, PackedImages
+from datasets.images.read import DECODER, FitName, InterpolationName
 from datasets.images.unreadable import BadImages
-from datasets.loaders import check_size, evaluation_loader, train_loader
+from datasets.loaders import check_size, split_loaders
 from datasets.mixing import mixed
+from datasets.pack import Packing, fitted, smaller
 from datasets.transforms import in_files, transformed_loaders
 from launch.command_line import run
 from launch.errors import UsageError, printable, say, to_stderr
@@ -56,10 +59,7 @@ from trainers.image_recipes import RECIPES
 from trainers.pretrained import as_published, find_weights, named_weights, start_from
 
 OUR_MODELS = ("cheatsheet", "net", "resnet9")  # other names are torchvision's, resnet18 too
-CACHE_ON_GPU = 0.5  # the largest share of a GPU's memory that cached images may take; others stay in the file
-
-
-Images = ImageTree | PackedImages
+PART_BYTES = 2**28  # of a cache: as much is decoded again where a build was stopped
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,9 +101,9 @@ class ImageFolderConfig(AugmentFlags):
     random_crop: Annotated[float | None, Above(0, below=1, such_as=0.35)] = None
     """Train on random parts of the images, with at least this share of their area, such as 0.35."""
     cache: bool = False
-    """Decode every image once, into a file that all ranks of a node share, and train from memory."""
+    """Decode every image once, into a pack of pixels that all ranks of a node share, and train from that."""
     cache_dir: Path | None = None
-    """Folder of the cache, local to the node. Default: .cache inside --data-dir."""
+    """Folder of the cache, best on a local disk. Default: .cache inside --data-dir."""
     skip_bad: Annotated[int, AtLeast(0)] = 0
     """Unreadable images that a run may leave out; in training the next readable one takes the place."""
 
@@ -142,9 +142,6 @@ class ImageFolderConfig(AugmentFlags):
             raise UsageError(f"--resize-size {self.resize_size}: must be at least the image size of {self.size()}")
         if len(self.mean) != len(self.std) or len(self.mean) not in (0, 3):
             raise UsageError(f"--mean {' '.join(map(str, self.mean))}: must be three numbers, and --std too")
-        if self.cache and self.random_crop is not None:
-            raise UsageError(f"--random-crop {self.random_crop}: needs the images at full size, which --cache does not "
-                             f"keep; use --shift, or leave --cache out")
         if self.transform is not None and self.train_size is not None:
             raise UsageError(f"--train-size {self.train_size}: --transform takes each image at full size and chooses "
                              f"its own; leave it out")
@@ -159,7 +156,7 @@ class ImageFolderConfig(AugmentFlags):
 
 
 def load_data(config: ImageFolderConfig, world: World, known: Sequence[str] | None = None
-              ) -> tuple[Images | None, Images | None, Images | None]:
+              ) -> tuple[ImageSource | None, ImageSource | None, ImageSource | None]:
     """Training, validation and test split, those that there are: names and labels, no pixels yet.
 
     For --evaluate one alone, with the classes that the checkpoint knows: the test split, if there is a folder of it.
@@ -215,60 +212,65 @@ def remember_bad_images(config: ImageFolderConfig, run: Run) -> BadImages:
     return BadImages(config.skip_bad, exchange=exchange, log=to_stderr, known=known)
 
 
-def build_loaders(config: ImageFolderConfig, splits: dict[str, Images], images: Augmentation, run: Run
+def build_loaders(config: ImageFolderConfig, splits: dict[str, ImageSource], images: Augmentation, run: Run
                   ) -> dict[str, Any]:
-    """The loader of each split that there is, on this rank."""
+    """The loader of each split that there is, on this rank; and the training set, for the record."""
     world, bad_images = run.world, remember_bad_images(config, run)
     if world.is_main:
         say(f"data       {printable(image_folder.describe(*map(splits.get, ('train', 'test', 'validation'))))}")
-    evaluated = [name for name in splits if name != "train"]
     bad_images.add([item for tree in splits.values() for item in tree.unreadable.items()], log=world.is_main)
-    if (own := own_transform(config)) is not None:
+    if (own := own_transform(config, decodes=True)) is not None:
         files = {name: in_files(tree, size=config.size(), **config.frame()) for name, tree in splits.items()}
-        return transformed_loaders(files, images.normalize, own, **config.batches(), **world.shard)
-    keyed = config.keyed(images)
-    decoding = Decoding(splits=splits, size=config.size(), **config.frame(), train_size=config.train_size, keyed=keyed,
-                        seed=config.seed, smallest_area=config.random_crop or 1.0, skip_bad=config.skip_bad)
-    decoder = Decoder(decoding, workers=config.workers, pin_memory=world.device.type == "cuda",
-                      prepare_worker=ignore_signals)
-    if not config.cache:
-        loaders: dict[str, Any] = {
-            name: DecodedEvaluationLoader(splits[name], decoder, images.normalize, bad_images, **world.shard)
-            for name in evaluated}
-        if "train" not in splits:
-            return loaders
-        train = decoded_train_loader(splits["train"], decoder, images if keyed is None else keyed.rest, bad_images,
-                                     **config.batches(), **world.shard)
-        return {"train": train, **loaders}
+        return {"dataset": splits.get("train"),
+                **transformed_loaders(files, images.normalize, own, **config.batches(), **world.shard)}
+    found, keyed = from_cache(config, splits, world) if config.cache else splits, config.keyed(images)
+    is_raw = all(tree.raw for tree in found.values())
+    decoding = Decoding(splits=found, size=config.size(), **config.frame(), train_size=config.train_size, keyed=keyed,
+                        seed=config.seed, smallest_area=config.random_crop or 1.0, skip_bad=config.skip_bad,
+                        threads=world.threads)
+    workers = config.num_workers(decodes=not is_raw or keyed is not None)
+    decoder = Decoder(decoding, workers=workers, pin_memory=world.device.type == "cuda", prepare_worker=ignore_signals)
+    rest = images if keyed is None else keyed.rest
+    loaders = split_loaders(
+        {name: DecodedImages(name, tree.targets, decoder, rest, bad_images, device=world.device)
+         for name, tree in found.items()}, {name: len(tree) for name, tree in found.items()},
+        **config.batches(), rank=world.rank, world_size=world.world_size,
+        evaluation_batch_size=max(8, min(500, 2**24 // (3 * config.size() ** 2))) if config.cache else 64,
+        remedy="raise --threads" if is_raw else f"raise --workers from {workers}, or add --cache, or train from a pack "
+                                                f"of pixels (python datasets/pack.py --raw 256)")
+    train = splits.get("train")
+    return {"dataset": train and replace(train, decoder=found["train"].decoder), **loaders}
+
+
+def from_cache(config: ImageFolderConfig, splits: dict[str, ImageSource], world: World) -> dict[str, ImageSource]:
+    """The same images decoded: from packs that one rank per file system writes, where they are not there."""
     folder = config.cache_dir or config.data_dir / ".cache"
-    caches = {split: ImageCache(tree, split, folder, **config.frame(),
-                                size=config.training_size() if split == "train" else config.size())
-              for split, tree in splits.items()}
-    for cache in caches.values():
-        once_per_node(world, fill(cache, decoder, bad_images))
-    opened = {split: cache.open(bad_images) for split, cache in caches.items()}
-    shard = {**world.shard, "device": cache_device(world.device, sum(cache.num_bytes for cache in caches.values()))}
-    chunk = max(8, min(500, 2**24 // (3 * config.size() ** 2)))  # 16 MiB
-    transforms = {split: GatherThenAugment(images, cache.check) for split, cache in caches.items()}
-    loaders = {name: evaluation_loader(opened[name], transforms[name].normalize, batch_size=chunk, **shard)
-               for name in evaluated}
-    if "train" not in opened:
-        return loaders
-    return {"train": train_loader(opened["train"], transforms["train"], **config.batches(), **shard), **loaders}
+    found: dict[str, ImageSource] = {}
+    for split, tree in splits.items():
+        packing = cache_of(config, split, tree, folder)
+        once_per_node(world, packing.fill(), folder=folder)
+        if not packed.is_whole(packing.out):
+            raise DataError(f"--cache-dir {folder}: the cache built for this run is gone; choose a folder that every "
+                            f"rank of the node sees and nothing clears")
+        found[split] = PackedImages(root=packing.out, split=split, record=packed.read_record(packing.out),
+                                    class_names=tree.class_names, origin=tree.folder, decoder=packing.head["decoder"])
+    return found
 
 
-def fill(cache: ImageCache, decoder: Decoder, bad_images: BadImages) -> Generator[int]:
-    """Build a cache that is not there."""
-    if not cache.exists():
-        to_stderr(f"decoding {len(cache.tree):,} images into {cache.path} ({cache.num_bytes / 2**20:.0f} MiB)")
-        yield from cache.build(decoder, bad_images)
-
-
-def cache_device(device: torch.device, num_bytes: int) -> torch.device:
-    """Where cached images are kept while training: on the GPU if they leave it enough room, else in the shared file."""
-    if device.type == "cuda" and num_bytes > CACHE_ON_GPU * torch.cuda.get_device_properties(device).total_memory:
-        return torch.device("cpu")
-    return device
+def cache_of(config: ImageFolderConfig, split: str, tree: ImageSource, folder: Path) -> Packing:
+    """Pixels of a split: as the network sees them or, to be cropped at random, large enough for that."""
+    crops, frame = split == "train" and config.random_crop is not None, config.frame()
+    size = config.training_size() if split == "train" else config.size()
+    frame["resize_size"] = config.resize_size and round(config.resize_size * size / config.size())
+    side = min(math.ceil(size / math.sqrt(config.random_crop or 1)), max(256, size * 8 // 7)) if crops else size
+    how = [packed.FORMAT, tree.fingerprint(times=True), crops or frame, DECODER, torchvision.__version__]
+    name = f"{split}-{side}px-{hashlib.sha256(repr(how).encode()).hexdigest()[:16]}.pack"
+    return Packing(
+        sources={split: tree}, out=folder / name, is_cache=True,
+        convert=partial(smaller, side=side, quality=None) if crops else partial(fitted, size=size, **frame),
+        head={"raw": side, "fitted": not crops, "class_names": tree.class_names,
+              "decoder": f"{tree.decoder or 'pixels'}, cached at {side}" if crops else tree.decoder,
+              "images_per_part": max(1, PART_BYTES // (3 * side**2))})
 
 
 @entry_point
@@ -284,7 +286,7 @@ def main(config: ImageFolderConfig) -> dict[str, Any]:
         loaders = mixed(build_loaders(config, splits, images, run), config.mixing(), num_classes=len(class_names),
                         device=run.world.device)
         return train_classifier(config, run, build_model(config, len(class_names), run.world), class_names,
-                                (images.mean, images.std), dataset=splits.get("train"), **loaders)
+                                (images.mean, images.std), **loaders)
 
 
 if __name__ == "__main__":

@@ -11,6 +11,6 @@ RECIPES: dict[str, dict[str, Any]] = {
     "finetune": {
         "model": "resnet18", "fit": "crop", "epochs": 5, "batch_size": 32, "learning_rate": 0.005, "momentum": 0.9,
         "nesterov": True, "weight_decay": 0.0001, "schedule": "cosine", "random_crop": 0.35, "flip": "random",
-        "channels_last": True, "workers": 2,
+        "channels_last": True,
     },
 }

@@ -26,8 +26,8 @@ from launch.errors import UsageError, printable, say
 from launch.files import read_object, replace_file
 
 FILES = ("config", "environment", "result", "status")
-COLUMNS = ("run", "state", "step", "accuracy", "loss", "samples_per_second", "train_seconds", "world_size", "device",
-           "model", "batch_size", "learning_rate", "seed", "started")
+COLUMNS = ("run", "state", "step", "accuracy", "loss", "samples_per_second", "train_seconds", "data_wait_share",
+           "world_size", "device", "model", "batch_size", "learning_rate", "seed", "started")
 MOST_POINTS = 300  # of a curve
 PICTURE_SIZE, PICTURE_QUALITY = 800, 60  # pixels and WebP's quality: ten pictures, of noise even, stay below 3 MB
 

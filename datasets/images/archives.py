@@ -1,4 +1,4 @@
-"""Images in archives, for datasets/pack.py: tar shards as webdataset names them, and Hugging Face's Parquet files.
+"""What datasets/pack.py packs: folders, tar shards as webdataset names them, and Hugging Face's Parquet files.
 
     train-000.tar       cat/1.jpg and cat/1.cls, a number, for each image
     train-000.parquet   columns image (bytes, or a struct of bytes and path) and label, a number
@@ -22,10 +22,12 @@ import torch
 from torch import Tensor
 
 from datasets.errors import DAMAGED, DataError
+from datasets.image_folder import TEST_NAMES, ImageTree, scan
 from datasets.listing import EXTENSIONS, is_hidden
 
 MOST_CLASSES = 2**20  # a larger label is another kind of number
 Row = tuple[str, int, int, int]  # name and label; offset and length in a tar file, or row group and row
+Sources = dict[str, "ImageTree | ArchivedImages"]  # by split
 LOCK = threading.Lock()  # of the one row group in memory
 
 
@@ -33,6 +35,8 @@ LOCK = threading.Lock()  # of the one row group in memory
 class ArchivedImages:
     """The images of one split, in the order of the archives: what a pack needs of an ImageSource."""
 
+    folder: Path
+    """What the names of the images are below."""
     rows: Sequence[tuple[Path, Row]]
     class_names: tuple[str, ...]
     left_out: Counter[str]
@@ -61,6 +65,19 @@ class ArchivedImages:
     def fingerprint(self) -> str:
         """A hash of names and labels, and of where in the archives they are."""
         return hashlib.sha256(repr(self.rows).encode(errors="surrogateescape")).hexdigest()[:16]
+
+
+def open_sources(data_dir: Path) -> Sources:
+    """The splits to pack: `train`, and `test` if there is one under any of its names."""
+    for pattern in ("{}", "{}-*.tar", "{}-*.parquet", "data/{}-*.parquet"):  # the last as Hugging Face has it
+        train, *tests = (sorted(data_dir.glob(pattern.format(name))) for name in ("train", *TEST_NAMES))
+        if train:
+            opened: Any = open_archives if pattern != "{}" else lambda folders, names=None: scan(
+                folders[0], class_names=names, owner="the training split")
+            sources: Sources = {"train": opened(train)}
+            test = next(filter(None, tests), [])
+            return sources | ({"test": opened(test, sources["train"].class_names)} if test else {})
+    raise DataError(f"--data-dir {data_dir}: holds no train/, train-*.tar or train-*.parquet; name another folder")
 
 
 @contextlib.contextmanager
@@ -101,7 +118,7 @@ def open_archives(files: Sequence[Path], class_names: tuple[str, ...] | None = N
     if class_names is not None and names not in ((), class_names):
         raise DataError(f"{files[0]}: names its classes otherwise than the training split; make them the same")
     largest = max((row[1] for _, row in rows), default=-1)
-    return ArchivedImages(rows=rows, left_out=left_out, unreadable={},
+    return ArchivedImages(folder=files[0].parent, rows=rows, left_out=left_out, unreadable={},
                           class_names=class_names or names or tuple(map(str, range(largest + 1))),
                           read_at=read_tar if files[0].suffix == ".tar" else read_parquet)
 

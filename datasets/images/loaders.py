@@ -1,34 +1,36 @@
-"""Loaders for images that are decoded while training: DataLoader workers read files, the device augments whole batches.
+"""Images that are decoded while training: DataLoader workers read files, the device augments whole batches.
 
     decoder = Decoder(Decoding(splits={"train": train, "test": test}, size=224), workers=4)
-    train_loader = DecodedTrainLoader(train, decoder, augmentation, sampler, ...)
-    evaluation_loader = DecodedEvaluationLoader(test, decoder, ...)
+    reads = {"train": DecodedImages("train", train.targets, decoder, augmentation, bad_images, device=device), ...}
+    loaders = split_loaders(reads, sizes, ...)
 
 A worker is sent what to decode together with the key of its random choices (epoch and sample), and keeps no state. So
 any number of workers gives the same bits, from any position in any epoch, and one pool serves both loaders.
 """
 
 import atexit
+import contextlib
+import math
 import multiprocessing
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from datasets.augment import Augmentation, KeyedTransforms
 from datasets.errors import DataError
+from datasets.images.packed import ImageSource
 from datasets.images.read import BadImage, FitName, InterpolationName, random_window, to_square
-from datasets.images.source import ImageSource
 from datasets.images.unreadable import BadImages
 from datasets.images.workers import WorkerStart, blocked_signals, worker_context
-from datasets.loaders import check_size
-from datasets.order import ResumableSampler, evaluation_indices
-from datasets.tensors import TensorDataset
+from datasets.loaders import Batch, sent
 
-Batch = tuple[Tensor, Tensor]
+Bad = list[tuple[str, str]]  # path and reason of each unreadable image
 
 
 class Key(NamedTuple):
@@ -48,12 +50,11 @@ class DecodedBatch(NamedTuple):
     """The samples asked for (B,), less those that nothing could replace."""
     sources: list[int]
     """The images that are shown (B,): other ones where a sample was unreadable."""
-    bad: list[tuple[str, str]]
-    """Path and reason of each unreadable image."""
+    bad: Bad
 
 
 @dataclass(frozen=True, kw_only=True)
-class Decoding(Dataset[DecodedBatch]):
+class Decoding(Dataset[Any]):
     """The work of one worker: files to a batch of uint8 images. It is copied to every worker, and holds no state."""
 
     splits: Mapping[str, ImageSource]
@@ -70,26 +71,46 @@ class Decoding(Dataset[DecodedBatch]):
     """Of training images, if it is another than that of the others."""
     keyed: KeyedTransforms | None = None
     """Of training images, before they leave the worker."""
+    threads: int = 1
+    """That crop and resize stored pixels, where there is no worker."""
 
-    def __getitem__(self, key: Key) -> DecodedBatch:
-        images: list[Tensor] = []
-        samples: list[int] = []
-        sources: list[int] = []
-        bad: list[tuple[str, str]] = []
-        for sample in key.samples:
-            for source in self.candidates(key.split, sample):
-                try:
-                    images.append(self.read(key, sample, source))
-                except BadImage as error:
-                    bad.append((str(self.splits[key.split].path(source)), str(error)))
-                    continue
-                samples.append(sample)
-                sources.append(source)
-                break
-        batch = torch.stack(images) if images else torch.empty(0, 3, self.size, self.size, dtype=torch.uint8)
+    def __getitem__(self, key: Key) -> DecodedBatch | DataError:
+        source, size = self.splits[key.split], self.size_of(key.split)
+        shape = (3, size, size) if source.fitted else (size, size, 3)
+        images = empty_batch(len(key.samples), *shape)
+        images = images if source.fitted else images.permute(0, 3, 1, 2)  # as they come from resizing
+        threads = self.threads if source.raw and get_worker_info() is None else 1
+        found: list[tuple[int | None, Bad]] = [(None, [])] * len(key.samples)
+
+        def fill(first: int) -> None:
+            for row in range(first, len(found), threads):
+                found[row] = self.fill(images[row], key, key.samples[row])
+
+        try:
+            each_in_threads(fill, threads)
+        except DataError as error:
+            return error  # which no worker could raise in one line
+        rows = [row for row, (shown, _) in enumerate(found) if shown is not None]
+        images, samples = images if len(rows) == len(found) else images[rows], [key.samples[row] for row in rows]
         if self.keyed is not None and key.split == "train":
-            self.keyed(batch, samples, key.epoch)
-        return DecodedBatch(batch, samples, sources, bad)
+            self.keyed(images, samples, key.epoch)
+        return DecodedBatch(images, samples, [shown for shown, _ in found if shown is not None],
+                            [each for _, bad in found for each in bad])
+
+    def size_of(self, split: str) -> int:
+        """Height and width of its images."""
+        return self.train_size or self.size if split == "train" else self.size
+
+    def fill(self, image: Tensor, key: Key, sample: int) -> tuple[int | None, Bad]:
+        """Put what a sample shows into the batch; returns which image that is, if any, and those unreadable before."""
+        bad: Bad = []
+        for shown in self.candidates(key.split, sample):
+            try:
+                image.copy_(self.read(key, sample, shown))
+                return shown, bad
+            except BadImage as error:
+                bad.append((str(self.splits[key.split].path(shown)), str(error)))
+        return None, bad
 
     def candidates(self, split: str, sample: int) -> list[int]:
         """The image of a sample and, in training, those after it, of which the first readable one is shown.
@@ -101,15 +122,16 @@ class Decoding(Dataset[DecodedBatch]):
         num_samples = len(self.splits[split])
         return [(sample + offset) % num_samples for offset in range(min(self.skip_bad + 1, num_samples))]
 
-    def read(self, key: Key, sample: int, source: int) -> Tensor:
+    def read(self, key: Key, sample: int, shown: int) -> Tensor:
         """One image; a random window of it where training asks for that."""
-        window, size, resize_size = None, self.size, self.resize_size
+        content, window, size = self.splits[key.split].read(shown), None, self.size_of(key.split)
+        if self.splits[key.split].fitted and isinstance(content, np.ndarray):
+            return torch.from_numpy(content).permute(2, 0, 1)
         if key.split == "train" and self.smallest_area < 1:
             window = random_window(sample, seed=self.seed, epoch=key.epoch, smallest_area=self.smallest_area)
-        if key.split == "train" and self.train_size is not None:
-            size, resize_size = self.train_size, resize_size and round(resize_size * self.train_size / size)
-        return to_square(self.splits[key.split].read(source), size=size, fit=self.fit, window=window,
-                         resize_size=resize_size, interpolation=self.interpolation)
+        resize_size = self.resize_size and round(self.resize_size * size / self.size)
+        return to_square(content, size=size, fit=self.fit, window=window, resize_size=resize_size,
+                         interpolation=self.interpolation)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,17 +145,21 @@ class FromMemory(Dataset[DecodedBatch]):
         return DecodedBatch(self.keyed(self.images[key.samples], key.samples, key.epoch), key.samples, key.samples, [])
 
 
-class Keys(Sampler[Key]):
-    """Hands the workers what to decode next; replaced before each pass."""
+def empty_batch(*shape: int) -> Tensor:
+    """Room for uint8 images; of a worker in shared memory, if that has room, so that they are not copied there."""
+    if get_worker_info() is not None:
+        with contextlib.suppress(RuntimeError):
+            storage = torch.UntypedStorage._new_shared(math.prod(shape))
+            return torch.empty(0, dtype=torch.uint8).set_(storage, 0, shape)  # pyright: ignore
+    return torch.empty(shape, dtype=torch.uint8)
 
-    def __init__(self) -> None:
-        self.keys: list[Key] = []
 
-    def __iter__(self) -> Iterator[Key]:
-        return iter(self.keys)
-
-    def __len__(self) -> int:
-        return len(self.keys)
+def each_in_threads(work: Callable[[int], None], threads: int) -> None:
+    """Call it with 0 to threads - 1, each in a thread of its own; raises what one of them raised."""
+    if threads == 1:
+        return work(0)
+    with ThreadPoolExecutor(threads) as pool:
+        list(pool.map(work, range(threads)))
 
 
 class Decoder:
@@ -141,9 +167,9 @@ class Decoder:
 
     def __init__(self, decoding: Dataset[Any], *, workers: int = 0, pin_memory: bool = False,
                  prepare_worker: Callable[[], None] | None = None) -> None:
-        self.splits: Mapping[str, ImageSource] = getattr(decoding, "splits", {})
-        self.size, self.workers = getattr(decoding, "size", 0), workers
-        self.keys = Keys()
+        self.workers = workers
+        self.keys: list[Key] = []
+        """What to decode next: replaced before each pass."""
         workers_end, self.lifeline = multiprocessing.Pipe(duplex=False)
         atexit.register(self.lifeline.close)  # before multiprocessing waits for workers that an error has left behind
         self.loader = DataLoader(
@@ -154,13 +180,13 @@ class Decoder:
             generator=torch.Generator(),  # its own: numbers taken from torch's would alter the dropout of this step
         )
 
-    def decode(self, keys: list[Key]) -> Iterator[Any]:
-        """The batches of these keys, in order.
+    def decode(self, split: str, parts: Sequence[Tensor], epoch: int) -> Iterator[Any]:
+        """A `Read` of any split; raises what stands in the place of a batch, and DataError if a worker dies."""
+        return map(unless_failed, self.batches([Key(split, part.tolist(), epoch) for part in parts]))
 
-        Raises:
-            DataError: if a worker dies.
-        """
-        self.keys.keys = keys
+    def batches(self, keys: list[Key]) -> Iterator[Any]:
+        """What the workers make of these keys, in order."""
+        self.keys[:] = keys
         try:
             with blocked_signals():
                 batches = iter(self.loader)
@@ -176,65 +202,41 @@ class Decoder:
             raise
 
 
+def unless_failed(batch: Any) -> Any:
+    """A batch; raises the error that stands in its place."""
+    if isinstance(batch, BaseException):
+        raise batch
+    return batch
+
+
 def as_it_is(batch: Any) -> Any:
     """DataLoader's collate function: batches come out of the data set whole."""
     return batch
 
 
-class DecodedTrainLoader:
-    """Micro-batches of one rank, decoded from files, from any position of any epoch; as loaders.TrainLoader."""
+class DecodedImages:
+    """A `Read` of one split: images decoded by workers, augmented (`train`) or normalised a whole batch at a time."""
 
-    def __init__(self, tree: ImageSource | TensorDataset, decoder: Decoder, augmentation: Augmentation,
-                 sampler: ResumableSampler, bad_images: BadImages, *, rank_batch_size: int,
-                 device: torch.device) -> None:
-        self.targets, self.decoder, self.augmentation, self.sampler = tree.targets, decoder, augmentation, sampler
-        self.bad_images, self.rank_batch_size, self.device = bad_images, rank_batch_size, device
-        self.steps_per_epoch, self.global_batch_size = sampler.steps_per_epoch, sampler.global_batch_size
+    def __init__(self, split: str, targets: Tensor, decoder: Decoder, augmentation: Augmentation,
+                 bad_images: BadImages, *, device: torch.device) -> None:
+        self.split, self.targets, self.decoder, self.augmentation = split, targets, decoder, augmentation
+        self.bad_images, self.device = bad_images, device
 
-    def batches(self, epoch: int, samples_consumed: int) -> Iterator[Batch]:
-        """The rest of the epoch, in micro-batches of `rank_batch_size`.
+    def __call__(self, parts: Sequence[Tensor], epoch: int) -> Iterator[Batch]:
+        """The batches, without images that nothing may replace.
 
-        Before the last of several, which all ranks reach in the same step, they compare their bad images: not at the
-        start, since rank 0 alone may take a first batch, for --show-batch.
+        Before the last of several, which all ranks reach in the same training step, they compare their bad images: not
+        at the start, since rank 0 alone may take a first batch, for --show-batch.
 
         Raises:
             DataError: for an unreadable image that may not be skipped, or a dead worker.
         """
-        self.sampler.set_position(epoch, samples_consumed)
-        keys = [Key("train", samples.tolist(), epoch) for samples in self.sampler.indices().split(self.rank_batch_size)]
-        for number, batch in enumerate(self.decoder.decode(keys), start=1):
+        for number, batch in enumerate(self.decoder.decode(self.split, parts, epoch), start=1):
             self.bad_images.add(batch.bad)
-            if number == len(keys) > 1:
+            if self.split == "train" and number == len(parts) > 1:
                 self.bad_images.share()
-            images = batch.images.to(self.device, non_blocking=True)
-            samples = torch.tensor(batch.samples).to(self.device, non_blocking=True)
-            yield self.augmentation.batch(images, samples, epoch=epoch), self.targets[batch.sources]
-
-
-def decoded_train_loader(tree: ImageSource | TensorDataset, decoder: Decoder, augmentation: Augmentation,
-                         bad_images: BadImages, *, batch_size: int, rank_batch_size: int, seed: int,
-                         device: torch.device, **shard: int) -> DecodedTrainLoader:
-    """The training loader of one rank; DataError if there are too few samples for one step."""
-    check_size(len(tree), batch_size)
-    sampler = ResumableSampler(tree, global_batch_size=batch_size, seed=seed, **shard)
-    return DecodedTrainLoader(tree, decoder, augmentation, sampler, bad_images, rank_batch_size=rank_batch_size,
-                              device=device)
-
-
-class DecodedEvaluationLoader:
-    """This rank's share of a test or validation split, decoded from files: over all ranks every readable image once."""
-
-    def __init__(self, tree: ImageSource, decoder: Decoder, normalize: Callable[[Tensor], Tensor],
-                 bad_images: BadImages, *, rank: int, world_size: int, device: torch.device,
-                 batch_size: int = 64) -> None:
-        self.targets, self.decoder, self.normalize = tree.targets, decoder, normalize
-        self.bad_images, self.device = bad_images, device
-        share = torch.tensor(evaluation_indices(len(tree), rank=rank, world_size=world_size))
-        split = next(name for name, each in decoder.splits.items() if each is tree)
-        self.keys = [Key(split, samples.tolist(), 0) for samples in share.split(batch_size) if len(samples)]
-
-    def __iter__(self) -> Iterator[Batch]:
-        for batch in self.decoder.decode(self.keys):
-            self.bad_images.add(batch.bad)
-            if batch.sources:
-                yield self.normalize(batch.images.to(self.device, non_blocking=True)), self.targets[batch.sources]
+            images, samples = (sent(tensor, self.device) for tensor in (batch.images, torch.tensor(batch.samples)))
+            if self.split == "train":
+                yield self.augmentation.batch(images, samples, epoch=epoch), self.targets[batch.sources]
+            elif batch.sources:
+                yield self.augmentation.normalize(images), self.targets[batch.sources]

@@ -14,6 +14,7 @@ import hashlib
 import json
 import mmap
 import os
+import shutil
 import zlib
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -29,7 +30,7 @@ from torch import Tensor
 
 from datasets.classes import join_classes
 from datasets.errors import DAMAGED, DataError
-from datasets.image_folder import shuffled, split
+from datasets.image_folder import ImageTree, shuffled, split
 from datasets.images.read import DECODER, BadImage, Stored
 
 FORMAT = 1
@@ -46,7 +47,7 @@ ENTRY = np.dtype([
 
 @dataclass(frozen=True, kw_only=True)
 class PackedImages:
-    """The images of one split of a pack; an ImageSource."""
+    """The images of one split of a pack. It is copied to every worker, without what it has opened."""
 
     root: Path
     split: str
@@ -56,6 +57,10 @@ class PackedImages:
     """By label; where a checkpoint knows more than the pack, its own."""
     rows: Tensor | None = None
     """The images of a subset; None for all."""
+    origin: Path | None = None
+    """Of a cache: the folder that its images are in."""
+    decoder: str | None = None
+    """Name and version of what decodes the images, or has decoded those of a cache."""
     left_out: Counter[str] = field(default_factory=Counter)
     unreadable: Mapping[str, str] = field(default_factory=dict)
 
@@ -66,9 +71,19 @@ class PackedImages:
         return self.record["splits"][self.split] if self.rows is None else len(self.rows)
 
     @property
-    def decoder(self) -> str | None:
-        """Name and version of what decodes the images; pixels need none."""
-        return None if self.record["raw"] else DECODER
+    def raw(self) -> bool:
+        """Whether they are pixels."""
+        return bool(self.record["raw"])
+
+    @property
+    def fitted(self) -> bool:
+        """Whether they are pixels as the network sees them, of its size."""
+        return self.record.get("fitted", False)
+
+    @property
+    def folder(self) -> Path:
+        """What the names of the images are below."""
+        return self.origin or self.root / self.split
 
     @property
     def targets(self) -> Tensor:
@@ -87,13 +102,20 @@ class PackedImages:
         return {}
 
     def map(self, name: str) -> mmap.mmap:
-        """A file, opened when it is first needed; BadImage if it was cut short, where reading kills the process."""
+        """A file, opened when it is first needed; `damaged` if it was cut short, where reading kills the process."""
         if name not in self.maps:
             with open(self.root / name, "rb") as file:
                 self.maps[name] = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
         if self.maps[name].size() < len(self.maps[name]):
-            raise BadImage(f"{name} was cut short while in use: copy or pack it again")
+            raise self.damaged(f"{name} was cut short while in use")
         return self.maps[name]
+
+    def damaged(self, what: str) -> Exception:
+        """A bad image; where the pack is a cache, what ends the run."""
+        if self.origin is None:
+            return BadImage(f"{what}: copy or pack it again")
+        return DataError(f"--cache-dir {self.root.parent}: {self.root.name}: {what}; remove it, and the same command "
+                         f"builds it again")
 
     @cached_property
     def checked(self) -> NDArray[np.bool_]:
@@ -112,12 +134,12 @@ class PackedImages:
         try:
             entry, _, part = self.find(sample)
             start = int(entry["offset"])
-            return self.root / self.split / os.fsdecode(self.map(part)[start - int(entry["name_length"]) : start])
+            return self.folder / os.fsdecode(self.map(part)[start - int(entry["name_length"]) : start])
         except BadImage:
-            return self.root / self.split / f"image {sample}"
+            return self.folder / f"image {sample}"
 
     def read(self, sample: int) -> Stored:
-        """The bytes of a file, or pixels (H, W, 3), not copied; BadImage if they are not those that were packed.
+        """The bytes of a file, or pixels (H, W, 3), not copied; `damaged` if they are not those that were packed.
 
         Pixels are checked when a process first reads them: each time, that would be a third of what reading costs.
         """
@@ -125,7 +147,7 @@ class PackedImages:
         start = int(entry["offset"])
         content = memoryview(self.map(part))[start : start + int(entry["length"])]
         if not self.checked[row] and zlib.crc32(content) != entry["crc32"]:
-            raise BadImage(f"damaged in {part}, whose bytes have changed since they were packed: copy or pack it again")
+            raise self.damaged(f"damaged in {part}, whose bytes have changed since they were packed")
         if not entry["height"]:
             return content
         self.checked[row] = True
@@ -144,6 +166,11 @@ class PackedImages:
     listing_hash = fingerprint
 
 
+# The images of one split, in a fixed order. Loaders know no more of them than: length, targets, class_names,
+# read(sample) and path(sample); left_out and unreadable; decoder, raw and fitted; fingerprint() and folder.
+ImageSource = ImageTree | PackedImages
+
+
 def part_name(split_name: str, number: int) -> str:
     """The name of a file of images."""
     return f"{split_name}-{number:05d}.bin"
@@ -160,6 +187,15 @@ def is_pack(path: Path) -> bool:
         path.name.endswith(PARTIAL) and path.exists())
 
 
+def is_whole(root: Path) -> bool:
+    """Whether a cache is there; one that is damaged is removed."""
+    try:
+        return is_pack(root) and bool(read_record(root))
+    except DataError:
+        shutil.rmtree(root, ignore_errors=True)
+        return False
+
+
 def load(root: Path, *, validation_fraction: float | None = None, seed: int = 0, train: bool = True,
          known: Sequence[str] | None = None) -> tuple[PackedImages | None, PackedImages]:
     """The training and the test split of a pack: the images of the folder it was made of, in the same order.
@@ -170,7 +206,8 @@ def load(root: Path, *, validation_fraction: float | None = None, seed: int = 0,
         DataError: if it is not finished, damaged, of another version, or has no test images and none are to be split.
     """
     record = read_record(root)
-    training = PackedImages(root=root, split="train", record=record, class_names=tuple(known or record["class_names"]))
+    training = PackedImages(root=root, split="train", record=record, class_names=tuple(known or record["class_names"]),
+                            decoder=None if record["raw"] else DECODER)
     if validation_fraction is not None:
         return split(training, validation_fraction, seed=seed)  # pyright: ignore (an ImageTree to it)
     test = load_test(root, training.class_names)
@@ -182,7 +219,8 @@ def load(root: Path, *, validation_fraction: float | None = None, seed: int = 0,
 def load_test(root: Path, known: Sequence[str]) -> PackedImages | None:
     """The test split alone, with the labels of the classes that are known; None where there is none."""
     record = read_record(root)
-    test = PackedImages(root=root, split="test", record=record, class_names=tuple(known))
+    test = PackedImages(root=root, split="test", record=record, class_names=tuple(known),
+                        decoder=None if record["raw"] else DECODER)
     return shuffled(test) if "test" in record["splits"] else None  # pyright: ignore
 
 
@@ -197,8 +235,10 @@ def read_record(root: Path) -> dict[str, Any]:
         for name, facts in files:
             if (root / name).stat().st_size != facts["bytes"]:
                 raise ValueError(f"{name} is not {facts['bytes']:,} bytes long")
-            if not name.endswith(".bin") and hashlib.sha256((root / name).read_bytes()).hexdigest() != facts["sha256"]:
-                raise ValueError(f"{name} has changed")
+            if not name.endswith(".bin"):
+                with open(root / name, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+                    if hashlib.sha256(content).hexdigest() != facts["sha256"]:
+                        raise ValueError(f"{name} has changed")
     except DAMAGED as error:
         raise DataError(f"--data-dir {root}: is damaged ({error}); copy it again, or pack again") from None
     if record["format"] != FORMAT:

@@ -76,11 +76,6 @@ def random_window(sample: int, *, seed: int, epoch: int, smallest_area: float) -
                   ratio=math.exp((2 * ratio - 1) * math.log(LARGEST_RATIO)), top=top, left=left)
 
 
-def read_image(path: str | Path, *, size: int, fit: FitName, window: Window | None = None) -> Tensor:
-    """A file as uint8 (3, size, size); see `to_square`."""
-    return to_square(read_file(path), size=size, fit=fit, window=window)
-
-
 def to_square(content: Stored, *, size: int, fit: FitName, window: Window | None = None,
               resize_size: int | None = None, interpolation: InterpolationName | None = None) -> Tensor:
     """An image as uint8 (3, size, size).
@@ -156,11 +151,6 @@ def read_file(path: str | Path) -> bytes:
         raise BadImage("a link to nothing" if os.path.islink(path) else "no such file") from None
     except OSError as error:
         raise BadImage(str(error.strerror)) from None
-
-
-def open_rgb(path: str | Path, *, shortest_side: int | None = None) -> Image.Image:
-    """A file as an 8-bit RGB image; arguments and errors are those of `pixels`."""
-    return Image.fromarray(pixels(read_file(path), shortest_side=shortest_side))
 
 
 def pixels(content: Stored, *, shortest_side: int | None = None) -> NDArray[np.uint8]:

@@ -5,18 +5,51 @@ import gzip
 import io
 import struct
 import zlib
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
 
 from datasets import synthetic
+from datasets.augment import Augmentation
+from datasets.images.loaders import DecodedImages, Decoder, Decoding
+from datasets.images.packed import ImageSource
+from datasets.images.read import pixels, read_file, to_square
+from datasets.images.unreadable import BadImages
+from datasets.loaders import split_loaders
 
 # 20 steps in two epochs of a network without BatchNorm and dropout, every random choice on
 FLAGS = ["--batch-size", "12", "--epochs", "2", "--threads", "1", "--random-crop", "0.5", "--seed", "3",
          "--no-pictures"]
 NUM_TRAIN, NUM_TEST = 120, 30
+PLAIN = Augmentation(seed=0, mean=(0.0,) * 3, std=(1.0,) * 3)
+MOVED = Augmentation(seed=5, mean=(0.5,) * 3, std=(0.5,) * 3, shift=2, flip="random")
+
+
+def open_rgb(path: str | Path, *, shortest_side: int | None = None) -> Image.Image:
+    """A file as an 8-bit RGB image; arguments and errors are those of `pixels`."""
+    return Image.fromarray(pixels(read_file(path), shortest_side=shortest_side))
+
+
+def read_image(path: str | Path, **how: Any) -> torch.Tensor:
+    """A file as uint8 (3, size, size); see `to_square`."""
+    return to_square(read_file(path), **how)
+
+
+def image_loaders(splits: Mapping[str, ImageSource], *, images: Augmentation = MOVED, workers: int = 0, rank: int = 0,
+                  world_size: int = 1, bad_images: BadImages | None = None, evaluation_batch_size: int = 64,
+                  **decoding: Any) -> dict[str, Any]:
+    """The loaders of one rank: 12 images per step, of 24 pixels, with random crops and flips."""
+    decoder = Decoder(Decoding(splits=splits, **{"size": 24, "seed": 5, "smallest_area": 0.4, **decoding}),
+                      workers=workers)
+    reads = {name: DecodedImages(name, split.targets, decoder, images, bad_images or BadImages(0),
+                                 device=torch.device("cpu")) for name, split in splits.items()}
+    return split_loaders(reads, {name: len(split) for name, split in splits.items()}, batch_size=12,
+                         rank_batch_size=12 // world_size, seed=5, rank=rank, world_size=world_size,
+                         evaluation_batch_size=evaluation_batch_size)
 
 
 def write_tree(folder: Path) -> Path:

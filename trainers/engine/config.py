@@ -12,7 +12,7 @@ from typing import Annotated, Any, ClassVar, Literal
 import tyro
 
 from launch.errors import UsageError
-from launch.launcher import read_launch
+from launch.launcher import default_workers, read_launch
 from launch.rules import LARGEST, MOST_SECONDS, Above, AtLeast, check_numbers
 from trainers.engine.parallel import ParallelName
 from trainers.engine.precision import PrecisionName
@@ -63,8 +63,8 @@ class TrainConfig(ScheduleFlags):
     """GLOBAL batch: samples per optimizer step, summed over all ranks and accumulation steps."""
     accumulation_steps: Annotated[int, AtLeast(1)] = 1
     """Micro-batches whose gradients are added up before each optimizer step."""
-    workers: Annotated[int, AtLeast(0, most=1024)] = 0
-    """DataLoader workers per rank, for data that is decoded from files."""
+    workers: Annotated[int | None, AtLeast(0, most=1024)] = None
+    """DataLoader workers per rank. Default: where images are decoded, the rank's usable cores but one, at most 8."""
     seed: Annotated[int, AtLeast(-2**63, most=2**64 - 1)] = 0  # what torch.manual_seed takes
     """Of weights, order, augmentation and dropout."""
 
@@ -203,6 +203,11 @@ class TrainConfig(ScheduleFlags):
     def batches(self) -> dict[str, int]:
         """What a training loader is told of the batch."""
         return {"batch_size": self.batch_size, "rank_batch_size": self.rank_batch_size(), "seed": self.seed}
+
+    def num_workers(self, *, decodes: bool = False) -> int:
+        """--workers; by default none, or where images are decoded what the cores of the node leave to each rank."""
+        launch = read_launch()
+        return self.workers if self.workers is not None else default_workers(launch.local_world_size) if decodes else 0
 
     def trackers(self) -> list[TrackerName]:
         """The names of all trackers that are asked for, once each."""

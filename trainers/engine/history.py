@@ -9,6 +9,39 @@ import torch
 from trainers.engine.metrics import BestName, Evaluation
 from trainers.engine.parallel import synchronize
 
+MOST_WAIT = 0.2  # share of training that may pass in waits for data without a warning
+FEW_SECONDS = 1.0  # of waiting, which nobody minds
+
+
+class DataWait:
+    """Adds up how long steps wait for their batches; of a process without its first batch, which starts the workers.
+
+    By the clock of what waits: a GPU has work queued while the host reads, so its own events are asked.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.on_gpu, self._spans, self._num_seen = device.type == "cuda", [], 0
+
+    def now(self) -> Any:
+        """A time, as both kinds of clock have it."""
+        if not self.on_gpu:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def __enter__(self) -> None:
+        self._began = self.now()
+
+    def __exit__(self, *error: object) -> None:
+        self._spans.append((self._began, self.now()))
+
+    def collect(self) -> float:
+        """Seconds since this was last called, which on a GPU must follow a wait for the device."""
+        spans, self._spans = self._spans[self._num_seen == 0:], []
+        self._num_seen += 1
+        return sum(began.elapsed_time(end) / 1000 if self.on_gpu else end - began for began, end in spans)
+
 
 class History:
     """Empty at the start, or as a checkpoint left it. The same on every rank, but for the seconds."""
@@ -23,6 +56,10 @@ class History:
         """Of all steps: no evaluation, checkpoint or report is in it."""
         self.warm_up_seconds = 0.0
         """Of this process, before its first step: compilation, choice of kernels."""
+        self.data_wait_seconds = 0.0
+        """Of the steps, what this rank has waited for data."""
+        self.data_wait_share: float | None = None
+        """The share of the rank that has waited longest, after an epoch."""
         self.samples_here = 0
         """Samples over all ranks that this process has taken part in training on."""
         self._running_since = 0.0
@@ -72,11 +109,21 @@ class History:
         best = self.best["step"] if self.best is not None else 0
         return sum(line["step"] > best and line.get(f"{split}_loss") is not None for line in self.epochs)
 
+    def record_wait(self, seconds: float, remedy: str) -> str | None:
+        """Keep what the slowest rank has waited; returns a warning, once, if there is a remedy for that much."""
+        before, share = self.data_wait_share or 0.0, seconds / self.train_seconds
+        self.data_wait_share = share
+        if not remedy or not before <= MOST_WAIT < share or seconds < FEW_SECONDS:
+            return None
+        return f"WARNING data: training has waited for data for {100 * share:.0f} % of its time; {remedy}"
+
     def state(self) -> dict[str, Any]:
         """What a checkpoint keeps, beside the best."""
-        return {"epochs": self.epochs, "train_seconds": self.train_seconds}
+        return {"epochs": self.epochs, "train_seconds": self.train_seconds,
+                "data_wait_seconds": self.data_wait_seconds}
 
     def load_state(self, state: Mapping[str, Any], *, best: dict[str, Any] | None) -> None:
         """Resume from a checkpoint."""
         self.epochs, self.best, self.train_seconds = state["epochs"], best, state["train_seconds"]
+        self.data_wait_seconds = state.get("data_wait_seconds", 0.0)
         self._lap = (0, self.train_seconds)

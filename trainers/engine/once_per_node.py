@@ -1,16 +1,19 @@
 """Long work that one rank of each node does before training, while the others wait: downloads, folders, packs, caches.
 
     once_per_node(world, lambda: cifar.download(data_dir))     # a function: it runs in a thread
-    once_per_node(world, cache.build(decoder, bad_images))     # a generator: it runs here, a bit at a time
+    once_per_node(world, fill(packing), folder=cache_dir)      # a generator: it runs here, a bit at a time
 """
 
+import contextlib
 import threading
 import time
+import uuid
 from collections.abc import Callable, Generator
+from pathlib import Path
 from typing import Any
 
 from launch.errors import is_users
-from launch.process_group import World, gather
+from launch.process_group import World, barrier, from_main, gather
 from launch.stop import Stopped, StopRequest, stop_request
 from launch.watchdog import context_switches
 
@@ -20,8 +23,10 @@ STILL = object()  # in place of a step of one that has not moved
 
 
 def once_per_node(world: World, work: Callable[[], object] | Generator[Any], *,
-                  stop: StopRequest | None = None) -> None:
+                  folder: Path | None = None, stop: StopRequest | None = None) -> None:
     """Run `work` to its end on local rank 0 of every node; returns on all ranks together.
+
+    With a `folder`, on one rank of all those that see it: a file system may be shared by nodes.
 
     The ranks exchange how far they are twice a second, not once at the end: so the collective timeout need not allow
     for the whole work, a stop is noticed while it runs, and an error of one rank is raised on all.
@@ -31,7 +36,7 @@ def once_per_node(world: World, work: Callable[[], object] | Generator[Any], *,
     """
     stop = stop_request() if stop is None else stop
     steps = work if isinstance(work, Generator) else in_thread(work)
-    done = world.local_rank != 0
+    done = not does_it(world, folder)
     while True:
         error: Exception | None = None
         until = time.monotonic() + SLICE_SECONDS
@@ -57,6 +62,26 @@ def once_per_node(world: World, work: Callable[[], object] | Generator[Any], *,
             raise Stopped(stop.reason)
         if all(finished for finished, _, _ in reports):
             return
+
+
+def does_it(world: World, folder: Path | None) -> bool:
+    """Whether this rank does the work. A collective."""
+    leads = world.local_rank == 0
+    leaders = [rank for rank, each in enumerate(gather(world, leads)) if each]
+    if folder is None or len(leaders) == 1:
+        return leads
+    token = from_main(world, lambda: uuid.uuid4().hex)
+    names = [folder / f".{token}-{rank}" for rank in leaders if rank <= world.rank]
+    if leads:
+        with contextlib.suppress(OSError):  # which the work itself will meet
+            folder.mkdir(parents=True, exist_ok=True)
+            names[-1].touch()
+    barrier(world)
+    leads = leads and not any(name.exists() for name in names[:-1])
+    barrier(world)
+    if names:
+        names[-1].unlink(missing_ok=True)
+    return leads
 
 
 def in_thread(work: Callable[[], object]) -> Generator[object]:

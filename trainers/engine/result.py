@@ -56,6 +56,7 @@ def finish(trainer: Trainer, evaluation: Evaluation, class_names: tuple[str, ...
         "class_names": list(class_names), "train_seconds": seconds, "total_seconds": total_seconds,
         "warm_up_seconds": trainer.history.warm_up_seconds,
         "samples_per_second": trainer.step * batch_size / seconds if seconds else None,
+        "data_wait_share": trainer.history.data_wait_share,
         "world_size": world.world_size, "device": str(world.device), "precision": step.precision.name,
         "parallel": parallel_name(step.model), "num_parameters": num_parameters(step.network),
         "weights_sha256": hash_tensors(sorted(step.network.state_dict().items())),  # equal exactly when every bit is

@@ -248,7 +248,7 @@ def resume(config: TrainConfig, trainer: Trainer, *, steps_per_epoch: int) -> st
     was, decoder = (each.get("decoder") for each in (state["fingerprint"], trainer.fingerprint))
     if decoder not in (None, was) and world.is_main:
         to_stderr(f"WARNING data: images were decoded by {was or 'Pillow alone'} before {source.name} and are by "
-                  f"{decoder} now: pixels may differ by a shade; install what it was for the same bits")
+                  f"{decoder} now: pixels may differ by a shade; go back to what it was for the same bits")
     trainer.data.expect(state, source)
     try:
         trainer.load_state(state)

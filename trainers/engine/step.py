@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from launch.process_group import World
 from launch.stop import StopRequest
 from trainers.engine.dropout import default_generators, seed_dropout, seed_own_code
+from trainers.engine.history import DataWait
 from trainers.engine.metrics import Evaluation, EvaluationSums, TrainingSums, sync_buffers
 from trainers.engine.optimizer import MovingAverage
 from trainers.engine.parallel import gradient_sync, unwrap
@@ -43,6 +44,8 @@ class TrainStep:
         self.mark: Callable[[str, int], None] = world.watchdog.mark
         """Is told of the phases of a step as they start, to notice a hang; or to measure them."""
         self.trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        self.data_wait = DataWait(world.device)
+        self._side_stream = torch.cuda.Stream(world.device) if world.device.type == "cuda" else None
         self.sums = TrainingSums(classification=task.num_classes is not None)
         self.gradient_norms: dict[str, Tensor] = {}
         self.is_under_way = False
@@ -81,7 +84,8 @@ class TrainStep:
         self._set_learning_rate(step)
         for micro_step in range(options.accumulation_steps):
             mark("data", step)
-            inputs, targets = self.to_device(*next(batches))
+            with self.data_wait:
+                inputs, targets = self.next_batch(batches)
             if self.task.is_own:
                 seed_own_code(first + micro_step)
             with gradient_sync(self.model, last=micro_step == options.accumulation_steps - 1):
@@ -105,6 +109,17 @@ class TrainStep:
             self.ema.update_parameters(self.network)
         self.is_under_way = False
         mark("between steps", step + 1)
+
+    def next_batch(self, batches: Iterator[Batch]) -> Batch:
+        """The next batch on the device; on a GPU copied and augmented on a side stream, beside the step before."""
+        if self._side_stream is None:
+            return self.to_device(*next(batches))
+        with torch.cuda.stream(self._side_stream):
+            batch = self.to_device(*next(batches))
+        compute = torch.cuda.current_stream()
+        compute.wait_stream(self._side_stream)  # the device waits, not the host
+        map_tensors(lambda tensor: (tensor.record_stream(compute), tensor)[1], batch)  # else its memory is reused early
+        return batch
 
     def to_device(self, inputs: Any, targets: Any) -> Batch:
         """A batch where the model is, images in its memory order."""
@@ -150,6 +165,8 @@ class TrainStep:
 
     def train_mode(self) -> None:
         """Before the steps of an epoch."""
+        if self._side_stream is not None:
+            self._side_stream.wait_stream(torch.cuda.current_stream())  # what loaders hold may still be on its way
         self.model.train()
         for module in self._frozen_norms:
             module.eval()  # frozen BatchNorm neither normalises by the batch nor follows it

@@ -8,8 +8,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from launch.errors import NumericError
-from launch.process_group import World, from_main
+from launch.errors import NumericError, to_stderr
+from launch.process_group import World, from_main, gather
 from launch.stop import StopAgreement, Stopped, StopRequest
 from trainers.engine.checkpoints.save import Checkpointer
 from trainers.engine.data_record import DataRecord
@@ -205,6 +205,7 @@ class Trainer:
     def _report(self, progress: Progress, last_step: int) -> None:
         """One line of metrics.jsonl, of the epoch so far: a collective, and the one place that waits for the device."""
         self.history.pause_clock(self.world.device)
+        self.history.data_wait_seconds += self.train_step.data_wait.collect()
         loss, accuracy = self.sums.means(self.world)
         speed = self.history.lap_samples_per_second()
         self.write_line("train", {"loss": loss, "accuracy": accuracy}, speed)
@@ -231,6 +232,9 @@ class Trainer:
             self.write_line(self.options.split, {**evaluation.summary(), **evaluation.metrics})
         is_best = self.history.record(epoch=self.epoch, step=self.step, train_loss=loss, train_accuracy=accuracy,
                                       evaluation=evaluation, split=self.options.split, by=self.options.best)
+        waited = max(gather(self.world, self.history.data_wait_seconds))
+        if (warning := self.history.record_wait(waited, getattr(train, "remedy", ""))) and self.world.is_main:
+            to_stderr(warning)
         speed = self.step * train.global_batch_size / self.history.train_seconds
         progress.line_above(epoch_text(self.history.epochs[-1], samples_per_second=speed))
         return is_best

@@ -167,14 +167,14 @@ def made_again(reference: Reference, seed: int) -> Any:
     return reference.make({}) if isinstance(found, type) else found
 
 
-def own_transform(config: Any) -> Any:
-    """`--transform` as datasets.samples.Own; None without."""
+def own_transform(config: Any, *, decodes: bool = False) -> Any:
+    """`--transform` as datasets.samples.Own, of images that are decoded or in memory; None without."""
     if config.transform is None:
         return None
     reference = Reference("--transform", config.transform)
     return (functools.partial(made_again, reference, config.seed), reference.explain,
             f"--transform {config.transform}",
-            {"workers": config.workers, "prepare_worker": ignore_signals, "warn": to_stderr})
+            {"workers": config.num_workers(decodes=decodes), "prepare_worker": ignore_signals, "warn": to_stderr})
 
 
 def seed_everything(seed: int) -> None:
