@@ -207,7 +207,7 @@ def test_a_stop_request_closes_the_work_of_all_ranks_and_an_error_is_raised() ->
         once_per_node(World(), work(1), stop=StopRequest())
 
 
-FLAGS = ["--batch-size", "12", "--epochs", "1", "--threads", "1", "--no-pictures"]
+FLAGS = ["--batch-size", "12", "--epochs", "1", "--threads", "1", "--no-pictures", "--workers", "0"]
 
 
 def run_on_two_ranks(tree: Path, folder: Path, name: str, *more: str) -> tuple[Any, str]:

@@ -31,7 +31,7 @@ from tests.helpers.hooks import (
 )
 from tests.helpers.images import image_tree, write_idx
 from tests.helpers.processes import newest_checkpoint, read_json
-from tests.helpers.server import NORMED, slack, start
+from tests.helpers.server import NORMED, run, slack, start
 
 pytestmark = pytest.mark.timeout(120)
 
@@ -281,3 +281,30 @@ def test_a_user_without_a_name_or_home_trains() -> None:
         ended = run_in(Path(folder), "--max-steps", "2", hook=become_user(12345))
         check(ended, Fault(name="nobody"))
         assert (Path(folder) / "r" / "result.json").stat().st_uid == 12345
+
+
+WAITING = '''
+import time, torch
+class Slow(torch.utils.data.Dataset):
+    classes = ["a", "b"]
+    def __len__(self): return 60
+    def __getitem__(self, sample):
+        time.sleep({seconds})
+        return torch.full((3, 8, 8), float(sample % 2)), sample % 2
+def load(data_dir): return Slow(), Slow()
+class Net(torch.nn.Sequential):
+    def __init__(self): super().__init__(torch.nn.Flatten(), torch.nn.Linear(192, 2))
+'''
+
+
+@pytest.mark.parametrize(("seconds", "warned"), [(0.03, True), pytest.param(0.0, False, marks=pytest.mark.slow)])
+def test_a_run_that_waits_for_its_data_says_so_once_and_in_its_result(seconds: float, warned: bool,
+                                                                      tmp_path: Path) -> None:
+    (tmp_path / "my.py").write_text(WAITING.format(seconds=seconds))
+    ended = run("custom", "--data", f"{tmp_path}/my.py:load", "--model", f"{tmp_path}/my.py:Net", "--batch-size", "10",
+                "--epochs", "2", "--threads", "1", "--no-pictures", "--output-dir", tmp_path, "--run-name", "r")
+    assert ended.code == 0, ended.err
+    assert ended.err.count("WARNING data: training has waited") == warned
+    assert not warned or "% of its time; raise --workers from 0\n" in ended.err
+    share = read_json(tmp_path / "r" / "result.json")["data_wait_share"]
+    assert 0.5 < share <= 1 if warned else 0 <= share < 1

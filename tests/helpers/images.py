@@ -23,7 +23,7 @@ from datasets.loaders import split_loaders
 
 # 20 steps in two epochs of a network without BatchNorm and dropout, every random choice on
 FLAGS = ["--batch-size", "12", "--epochs", "2", "--threads", "1", "--random-crop", "0.5", "--seed", "3",
-         "--no-pictures"]
+         "--no-pictures", "--workers", "0"]
 NUM_TRAIN, NUM_TEST = 120, 30
 PLAIN = Augmentation(seed=0, mean=(0.0,) * 3, std=(1.0,) * 3)
 MOVED = Augmentation(seed=5, mean=(0.5,) * 3, std=(0.5,) * 3, shift=2, flip="random")

@@ -32,7 +32,7 @@ HOOKED = ROOT / "tests" / "helpers" / "hooked.py"
 # Two epochs of ten steps on 600 synthetic images: BatchNorm, dropout and augmentation, checkpoints in mid-epoch.
 NORMED = ["--dataset", "synthetic", "--recipe", "blitz", "--model", "normed", "--batch-size", "60", "--lr", "0.05",
           "--epochs", "2", "--shift", "2", "--flip", "random", "--threads", "1", "--checkpoint-every", "3",
-          "--no-pictures", "--run-name", "r"]
+          "--no-pictures", "--run-name", "r", "--workers", "0"]
 # The same on files of images.
 IMAGES = ["--model", "normed", "--batch-size", "12", "--lr", "0.02", "--epochs", "2", "--schedule", "constant",
           "--shift", "2", "--flip", "random", "--random-crop", "0.5", "--threads", "1", "--checkpoint-every", "3",

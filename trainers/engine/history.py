@@ -60,6 +60,7 @@ class History:
         """Of the steps, what this rank has waited for data."""
         self.data_wait_share: float | None = None
         """The share of the rank that has waited longest, after an epoch."""
+        self._has_warned = False
         self.samples_here = 0
         """Samples over all ranks that this process has taken part in training on."""
         self._running_since = 0.0
@@ -111,10 +112,10 @@ class History:
 
     def record_wait(self, seconds: float, remedy: str) -> str | None:
         """Keep what the slowest rank has waited; returns a warning, once, if there is a remedy for that much."""
-        before, share = self.data_wait_share or 0.0, seconds / self.train_seconds
-        self.data_wait_share = share
-        if not remedy or not before <= MOST_WAIT < share or seconds < FEW_SECONDS:
+        self.data_wait_share = share = seconds / self.train_seconds
+        if not remedy or share <= MOST_WAIT or seconds < FEW_SECONDS or self._has_warned:
             return None
+        self._has_warned = True
         return f"WARNING data: training has waited for data for {100 * share:.0f} % of its time; {remedy}"
 
     def state(self) -> dict[str, Any]:
