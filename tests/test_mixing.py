@@ -13,12 +13,12 @@ from torch import Tensor
 from datasets.augment import Augmentation
 from datasets.errors import DataError
 from datasets.image_folder import ImageTree
-from datasets.images.loaders import DecodedTrainLoader, Decoder, Decoding
+from datasets.images.loaders import DecodedImages, Decoder, Decoding
 from datasets.images.unreadable import BadImages
 from datasets.keyed_random import random_beta
-from datasets.loaders import PlainTransform, train_loader
+from datasets.loaders import PlainTransform, split_loaders, train_loader
 from datasets.mixing import MixedBatches, Mixing, mixed
-from datasets.order import ResumableSampler, epoch_order
+from datasets.order import epoch_order
 from datasets.samples import Reading, Splits, sample_loaders
 from datasets.tensors import TensorDataset
 from launch.errors import UsageError
@@ -165,10 +165,10 @@ def decoded(folder: Path, workers: int) -> Callable[[int, int], Any]:
     images = Augmentation(seed=5, mean=(0.5,) * 3, std=(0.5,) * 3, shift=1, flip="random")
 
     def make(rank: int, world_size: int) -> Any:
-        sampler = ResumableSampler(tree, global_batch_size=BATCH, rank=rank, world_size=world_size, seed=5)
         decoder = Decoder(Decoding(splits={"train": tree}, size=16, seed=5), workers=workers)
-        return DecodedTrainLoader(tree, decoder, images, sampler, BadImages(0), rank_batch_size=BATCH // world_size,
-                                  device=CPU)
+        read = DecodedImages("train", tree.targets, decoder, images, BadImages(0), device=CPU)
+        return split_loaders({"train": read}, {"train": len(tree)}, batch_size=BATCH, seed=5, rank=rank,
+                             rank_batch_size=BATCH // world_size, world_size=world_size)["train"]
     return make
 
 
