@@ -34,10 +34,9 @@ from torchvision.transforms import v2
 from datasets import image_folder, synthetic
 from datasets.augment import Augmentation
 from datasets.images import packed
-from datasets.images.loaders import DecodedTrainLoader, Decoder, Decoding
+from datasets.images.loaders import DecodedImages, Decoder, Decoding
 from datasets.images.unreadable import BadImages
-from datasets.loaders import train_loader
-from datasets.order import ResumableSampler
+from datasets.loaders import split_loaders, train_loader
 from datasets.tensors import TensorDataset
 
 SHIFT = 2
@@ -109,10 +108,10 @@ def photographs(kind: str, data_dir: Path, batch_size: int, workers: int) -> Ite
         tree, _ = module.load(data_dir)
         assert tree is not None
         decoder = Decoder(Decoding(splits={"train": tree}, size=SIZE, smallest_area=SMALLEST_AREA), workers=workers)
-        sampler = ResumableSampler(tree, global_batch_size=batch_size, rank=0, world_size=1, seed=0)
         augmentation = Augmentation(seed=0, mean=MEAN, std=STD, flip="random")
-        loader: Any = DecodedTrainLoader(tree, decoder, augmentation, sampler, BadImages(0),
-                                         rank_batch_size=batch_size, device=torch.device("cpu"))
+        read = DecodedImages("train", tree.targets, decoder, augmentation, BadImages(0), device=torch.device("cpu"))
+        loader: Any = split_loaders({"train": read}, {"train": len(tree)}, batch_size=batch_size,
+                                    rank_batch_size=batch_size, seed=0, rank=0, world_size=1)["train"]
         return itertools.chain.from_iterable(loader.batches(epoch, 0) for epoch in itertools.count())
     if kind == "timm":
         from timm.data import create_dataset, create_loader  # pyright: ignore[reportMissingImports]
