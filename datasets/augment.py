@@ -17,7 +17,7 @@ from torch import Tensor
 
 from datasets.keyed_random import Purpose, key, random_integers, random_uniform
 
-ERASED_AREA, ERASED_RATIO = (0.02, 0.33), (0.3, 3.3)  # of an image; height / width: torchvision's RandomErasing
+ERASING = (Purpose.ERASE, Purpose.ERASE_AREA, Purpose.ERASE_RATIO, Purpose.ERASE_TOP, Purpose.ERASE_LEFT)
 
 CACHED_VALUES = 2**18  # 1 MiB of floats: a core's own cache holds them through the three steps of `normalize`
 
@@ -167,20 +167,19 @@ def erase(images: Tensor, share: float, samples: Tensor, *key_parts: int) -> Ten
 
     Areas and ratios are torchvision's; a side that is longer than the image is cut, where torchvision draws again.
     """
-    def drawn(purpose: Purpose, low: float = 0.0, high: float = 1.0) -> Tensor:
-        return low + (high - low) * random_uniform(samples, *key_parts, purpose).double()
+    height, width = images.shape[2:]
+    chance, area, ratio, top, left = (random_uniform(samples, *key_parts, purpose).double() for purpose in ERASING)
+    ratio = (math.log(0.3) + math.log(3.3 / 0.3) * ratio).exp()  # height / width
+    area = (0.02 + (0.33 - 0.02) * area) * height * width
 
-    area = drawn(Purpose.ERASE_AREA, *ERASED_AREA) * images[0, 0].numel()
-    ratio = drawn(Purpose.ERASE_RATIO, *map(math.log, ERASED_RATIO)).exp()
-    inside = []
-    for side, length, purpose in ((images.shape[2], area * ratio, Purpose.ERASE_TOP),
-                                  (images.shape[3], area / ratio, Purpose.ERASE_LEFT)):
-        length = length.sqrt().round().clamp(1, side)[:, None]
-        start = (drawn(purpose)[:, None] * (side - length + 1)).floor()
-        places = torch.arange(side, device=images.device)
-        inside.append((places >= start) & (places < start + length))  # (B, side)
-    chosen = (drawn(Purpose.ERASE) < share)[:, None, None]
-    return images.masked_fill_((chosen & inside[0][:, :, None] & inside[1][:, None, :])[:, None], 0)
+    def inside(side: int, length: Tensor, place: Tensor) -> Tensor:  # which rows or columns, (B, side)
+        length = length.sqrt().round().clamp(1, side)
+        distance = torch.arange(side, device=images.device) - (place * (side - length + 1)).floor()[:, None]
+        return (distance >= 0) & (distance < length[:, None])
+
+    rows, columns = inside(height, area * ratio, top), inside(width, area / ratio, left)
+    rows &= (chance < share)[:, None]
+    return images.masked_fill_((rows[:, :, None] & columns[:, None, :])[:, None], 0)
 
 
 @functools.lru_cache

@@ -44,6 +44,12 @@ FLAGS = [
           error="ERROR usage: --accumulation-steps 30: leaves one sample per rank and micro-batch, .*; lower it"),
     Fault(name="one-sample-per-rank", flags=("--model", "mobilenet_v3_small", "--batch-size", "1"), codes=(2,),
           state="FAILED", error="ERROR usage: --batch-size 1: leaves one sample per rank.*; raise it"),
+    Fault(name="a-policy-mistyped", ranks=2, flags=("--auto-augment", "randaugmemt"), codes=(2,), state=None,
+          error="ERROR usage: .*--auto-augment.*randaugmemt"),
+    Fault(name="a-magnitude-without-a-policy", ranks=2, flags=("--augment-magnitude", "9"), codes=(2,), state=None,
+          error="ERROR usage: --augment-magnitude 9: is of --auto-augment randaugment and augmix, not of None"),
+    Fault(name="a-probability-above-1", flags=("--random-erase", "1.5"), codes=(2,), state=None,
+          error="ERROR usage: --random-erase 1.5: must be at least 0 and at most 1"),
     Fault(name="data-missing", ranks=2, flags=("--dataset", "cifar10", "--data-dir", "nowhere"), codes=(3,),
           state="FAILED", error="ERROR data: --data-dir nowhere: CIFAR-10 is not there"),
 ]

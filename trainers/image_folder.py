@@ -68,7 +68,8 @@ class ImageFolderConfig(AugmentFlags):
 
     recipe: str = "fast"
     """fast: over 70 % on cats and dogs in 10 epochs. cheatsheet: the tutorial's settings. finetune: a torchvision model
-    at 224 pixels. Other flags override its settings."""
+    at 224 pixels. For ImageNet: resnet50-classic, -tv2 or -a3, convnext-t, vit-s; published ones, without repeated
+    augmentation. Other flags override its settings."""
     dataset: Literal["folder", "synthetic"] = "folder"
     """folder is --data-dir; synthetic is generated from the seed and written below it."""
     data_dir: Path = Path("data")
