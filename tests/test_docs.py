@@ -73,14 +73,16 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, str
     image_tree(folder / "photos", num_train=64, num_test=16)
     one = next((folder / "photos" / "test").rglob("*.png"))
     for number in range(1000):
-        link = folder / "imagenet" / "val" / f"n{number:08}" / "1.png"
-        link.parent.mkdir(parents=True)
-        link.hardlink_to(one)
+        for split in ("train", "val"):
+            link = folder / "imagenet" / split / f"n{number:08}" / "1.png"
+            link.parent.mkdir(parents=True)
+            link.hardlink_to(one)
     (folder / "my.py").write_text(next(block for block in blocks(README, "python") if block.startswith("# my.py")))
     (folder / "mine.yaml").write_text("epochs: 20\n")
     offline = no_network(folder)
-    fill_torch(Path(offline["TORCH_HOME"]), torchvision_models.ResNet50_Weights.IMAGENET1K_V2.url,
-               torchvision_models.resnet50())
+    home = Path(offline["TORCH_HOME"])
+    fill_torch(home, torchvision_models.ResNet50_Weights.IMAGENET1K_V2.url, torchvision_models.resnet50())
+    fill_torch(home, torchvision_models.ResNet18_Weights.IMAGENET1K_V1.url, torchvision_models.resnet18())
     if importlib.util.find_spec("timm"):
         timm = importlib.import_module("timm")
         fill_hub(Path(offline["HF_HOME"]) / "hub", "timm/resnet50.a1_in1k", timm.create_model("resnet50"))
