@@ -119,8 +119,6 @@ def check_paths(store: dist.Store, launch: Launch) -> None:
         if address is None:
             names = ", ".join(other for _, other in socket.if_nameindex())
             problem = f"{host} has no interface {name} with an IPv4 address (it has {names})"
-        elif address.startswith("127."):
-            problem = f"{host} cannot be reached by other nodes at {address}"
         else:
             listener.bind((address, 0))
             listener.listen(8)  # nothing accepts: that the kernel completes the connection is what is asked
@@ -140,6 +138,8 @@ def problem_with_next(store: dist.Store, launch: Launch) -> str:
     told = wait_for(store, f"path/{(launch.rank + 1) % launch.world_size}", PATHS_SECONDS)
     with suppress(ValueError):
         host, address, port, name = told.split()
+        if address.startswith("127.") and host != socket.gethostname():
+            return f"{host} cannot be reached by other nodes at {address}"
         reason = connect_problem(address, int(port))
         return reason and f"{socket.gethostname()} cannot connect to {host} at {address}:{port} ({name}): {reason}"
     return told  # that there is no answer; or nothing, from a rank that says itself what is wrong
