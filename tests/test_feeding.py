@@ -14,7 +14,7 @@ from datasets.images.loaders import Decoder, Decoding, Key
 from datasets.pack import PackConfig
 from launch import launcher
 from launch.process_group import World
-from tests.helpers.images import write_tree
+from tests.helpers.images import Noted, write_tree
 from trainers.engine.config import TrainConfig
 from trainers.engine.history import DataWait, History
 from trainers.engine.step import TrainStep
@@ -66,17 +66,6 @@ def test_a_batch_of_a_worker_is_written_into_shared_memory_once(tmp_path: Path) 
     assert shared  # as it was made, not by a copy on its way here
     assert batch.images.is_shared()
     assert torch.equal(batch.images, Decoding(splits={"train": train}, size=24)[BATCH].images)  # type: ignore
-
-
-class Noted(torch.utils.data.Dataset):
-    """Batches with whether they were in shared memory when they were made."""
-
-    def __init__(self, decoding: Decoding) -> None:
-        self.decoding = decoding
-
-    def __getitem__(self, key: Any) -> Any:
-        batch = self.decoding[key]
-        return batch.images.is_shared(), batch  # type: ignore
 
 
 def test_threads_alter_no_pixel_of_a_pack(tmp_path: Path) -> None:

@@ -117,3 +117,14 @@ def write_idx(path: Path, array: np.ndarray) -> None:
     content = header + array.astype(np.uint8).tobytes()
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(gzip.compress(content) if path.suffix == ".gz" else content)
+
+
+class Noted(torch.utils.data.Dataset):
+    """Batches with whether they were in shared memory when they were made."""
+
+    def __init__(self, decoding: Decoding) -> None:
+        self.decoding = decoding
+
+    def __getitem__(self, key: Any) -> Any:
+        batch = self.decoding[key]
+        return batch.images.is_shared(), batch  # type: ignore
