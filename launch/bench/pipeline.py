@@ -11,7 +11,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from launch.bench.runs import calibrate, error_in, plan, rotated, run_job
+from launch.bench.runs import Job, error_in, rotated, run_job
 from launch.bench.setups import Hardware, parse_setup
 from launch.bench.table import Cells, as_table, write_json
 from launch.errors import UsageError, say, to_stderr
@@ -22,6 +22,7 @@ Measure = Callable[..., "float | str"]  # of seconds: images/s, or how it failed
 
 SCRIPT = ROOT / "datasets" / "pipeline_speed.py"
 TRAINED = "2 workers, a trivial network trained"  # the whole loop
+TRAINED_STEPS = "10:20"  # left out, timed
 START_SECONDS = 120  # for torch to be imported and workers to start on a slow disk
 
 
@@ -52,12 +53,10 @@ def photo_variants(data_dir: Path, folder: Path, batch_size: int) -> dict[str, M
 
 def trained_per_second(data_dir: Path, batch_size: int, *, seconds: float) -> float | str:
     """What the whole trainer does with two workers and a network that costs nothing, or how it failed."""
-    job = plan([parse_setup("cpu:1")], batch_size=batch_size, rank_batch_size=batch_size, scaling="strong")[0]
     flags = ["--data-dir", str(data_dir), "--model", f"{SCRIPT}:MeanColor", "--workers", "2", "--image-size", "224",
              "--random-crop", "0.08", "--shift", "0", "--flip", "random"]
-    run_one = partial(run_job, trainer="image_folder", flags=flags, timeout_seconds=START_SECONDS + 10 * seconds)
-    warmup, steps = calibrate([job], steps=None, warmup_steps=None, seconds=seconds, run=run_one)
-    done = run_one(job, steps=f"{warmup}:{steps}")
+    job = Job(setup=parse_setup("cpu:1"), batch_size=batch_size, scalings=("strong",))
+    done = run_job(job, "image_folder", flags, steps=TRAINED_STEPS, timeout_seconds=START_SECONDS + 60 * seconds)
     return done["error"] or float(done["benchmark"]["samples_per_second"])
 
 
