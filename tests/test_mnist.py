@@ -251,9 +251,9 @@ def test_the_widened_network_learns_as_fast_as_in_the_tutorial(mnist_data: Path,
 
 @pytest.mark.slow
 @pytest.mark.timeout(400)
-def test_the_fast_recipe_is_over_99_percent_on_two_ranks(mnist_data: Path, tmp_path: Path) -> None:
+def test_the_fast_recipe_reaches_its_accuracy_on_two_ranks(mnist_data: Path, tmp_path: Path) -> None:
     run = finished("mnist", tmp_path / "fast", "--data-dir", mnist_data, "--recipe", "fast", ranks=2, timeout=380)
-    assert accuracies(run)[-1] >= 99.0
+    assert accuracies(run)[-1] >= 99.1  # measured: 99.26 to 99.41 with three seeds
 
 
 def test_a_download_that_fails_leaves_nothing_and_one_that_works_is_whole(tmp_path: Path) -> None:

@@ -76,8 +76,8 @@ class MnistConfig(AugmentFlags):
 RECIPES: dict[str, dict[str, Any]] = {
     "tutorial": {"epochs": 5, "batch_size": 100, "learning_rate": 0.01, "momentum": 0.5},
     "fast": {
-        "epochs": 4, "batch_size": 256, "learning_rate": 0.15, "momentum": 0.9, "nesterov": True,
-        "weight_decay": 0.0005, "schedule": "onecycle", "channels": (16, 32), "hidden": 64, "dropout": 0.0,
+        "epochs": 3, "batch_size": 512, "optimizer": "muon", "learning_rate": 0.02, "momentum": 0.9,
+        "weight_decay": 0.1, "schedule": "linear", "channels": (16, 32), "hidden": 64, "dropout": 0.0,
         "normalize": "dataset", "precision": "bf16", "channels_last": True,
     },
 }
