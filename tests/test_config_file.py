@@ -27,7 +27,7 @@ def parsed(path: Path, content: str | dict[str, Any], *args: str, name: str = "f
 def test_flags_win_over_the_file_the_file_over_the_recipe_and_that_over_the_defaults(tmp_path: Path) -> None:
     config = parsed(tmp_path, "epochs: 3\nlr: 1e-2\nfreeze: [conv1, conv2]\n", "--epochs", "4")
     assert (config.epochs, config.learning_rate, config.freeze) == (4, 0.01, ("conv1", "conv2"))
-    assert (config.recipe, config.momentum) == ("fast", 0.85)
+    assert (config.recipe, config.momentum) == ("fast", 0.8)
     config = parsed(tmp_path, "recipe: blitz\nclip-grad-norm: null\nnesterov: yes\ndata_dir: ~/sets\n")
     assert (config.recipe, config.batch_size, config.nesterov, config.clip_grad_norm) == ("blitz", 4, True, None)
     assert config.data_dir == Path.home() / "sets"

@@ -33,6 +33,7 @@ def test_old_spellings_of_normalize_mean_what_they_meant(module, config_class, w
 
 
 @pytest.mark.parametrize(("module", "config_class", "own"), [
+    (cifar, cifar.CifarConfig, {"width": 64, "freeze": ("whitening",)}),
     (mnist, mnist.MnistConfig, {"channels": (16, 32), "hidden": 64, "dropout": 0.0}),
 ])
 def test_a_recipe_sets_its_own_model_and_not_another_that_is_asked_for(tmp_path: Path, module, config_class, own
