@@ -19,25 +19,30 @@ def no_check() -> None:
     """In place of a `check_fence` where only one process writes."""
 
 
-def replace_file(path: Path, content: bytes, *, durable: bool = False,
-                 check_fence: Callable[[], None] = no_check) -> None:
-    """Write a file that is whole or absent: a temporary in the same folder, then os.replace; or OSError, and no trace.
+@contextlib.contextmanager
+def replacing(path: Path, check_fence: Callable[[], None] = no_check) -> Iterator[Path]:
+    """The path of a temporary beside a file, which it replaces at the end of the block; if that fails, no trace.
 
-    With `durable`, the content and the folder entry are on the disk before this returns. `check_fence` is called right
-    before the file is replaced, and raises if this process may not.
+    `check_fence` is called right before, and raises if this process may not.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with open(temporary, "wb") as file:
-            file.write(content)
-            if durable:
-                file.flush()
-                os.fsync(file.fileno())
+        yield temporary
         check_fence()
         os.replace(temporary, path)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+
+
+def replace_file(path: Path, content: bytes, *, durable: bool = False,
+                 check_fence: Callable[[], None] = no_check) -> None:
+    """Write a file that is whole or absent; if `durable`, it and the folder's entry are then on the disk."""
+    with replacing(path, check_fence) as temporary, open(temporary, "wb") as file:
+        file.write(content)
+        if durable:
+            file.flush()
+            os.fsync(file.fileno())
     if durable:
         sync_folder(path.parent)
 

@@ -15,7 +15,7 @@ from trainers import models
 from trainers.cifar import RECIPES, CifarConfig
 from trainers.engine.optimizer import FilterMuon, MuonWithAdamW, build_optimizer, freeze
 from trainers.engine.parallel import warmed_up
-from trainers.engine.run.progress import epoch_text
+from trainers.engine.run.report import epoch_text
 
 pytestmark = pytest.mark.timeout(90)
 

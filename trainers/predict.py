@@ -10,7 +10,6 @@ The weights are those of the best checkpoint, their moving average if the run ke
 known (from the test set, or from a folder with the name of a class), it is compared.
 """
 
-import functools
 import importlib
 import itertools
 import sys
@@ -19,7 +18,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NamedTuple
 
 if not __package__:  # run by path: our packages, not others of the same names
     sys.path[0] = str(Path(__file__).resolve().parents[1])
@@ -83,13 +82,12 @@ class PredictConfig:
     """Write the network as a torch.export program, and as ONNX where the package onnx is installed."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Picture:
+class Picture(NamedTuple):
     """One image to classify: uint8 (C, H, W), or float as the network takes it; of custom.py a batch of one."""
 
     name: str
     pixels: Any
-    true_class: str | None = None
+    true_class: str | None
 
 
 def load_model(run: Path, card: ModelCard, checkpoint: Path | None, device: torch.device) -> tuple[nn.Module, Path]:
@@ -127,12 +125,12 @@ class LogitsOf(nn.Module):
 
 def best_state(run: Path) -> tuple[dict[str, Any], Path]:
     """The state of the best checkpoint, else of the newest that is whole, and its file."""
-    found = newest_good(run / "checkpoints", try_best=True)
-    for path, damage in found.damaged.items():
+    damaged, source, state = newest_good(run / "checkpoints", try_best=True)
+    for path, damage in damaged.items():
         to_stderr(f"WARNING checkpoint: {path}: {damage}; using another one")
-    if found.state is None:
+    if state is None:
         raise CheckpointError(f"--run {run}: has no whole checkpoint; wait for its first epoch to end, or train again")
-    return found.state, found.path
+    return state, source
 
 
 def pictures_of(config: PredictConfig, card: ModelCard, source: Path, bad: dict[str, str]) -> Iterator[Picture]:
@@ -147,12 +145,12 @@ def pictures_of(config: PredictConfig, card: ModelCard, source: Path, bad: dict[
             to_stderr(f"{path}{describe_left_out(left_out)}")
         for file in files:
             parent = file.absolute().parent.name
-            yield from read_picture(file, card, bad, true_class=parent if parent in card.class_names else None)
+            yield from read_picture(file, card, bad, parent if parent in card.class_names else None)
     if config.test_images is not None:
         yield from test_pictures(config, card, source, bad)
 
 
-def read_picture(path: Path, card: ModelCard, bad: dict[str, str], *, true_class: str | None,
+def read_picture(path: Path, card: ModelCard, bad: dict[str, str], true_class: str | None, *,
                  read: Callable[[], Stored] | None = None) -> Iterator[Picture]:
     """An image file at the size and with the channels that the network was trained on; none of a bad one."""
     if card.trainer == "custom":
@@ -166,17 +164,17 @@ def read_picture(path: Path, card: ModelCard, bad: dict[str, str], *, true_class
     except BadImage as error:
         bad[str(path)] = f"not readable as an image ({error}); repair it or leave it out"
         return
-    if card.channels == 1:
+    if len(card.mean) == 1:  # grey
         weights = torch.tensor([0.299, 0.587, 0.114])[:, None, None]  # of ITU-R 601-2, as Pillow has them
         pixels = (pixels * weights).sum(0, keepdim=True).round().to(torch.uint8)
     pixels = transform(pixels) if transform else pixels
-    yield Picture(name=str(path), pixels=pixels, true_class=true_class)
+    yield Picture(str(path), pixels, true_class)
 
 
 def evaluation_transform(card: ModelCard) -> Callable[[Tensor], Tensor] | None:
     """The user's transform of test images, if the run was trained with one that serves these too."""
     transform = made_again(Reference("--transform", card.transform), 0) if card.transform else None
-    return functools.partial(transform, train=False) if transform is not None and takes_train(transform) else None
+    return partial(transform, train=False) if transform is not None and takes_train(transform) else None
 
 
 def test_pictures(config: PredictConfig, card: ModelCard, source: Path, bad: dict[str, str]) -> Iterator[Picture]:
@@ -184,8 +182,8 @@ def test_pictures(config: PredictConfig, card: ModelCard, source: Path, bad: dic
     assert config.run is not None
     try:
         trainer = importlib.import_module(f"trainers.{card.trainer}")
-        settings = restore_config(typing.get_type_hints(trainer.main)["config"], config.run)
         load_data = trainer.load_data
+        settings = restore_config(typing.get_type_hints(trainer.main)["config"], config.run)
     except (ImportError, AttributeError, KeyError):
         raise CheckpointError(f"--run {config.run}: {CARD_FILE}: {card.trainer} is no trainer of images; name image "
                               f"files, not --test-images") from None
@@ -194,7 +192,7 @@ def test_pictures(config: PredictConfig, card: ModelCard, source: Path, bad: dic
     if isinstance(found, Reading):
         for sample in range(min(config.test_images or 0, len(found.splits.test))):
             inputs, targets = unless_failed(found[Key("test", [sample], 0)])
-            yield Picture(name=f"test {sample}", pixels=inputs, true_class=card.class_names[int(targets[0])])
+            yield Picture(f"test {sample}", inputs, card.class_names[int(targets[0])])
         return
     _, validation, test = found
     test = validation if test is None else test
@@ -202,11 +200,10 @@ def test_pictures(config: PredictConfig, card: ModelCard, source: Path, bad: dic
     for sample in range(min(config.test_images or 0, len(test))):
         true_class = card.class_names[int(test.targets[sample])]
         if isinstance(test, ImageTree | PackedImages):
-            yield from read_picture(test.path(sample), card, bad, true_class=true_class,
-                                    read=partial(test.read, sample))
+            yield from read_picture(test.path(sample), card, bad, true_class, read=partial(test.read, sample))
         else:
             transform = evaluation_transform(card) or (lambda image: image)
-            yield Picture(name=f"test {sample}", pixels=transform(test.inputs[sample]), true_class=true_class)
+            yield Picture(f"test {sample}", transform(test.inputs[sample]), true_class)
 
 
 def restore_config(config_class: type, run: Path) -> Any:
@@ -227,8 +224,7 @@ def classify(model: nn.Module, batch: list[Picture], card: ModelCard, device: to
     if not own and inputs.dtype == torch.uint8:
         inputs = normalize(inputs, card.mean, card.std)
     probabilities = apply(model, inputs).float().softmax(1).cpu().tolist()  # of log-probabilities too
-    return [Prediction(image=picture.name, probabilities=dict(zip(card.class_names, row, strict=True)),
-                       true_class=picture.true_class)
+    return [Prediction(picture.name, dict(zip(card.class_names, row, strict=True)), picture.true_class)
             for picture, row in zip(batch, probabilities, strict=True)]
 
 
@@ -269,8 +265,7 @@ def predict(config: PredictConfig, run: Path, card: ModelCard) -> int:
         if not card.mean:
             raise UsageError(f"--export {config.export}: the network's inputs are no images (C, H, W); export it with "
                              f"torch.export in a program of your own")
-        lines = export(model, config.export, image_shape=(card.channels, *card.image_size))
-        for line in lines:
+        for line in export(model, config.export, image_shape=(len(card.mean), *card.image_size)):
             (to_stderr if config.json else say)(line)
     classified: list[Prediction] = []
     shown: list[Picture] = []
@@ -288,8 +283,7 @@ def predict(config: PredictConfig, run: Path, card: ModelCard) -> int:
         to_stderr(f"WARNING data: {path}: {reason}")
     shapes = {getattr(each.pixels, "shape", ()) for each in shown}
     if len(shapes) == 1 and len(shapes.pop()) > 2:  # else they are no images, or not of one size
-        draw(config.picture or run / "predict.png", shown, classified[: len(shown)],
-             asked=config.picture is not None)
+        draw(config.picture or run / "predict.png", shown, classified[: len(shown)], asked=config.picture is not None)
     for path, reason in bad.items():
         raise DataError(f"{path}: {reason}" + f"; so are {len(bad) - 1} others, named above" * (len(bad) > 1))
     return 0

@@ -25,8 +25,7 @@ from datasets.errors import DataError
 from launch.command_line import nearest
 from launch.errors import CheckpointError, UsageError, first_line, say
 from launch.process_group import World
-from trainers.engine.checkpoints.weight_files import read_weights_file
-from trainers.engine.checkpoints.weights import load_weights, put_weights
+from trainers.engine.checkpoints.weights import load_weights, put_weights, read_weights_file
 from trainers.engine.config import IMAGENET, Statistics
 from trainers.engine.once_per_node import once_per_node
 from trainers.engine.user_code import timm_library

@@ -15,16 +15,13 @@ from trainers.engine.once_per_node import in_thread
 
 
 class DataRecord:
-    """The training set of one run, `None` where nothing is trained: anything with a `fingerprint()`.
-
-    One of files also has `sizes_and_times()` by name, and takes these for its fingerprint.
-    """
+    """The training set of one run, `None` where nothing is trained: anything with a `fingerprint()`. One of files also
+    has `sizes_and_times()` by name, and takes these for its fingerprint."""
 
     def __init__(self, world: World, dataset: Any, class_names: tuple[str, ...] = ()) -> None:
         self.world, self.dataset, self.class_names = world, dataset, class_names
-        self.has_files = hasattr(dataset, "sizes_and_times")
+        self.has_files = hasattr(dataset, "sizes_and_times")  # whose fingerprint is None until they were looked at
         self.fingerprint: str | None = None if dataset is None or self.has_files else dataset.fingerprint()
-        """None until files have been looked at."""
         self._files: dict[str, list[int]] = {}
         self._text = "{}"
         self._before: tuple[Mapping[str, Any], Path] | None = None
@@ -47,10 +44,8 @@ class DataRecord:
             raise self._refused(f"its classes have other names ({renamed})")
 
     def settle(self) -> None:
-        """Before the first save: have the files looked at, and compare them with the checkpoint's. A collective, once.
-
-        Raises CheckpointError on all ranks if a file is new, gone or of another size.
-        """
+        """Before the first save: have the files looked at; CheckpointError on all ranks if one is new, gone or of
+        another size than in the checkpoint. A collective, once."""
         if self.has_files:
             self.has_files = False
             from_main(self.world, self._compare)

@@ -23,32 +23,27 @@ TOLERANCE = 1e-4  # relative to the largest output; kernels of another library a
 
 
 def export(model: nn.Module, path: Path, *, image_shape: tuple[int, int, int]) -> list[str]:
-    """Write `path` with the suffix .pt2 and, where onnx and onnxscript are installed, with .onnx; check both.
-
-    `image_shape` is channels, height and width. Returns one line per file, and one about ONNX where it is left out.
-    Raises UsageError if a file cannot be written, CheckpointError if a program's outputs are not the model's.
-    """
+    """Write `path` with the suffix .pt2 and, where onnx and onnxscript are installed, with .onnx, for (C, H, W) images;
+    one line per file. UsageError if one cannot be written, CheckpointError if a program's outputs are not the
+    model's."""
     model = copy.deepcopy(model).cpu().eval()
     images = torch.randn(3, *image_shape, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         expected = model(images)
-    batch = torch.export.Dim("batch")
-    program = torch.export.export(model, (images,), dynamic_shapes=({0: batch},))
+    program = torch.export.export(model, (images,), dynamic_shapes=({0: torch.export.Dim("batch")},))
+    missing = [name for name in ("onnx", "onnxscript") if importlib.util.find_spec(name) is None]
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        lines = [write_program(program, path.with_suffix(".pt2"), images, expected)]
-        missing = [name for name in ("onnx", "onnxscript") if importlib.util.find_spec(name) is None]
-        if missing:
-            return [*lines, f"no ONNX: {' and '.join(missing)} not installed"]
-        return [*lines, write_onnx(program, path.with_suffix(".onnx"), images, expected)]
+        return [write_program(program, path.with_suffix(".pt2"), images, expected),
+                f"no ONNX: {' and '.join(missing)} not installed" if missing else
+                write_onnx(program, path.with_suffix(".onnx"), images, expected)]
     except OSError as error:
         raise UsageError(f"--export {path}: cannot be written ({error.strerror}); choose a folder that can") from None
 
 
 def write_program(program: torch.export.ExportedProgram, path: Path, images: Tensor, expected: Tensor) -> str:
     """Save, load and run a torch.export program."""
-    buffer = io.BytesIO()  # torch.export.save to a path has no clean error for one that cannot be written
-    torch.export.save(program, buffer)
+    torch.export.save(program, buffer := io.BytesIO())  # to a path it has no clean error, if that cannot be written
     path.write_bytes(buffer.getvalue())
     loaded = torch.export.load(path).module()
     with torch.no_grad():
@@ -66,13 +61,11 @@ def write_onnx(program: torch.export.ExportedProgram, path: Path, images: Tensor
                               external_data=False, verbose=False)
     finally:
         logging.disable(logging.NOTSET)
-    feed = {"images": images.numpy()}
     if importlib.util.find_spec("onnxruntime") is not None:
         session = importlib.import_module("onnxruntime").InferenceSession(str(path), providers=["CPUExecutionProvider"])
-        outputs = session.run(None, feed)[0]
     else:
-        outputs = importlib.import_module("onnx.reference").ReferenceEvaluator(str(path)).run(None, feed)[0]
-    return compared(path, torch.from_numpy(outputs), expected)
+        session = importlib.import_module("onnx.reference").ReferenceEvaluator(str(path))
+    return compared(path, torch.from_numpy(session.run(None, {"images": images.numpy()})[0]), expected)
 
 
 def compared(path: Path, outputs: Tensor, expected: Tensor) -> str:

@@ -11,7 +11,7 @@ import os
 import resource
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
@@ -31,7 +31,7 @@ from trainers.engine.metrics import num_samples
 from trainers.engine.parallel import synchronize
 from trainers.engine.precision import DTYPES
 from trainers.engine.result import peak_memory_bytes
-from trainers.engine.run.progress import Progress
+from trainers.engine.run.report import Progress
 from trainers.engine.task import TrainBatches, apply
 from trainers.engine.trainer import Trainer
 
@@ -43,12 +43,7 @@ DRY_STEPS = 3  # timed, after the first
 
 def write_measurement(trainer: Trainer, train: TrainBatches, steps: str) -> dict[str, Any]:
     """Time steps as `--measure` says, then split some more into phases; write result.json and return its content.
-
-    The same on every rank. Seconds and samples are of the timed window and over all ranks; lists are by rank.
-
-    Raises:
-        Stopped: on every rank, if any was asked to stop meanwhile.
-    """
+    The same on every rank. Seconds and samples are of the timed window and over all ranks; lists are by rank."""
     world, sums, start = trainer.world, trainer.train_step.sums, weights(trainer)
     warmup, timed = measured_steps(steps)
     advance(trainer, train, warmup)
@@ -56,21 +51,22 @@ def write_measurement(trainer: Trainer, train: TrainBatches, steps: str) -> dict
     before, began_seconds = usage(), trainer.history.train_seconds
     advance(trainer, train, timed)
     seconds, after = trainer.history.train_seconds - began_seconds, usage()
-    loss, _ = sums.means(world)
-    moved = torch.linalg.vector_norm(weights(trainer) - start).item()
-    mine = {"seconds": seconds, **{name: difference(after[name], before[name]) for name in after},
-            "peak_memory_bytes": peak_memory_bytes(world.device), **time_phases(trainer, train, timed)}
+    loss, moved = sums.means(world)[0], torch.linalg.vector_norm(weights(trainer) - start).item()
+    used = {name: None if now is None or was is None else max(0.0, now - was)  # less than 0 where a thread has ended
+            for (name, was), now in zip(before.items(), after.values(), strict=True)}
+    mine = {"seconds": seconds, **used, "peak_memory_bytes": peak_memory_bytes(world.device),
+            **time_phases(trainer, train, timed)}
     flops = flops_per_sample(trainer, train)
-    mine["matrix_flops_per_second"] = matrix_flops_per_second(trainer)
-    ranks = gather(world, mine)
+    ranks = gather(world, mine | {"matrix_flops_per_second": matrix_flops_per_second(trainer)})
     slowest = max(rank["seconds"] for rank in ranks)
     result = {"benchmark": {
         "warmup_steps": warmup, "steps": timed, "batch_size": train.global_batch_size, "seconds": slowest,
         "samples_per_second": timed * train.global_batch_size / slowest, "loss": loss, "weights_moved": moved,
         "flops_per_sample": flops,
         "world_size": world.world_size, "threads_per_rank": world.threads, "device": world.device.type,
-        "backend": world.backend, "batch_norm": has_batch_norm(trainer.train_step.model),
-        **{name: [rank[name] for rank in ranks] for name in mine if name != "seconds"},
+        "backend": world.backend, "batch_norm": any(  # then the loss depends on how a batch is split over ranks
+            isinstance(module, nn.modules.batchnorm._BatchNorm) for module in trainer.train_step.model.modules()),
+        **{name: [rank[name] for rank in ranks] for name in ranks[0] if name != "seconds"},
     }}
     trainer.folder.write_json("result.json", result)
     trainer.folder.write_status("DONE", step=trainer.step, epoch=trainer.epoch)
@@ -78,10 +74,7 @@ def write_measurement(trainer: Trainer, train: TrainBatches, steps: str) -> dict
 
 
 def dry_run(trainer: Trainer, train: TrainBatches, config: TrainConfig) -> dict[str, Any]:
-    """Some steps, one save and one load, and what the whole run would need, printed by rank 0; nothing is kept.
-
-    Raises what training, saving or loading would.
-    """
+    """Some steps, one save and one load, and what the whole run would need, printed by rank 0; nothing is kept."""
     world, history = trainer.world, trainer.history
     advance(trainer, train, 1)  # compiles, allocates
     began = history.train_seconds
@@ -136,11 +129,8 @@ class PhaseClock:
 
 
 def time_phases(trainer: Trainer, train: TrainBatches, steps: int) -> dict[str, float | None]:
-    """Seconds per step of this rank in each phase.
-
-    DataParallel copies weights and gradients inside forward and backward, which cannot be told apart from outside: its
-    communication is None, and so is that of a single process.
-    """
+    """Seconds per step of this rank in each phase. Communication is None for a single process, and for DataParallel,
+    which copies weights and gradients inside forward and backward."""
     model, world = trainer.train_step.model, trainer.world
     synced, alone = PhaseClock(world.device), PhaseClock(world.device)
     part = max(1, min(steps, MOST_PHASE_STEPS) // 4)
@@ -155,16 +145,15 @@ def time_phases(trainer: Trainer, train: TrainBatches, steps: int) -> dict[str, 
             clock.mark("between steps")
     finally:
         trainer.train_step.mark = world.watchdog.mark
-    both = [synced] if averages else [synced, alone]
-    count = 2 * part * len(both)
-    phases = {name: sum(clock.seconds.get(name, 0.0) for clock in both) / count
-              for name in ("data", "forward", "backward", "optimizer")}
-    gradients = phases.pop("forward") + phases.pop("backward")
-    bare = sum(alone.seconds.get(name, 0.0) for name in ("forward", "backward")) / (2 * part)
+
+    def per_step(*phases: str, clocks: Sequence[PhaseClock] = (synced,) if averages else (synced, alone)) -> float:
+        return sum(clock.seconds.get(phase, 0.0) for clock in clocks for phase in phases) / (2 * part * len(clocks))
+
+    gradients, bare = per_step("forward", "backward"), per_step("forward", "backward", clocks=[alone])
     return {
-        "data_seconds": phases["data"], "forward_backward_seconds": min(bare, gradients) if averages else gradients,
+        "data_seconds": per_step("data"), "forward_backward_seconds": min(bare, gradients) if averages else gradients,
         "communication_seconds": max(0.0, gradients - bare) if averages else None,
-        "optimizer_seconds": phases["optimizer"],
+        "optimizer_seconds": per_step("optimizer"),
     }
 
 
@@ -175,8 +164,7 @@ class Profile:
         self.trainer, self.first, self.end = trainer, first, end
         self.on_gpu = trainer.world.device.type == "cuda"
         self.profiler: torch.profiler.profile | None = None
-        self.is_recording = False
-        self._phase = ExitStack()  # the range that the trace shows
+        self.is_recording, self._phase = False, ExitStack()  # the range that the trace shows
 
     def mark(self, phase: str, step: int) -> None:
         """A phase begins."""
@@ -231,24 +219,15 @@ def profiled(trainer: Trainer, steps: str | None) -> Iterator[None]:
 
 
 def usage() -> dict[str, float | None]:
-    """Seconds that the kernel has charged to this process, and to all of them together, up to this moment.
-
-    `queued_seconds`: ready to run, but another thread had the core (the sum over threads). `machine_seconds`: CPU time
-    of all processes of the machine, and what its host took from it. Both are None where there is no Linux.
-    """
+    """CPU seconds of this process so far. `queued_seconds`: ready to run, but another thread had the core (the sum over
+    threads). `machine_seconds`: of all processes, and what its host took from it. Both are None without Linux."""
     used = resource.getrusage(resource.RUSAGE_SELF)
     queued = machine = None
     with suppress(OSError, IndexError, ValueError):
-        tasks = Path("/proc/self/task").iterdir()
-        queued = sum(int((task / "schedstat").read_text().split()[1]) for task in tasks) / 1e9
+        queued = sum(int(file.read_text().split()[1]) for file in Path("/proc/self/task").glob("*/schedstat")) / 1e9
         ticks = [int(word) for word in Path("/proc/stat").read_text().splitlines()[0].split()[1:]]
         machine = sum(ticks[:3] + ticks[7:8]) / os.sysconf("SC_CLK_TCK")  # user, nice, system; steal
     return {"cpu_seconds": used.ru_utime + used.ru_stime, "queued_seconds": queued, "machine_seconds": machine}
-
-
-def difference(now: float | None, before: float | None) -> float | None:
-    """Between two readings, at least 0 (a thread's goes with it); None where one is not known."""
-    return None if now is None or before is None else max(0.0, now - before)
 
 
 def flops_per_sample(trainer: Trainer, train: TrainBatches) -> float:
@@ -283,8 +262,3 @@ def matrix_flops_per_second(trainer: Trainer) -> float:
 def weights(trainer: Trainer) -> torch.Tensor:
     """All trained parameters as one vector on the CPU."""
     return torch.cat([parameter.detach().flatten().cpu() for parameter in trainer.train_step.trained])
-
-
-def has_batch_norm(model: nn.Module) -> bool:
-    """Whether the loss depends on how a batch is split over ranks."""
-    return any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in model.modules())

@@ -41,17 +41,13 @@ def num_samples(tree: Any) -> int:
 
 
 class TrainingSums:
-    """Loss, correct predictions and samples of this rank since the epoch began.
-
-    A step leaves its numbers on the device; `collect` fetches all that wait in one go and adds them one after the
-    other, so that the sums do not depend, to the last bit, on when that is done.
-    """
+    """Loss, correct predictions and samples of this rank since the epoch began. A step leaves its numbers on the
+    device; `collect` fetches and adds them in their order, so that no bit of the sums depends on when that is done."""
 
     def __init__(self, *, classification: bool) -> None:
         self.classification = classification
         self.loss = self.correct = self.samples = 0.0
-        self.bad_steps = 0
-        """Consecutive micro-batches, up to the last collected one, whose loss is not finite."""
+        self.bad_steps = 0  # consecutive micro-batches, up to the last collected one, whose loss is not finite
         self._waiting: list[tuple[Tensor, Tensor | None, int]] = []
 
     def update(self, loss: Tensor, outputs: Tensor, targets: Tensor) -> None:
@@ -96,12 +92,9 @@ class TrainingSums:
 
     def restore(self, rows: list[list[float]], world: World) -> None:
         """Take this rank's sums from a checkpoint; after one at another world size, rank 0 takes them all."""
-        mine = [0.0, 0.0, 0.0, 0.0]
-        if len(rows) == world.world_size:
-            mine = rows[world.rank]
-        elif world.is_main:
-            mine = [sum(column) for column in zip(*rows, strict=True)]
-        self.loss, self.correct, self.samples = mine[:3]
+        if len(rows) != world.world_size:
+            rows = [[sum(column) for column in zip(*rows, strict=True)], *([[0.0] * 4] * world.world_size)]
+        self.loss, self.correct, self.samples = rows[world.rank][:3]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,14 +103,10 @@ class Evaluation:
 
     loss: float
     num_samples: int
-    confusion_matrix: list[list[int]] | None = None
-    """Rows are true classes, columns predicted ones; None where the task has no classes, or too many."""
-    wrong_and_right: list[list[int]] | None = None
-    """Of each class, where there is no matrix but there are classes."""
-    accuracy_top5: float | None = None
-    """The share of samples whose class is among the five with the largest outputs; None for up to five classes."""
-    metrics: dict[str, float] = field(default_factory=dict)
-    """Further figures, by name."""
+    confusion_matrix: list[list[int]] | None = None  # true classes by predicted ones; None without, or with too many
+    wrong_and_right: list[list[int]] | None = None  # of each class, where there are too many for a matrix
+    accuracy_top5: float | None = None  # whose class is among the five with the largest outputs; None up to 5 classes
+    metrics: dict[str, float] = field(default_factory=dict)  # further figures, by name
 
     @property
     def class_counts(self) -> list[tuple[int, int]] | None:
@@ -131,14 +120,14 @@ class Evaluation:
     @property
     def accuracy(self) -> float | None:
         """The share of all samples predicted right."""
-        counts = self.class_counts
-        return None if counts is None else sum(right for right, _ in counts) / self.num_samples
+        return None if (counts := self.class_counts) is None else sum(right for right, _ in counts) / self.num_samples
 
     @property
     def per_class_accuracy(self) -> list[float | None] | None:
         """Of each class, the share predicted right; None for a class without samples."""
-        counts = self.class_counts
-        return None if counts is None else [right / samples if samples else None for right, samples in counts]
+        if (counts := self.class_counts) is None:
+            return None
+        return [right / samples if samples else None for right, samples in counts]
 
     def summary(self) -> dict[str, float | None]:
         """The figures by which evaluations are compared."""
@@ -164,8 +153,7 @@ class EvaluationSums:
                  metrics: Mapping[str, Callable[[Tensor, Tensor], Any]] | None = None) -> None:
         self.num_classes, self.metrics = num_classes or 0, metrics or {}
         self.num_columns = self.num_classes if self.num_classes <= MOST_MATRIX_CLASSES else 2
-        self.kept: list[tuple[Tensor, Tensor]] = []
-        """Outputs and targets of this rank, where metrics need those of the whole test set."""
+        self.kept: list[tuple[Tensor, Tensor]] = []  # this rank's outputs and targets, where metrics need all
         self.sums = torch.zeros(3 + self.num_classes * self.num_columns + 1, dtype=torch.float64, device=device)
 
     def update(self, loss: Tensor, outputs: Tensor, targets: Tensor) -> None:
@@ -198,15 +186,14 @@ class EvaluationSums:
 
     def whole_metrics(self, world: World) -> dict[str, float]:
         """Each metric of all outputs and targets, in the order of the test set; the same on every rank."""
-        parts = [torch.cat(part) for part in zip(*self.kept, strict=True)]
-        ranks = gather(world, parts)
+        ranks = gather(world, [torch.cat(part) for part in zip(*self.kept, strict=True)])
         order = torch.cat([torch.arange(len(part[0])) * world.world_size + rank
                            for rank, part in enumerate(ranks) if part]).argsort()
         outputs, targets = (torch.cat([part[place] for part in ranks if part])[order] for place in (0, 1))
         found: dict[str, float] = {}
         for name, metric in self.metrics.items():
             value = metric(outputs, targets)
-            for key, number in value.items() if isinstance(value, Mapping) else [(name, value)]:
+            for key, number in (value if isinstance(value, Mapping) else {name: value}).items():
                 if not isinstance(number, int | float | Tensor) or torch.as_tensor(number).numel() != 1:
                     raise UsageError(f"--metric {name}: gives {type(number).__name__}, not a number; return one, or a "
                                      f"dict of several by name")
@@ -216,8 +203,7 @@ class EvaluationSums:
 
 def sync_buffers(model: nn.Module, world: World) -> None:
     """Give every rank rank 0's buffers: BatchNorm's running statistics differ between ranks after a step."""
-    if world.backend is None:
-        return
-    world.watchdog.mark("reduce")
-    for buffer in model.buffers():
-        dist.broadcast(buffer, src=0)
+    if world.backend is not None:
+        world.watchdog.mark("reduce")
+        for buffer in model.buffers():
+            dist.broadcast(buffer, src=0)

@@ -26,13 +26,10 @@ def once_per_node(world: World, work: Callable[[], object] | Generator[Any], *,
                   folder: Path | None = None, stop: StopRequest | None = None) -> None:
     """Run `work` to its end on local rank 0 of every node; returns on all ranks together.
 
-    With a `folder`, on one rank of all those that see it: a file system may be shared by nodes.
-
-    The ranks exchange how far they are twice a second, not once at the end: so the collective timeout need not allow
-    for the whole work, a stop is noticed while it runs, and an error of one rank is raised on all.
-
-    Raises Stopped on all ranks, if any was asked to stop. A generator is closed; a function is left to end with the
-    process, so it must keep what it writes in a temporary folder until it is whole.
+    With a `folder`, on one rank of all those that see it: a file system may be shared by nodes. The ranks exchange how
+    far they are twice a second: so the collective timeout need not allow for the whole work, a stop is noticed while it
+    runs, and an error of one rank is raised on all. After a stop a generator is closed; a function is left to end with
+    the process, so it must keep what it writes in a temporary folder until it is whole.
     """
     stop = stop_request() if stop is None else stop
     steps = work if isinstance(work, Generator) else in_thread(work)
@@ -52,15 +49,14 @@ def once_per_node(world: World, work: Callable[[], object] | Generator[Any], *,
             error = problem
         if done:
             world.watchdog.mark("reduce")
-        reports = gather(world, (done, bool(stop), error))
-        for _, _, problem in reports:
-            if problem is not None:
-                raise problem
-        if any(stopped for _, stopped, _ in reports):
+        finished, stopped, problems = zip(*gather(world, (done, bool(stop), error)), strict=True)
+        for problem in filter(None, problems):
+            raise problem
+        if any(stopped):
             steps.close()
             stop.ask("another rank was asked to stop")
             raise Stopped(stop.reason)
-        if all(finished for finished, _, _ in reports):
+        if all(finished):
             return
 
 

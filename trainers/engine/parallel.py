@@ -23,11 +23,7 @@ BUFFERS_ARGUMENT = next(name for name in ("forward_sync_buffers", "broadcast_buf
 
 
 def choose_parallel(name: ParallelName, world: World, *, num_gpus: int) -> tuple[Literal["none", "dp", "ddp"], str]:
-    """What `--parallel` comes to here, and a sentence about it where it is not what was asked for.
-
-    Raises:
-        UsageError: if several ranks would train apart, or ddp is asked for without a launcher.
-    """
+    """What `--parallel` comes to here, and a sentence where that is not what was asked for; or UsageError."""
     if name == "auto":
         return ("ddp" if world.backend is not None else "none"), ""
     if name == "ddp" and world.backend is None:
@@ -44,22 +40,19 @@ def choose_parallel(name: ParallelName, world: World, *, num_gpus: int) -> tuple
 
 def parallelize(model: nn.Module, parallel: Literal["none", "dp", "ddp"], world: World, *, comm_hook: str = "none",
                 find_unused_parameters: bool = False) -> nn.Module:
-    """Wrap a model that is on its device. DDP starts every rank from rank 0's weights.
-
-    Buffers are not broadcast at every forward pass: BatchNorm in training mode does not read them, and evaluation
-    takes rank 0's (metrics.sync_buffers).
-    """
+    """Wrap a model that is on its device. DDP starts every rank from rank 0's weights, and broadcasts no buffers later:
+    BatchNorm in training mode does not read them, and evaluation takes rank 0's (metrics.sync_buffers)."""
     if parallel == "dp":
         return DataParallel(model)
-    if parallel == "ddp" and any(parameter.requires_grad for parameter in model.parameters()):
-        devices = [world.device.index] if world.device.type == "cuda" else None
-        arguments: dict[str, Any] = {BUFFERS_ARGUMENT: False}
-        wrapped = DistributedDataParallel(model, device_ids=devices, gradient_as_bucket_view=True,
-                                          find_unused_parameters=find_unused_parameters, **arguments)
-        if comm_hook != "none":
-            wrapped.register_comm_hook(state=None, hook=COMM_HOOKS[comm_hook])
-        return wrapped
-    return model
+    if parallel == "none" or not any(parameter.requires_grad for parameter in model.parameters()):
+        return model
+    arguments: dict[str, Any] = {BUFFERS_ARGUMENT: False}
+    wrapped = DistributedDataParallel(
+        model, device_ids=[world.device.index] if world.device.type == "cuda" else None, gradient_as_bucket_view=True,
+        find_unused_parameters=find_unused_parameters, **arguments)
+    if comm_hook != "none":
+        wrapped.register_comm_hook(state=None, hook=COMM_HOOKS[comm_hook])
+    return wrapped
 
 
 def unwrap(model: nn.Module) -> nn.Module:
@@ -74,9 +67,7 @@ def parallel_name(model: nn.Module) -> Literal["none", "dp", "ddp"]:
 
 def gradient_sync(model: nn.Module, *, last: bool) -> contextlib.AbstractContextManager[object]:
     """The context of one micro-batch: DDP averages gradients on the last one only (`no_sync` on the others)."""
-    if isinstance(model, DistributedDataParallel) and not last:
-        return model.no_sync()
-    return contextlib.nullcontext()
+    return model.no_sync() if isinstance(model, DistributedDataParallel) and not last else contextlib.nullcontext()
 
 
 def warmed_up(model: nn.Module, world: World, batches: Iterator[Batch], *, loss: Callable[..., Tensor]
@@ -84,9 +75,9 @@ def warmed_up(model: nn.Module, world: World, batches: Iterator[Batch], *, loss:
     """Run forward and backward once where that prepares something: torch.compile's kernels, cuDNN's choice, or DDP's
     layout of the gradients.
 
-    DDP lays them out again in the order in which they first arrived, and over three or more ranks that decides in which
-    order they are added up: the first step of a resumed run would differ in the last bits from the same step of one
-    never stopped. The model and its gradients are left as they were; the batches returned include the first one.
+    DDP lays them out in the order in which they first arrived, and over three or more ranks that decides in which order
+    they are added up: the first step of a resumed run would differ in the last bits. The model and its gradients are
+    left as they were; the batches returned include the first one.
     """
     prepares = (world.device.type == "cuda" or unwrap(model)._compiled_call_impl is not None
                 or (isinstance(model, DistributedDataParallel) and world.world_size > 2))

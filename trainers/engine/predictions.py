@@ -2,19 +2,17 @@
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from launch.errors import printable
 
 
-@dataclass(frozen=True, kw_only=True)
-class Prediction:
+class Prediction(NamedTuple):
     """The probabilities that the network gives to the classes of one image."""
 
     image: str
-    probabilities: dict[str, float]
-    """By the names of all classes, in the network's order."""
+    probabilities: dict[str, float]  # by the names of all classes, in the network's order
     true_class: str | None = None
 
     @property
@@ -37,18 +35,14 @@ def as_lines(predictions: Sequence[Prediction], *, top: int) -> str:
         ranked = "  ".join(f"{name} {100 * share:5.1f} %" for name, share in prediction.ranked[:top])
         truth = f"  (is {prediction.true_class})" if prediction.true_class is not None else ""
         lines.append(f"{printable(prediction.image):<{width}}  {printable(ranked + truth)}")
-    accuracy = accuracy_of(predictions)
-    if accuracy is not None:
+    if (accuracy := accuracy_of(predictions)) is not None:
         lines.append(f"accuracy {100 * accuracy:.2f} %")
     return "\n".join(lines)
 
 
 def as_json(predictions: Sequence[Prediction], source: Path, unreadable: Mapping[str, str]) -> str:
     """For programs: one object; `unreadable` is by file, with the reason."""
-    entries = []
-    for prediction in predictions:
-        name, share = prediction.ranked[0]
-        entries.append({"image": prediction.image, "class": name, "probability": share,
-                        "probabilities": prediction.probabilities, "true_class": prediction.true_class})
+    entries = [{"image": each.image, "class": each.ranked[0][0], "probability": each.ranked[0][1],
+                "probabilities": each.probabilities, "true_class": each.true_class} for each in predictions]
     return json.dumps({"checkpoint": str(source), "accuracy": accuracy_of(predictions), "predictions": entries,
                        "unreadable": dict(unreadable)}, indent=2)

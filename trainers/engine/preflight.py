@@ -19,11 +19,7 @@ ENOUGH_SAMPLES = 2  # behave as any larger micro-batch does; one may have no var
 
 
 def tried_first(step: TrainStep, batches: Iterator[Batch], flags: Mapping[str, Any]) -> Iterator[Batch]:
-    """The batches; before the first one is handed out, the network is tried on blanks of its shape.
-
-    Raises:
-        UsageError: if the network cannot take such inputs, or cannot be trained on so few of them.
-    """
+    """The batches; before the first is handed out, the network is tried on blanks of its shape, or UsageError."""
     for first in batches:
         try_network(step, first, flags)
         yield first

@@ -67,9 +67,8 @@ def finish(trainer: Trainer, evaluation: Evaluation, class_names: tuple[str, ...
     }
     folder.write_json("result.json", result)
     if save_weights and world.is_main:
-        weights = step.evaluated_model.state_dict()
-        buffer = io.BytesIO()
-        torch.save({name: tensor.detach().cpu() for name, tensor in weights.items()}, buffer)  # to be read anywhere
+        weights = {name: tensor.detach().cpu() for name, tensor in step.evaluated_model.state_dict().items()}
+        torch.save(weights, buffer := io.BytesIO())  # of the CPU, to be read anywhere
         folder.write_bytes("weights.pt", buffer.getvalue())
     if world.is_main:
         say(result_text(evaluation, class_names, folder.path, split))
@@ -80,8 +79,7 @@ def write_matrix(folder: RunFolder, matrix: list[list[int]] | None) -> list[list
     """The matrix as result.json takes it; one of many classes goes into confusion_matrix.npz, under that name."""
     if matrix is None or len(matrix) <= MOST_RESULT_CLASSES:
         return matrix
-    buffer = io.BytesIO()
-    np.savez_compressed(buffer, confusion_matrix=np.array(matrix, np.int64))
+    np.savez_compressed(buffer := io.BytesIO(), confusion_matrix=np.array(matrix, np.int64))
     folder.write_bytes("confusion_matrix.npz", buffer.getvalue())
     return None
 
@@ -103,14 +101,11 @@ def draw_result(trainer: Trainer, evaluation: Evaluation, class_names: tuple[str
 
 def result_text(evaluation: Evaluation, class_names: tuple[str, ...], path: Path, split: str = "test") -> str:
     """The final summary of a run."""
-    further = [f"  {name} {value:.6g}" for name, value in evaluation.metrics.items()]
-    if evaluation.accuracy is None:
-        return "\n".join([f"{split} loss {evaluation.loss:.6f} over {evaluation.num_samples} samples", *further,
-                          f"results in {path}"])
     top5 = f", top-5 {100 * evaluation.accuracy_top5:.2f} %" if evaluation.accuracy_top5 is not None else ""
-    lines = [f"{split} accuracy {100 * evaluation.accuracy:.2f} % over {evaluation.num_samples} samples{top5}"]
+    accuracy = None if evaluation.accuracy is None else f"accuracy {100 * evaluation.accuracy:.2f} %"
+    lines = [f"{split} {accuracy or f'loss {evaluation.loss:.6f}'} over {evaluation.num_samples} samples{top5}"]
+    lines += [f"  {name} {value:.6g}" for name, value in evaluation.metrics.items()]
     shares = list(zip(map(printable, class_names), evaluation.per_class_accuracy or [], strict=False))
-    lines += further
     if len(shares) <= MOST_SHOWN_CLASSES:
         lines += [class_line(*share) for share in shares]
     else:

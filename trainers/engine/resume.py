@@ -37,17 +37,13 @@ def choose_checkpoint(resume: str, folder: RunFolder,
 
     Tidies up what killed saves left, and renames damaged files, so that retention does not count them. Files that are
     `unfit` for the run count as damaged, unless all are: then the flags are not those that they were made with.
-
-    Raises:
-        CheckpointError: if there are checkpoints and none is whole: starting over silently would lose the run. Or if
-            the one that the user named is missing or damaged.
+    Raises CheckpointError if there are checkpoints and none is whole: starting over silently would lose the run.
     """
     check_fence = folder.ownership.check
     sweep(folder.checkpoints, check_fence=check_fence)
-    newest = newest_good(folder.checkpoints, unfit=unfit)
-    if newest.state is None and newest.damaged:
-        newest = newest_good(folder.checkpoints)
-    state, damaged = newest.state, newest.damaged
+    damaged, newest, state = newest_good(folder.checkpoints, unfit=unfit)
+    if state is None and damaged:
+        damaged, newest, state = newest_good(folder.checkpoints)
     if not is_meant(resume, state):
         return start_over(resume, folder)
     if state is None and damaged:
@@ -60,18 +56,16 @@ def choose_checkpoint(resume: str, folder: RunFolder,
         return None
     if damaged:
         reasons = ", ".join(f"{path} ({reason})" for path, reason in damaged.items())
-        to_stderr(f"WARNING checkpoint: {reasons}: kept as *.damaged; resuming from {newest.path.name}")
+        to_stderr(f"WARNING checkpoint: {reasons}: kept as *.damaged; resuming from {newest.name}")
         set_aside(damaged, "damaged", check_fence=check_fence)
     if (state["best"] or {}).get("step") == state["step"]:
-        give_name(newest.path, "best", check_fence=check_fence)  # a kill between its two links
-    return newest.path
+        give_name(newest, "best", check_fence=check_fence)  # a kill between its two links
+    return newest
 
 
 def is_meant(resume: str, state: Mapping[str, Any] | None) -> bool:
-    """Whether `--resume` means the run's own newest checkpoint.
-
-    `never` and PATH say how a run starts: the same job restarted, or the same PATH given again, resumes where it was.
-    """
+    """Whether `--resume` means the run's own newest checkpoint: `never` and PATH say how a run starts, but the same job
+    restarted, or the same PATH given again, resumes where it was."""
     if resume == "auto" or state is None:
         return resume == "auto"
     if resume == "never":
@@ -92,18 +86,16 @@ def start_over(resume: str, folder: RunFolder) -> Path | None:
 
 
 def find_evaluated(config: TrainConfig, *, named: bool) -> tuple[dict[str, Any] | None, tuple[str, ...] | None, Any]:
-    """What `--evaluate` names, where that is a checkpoint: its state, its classes, and the config as it was trained.
-
-    Of weights alone no state, as they are loaded later; where a file of them lies in the folder of a run, the classes
-    and the config are that run's. Of a library's that are `named` the flags stand.
-    """
+    """What `--evaluate` names, where that is a checkpoint: its state, its classes, and the config as it was trained. Of
+    a file of weights no state, and the rest if it lies in the folder of a run. Of a library's, `named`, the flags
+    stand."""
     path = config.evaluate
     if path is None or named:
         return None, None, config
     if path.is_file() and not is_checkpoint(path):
-        saved = read_object(path.absolute().parent / "config.json")
+        run = path.absolute().parent
         with contextlib.suppress(CheckpointError):
-            card = read_card(path.absolute().parent)
+            card, saved = read_card(run), read_object(run / "config.json")
             config = as_trained(config, saved) if saved else config
             return None, card.class_names if card.kind == "classes" else None, config
         return None, None, config
@@ -113,45 +105,30 @@ def find_evaluated(config: TrainConfig, *, named: bool) -> tuple[dict[str, Any] 
 
 
 def load_evaluated(config: TrainConfig, run: Run, trainer: Trainer) -> None:
-    """Put what `--evaluate` names into the trainer, where the model itself was not built with it. A collective."""
-    path, train_step, num_classes = config.evaluate, trainer.train_step, trainer.train_step.task.num_classes
+    """Put what `--evaluate` names into the trainer, where the model was not built with it. A collective. Of a
+    checkpoint the weights, their moving average if it has one, and the position; flags need not agree."""
+    path, train_step, state = config.evaluate, trainer.train_step, run.evaluated
     assert path is not None
-    if run.evaluated is not None:
-        return load_for_evaluation(run.evaluated, path, trainer)
     train_step.ema = None
+    if state is not None:
+        check_fits(state, train_step.network, path)
+        train_step.network.load_state_dict(state["model"])
+        if state["ema"] is not None:
+            train_step.ema = MovingAverage(train_step.network, decay=1.0)
+            train_step.ema.module.load_state_dict(state["ema"])
+        trainer.step, trainer.epoch, trainer.history.best = state["step"], state["epoch"], state["best"]
+        return check_same_on_all_ranks(trainer, path)
     taken = load_weights(train_step.network, path, flag="--evaluate") if path.exists() else f"weights {path}"
     check_same_on_all_ranks(trainer, path)
     if run.world.is_main:
-        nameless = num_classes and run.known is None
-        joined = f"; without names of classes: the {num_classes:,} of the data, in sorted order" if nameless else ""
-        say(f"evaluate   {taken}{joined}")
-
-
-def load_for_evaluation(state: Mapping[str, Any], path: Path, trainer: Trainer) -> None:
-    """Put a checkpoint's weights, and their moving average if it has one, into the trainer; flags need not agree.
-
-    Raises:
-        CheckpointError: if it is of another model, or the ranks loaded different files.
-    """
-    train_step = trainer.train_step
-    check_fits(state, train_step.network, path)
-    train_step.network.load_state_dict(state["model"])
-    train_step.ema = None
-    if state["ema"] is not None:
-        train_step.ema = MovingAverage(train_step.network, decay=1.0)
-        train_step.ema.module.load_state_dict(state["ema"])
-    trainer.step, trainer.epoch, trainer.history.best = state["step"], state["epoch"], state["best"]
-    check_same_on_all_ranks(trainer, path)
+        if (num_classes := train_step.task.num_classes) and run.known is None:
+            taken += f"; without names of classes: the {num_classes:,} of the data, in sorted order"
+        say(f"evaluate   {taken}")
 
 
 def as_trained(config: Any, saved: Mapping[str, Any]) -> Any:
-    """The config of an evaluation with the preprocessing of a saved one, with which the weights were trained.
-
-    What is given on the command line stands; where it differs, one line says so.
-
-    Raises:
-        UsageError: if another normalisation was given.
-    """
+    """The config of an evaluation with the preprocessing that a saved one trained the weights with. What is given on
+    the command line stands, and one line says so; UsageError for another normalisation."""
     saved = {"mean": (), "std": (), **TrainConfig.translated(saved)}
     saved = {name: tuple(value) if isinstance(value, list) else value for name, value in saved.items()}
     if saved.get("pretrained") is not None:
@@ -225,11 +202,7 @@ def is_memory_of(parameter: Tensor, entry: Any) -> bool:
 
 
 def resume(config: TrainConfig, trainer: Trainer, *, steps_per_epoch: int) -> str:
-    """Put the trainer where the run was, or at the weights of `--init-from`; returns a sentence for the summary.
-
-    Raises:
-        CheckpointError: if no checkpoint is whole, what is loaded does not fit, or differs between the ranks.
-    """
+    """Put the trainer where the run was, or at the weights of `--init-from`; returns a sentence for the summary."""
     world, folder = trainer.world, trainer.folder
     def choose() -> Path | None:
         with writing(folder.checkpoints):

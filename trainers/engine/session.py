@@ -53,9 +53,7 @@ class AlreadyDone(BaseException):
 
 def entry_point(main: Callable[..., dict[str, Any]]) -> Callable[..., dict[str, Any]]:
     """Let `main(config)` return the stored result of a run that was DONE before it was called.
-
-    A dry run has a temporary folder, on the file system of --output-dir: rank 0's, as no other rank writes or reads.
-    """
+    A dry run has a temporary folder, on the file system of --output-dir: rank 0's, as no other rank writes or reads."""
     @functools.wraps(main)
     def call(config: Any, *more: Any) -> dict[str, Any]:
         try:
@@ -77,15 +75,8 @@ def to_plain(config: TrainConfig) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def open_run(config: TrainConfig, trainer: str, *, named: bool = False) -> Iterator[Run]:
-    """Catch signals, join the other ranks and own the run folder, for the length of a `with` block.
-
-    However the block ends, status.json says how, and the folder is given up. Weights that are `named` are no file.
-
-    Raises:
-        UsageError: for flags that cannot work, before any rank waits for another.
-        AlreadyDone: if the run is DONE and no more is asked of it.
-        Stopped: if all ranks agreed to stop, once that is written down.
-    """
+    """Catch signals, join the other ranks and own the run folder, for the length of a `with` block. However that ends,
+    status.json says how. Weights that are `named` are no file. Raises UsageError, before any rank waits for another."""
     config.check()
     check_run_name(config.run_name)
     torch.backends.mkldnn.enabled = config.onednn
@@ -146,14 +137,12 @@ def build_trainer(config: TrainConfig, run: Run, model: nn.Module, task: Task, *
         checkpointer=Checkpointer(run.folder, keep=config.keep_checkpoints),
         report=Report(run.folder, pictures=config.pictures,
                       trackers=[TrackerThread(name, tracked) for name in config.trackers()]),
-        options=LoopOptions(eval_every=config.eval_every, checkpoint_every=config.checkpoint_every,
-                            max_bad_steps=config.max_bad_steps, log_gradients=config.log_gradients, split=split,
-                            best=config.best or "accuracy", patience=config.patience),
+        options=LoopOptions(split=split, best=config.best or "accuracy", **{name: getattr(config, name) for name in (
+            "eval_every", "checkpoint_every", "max_bad_steps", "log_gradients", "patience")}),
         config=to_plain(config), fingerprint=fingerprint, data=data)
 
 
-def build_step(config: TrainConfig, model: nn.Module, task: Task, world: World, *, steps_per_epoch: int
-               ) -> TrainStep:
+def build_step(config: TrainConfig, model: nn.Module, task: Task, world: World, *, steps_per_epoch: int) -> TrainStep:
     """Freeze, move and wrap a model, for steps by the flags; UsageError if these do not fit model, device or world."""
     precision = Precision(config.precision, world.device)
     freeze(model, config.freeze)
@@ -164,12 +153,10 @@ def build_step(config: TrainConfig, model: nn.Module, task: Task, world: World, 
     if remark and world.is_main:
         say(remark)
     if not any(parameter.requires_grad for parameter in model.parameters()):
-        if not config.freeze:
-            raise UsageError(f"--model {config.model}: has no parameters to train; give it some")
-        raise UsageError(f"--freeze {' '.join(config.freeze)}: leaves nothing to train; freeze less")
-    ema = None
-    if config.ema_decay is not None:
-        ema = MovingAverage(model, config.ema_decay, warmup_steps=config.ema_warmup_steps)
+        raise UsageError(f"--freeze {' '.join(config.freeze)}: leaves nothing to train; freeze less" if config.freeze
+                         else f"--model {config.model}: has no parameters to train; give it some")
+    ema = (None if config.ema_decay is None else
+           MovingAverage(model, config.ema_decay, warmup_steps=config.ema_warmup_steps))
     optimizer = build_optimizer(model, config)
     if config.sync_bn and world.device.type != "cuda":
         raise UsageError(f"--sync-bn: torch's SyncBatchNorm needs CUDA, this is {world.device.type}; leave it out")
@@ -179,10 +166,10 @@ def build_step(config: TrainConfig, model: nn.Module, task: Task, world: World, 
         model.compile(mode=config.compile_mode)
     wrapped = parallelize(model, parallel, world, comm_hook=config.comm_hook,
                           find_unused_parameters=config.find_unused_parameters)
-    return TrainStep(
-        wrapped, optimizer, task, world, precision=precision, ema=ema, schedule=config.rate_curve(steps_per_epoch),
-        options=StepOptions(seed=config.seed, accumulation_steps=config.accumulation_steps,
-                            clip_grad_norm=config.clip_grad_norm, channels_last=config.channels_last))
+    names = ("seed", "accumulation_steps", "clip_grad_norm", "channels_last")
+    return TrainStep(wrapped, optimizer, task, world, precision=precision, ema=ema,
+                     schedule=config.rate_curve(steps_per_epoch),
+                     options=StepOptions(**{name: getattr(config, name) for name in names}))
 
 
 def train_classifier(config: ImageConfig, run: Run, model: nn.Module, class_names: tuple[str, ...],
@@ -208,9 +195,7 @@ def train_classifier(config: ImageConfig, run: Run, model: nn.Module, class_name
 def chosen_splits(run: Run, test: EvaluationBatches | None, validation: EvaluationBatches | None
                   ) -> tuple[Literal["test", "validation"], EvaluationBatches, EvaluationBatches | None]:
     """What training is evaluated on, by name, and what is evaluated once at its end, if that is something else.
-
-    A run of before there were three splits called the validation split its test set, and keeps doing so.
-    """
+    A run of before there were three splits called the validation split its test set, and keeps doing so."""
     evaluated = test if validation is None else validation
     assert evaluated is not None
     if validation is None or from_main(run.world, run.folder.first_evaluated_split) == "test":
@@ -223,9 +208,9 @@ def train_model(config: TrainConfig, run: Run, model: nn.Module, task: Task, tra
                 class_names: tuple[str, ...] = (), statistics: Statistics | None = None) -> dict[str, Any]:
     """Resume, train, evaluate, and write down how it ended; with `--evaluate PATH`, load that and train nothing.
 
-    Where there are a validation and a test split, the former chooses best.pt, with whose weights the latter is
-    evaluated once, at the end. Returns what result.json holds. Pictures of images are drawn with `statistics`, which
-    normalised them. `dataset` is the training set; both it and `train` are None where nothing is trained.
+    Of a validation and a test split, the former chooses best.pt, with whose weights the latter is evaluated once, at
+    the end. Returns what result.json holds. Pictures are drawn with the `statistics` that normalised the images. The
+    training set, `dataset`, and `train` are None where nothing is trained.
     """
     began = time.perf_counter()
     steps_per_epoch = train.steps_per_epoch if train is not None else 1

@@ -5,7 +5,7 @@ A position is (step, epoch, samples consumed in the epoch). Everything else that
 """
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Literal
 
 from launch.errors import NumericError, to_stderr
@@ -18,8 +18,7 @@ from trainers.engine.metrics import BestName, Evaluation
 from trainers.engine.parallel import warmed_up
 from trainers.engine.preflight import tried_first
 from trainers.engine.run.folder import RunFolder
-from trainers.engine.run.progress import Progress, epoch_text
-from trainers.engine.run.report import Report
+from trainers.engine.run.report import Progress, Report, epoch_text
 from trainers.engine.step import TrainStep
 from trainers.engine.task import Batch, EvaluationBatches, TrainBatches, samples_per_epoch
 
@@ -30,38 +29,27 @@ REPORTS_PER_EPOCH = 10  # at fixed steps, so that a resumed run writes the same 
 class Run:
     """One run, on this rank: what trains, with which ranks, into which folder, and whether it was asked to stop."""
 
-    trainer: str
-    """File name of the trainer, without .py."""
+    trainer: str  # its file name without .py
     world: World
     folder: RunFolder
     stop: StopRequest
-    config: Any = None
-    """The flags, with the preprocessing of the checkpoint where one is evaluated."""
-    evaluated: Mapping[str, Any] | None = None
-    """The state of that checkpoint."""
-    known: tuple[str, ...] | None = None
-    """The classes that its outputs stand for."""
-    user_code: dict[str, str] = field(default_factory=dict)
-    """The sha256 of each of the user's files, by path."""
+    config: Any  # the flags, with the preprocessing of the checkpoint where one is evaluated
+    evaluated: Mapping[str, Any] | None  # the state of that checkpoint
+    known: tuple[str, ...] | None  # the classes that its outputs stand for
+    user_code: dict[str, str]  # the sha256 of each of the user's files, by path
 
 
 @dataclass(frozen=True, kw_only=True)
 class LoopOptions:
     """When the loop does something besides training, and when it gives up."""
 
-    eval_every: int = 1
-    """Epochs; the last one is always evaluated."""
-    checkpoint_every: int | None = None
-    """Steps; None: after every epoch."""
-    max_bad_steps: int = 10
-    """Consecutive steps with a non-finite loss."""
-    log_gradients: bool = False
-    split: Literal["test", "validation"] = "test"
-    """What the evaluations during training are of, for metrics.jsonl."""
-    best: BestName = "accuracy"
-    """The figure by which one is the best."""
-    patience: int | None = None
-    """Evaluations without a better one after which training ends."""
+    eval_every: int  # epochs; the last one is always evaluated
+    checkpoint_every: int | None  # steps; None: after every epoch
+    max_bad_steps: int  # in a row, with a loss that is not finite
+    log_gradients: bool
+    split: Literal["test", "validation"]  # what the evaluations during training are of, for metrics.jsonl
+    best: BestName  # the figure by which one is the best
+    patience: int | None  # evaluations without a better one after which training ends
 
 
 class Trainer:
@@ -74,20 +62,14 @@ class Trainer:
         self.checkpointer, self.report, self.options = checkpointer, report, options
         self.config, self.fingerprint, self.data = config, fingerprint, data
         self.step = self.epoch = self.samples_consumed = 0
-        self.saved_step: int | None = None
-        """The last step whose state was handed to the checkpointer, or loaded."""
+        self.saved_step: int | None = None  # the last one whose state was handed to the checkpointer, or loaded
         self.history = History()
         self.last_evaluation: Evaluation | None = None
         self._agreement = StopAgreement(run.world.world_size)
 
     def fit(self, train: TrainBatches, test: EvaluationBatches, *, last_step: int) -> None:
-        """Train from the present position to the end.
-
-        Raises:
-            Stopped: on every rank at the same step, once the state there is saved.
-            NumericError: after too many consecutive steps with a non-finite loss.
-            CheckpointError: if a checkpoint cannot be written.
-        """
+        """Train from the present position to the end; Stopped on every rank at one step, once the state is saved.
+        Raises NumericError after too many steps with a non-finite loss, CheckpointError if the disk refuses."""
         progress = Progress(shown=self.world.is_main, total_steps=last_step, step=self.step)
         try:
             while (self.step < last_step and not self.out_of_patience) or not self.history.has_recorded(self.step):
@@ -142,8 +124,7 @@ class Trainer:
             step_in_epoch = self.samples_consumed // train.global_batch_size + 1
             ends = step_in_epoch == train.steps_per_epoch or self.step + 1 == last_step
             report_due = ends or step_in_epoch % interval == 0
-            self._take_step(batches, train.global_batch_size,
-                            watch_gradients=self.options.log_gradients and report_due)
+            self._take_step(batches, train.global_batch_size, watch_gradients=self.options.log_gradients and report_due)
             if report_due:
                 self._report(progress, last_step)
             progress.advance()
@@ -185,12 +166,8 @@ class Trainer:
         return Stopped(self.stop.reason, step=self.step, epoch=self.epoch)
 
     def _vote(self, last_step: int) -> None:
-        """Agree with the other ranks on whether to continue.
-
-        Raises:
-            Stopped: if any rank was asked to stop: all ranks raise it.
-            NumericError: if a rank has counted too many bad steps, or the last step is bad: all ranks raise it.
-        """
+        """Agree with the other ranks on whether to continue; all raise Stopped, if any was asked to stop, or
+        NumericError, if one has counted too many bad steps, or the last step is bad."""
         self.world.watchdog.mark("reduce")
         self.sums.collect()  # a wait for the device, twice a second
         try:
@@ -240,10 +217,8 @@ class Trainer:
         return is_best
 
     def _save(self, *, is_best: bool = False) -> None:
-        """Hand the state to the checkpointer, on rank 0; collecting it is collective. Once per step.
-
-        Not while the loss is not finite: that would push the last good checkpoint out.
-        """
+        """Hand the state to the checkpointer, on rank 0; collecting it is collective. Once per step, and not while the
+        loss is not finite: that would push the last good checkpoint out."""
         if (self.step == self.saved_step and not is_best) or self.train_step.is_under_way:
             return
         self.world.watchdog.mark("checkpoint")

@@ -36,7 +36,6 @@ FLAGS = ("model", "loss", "transform", "optimizer", "metric", "data")
 OURS = tuple(ROOT / name for name in ("launch", "datasets", "trainers"))
 TASK = str(ROOT / "trainers" / "engine" / "task.py")
 THEIRS_BELOW = {"--model": "apply", "--loss": "__call__"}  # the functions of task.py that call people's code
-Failure = Exception | SystemExit  # `sys.exit` in a user's file is no success
 OPTIMIZERS = ("sgd", "adam", "adamw", "rmsprop", "muon")
 TIMM = "timm/"  # before the names of the package timm, of networks and of optimizers
 
@@ -115,8 +114,7 @@ class Reference:
     def is_theirs(self, filename: str) -> bool:
         """Whether a line of code is the user's: of this file, or of a neighbour that no package brought."""
         path, own = Path(filename), self.path
-        ours = OURS if own.is_relative_to(ROOT) else (ROOT,)
-        foreign = (Path(sys.prefix), Path(sys.base_prefix), *ours)
+        foreign = (Path(sys.prefix), Path(sys.base_prefix), *(OURS if own.is_relative_to(ROOT) else (ROOT,)))
         return path == own or (path.is_relative_to(own.parent) and "site-packages" not in path.parts
                                and not any(path.is_relative_to(folder) for folder in foreign))
 
@@ -136,8 +134,7 @@ def call(made: Any, offered: Mapping[str, Any], *positional: Any, options: Mappi
 
 def references(config: Any) -> list[Reference]:
     """Every flag of a config that names people's own code."""
-    values = {name: str(getattr(config, name, None)) for name in FLAGS}
-    return [Reference(f"--{name}", text) for name, text in values.items() if is_reference(text)]
+    return [Reference(f"--{name}", text) for name in FLAGS if is_reference(text := str(getattr(config, name, None)))]
 
 
 def absolute(text: str) -> str:
@@ -187,22 +184,18 @@ def seed_everything(seed: int) -> None:
 @contextlib.contextmanager
 def blaming(known: Iterable[Reference], made: Any = None) -> Iterator[None]:
     """Turn what goes wrong in people's code into a UsageError that names file and line, and leave other errors alone.
-
-    With `made`, what was called is theirs for certain, even where it failed before its first line.
-    """
+    With `made`, what was called is theirs for certain, even where it failed before its first line."""
     try:
         yield
-    except (Exception, SystemExit) as error:
+    except (Exception, SystemExit) as error:  # `sys.exit` in a file of theirs is no success
         if is_users(error) or (blamed := blame(error, list(known), made)) is None:
             raise
         raise blamed from error
 
 
-def blame(error: Failure, known: list[Reference], made: Any = None) -> Exception | None:
-    """The UsageError for an error that was raised in, or through, a user's file; None if it was not.
-
-    What torch raises through it for a lost rank or a lack of memory stays what it is.
-    """
+def blame(error: BaseException, known: list[Reference], made: Any = None) -> Exception | None:
+    """The UsageError for an error that was raised in, or through, a user's file; None if it was not. What torch raises
+    through it for a lost rank or a lack of memory stays what it is."""
     frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
     through = [each for each in known if any(each.is_theirs(frame.f_code.co_filename) for frame in frames)
                or (isinstance(error, SyntaxError) and each.is_theirs(str(error.filename)))]

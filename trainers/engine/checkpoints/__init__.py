@@ -1,1 +1,0 @@
-"""Checkpoints: save, load, snapshot, files, weights."""

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from launch.errors import CheckpointError
-from launch.files import no_check, remedy, sync_folder
+from launch.files import no_check, remedy, replacing, sync_folder
 
 MANIFEST = re.compile(r"step-\d+(-earlier)?\.json")
 
@@ -31,11 +31,7 @@ def manifest_path(path: Path) -> Path:
 
 
 def committed(folder: Path) -> list[Path]:
-    """The checkpoints that have a manifest, oldest first; `step-N-earlier.pt` sorts before `step-N.pt`.
-
-    Raises:
-        CheckpointError: if the folder is there and cannot be read: it is not empty then.
-    """
+    """The checkpoints with a manifest, oldest first, `step-N-earlier.pt` before `step-N.pt`; or CheckpointError."""
     try:
         names = os.listdir(folder) if os.path.lexists(folder) else []
     except OSError as error:
@@ -46,18 +42,13 @@ def committed(folder: Path) -> list[Path]:
 def give_name(path: Path, stem: str, *, check_fence: Callable[[], None] = no_check) -> None:
     """A second name, such as `best`, for a checkpoint and its manifest: hard links, or copies where links fail."""
     for file in (path, manifest_path(path)):
-        target = file.with_stem(stem)
-        temporary = file.with_name(f".{target.name}.{os.getpid()}.tmp")
-        temporary.unlink(missing_ok=True)
-        try:
+        with replacing(file.with_stem(stem), check_fence) as temporary:
+            temporary.unlink(missing_ok=True)
             try:
                 os.link(file, temporary)
             except OSError:
                 shutil.copyfile(file, temporary)
-            check_fence()
-            os.replace(temporary, target)
-        finally:
-            temporary.unlink(missing_ok=True)  # where both already were one file, a rename leaves both names
+        temporary.unlink(missing_ok=True)  # where both already were one file, a rename leaves both names
     sync_folder(path.parent)
 
 
@@ -74,19 +65,16 @@ def prune(folder: Path, *, keep: int, check_fence: Callable[[], None] = no_check
     paths = committed(folder)
     kept = [path for path in paths if not path.stem.endswith("-earlier")][-keep:]
     for path in paths:
-        if path not in kept:
-            for file in (manifest_path(path), path):  # in this order: without its manifest a checkpoint does not count
-                check_fence()
-                file.unlink(missing_ok=True)
+        for file in (manifest_path(path), path) if path not in kept else ():  # without its manifest none counts
+            check_fence()
+            file.unlink(missing_ok=True)
 
 
 def sweep(folder: Path, *, check_fence: Callable[[], None] = no_check) -> None:
     """Remove what killed saves left behind: temporaries, and files never committed beside others that were."""
     paths = committed(folder)
-    loose = [*folder.glob(".*.tmp")]
-    if paths:  # without any manifest somebody may have lost them
-        loose += [path for path in folder.glob("step-*.pt") if path not in paths]
-    for path in loose:
+    loose = [path for path in folder.glob("step-*.pt") if path not in paths]
+    for path in [*folder.glob(".*.tmp"), *(loose if paths else ())]:  # without any manifest somebody may have lost them
         if not path.is_dir():
             check_fence()
             path.unlink(missing_ok=True)

@@ -9,9 +9,8 @@ data set and global batch.
 import json
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -20,8 +19,7 @@ from launch.errors import CheckpointError, first_line
 from trainers.engine.checkpoints.files import committed, manifest_path, step_of
 from trainers.engine.checkpoints.save import FORMAT, file_sha256, manifest
 from trainers.engine.checkpoints.snapshot import not_finite, strange_kind, tensors_in
-from trainers.engine.checkpoints.weight_files import inflates, read_weights_file
-from trainers.engine.checkpoints.weights import first_three, model_differences
+from trainers.engine.checkpoints.weights import first_three, inflates, model_differences, read_weights_file
 
 NUMBER = math.nan  # of any sign, NaN too, or None where there was none
 PATTERN: dict[str, Any] = {  # what saving writes; 0 stands for any number from 0 on, ... for all other names or items
@@ -37,12 +35,7 @@ class Damaged(Exception):
 
 
 def load_verified(path: Path) -> dict[str, Any]:
-    """The state in a checkpoint file, on the CPU.
-
-    Raises:
-        Damaged: if any check fails.
-        CheckpointError: if the file may not be read.
-    """
+    """The state in a checkpoint file, on the CPU; Damaged if any check fails, CheckpointError if it may not be read."""
     try:
         for file in (manifest_path(path), path):
             if not file.is_file():
@@ -90,9 +83,7 @@ def check_state(state: Any) -> None:
 
 def unlike(saved: Any, pattern: Any, name: str = "") -> str | None:
     """The path of the first part of nested dicts and lists that is not of the pattern's kind; None if there is none.
-
-    A dict has at least the names of the pattern. None in the pattern stands for a flag that may be set.
-    """
+    A dict has at least the names of the pattern. None in the pattern stands for a flag that may be set."""
     children: list[tuple[Any, Any, str]] = []
     if isinstance(pattern, type):
         fits = isinstance(saved, pattern)
@@ -117,23 +108,18 @@ def unlike(saved: Any, pattern: Any, name: str = "") -> str | None:
     return next(filter(None, found), None) if fits else name
 
 
-@dataclass(frozen=True, kw_only=True)
-class Newest:
+class Newest(NamedTuple):
     """What a folder of checkpoints holds."""
 
+    damaged: dict[Path, str]  # what is wrong with each newer one, newest first
     path: Path = Path()
-    state: dict[str, Any] | None = None
-    """Of the newest that passes every check; None if there is none."""
-    damaged: dict[Path, str]
-    """What is wrong with each newer one, newest first."""
+    state: dict[str, Any] | None = None  # of the newest that passes every check; None if there is none
 
 
 def newest_good(folder: Path, *, try_best: bool = False,
                 unfit: Callable[[dict[str, Any]], str | None] = lambda state: None) -> Newest:
     """The newest checkpoint that passes every check, or best.pt with `try_best`; and those tried before.
-
-    `unfit` names a part of a state that the run cannot resume from; unless none fits, such a checkpoint is damaged.
-    """
+    `unfit` names a part of a state that the run cannot resume from; such a checkpoint counts as damaged."""
     damaged: dict[Path, str] = {}
     best = [folder / "best.pt"] if try_best and (folder / "best.pt").exists() else []
     for path in [*best, *reversed(committed(folder))]:
@@ -143,10 +129,10 @@ def newest_good(folder: Path, *, try_best: bool = False,
                 raise Damaged(f"it holds step {state['step']}")
             if name := unfit(state):
                 raise Damaged(f"{name} is not what this run writes")
-            return Newest(path=path, state=state, damaged=damaged)
+            return Newest(damaged, path, state)
         except Damaged as damage:
             damaged[path] = str(damage)
-    return Newest(damaged=damaged)
+    return Newest(damaged)
 
 
 def is_checkpoint(path: Path) -> bool:

@@ -19,7 +19,7 @@ from typing import Any, BinaryIO
 import torch
 
 from launch.errors import CheckpointError, NumericError
-from launch.files import no_check, replace_file, sync_folder, writing
+from launch.files import no_check, replace_file, replacing, sync_folder, writing
 from trainers.engine.checkpoints.files import checkpoint_path, give_name, keep_earlier, manifest_path, prune
 from trainers.engine.checkpoints.snapshot import Snapshot, not_finite, tensors_in
 from trainers.engine.run.folder import RunFolder
@@ -34,8 +34,7 @@ class Checkpointer:
     def __init__(self, folder: RunFolder, *, keep: int) -> None:
         self.folder, self.keep = folder, keep
         self.num_saves, self.wait_seconds = 0, 0.0
-        self._snapshot = Snapshot()
-        self._copied = threading.Event()
+        self._snapshot, self._copied = Snapshot(), threading.Event()
         self._copied.set()
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
         self._under_way: Future[None] | None = None
@@ -45,14 +44,8 @@ class Checkpointer:
         self._under_way = self._thread.submit(self._snapshot.allocate, state)
 
     def save(self, state: Mapping[str, Any], *, is_best: bool = False) -> None:
-        """Start to copy and write `state`; waits first for a save still under way. Rank 0 only.
-
-        `finish_copy` has to be called before the next optimizer step.
-
-        Raises:
-            CheckpointError: if the disk is too full, or an earlier save failed.
-            NumericError: if an earlier save found a number that is not finite.
-        """
+        """Start to copy and write `state`, on rank 0; call `finish_copy` before the next optimizer step.
+        Raises what the save before did, which it waits for; CheckpointError if the disk is too full."""
         self.join()
         began = time.perf_counter()
         self.folder.ownership.check()
@@ -65,10 +58,9 @@ class Checkpointer:
 
     def finish_copy(self) -> None:
         """Wait until parameters and optimizer state are copied, and so may change."""
-        if not self._copied.is_set():
-            began = time.perf_counter()
-            self._copied.wait()
-            self.wait_seconds += time.perf_counter() - began
+        began = time.perf_counter()
+        self._copied.wait()
+        self.wait_seconds += time.perf_counter() - began
 
     def wait(self) -> None:
         """Wait for the save under way, whether or not it fails."""
@@ -101,21 +93,14 @@ class Checkpointer:
 
 def write_checkpoint(folder: Path, state: Mapping[str, Any], *, check_fence: Callable[[], None] = no_check,
                      sync_metrics: Callable[[], None] = lambda: None) -> Path:
-    """Write one checkpoint durably and return its path. The manifest, written last, is the commit point.
-
-    What was reported up to this step is then on the disk too, by `sync_metrics`.
-
-    Raises:
-        CheckpointError: if what was read back differs from what was written, or `check_fence` says so.
-        NumericError: if a tensor is not finite: a run could not resume from such a file.
-        OSError: as the file system says. The temporary file is removed.
-    """
+    """Write one checkpoint durably and return its path. The manifest, written last, is the commit point; what was
+    reported up to this step is then on the disk too, by `sync_metrics`. CheckpointError if what is read back differs,
+    NumericError if a tensor is not finite: no run could resume from it."""
     if name := not_finite(state):
         raise NumericError(f"step {state['step']}: {name} is not finite, so it was not saved; lower --learning-rate or "
                            f"set --clip-grad-norm; the last good checkpoint is kept")
     path = checkpoint_path(folder, state["step"])
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
+    with replacing(path, check_fence) as temporary:
         with open(temporary, "wb") as file:
             writer = HashingWriter(file)
             try:
@@ -129,10 +114,6 @@ def write_checkpoint(folder: Path, state: Mapping[str, Any], *, check_fence: Cal
         if file_sha256(temporary) != digest:
             raise CheckpointError(f"{temporary}: differs from what was written; check the disk")
         keep_earlier(path, check_fence=check_fence)
-        check_fence()
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
     sync_folder(folder)
     sync_metrics()
     replace_file(manifest_path(path), manifest(state, size=path.stat().st_size, sha256=digest), durable=True,
@@ -151,9 +132,8 @@ class HashingWriter:
     """A file that torch.save writes to, hashing on the way; it only ever appends."""
 
     def __init__(self, file: BinaryIO) -> None:
-        self.file, self.sha256 = file, hashlib.sha256()
-        self.error: OSError | None = None
-        """Of the file system, which torch.save replaces by one of its own."""
+        self.file, self.flush, self.sha256 = file, file.flush, hashlib.sha256()
+        self.error: OSError | None = None  # of the file system, which torch.save replaces by one of its own
 
     def write(self, data: bytes) -> int:
         """Append."""
@@ -163,10 +143,6 @@ class HashingWriter:
         except OSError as error:
             self.error = error
             raise
-
-    def flush(self) -> None:
-        """Pass on to the file."""
-        self.file.flush()
 
 
 def forget_cached(file: BinaryIO) -> None:

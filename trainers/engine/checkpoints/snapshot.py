@@ -17,8 +17,7 @@ from torch import Tensor, nn
 
 CHANGED_BY_STEP = ("optimizer", "ema")  # parts of the state, besides parameters, that only the optimizer step changes
 SERIAL_ELEMENTS = 32768  # torch starts its threads above this size: a pool of our own would compete with training's
-
-Pair = tuple[Tensor, Tensor]
+Pair = tuple[Tensor, Tensor]  # where to copy to, and what
 
 
 class Snapshot:
@@ -38,20 +37,19 @@ class Snapshot:
 
     def begin(self, state: Mapping[str, Any]) -> None:
         """Copy what the next forward pass may change, and remember the rest for `copy_rest`."""
-        self._pending, tree, on_gpu = [], {}, False
+        self._pending, self._queued, tree = [], None, {}
         for name, child in state.items():
             pairs: list[Pair] = []
             tree[name] = mirror(child, self.tree.get(name), pairs)
             for target, source in pairs:
                 if source.is_cuda:
                     target.copy_(source.detach(), non_blocking=True)
-                    on_gpu = True
+                    self._queued = self._queued or torch.cuda.Event()
                 elif name in CHANGED_BY_STEP or isinstance(source, nn.Parameter):
                     self._pending.append((target, source))
                 else:
                     copy(target, source)
         self.tree = tree
-        self._queued = torch.cuda.Event() if on_gpu else None
         if self._queued is not None:
             self._queued.record()
 
@@ -84,11 +82,9 @@ def mirror(tree: Any, known: Any, pairs: list[Pair]) -> Any:
 
 
 def copy(target: Tensor, source: Tensor) -> None:
-    """Copy on this thread alone, without the GIL.
-
-    torch's own copy starts threads for each tensor and waits for the slowest: 30 times longer on a busy machine
-    (measured). `target` is dense, so with equal strides both hold the same numbers in the same order.
-    """
+    """Copy on this thread alone, without the GIL: torch's own copy starts threads for each tensor and waits for the
+    slowest, 30 times longer on a busy machine (measured). With equal strides both hold the same numbers in the same
+    order."""
     source = source.detach()
     if source.device.type == "cpu" and target.stride() == source.stride():
         ctypes.memmove(target.data_ptr(), source.data_ptr(), source.nbytes)

@@ -7,37 +7,101 @@
     ours                       {"model": ..., "ema": ...}
     a plain state_dict         {name: tensor}, torch.save's or safetensors
 
-Where a file holds a moving average of the weights, that is taken, as timm does: it is what was evaluated.
+Where a file holds a moving average of the weights, that is taken, as timm does: it is what was evaluated. Archives and
+older pickles of torch.save and safetensors are read. No code from a file is run, and what torch.load does not check is:
+the CRC of every record of an archive, and that no record claims to be larger than the file.
 """
 
+import argparse
+import pickle
+import re
+import warnings
+import zipfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import safetensors.torch
+import torch
 from torch import Tensor, nn
 
-from launch.errors import CheckpointError
+from launch.errors import CheckpointError, first_line
 from trainers.engine.checkpoints.snapshot import not_finite, strange_kind
-from trainers.engine.checkpoints.weight_files import read_weights_file
 
 AUXILIARY = ("aux1.", "aux2.", "AuxLogits.")  # heads that GoogLeNet and Inception had in their own training only
-
 # By these names the weights are wrapped, perhaps twice, as in {"ema": {"module": ...}}; the first one found is taken.
 PARTS = ("ema", "state_dict_ema", "model_ema", "params_ema", "model", "state_dict", "model_state_dict", "model_state",
          "MODEL_STATE", "net", "network", "module", "params", "weights", "state", "checkpoint")
 MOST_WRAPPERS = 3
+HEAD_BYTES = 512
+MARKED_AS_FOLDER = 0x10  # one flipped bit of an archive's directory; torch then takes what its memory holds for weights
+NO_WEIGHTS = {  # what downloads leave in the place of a file of weights, by its beginning
+    r"(\ufeff|\s|<\?xml[^>]*>|<!--.*?-->)*<((!doctype )?(html|head|body|title|meta|script)|!--(?!.*-->))":
+        "is an HTML page; download the file itself, not the page about it",
+    r"version https://git-lfs": "is a Git LFS pointer; fetch the file itself with git lfs pull",
+}
+NUMPY_SCALARS = [*((np.float64(0).__reduce__()[0], f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")),
+                 np.dtype, *(type(np.dtype(code)) for code in "?bBhHiIlLqQefdUS")]
+PLAIN_TYPES = [argparse.Namespace, *NUMPY_SCALARS]  # the flags and scores in torchvision's and timm's files
+
+
+def read_weights_file(path: Path, source: str) -> Any:
+    """The content of a file of weights, on the CPU; CheckpointError if that is more than tensors and plain values."""
+    try:
+        if not path.exists():
+            raise CheckpointError(f"{source}: no such file; give the path of a file of weights")
+        if not path.is_file():
+            raise CheckpointError(f"{source}: is no regular file; give the path of a file of weights")
+        with open(path, "rb") as file:
+            head = file.read(HEAD_BYTES)
+        for beginning, message in NO_WEIGHTS.items():
+            if re.match(beginning, head.decode(errors="replace"), re.IGNORECASE | re.DOTALL):
+                raise CheckpointError(f"{source}: {message}")
+        if head[8:9] == b"{":  # safetensors: eight bytes of length, then a JSON header
+            return safetensors.torch.load_file(path)
+        if not head.startswith((b"PK", b"\x80")):  # an archive, or the pickle that torch.save wrote before 1.6
+            raise ValueError(f"it begins with {head[:16]}, as no file of weights does")
+        check_archive(path, source)
+        with torch.serialization.safe_globals(PLAIN_TYPES), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch's own remarks on old pickles and sparse tensors
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except (CheckpointError, MemoryError):
+        raise
+    except Exception as error:  # a damaged pickle raises anything
+        if found := re.search(r"GLOBAL (\S+)", str(error)) if isinstance(error, pickle.UnpicklingError) else None:
+            raise CheckpointError(f"{source}: holds more than tensors and plain values ({found[1]}); save its "
+                                  f"state_dict() alone") from None
+        reason = str(error).partition("WeightsUnpickler error: ")[2].strip().split("\n")[0] or first_line(error)
+        raise CheckpointError(f"{source}: cannot be read ({reason}); get it again") from None
+
+
+def inflates(path: Path) -> bool:
+    """Whether an archive's records claim to be larger than the file. torch.save compresses nothing."""
+    with zipfile.ZipFile(path) as archive:
+        return sum(record.file_size for record in archive.infolist()) > path.stat().st_size
+
+
+def check_archive(path: Path, source: str) -> None:
+    """Raise CheckpointError for an archive of other things, or with a damaged or inflated record; other files pass."""
+    if not zipfile.is_zipfile(path):
+        return
+    archive = zipfile.ZipFile(path)
+    names = archive.namelist()
+    if any("/code/" in name for name in names) or not any(name.endswith("/data.pkl") for name in names):
+        raise CheckpointError(f"{source}: is an archive of {', '.join(names[:3]) or 'nothing'}, not what torch.save "
+                              f"makes of a state_dict(); unpack it, or load it with what made it and save that")
+    if inflates(path):
+        raise CheckpointError(f"{source}: its records claim to be larger than the file; get it again")
+    marked = (record.filename for record in archive.infolist() if record.external_attr & MARKED_AS_FOLDER)
+    if damaged := archive.testzip() or next(marked, None):
+        raise CheckpointError(f"{source}: its record {damaged} is damaged (CRC); get it again")
 
 
 def load_weights(model: nn.Module, path: Path, *, flag: str, new_head: bool = False) -> str:
-    """Put the weights of a file into a model; returns what was taken, such as `weights in net.pt (ema)`.
-
-    Args:
-        flag: the one that named the file, for messages.
-        new_head: whether the model keeps its own last layer where that of the file has another size.
-
-    Raises:
-        CheckpointError: if the file cannot be read, or its names or shapes differ from the model's.
-    """
+    """Put the weights of a file, named by `flag`, into a model; returns what was taken: `weights in net.pt (ema)`. With
+    `new_head` the model keeps its own last layer, where the file's has another size. CheckpointError if they do not
+    fit."""
     source = f"{flag} {path}"
     part, saved = weights_in(read_weights_file(path, source), source)
     name = f"weights in {path}" + (f" ({part})" if part else "")
@@ -73,13 +137,12 @@ def replace_head(weights: dict[str, Tensor], model: nn.Module) -> str:
     current = model.state_dict()
     layer = list(dict(model.named_parameters()))[-1].rpartition(".")[0]  # the one that holds the last parameter
     own = {name: value for name, value in current.items() if name.rpartition(".")[0] == layer}
-    resized = [name for name, value in own.items()
-               if name in weights and weights[name].ndim == value.ndim and weights[name].shape != value.shape]
-    if not resized:
-        return ", all of them"
-    before, outputs = len(weights[resized[0]]), len(own[resized[0]])
-    weights |= own
-    return f"; the last layer, {layer}, is new: {outputs} outputs instead of {before}"
+    for name, value in own.items():
+        if name in weights and weights[name].ndim == value.ndim and weights[name].shape != value.shape:
+            before = len(weights[name])
+            weights |= own
+            return f"; the last layer, {layer}, is new: {len(value)} outputs instead of {before}"
+    return ", all of them"
 
 
 def weights_in(content: Any, source: str) -> tuple[str, dict[str, Tensor]]:
@@ -110,23 +173,19 @@ def parts_with_weights(content: Any, part: str = "") -> Iterator[tuple[str, Mapp
 
 def without_prefix(saved: dict[str, Tensor], current: Mapping[str, Tensor]) -> tuple[str, dict[str, Tensor]]:
     """The weights without what a wrapper put before all of their names, and that prefix; empty where names fit as is.
-
-    Of all prefixes that leave the name of some parameter of the model, the one that leaves the most of them.
-    """
+    Of all prefixes that leave the name of some parameter of the model, the one that leaves the most of them."""
     def number_known(prefix: str) -> int:
         return sum(name.removeprefix(prefix) in current for name in saved)
 
     first = min(saved, key=len, default="")
-    prefixes = {first.removesuffix(name) for name in current if first.endswith(name)}
-    common = [prefix for prefix in prefixes if all(name.startswith(prefix) for name in saved)]
-    best = max(["", *sorted(common)], key=number_known)
+    prefixes = sorted({first.removesuffix(name) for name in current if first.endswith(name)})
+    best = max(["", *(each for each in prefixes if all(name.startswith(each) for name in saved))], key=number_known)
     return best, {name.removeprefix(best): value for name, value in saved.items()}
 
 
 def first_three(differences: list[str]) -> str:
     """The first three of a list, and how many more there are."""
-    more = f" and {len(differences) - 3} more" if len(differences) > 3 else ""
-    return "; ".join(differences[:3]) + more
+    return "; ".join(differences[:3]) + (f" and {len(differences) - 3} more" if len(differences) > 3 else "")
 
 
 def model_differences(saved: Mapping[str, Tensor], current: Mapping[str, Tensor], *,

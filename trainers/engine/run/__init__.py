@@ -1,1 +1,0 @@
-"""The run folder `runs/<name>/`: folder, ownership, report, progress, pictures, card."""

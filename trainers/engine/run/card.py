@@ -15,29 +15,19 @@ LARGEST = 1e5  # of the numbers in it
 class ModelCard:
     """How to build the network of a run, and what its inputs are."""
 
-    trainer: str
-    """File name of the trainer, without .py."""
-    model: str
-    """Name of the network, for models.build."""
-    class_names: tuple[str, ...]
-    mean: tuple[float, ...]
-    """Per channel, in units of the full range [0, 1]."""
+    trainer: str  # its file name without .py
+    model: str  # its name, for models.build
+    class_names: tuple[str, ...]  # of the outputs, whatever their kind
+    mean: tuple[float, ...]  # per channel, in units of the full range [0, 1], as std
     std: tuple[float, ...]
-    image_size: tuple[int, int]
-    """Height and width."""
-    options: dict[str, Any] = field(default_factory=dict)
-    """Further arguments of models.build, such as the width."""
-    kind: Literal["classes", "labels", "numbers"] = "classes"
-    """What the outputs are; the names of the classes are those of the outputs."""
-    transform: str | None = None
-    """FILE.py:NAME of a transform of the user's."""
-    user_code: dict[str, str] = field(default_factory=dict)
-    """The sha256 of each of the user's files, by path."""
-    fit: Literal["squash", "crop", "squash-crop"] = "squash"
-    """How an image of another shape is made to fit."""
+    image_size: tuple[int, int]  # height and width
+    options: dict[str, Any] = field(default_factory=dict)  # further arguments of models.build, such as the width
+    kind: Literal["classes", "labels", "numbers"] = "classes"  # what the outputs are
+    transform: str | None = None  # FILE.py:NAME of a transform of the user's
+    user_code: dict[str, str] = field(default_factory=dict)  # the sha256 of each of the user's files, by path
+    fit: Literal["squash", "crop", "squash-crop"] = "squash"  # this and the next two as datasets/images/read.py has it
     resize_size: int | None = None
     interpolation: Literal["bilinear", "bicubic"] | None = None
-    """Both as datasets/images/read.py takes them."""
 
     def __post_init__(self) -> None:
         """Raise ValueError for what a damaged or edited file may hold."""
@@ -60,11 +50,6 @@ class ModelCard:
         ):
             if not is_good:
                 raise ValueError(f"{name} cannot be {getattr(self, name)!r:.100}")
-
-    @property
-    def channels(self) -> int:
-        """3 for colour, 1 for greyscale."""
-        return len(self.mean)
 
 
 def are_all(values: object, kind: type | tuple[type, ...], *, above: float = -LARGEST) -> bool:

@@ -7,7 +7,6 @@ step, so that a reader never sees half of one.
 import contextlib
 import errno
 import json
-import math
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -17,8 +16,8 @@ from launch.errors import CheckpointError, UsageError, say, user_line
 from launch.files import read_object, replace_file, sync_folder, writing
 from launch.machine import environment_record
 from trainers.engine.checkpoints.files import committed, step_of
-from trainers.engine.config import MAY_CHANGE, TrainConfig
-from trainers.engine.run.ownership import Ownership, output_dir_writable
+from trainers.engine.config import MAY_CHANGE
+from trainers.engine.run.ownership import Ownership, output_dir_writable, read_config
 
 OUT_OF_PATIENCE = "--patience"  # how the reason of a run begins that it ended
 
@@ -31,10 +30,9 @@ class RunFolder:
         self.checkpoints = path / "checkpoints"
         self.is_main = is_main
         self.ownership = Ownership(path)
-        self._synced_inode: int | None = None
-        """Of the metrics.jsonl whose name is on the disk."""
-        self._started = False
-        """Whether this process started or resumed the run: only then may it write how the run ended."""
+        self.beat, self.release = self.ownership.beat, self.ownership.release
+        self._synced_inode: int | None = None  # of the metrics.jsonl whose name is on the disk
+        self._started = False  # whether this process started or resumed the run: only then may it write how it ended
 
     def claim(self) -> None:
         """Create the folder and own it; CheckpointError if it cannot be written, or another live process owns it."""
@@ -42,14 +40,6 @@ class RunFolder:
             with output_dir_writable(self.path.parent):
                 self.checkpoints.mkdir(parents=True, exist_ok=True)
                 self.ownership.claim()
-
-    def beat(self) -> None:
-        """Show other hosts that the owner is alive."""
-        self.ownership.beat()
-
-    def release(self) -> None:
-        """Stop being the owner."""
-        self.ownership.release()
 
     @contextlib.contextmanager
     def _writing(self, name: str) -> Iterator[Path]:
@@ -64,11 +54,6 @@ class RunFolder:
     def read_json(self, name: str) -> dict[str, Any] | None:
         """The content of a JSON file of the folder, or None if it is missing or damaged."""
         return read_object(self.path / name)
-
-    def read_config(self) -> dict[str, Any] | None:
-        """The flags that the run was started with, in the spelling of today; None as above."""
-        saved = self.read_json("config.json")
-        return None if saved is None else TrainConfig.translated(saved)
 
     def write_bytes(self, name: str, content: bytes) -> None:
         """Replace a file of the folder; CheckpointError if a later incarnation owns the run, or the disk refuses."""
@@ -90,8 +75,7 @@ class RunFolder:
         step, epoch = (value if type(value) is int else 0 for value in (status.get("step"), status.get("epoch")))
         return step, epoch
 
-    def _is_under_way(self) -> bool:
-        """Whether its end is still to be written down, by this process; what fails once it is DONE is optional."""
+    def _is_under_way(self) -> bool:  # its end is still to be written down; what fails once it is DONE is optional
         return self._started and (self.read_json("status.json") or {}).get("state") != "DONE"
 
     def failed(self, cause: Exception | str, *, step: int) -> None:
@@ -127,16 +111,15 @@ class RunFolder:
             return
         with open(path, "rb") as file:
             os.fsync(file.fileno())
-        if (inode := path.stat().st_ino) != self._synced_inode:
+            inode = os.fstat(file.fileno()).st_ino
+        if inode != self._synced_inode:
             sync_folder(self.path)
             sync_folder(self.path.parent)
             self._synced_inode = inode
 
     def truncate_metrics(self, step: int, *, evaluated: bool) -> None:
-        """Drop the lines that a run resumed at `step` will write again, and a half-written one.
-
-        `evaluated`: whether the checkpoint was made after the evaluation at that step; if not, that line goes too.
-        """
+        """Drop the lines that a run resumed at `step` will write again, and a half-written one; of the evaluation at
+        that step too, unless it was `evaluated` before the checkpoint was made."""
         def stays(text: str) -> bool:
             try:
                 line = json.loads(text)
@@ -146,8 +129,7 @@ class RunFolder:
 
         if self.is_main and (self.path / "metrics.jsonl").exists():
             with self._writing("metrics.jsonl") as path:
-                lines = path.read_text(errors="replace").splitlines()
-                kept = "".join(text + "\n" for text in lines if stays(text))
+                kept = "".join(text + "\n" for text in path.read_text(errors="replace").splitlines() if stays(text))
                 replace_file(path, kept.encode(), durable=True, check_fence=self.ownership.check)
 
     def first_evaluated_split(self) -> str | None:
@@ -160,34 +142,28 @@ class RunFolder:
 
     def set_aside(self) -> None:
         """Make room for a run from the start: what an earlier one left is renamed, not overwritten."""
-        if not self.is_main:
-            return
-        for name in ("checkpoints", "metrics.jsonl", "trackers"):
+        for name in ("checkpoints", "metrics.jsonl", "trackers") if self.is_main else ():
             with self._writing(name) as path:
                 if path.exists() and (path.is_file() or any(path.iterdir())):
                     path.rename(self.path / f"before-{self.ownership.incarnation}-{name}")
                 self.checkpoints.mkdir(exist_ok=True)
 
     def begin(self, config: Mapping[str, Any], *, world: Mapping[str, Any]) -> bool:
-        """Record the config; not if the run is DONE and it asks for no more: then False. Call through `from_main`.
-
-        Raises:
-            UsageError: if a flag that alters the run differs from what the run was started with, or if only an
-                evaluation is asked for, whose result would replace that of the run.
-        """
-        before, status = self.read_config(), self.read_json("status.json") or {}
-        is_done = status.get("state") == "DONE"
-        has_progress = bool(committed(self.checkpoints))  # without, nothing is altered by other flags
-        if is_done and not has_progress and before is not None:  # cleared, unless nothing was ever trained
+        """Record the config; False if the run is DONE and it asks for no more. Call through `from_main`. UsageError for
+        flags that alter the run, and for an evaluation alone, whose result would replace that of the run."""
+        before, status = read_config(self.path), self.read_json("status.json") or {}
+        is_done, is_empty = status.get("state") == "DONE", not committed(self.checkpoints)
+        has_progress = not is_empty  # without, nothing is altered by other flags
+        if is_done and is_empty and before is not None:  # cleared, unless nothing was ever trained
             has_progress = before.get("evaluate") is None and before.get("measure") is None
         if has_progress and config.get("evaluate") is not None:
             raise UsageError(f"--evaluate {config['evaluate']}: {self.path} holds a training run, whose result this "
                              f"would replace; give the evaluation another --run-name")
         if has_progress and before is not None and config.get("resume") != "never":
-            self._check_unchanged(config, before)
+            check_unchanged(self.path, config, before)
             if is_done and not asks_for_more(config, before, status):
                 return False
-            if is_done and config.get("resume") == "auto" and not committed(self.checkpoints):
+            if is_done and config.get("resume") == "auto" and is_empty:
                 raise CheckpointError(f"{self.path}: is DONE and its checkpoints are gone, so it cannot continue; use "
                                       f"--resume never to start over, or another --run-name")
         self.write_json("config.json", config)
@@ -197,13 +173,14 @@ class RunFolder:
         self._started = True
         return True
 
-    def _check_unchanged(self, config: Mapping[str, Any], before: Mapping[str, Any]) -> None:
-        changed = [name for name in config
-                   if name in before and name not in MAY_CHANGE and config[name] != before[name]]
-        if changed:
-            pairs = ", ".join(f"--{name.replace('_', '-')} {config[name]} (was {before[name]})" for name in changed[:3])
-            raise UsageError(f"{pairs}: would alter the run in {self.path}; use the flags it was started with, or "
-                             f"another --run-name")
+
+def check_unchanged(run: Path, config: Mapping[str, Any], before: Mapping[str, Any]) -> None:
+    """UsageError for flags that alter the run and differ from those that it was started with."""
+    changed = [f"--{name.replace('_', '-')} {value} (was {before[name]})" for name, value in config.items()
+               if name not in MAY_CHANGE and value != before.get(name, value)]
+    if changed:
+        raise UsageError(f"{', '.join(changed[:3])}: would alter the run in {run}; use the flags it was started with, "
+                         f"or another --run-name")
 
 
 def asks_for_more(config: Mapping[str, Any], before: Mapping[str, Any], status: Mapping[str, Any]) -> bool:
@@ -213,12 +190,6 @@ def asks_for_more(config: Mapping[str, Any], before: Mapping[str, Any], status: 
     return any(isinstance(then, int) and (now is None or now > then) for now, then in limits)
 
 
-def finite(content: Any) -> Any:
-    """Nested dicts and lists with None in the place of NaN and infinity, which JSON does not know."""
-    if isinstance(content, float):
-        return content if math.isfinite(content) else None
-    if isinstance(content, Mapping):
-        return {name: finite(child) for name, child in content.items()}
-    if isinstance(content, list | tuple):
-        return [finite(child) for child in content]
-    return content
+def finite(content: Mapping[str, Any]) -> dict[str, Any]:
+    """The content as JSON holds it, with null in the place of NaN and infinity, which it does not know."""
+    return json.loads(json.dumps(content), parse_constant=lambda name: None)

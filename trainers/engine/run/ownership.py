@@ -29,7 +29,6 @@ from launch.files import read_object, replace_file
 from launch.launcher import REQUEUE, given_run_id, job_identity, launcher_identity, parent_of, slurm_job
 from trainers.engine.config import TrainConfig
 
-NOT_IN_A_NAME = re.compile(r"[/\x00-\x1f\x7f]")
 MOST_NAME_BYTES = 255  # NAME_MAX of Linux file systems
 BEAT_SECONDS = 2.0  # how often an owner shows that it is alive
 
@@ -39,21 +38,13 @@ class Ownership:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.incarnation = 0
-        """The number in the fencing token; 0 while nothing is claimed."""
-        self._word = ""
+        self.incarnation, self._word = 0, ""  # the fencing token; 0 while nothing is claimed
         self._lock_file: Any = None
         self._writing = threading.Lock()  # the watchdog's thread beats while the main thread may release
         self._beat_at = 0.0
-        self._num_beats = 0
 
     def claim(self) -> None:
-        """Become the owner of the folder, which exists.
-
-        Raises:
-            CheckpointError: if another live process owns it.
-            OSError: if it cannot be written.
-        """
+        """Own the folder, which exists; CheckpointError if another live process does, OSError if it is read-only."""
         self._lock_file = open(self.path / "lock", "a+")
         try:  # a POSIX lock: not inherited by loader workers, released by the kernel however the process ends
             fcntl.lockf(self._lock_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -66,10 +57,10 @@ class Ownership:
             raise CheckpointError(f"{self.path}: in use by pid {previous.get('pid')} on {previous.get('host')}; "
                                   f"wait for it, or choose another --run-name")
         self.incarnation, self._word = incarnation_of(previous) + 1, secrets.token_hex(8)
-        self._write_owner(mine, released=False)
+        self._write_owner(released=False)
 
-    def _write_owner(self, mine: Mapping[str, Any], *, released: bool) -> None:
-        owner = {"incarnation": self.incarnation, "word": self._word, **mine, "released": released}
+    def _write_owner(self, *, released: bool) -> None:
+        owner = {"incarnation": self.incarnation, "word": self._word, **this_process(), "released": released}
         replace_file(self.path / "owner.json", (json.dumps(owner) + "\n").encode())
 
     def beat(self) -> None:
@@ -77,9 +68,8 @@ class Ownership:
         with self._writing:
             if not self.incarnation or time.monotonic() - self._beat_at < BEAT_SECONDS:
                 return
-            self._beat_at = time.monotonic()
-            self._num_beats += 1
-            text = json.dumps({"incarnation": self.incarnation, "beats": self._num_beats})
+            self._beat_at = time.monotonic()  # never twice the same
+            text = json.dumps({"incarnation": self.incarnation, "beat_at": self._beat_at})
             with contextlib.suppress(OSError):  # a full disk is noticed by whoever writes something that matters
                 if self.holds():
                     replace_file(self.path / "heartbeat.json", (text + "\n").encode())
@@ -91,20 +81,20 @@ class Ownership:
 
     def check(self) -> None:
         """The fence, called right before every change: raises CheckpointError if this process has lost the folder."""
-        if not self.holds():
-            owner = read_object(self.path / "owner.json")
-            if owner is None:
-                raise CheckpointError(f"{self.path}: owner.json was deleted or damaged while this process used the "
-                                      f"folder, so that it writes nothing more; start the same command again")
-            raise CheckpointError(f"{self.path}: a later incarnation, pid {owner.get('pid')} on {owner.get('host')}, "
-                                  f"owns this run; this one writes nothing more")
+        if self.holds():
+            return
+        if (owner := read_object(self.path / "owner.json")) is None:
+            raise CheckpointError(f"{self.path}: owner.json was deleted or damaged while this process used the folder, "
+                                  f"so that it writes nothing more; start the same command again")
+        raise CheckpointError(f"{self.path}: a later incarnation, pid {owner.get('pid')} on {owner.get('host')}, owns "
+                              f"this run; this one writes nothing more")
 
     def release(self) -> None:
         """Stop being the owner, so that the next process need not wait for heartbeats to fail."""
         with self._writing:
             if self.incarnation and self.holds():
                 with contextlib.suppress(OSError):  # then the next owner, if on another host, waits five seconds
-                    self._write_owner(this_process(), released=True)
+                    self._write_owner(released=True)
             self.incarnation = 0
             if self._lock_file is not None:
                 self._lock_file.close()
@@ -114,7 +104,8 @@ class Ownership:
 def check_run_name(name: str | None) -> None:
     """UsageError for what cannot be the name of one folder in `--output-dir`."""
     text = name or ""
-    if text in (".", "..") or NOT_IN_A_NAME.search(text) or len(text.encode(errors="surrogatepass")) > MOST_NAME_BYTES:
+    is_odd = text in (".", "..") or re.search(r"[/\x00-\x1f\x7f]", text)
+    if is_odd or len(text.encode(errors="surrogatepass")) > MOST_NAME_BYTES:
         shown = printable(text if len(text) <= 60 else f"{text[:60]}... ({len(text)} characters)")
         raise UsageError(f"--run-name {shown}: must name one folder: no / or control characters, not .., at most "
                          f"{MOST_NAME_BYTES} bytes; say with --output-dir where the folder is to lie")
@@ -123,10 +114,10 @@ def check_run_name(name: str | None) -> None:
 def unnamed_run(output_dir: Path, trainer: str, recipe: str, config: Mapping[str, Any] | None = None) -> str:
     """The name of the run folder where the user gave none: trainer, recipe and an id. Rank 0 only.
 
-    `--rdzv-id` makes the same name in every start of the job; so does a Slurm job, for a command with the same flags,
-    whose folder is found again by its config.json: commands with others get `2-`, `3-` ... before the job's id.
-    Else the id is the present time, with `-2`, `-3` ... where another launcher's folder has that name; a restart by the
-    same torchrun finds its folder by `launcher` in owner.json. Raises CheckpointError if none can be created.
+    `--rdzv-id` makes the same name in every start of the job; so does a Slurm job, for a command with the same flags:
+    the folder is found by its config.json, and commands with others get `2-`, `3-` ... before the job's id. Else the id
+    is the present time, with `-2`, `-3` ... where that folder is another launcher's; a restart finds its own by
+    owner.json.
     """
     kind, given = (re.sub(r"[^A-Za-z0-9._-]", "_", part) for part in (f"{trainer}-{recipe}", given_run_id() or ""))
     launcher = launcher_identity()
@@ -147,10 +138,15 @@ def unnamed_run(output_dir: Path, trainer: str, recipe: str, config: Mapping[str
     raise AssertionError("there is always another number")
 
 
+def read_config(folder: Path) -> dict[str, Any] | None:
+    """The flags that a run was started with, in the spelling of today; None if they are missing or damaged."""
+    saved = read_object(folder / "config.json")
+    return None if saved is None else TrainConfig.translated(saved)
+
+
 def has_flags(folder: Path, config: Mapping[str, Any]) -> bool:
     """Whether a run was started with exactly these flags: those that both know."""
-    saved = read_object(folder / "config.json")
-    saved = None if saved is None else TrainConfig.translated(saved)
+    saved = read_config(folder)
     return saved is not None and all(saved[name] == value for name, value in config.items() if name in saved)
 
 
@@ -204,24 +200,17 @@ def is_restart_of(previous: Mapping[str, Any], mine: Mapping[str, Any]) -> bool:
 
 
 def replaces(previous: Mapping[str, Any], mine: Mapping[str, Any]) -> bool:
-    """Whether this is certainly the same job, started again, so that the earlier incarnation is dead or cut off.
-
-    Slurm has queued it again, or the same torchrun has restarted its ranks. A second torchrun of one `--rdzv-id`, and
-    a second step of one Slurm job, are neither, however often they restart.
-    """
+    """Whether this is certainly the same job, started again, so that the earlier incarnation is dead or cut off: Slurm
+    has queued it again, or the same torchrun has restarted its ranks, and not a second one of its id, or of its job."""
     if not is_restart_of(previous, mine):
         return False
-    requeued = mine["restart"] // REQUEUE > previous["restart"] // REQUEUE
-    launcher = mine["launcher"] or {}
+    launcher, requeued = mine["launcher"] or {}, mine["restart"] // REQUEUE > previous["restart"] // REQUEUE
     return requeued or (launcher.get("started") is not None and launcher == previous.get("launcher"))
 
 
 def still_beats(path: Path, previous: Mapping[str, Any], *, locked: bool) -> bool:
-    """Whether an owner that no file lock shows still writes heartbeats; waits for one.
-
-    `locked`: whether this process has the lock, which on the owner's own host means that it has ended, unless somebody
-    deleted `lock`.
-    """
+    """Whether an owner that no file lock shows still writes heartbeats; waits for one. That this process has `locked`
+    means on the owner's host that it has ended, unless somebody deleted `lock`."""
     pid, here = previous.get("pid", 0), previous.get("host") == socket.gethostname()
     if previous.get("released", True) or (here and locked and (pid == os.getpid() or parent_of(pid) is None)):
         return False

@@ -11,16 +11,12 @@ import logging
 import math
 import warnings
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from launch.errors import printable
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
 
 RIGHT, WRONG = "#1a7f37", "#c62828"
 STYLES: dict[str, dict[str, Any]] = {
@@ -51,36 +47,30 @@ def drawable(text: str) -> str:
     return "".join(character if ord(character) in known else "\ufffd" for character in printable(text))
 
 
-def new_figure(width: float, height: float) -> "Figure":
+def new_figure(width: float, height: float) -> Any:
     """An empty figure of that size in inches."""
     from matplotlib.figure import Figure
 
     return Figure(figsize=(width, height), layout="constrained")
 
 
-def as_png(figure: "Figure", *, dpi: int = 110) -> bytes:
+def as_png(figure: Any, *, dpi: int = 110) -> bytes:
     """The figure as the content of a PNG file."""
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=dpi)
+    figure.savefig(buffer := io.BytesIO(), format="png", dpi=dpi)
     return buffer.getvalue()
 
 
 @drawing()
 def curves(epochs: Sequence[dict[str, Any]], *, steps_per_epoch: int, title: str = "") -> bytes:
-    """Loss and, where there are classes, accuracy over the epochs, of the training and the evaluated set.
-
-    Args:
-        epochs: lines with `step`, `train_loss`, `train_accuracy`, and those of `test` or `validation`; None if unknown.
-        steps_per_epoch: turns a step into epochs, so that one that was cut short is not drawn as whole.
-    """
+    """Loss and, where there are classes, accuracy over the epochs, of the training and the evaluated set. By
+    `steps_per_epoch` an epoch that was cut short is not drawn as whole."""
     has_accuracy = any(line["train_accuracy"] is not None for line in epochs)
     figure = new_figure(8.4 if has_accuracy else 4.6, 3.6)
     panels = figure.subplots(1, 2 if has_accuracy else 1, squeeze=False)[0]
     places = [line["step"] / steps_per_epoch for line in epochs]
     draw_lines(panels[0], places, epochs, "loss")
     panels[0].set_ylabel("loss")
-    losses = [line[f"{split}_loss"] for line in epochs for split in STYLES
-              if line.get(f"{split}_loss") is not None]
+    losses = [line[f"{split}_loss"] for line in epochs for split in STYLES if line.get(f"{split}_loss") is not None]
     if losses and min(losses) > 0 and max(losses) > 100 * min(losses):
         panels[0].set_yscale("log")
     if has_accuracy:
@@ -91,15 +81,15 @@ def curves(epochs: Sequence[dict[str, Any]], *, steps_per_epoch: int, title: str
     return as_png(figure)
 
 
-def draw_lines(axes: "Axes", places: Sequence[float], epochs: Sequence[dict[str, Any]], name: str, *,
-               scale: float = 1) -> None:
+def draw_lines(axes: Any, places: Sequence[float], epochs: Sequence[dict[str, Any]], name: str, *, scale: float = 1
+               ) -> None:
     """One line for each split that has values of this name, on a whole-numbered axis of epochs."""
     from matplotlib.ticker import MaxNLocator
 
     for split, style in STYLES.items():
-        found = [line.get(f"{split}_{name}") for line in epochs]
-        values = [math.nan if value is None else scale * value for value in found]
-        known = [(place, value) for place, value in zip(places, values, strict=True) if math.isfinite(value)]
+        values = [line.get(f"{split}_{name}") for line in epochs]
+        known = [(place, scale * value) for place, value in zip(places, values, strict=True)
+                 if value is not None and math.isfinite(value)]
         if known:
             marker = "o" if len(known) <= MOST_MARKERS else None
             axes.plot(*zip(*known, strict=True), marker=marker, markersize=3, label=f"{split} {name}", **style)
@@ -143,15 +133,10 @@ def denormalize(inputs: Tensor, mean: tuple[float, ...], std: tuple[float, ...])
 
 
 @drawing()
-def image_grid(images: Tensor, captions: Sequence[str], *, right: Sequence[bool] | None = None,
-               title: str = "") -> bytes:
-    """Images with a line or two of text above each.
-
-    Args:
-        images: float (N, C, H, W) in [0, 1], one channel (grey) or three.
-        captions: N texts.
-        right: N truths, which colour the captions green or red; black without.
-    """
+def image_grid(images: Tensor, captions: Sequence[str], *, right: Sequence[bool] | None = None, title: str = ""
+               ) -> bytes:
+    """Images with a line or two of text above each: float (N, C, H, W) in [0, 1], one channel (grey) or three.
+    `right`: N truths, which colour the captions green or red; black without."""
     num_images = min(len(images), MOST_IMAGES)
     columns = min(COLUMNS, max(1, num_images))
     rows = max(1, math.ceil(num_images / columns))
@@ -172,11 +157,8 @@ def image_grid(images: Tensor, captions: Sequence[str], *, right: Sequence[bool]
 def predictions(images: Tensor, true: Sequence[str | None], predicted: Sequence[str], *,
                 shares: Sequence[float] = (), title: str = "") -> bytes:
     """A grid with each image's predicted name, its probability if given, and the true name where it differs."""
-    captions = list(predicted)
-    for place, share in enumerate(shares):
-        captions[place] += f" {100 * share:.0f} %"
-    for place, name in enumerate(true):
-        if name not in (None, predicted[place]):
-            captions[place] += f"\ntrue: {name}"
+    percents = [f" {100 * share:.0f} %" for share in shares] or [""] * len(predicted)
+    truths = ["" if name in (None, other) else f"\ntrue: {name}" for name, other in zip(true, predicted, strict=True)]
+    captions = list(map("{}{}{}".format, predicted, percents, truths))
     right = None if None in true else [name == other for name, other in zip(true, predicted, strict=True)]
     return image_grid(images, captions, right=right, title=title)

@@ -1,4 +1,4 @@
-"""What a run leaves for people: lines of metrics.jsonl, which trackers get too, and pictures in the run folder.
+"""What a run prints and leaves for people: lines of metrics.jsonl, which trackers get too, pictures, and a bar.
 
 On rank 0 only, and outside the timed steps. Drawing is paced: it may take a twentieth of the run's time, so that
 short epochs are not slowed by their own picture; the last one is always drawn. Only the lines are needed: of pictures
@@ -6,9 +6,12 @@ and trackers the first failure is a warning, others are silent, and the run cont
 """
 
 import contextlib
+import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
+
+from tqdm import tqdm
 
 from launch.errors import first_line, to_stderr
 from launch.stop import Stopped
@@ -19,6 +22,7 @@ from trainers.engine.trackers.tracker import TrackerThread
 
 FIRST_COST_SECONDS = 1.0  # of the first drawing, which imports matplotlib
 SHARE = 0.05  # of the run's time that drawing may take
+LINE_SECONDS = 10.0  # between two plain lines
 CLOSE_SECONDS = {"DONE": 20.0, "PREEMPTED": 5.0, "FAILED": 5.0}  # for all trackers together
 
 
@@ -75,3 +79,61 @@ class Report:
         until = time.monotonic() + CLOSE_SECONDS[state]
         for tracker in self.trackers:
             tracker.close(state, until=until)
+
+
+class Progress:
+    """Steps done, with the latest loss, accuracy and speed; redrawn by time, not at every step."""
+
+    def __init__(self, *, shown: bool, total_steps: int, step: int) -> None:
+        self.shown, self.total_steps, self.step = shown, total_steps, step
+        self.figures = ""
+        self._printed_at = time.monotonic()
+        self._bar = None
+        if shown and sys.stderr is not None and sys.stderr.isatty():
+            self._bar = tqdm(total=total_steps, initial=step, unit="step", mininterval=0.5, dynamic_ncols=True)
+
+    def advance(self) -> None:
+        """Count one more step; prints only when it is time to."""
+        self.step += 1
+        if self._bar is not None:
+            self._bar.update()
+        elif self.shown and time.monotonic() - self._printed_at > LINE_SECONDS:
+            self._printed_at = time.monotonic()
+            self.line_above(f"step {self.step}/{self.total_steps}{self.figures}")
+
+    def show_figures(self, *, loss: float, accuracy: float | None, samples_per_second: float,
+                     seconds_left: float) -> None:
+        """Show these beside the number of steps from now on."""
+        percent = f"  accuracy {100 * accuracy:.2f} %" if accuracy is not None else ""
+        self.figures = f"  loss {loss:.4f}{percent}  {samples_per_second:,.0f} samples/s"
+        if self._bar is not None:
+            self._bar.set_postfix_str(self.figures.strip(), refresh=False)
+        else:
+            self.figures += f"  ETA {seconds_left:.0f} s"
+
+    def line_above(self, text: str) -> None:
+        """Print a line above the bar."""
+        if self._bar is not None:
+            with contextlib.suppress(OSError, ValueError):  # a closed stderr must not end a run
+                self._bar.write(text, file=sys.stderr)
+        elif self.shown:
+            to_stderr(text)
+
+    def close(self) -> None:
+        """End the bar, which stays on the screen."""
+        if self._bar is not None:
+            self._bar.close()
+
+
+def epoch_text(line: dict[str, Any], *, samples_per_second: float) -> str:
+    """An epoch's figures in one line, aligned with those of other epochs; blank where there was no evaluation."""
+    split = "validation" if "validation_loss" in line else "test"
+    parts = [f"{'epoch ' + str(line['epoch']) + ':':<10}train loss {line['train_loss']:7.4f}"]
+    names, scale, form = ["train accuracy", f"{split} accuracy"], 100, "{} {:6.2f} %"
+    if line["train_accuracy"] is None:
+        names, scale, form = [f"{split} loss"], 1, "{} {:10.6f}"
+    for name in names:
+        value = line[name.replace(" ", "_")]
+        text = form.format(name, scale * (value or 0.0))
+        parts.append(" " * len(text) if value is None else text)
+    return "  ".join([*parts, f"{line['seconds']:7.1f} s", f"{samples_per_second:8,.0f} samples/s"])

@@ -1,1 +1,0 @@
-"""Experiment trackers behind one protocol: `--track wandb mlflow trackio tensorboard`."""

@@ -103,8 +103,8 @@ class TrackerThread:
 
 def values_of(line: Mapping[str, Any]) -> dict[str, float]:
     """The numbers of a line of metrics.jsonl, by names such as `train/loss` and `gradient_norm/conv1`."""
-    names = [name for name in SCALARS if name != "learning_rate" or line["split"] == "train"]
-    values = {f"{line['split']}/{name}": line[name] for name in names if line.get(name) is not None}
+    values = {f"{line['split']}/{name}": line[name] for name in SCALARS
+              if line.get(name) is not None and (name != "learning_rate" or line["split"] == "train")}
     return values | {f"gradient_norm/{name}": norm for name, norm in line.get("gradient_norms", {}).items()}
 
 
