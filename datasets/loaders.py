@@ -59,7 +59,7 @@ class TrainLoader:
     def batches(self, epoch: int, samples_consumed: int) -> Iterator[Any]:
         """The rest of the epoch, in micro-batches of `rank_batch_size`."""
         self.sampler.set_position(epoch, samples_consumed)
-        return self.read(self.sampler.indices().split(self.rank_batch_size), epoch)
+        yield from self.read(self.sampler.indices().split(self.rank_batch_size), epoch)
 
 
 class EvaluationLoader:

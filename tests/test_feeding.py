@@ -16,8 +16,8 @@ from launch import launcher
 from launch.process_group import World
 from tests.helpers.images import Noted, write_tree
 from trainers.engine.config import TrainConfig
-from trainers.engine.history import DataWait, History
-from trainers.engine.step import TrainStep
+from trainers.engine.history import History
+from trainers.engine.step import DataWait, TrainStep
 from trainers.image_folder import ImageFolderConfig, build_loaders
 
 pytestmark = pytest.mark.timeout(120)
@@ -130,7 +130,7 @@ def test_without_a_gpu_a_batch_is_what_the_loader_gives() -> None:
 
 def test_waits_are_added_up_but_for_the_first_batch_of_a_process(monkeypatch: pytest.MonkeyPatch) -> None:
     times = iter([0.0, 100.0, 200.0, 201.0, 300.0, 303.0, 400.0, 405.0])
-    monkeypatch.setattr("trainers.engine.history.time.perf_counter", lambda: next(times))
+    monkeypatch.setattr("trainers.engine.step.time.perf_counter", lambda: next(times))
     wait = DataWait(CPU)
     found = []
     for count in (2, 2):

@@ -57,7 +57,7 @@ def test_a_node_starts_without_torchruns_box_and_its_ranks_take_as_many_threads_
 
 
 def test_the_readme_names_the_signals_that_a_rank_stops_at() -> None:
-    named = re.findall(r"--signals-to-handle[ =](\S+?)`", (ROOT / "README.md").read_text())
+    named = re.findall(r"--signals-to-handle[ =](\S+?)`", (ROOT / "docs" / "reference.md").read_text())
     assert named
     assert {f"--signals-to-handle={signals}" for signals in named} == {signals_flag()}
     commands = [line for line in (ROOT / "README.md").read_text().splitlines() if line.startswith("    torchrun ")]

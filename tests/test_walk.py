@@ -9,7 +9,7 @@ import pytest
 from tests.helpers.processes import ROOT
 from trainers.mnist import MnistConfig, main
 
-MOST_FILES = 12
+MOST_FILES = 13  # loaders.py too, which the walk passed unseen while each kind of data had a loader of its own
 OURS = {"launch", "datasets", "trainers"}
 
 

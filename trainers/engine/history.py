@@ -13,36 +13,6 @@ MOST_WAIT = 0.2  # share of training that may pass in waits for data without a w
 FEW_SECONDS = 1.0  # of waiting, which nobody minds
 
 
-class DataWait:
-    """Adds up how long steps wait for their batches; of a process without its first batch, which starts the workers.
-
-    By the clock of what waits: a GPU has work queued while the host reads, so its own events are asked.
-    """
-
-    def __init__(self, device: torch.device) -> None:
-        self.on_gpu, self._spans, self._num_seen = device.type == "cuda", [], 0
-
-    def now(self) -> Any:
-        """A time, as both kinds of clock have it."""
-        if not self.on_gpu:
-            return time.perf_counter()
-        event = torch.cuda.Event(enable_timing=True)
-        event.record()
-        return event
-
-    def __enter__(self) -> None:
-        self._began = self.now()
-
-    def __exit__(self, *error: object) -> None:
-        self._spans.append((self._began, self.now()))
-
-    def collect(self) -> float:
-        """Seconds since this was last called, which on a GPU must follow a wait for the device."""
-        spans, self._spans = self._spans[self._num_seen == 0:], []
-        self._num_seen += 1
-        return sum(began.elapsed_time(end) / 1000 if self.on_gpu else end - began for began, end in spans)
-
-
 class History:
     """Empty at the start, or as a checkpoint left it. The same on every rank, but for the seconds."""
 

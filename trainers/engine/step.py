@@ -5,6 +5,7 @@
     evaluation = train_step.evaluate(test, stop)                  # every sample of the test set once
 """
 
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -15,7 +16,6 @@ from torch import Tensor, nn
 from launch.process_group import World
 from launch.stop import StopRequest
 from trainers.engine.dropout import default_generators, seed_dropout, seed_own_code
-from trainers.engine.history import DataWait
 from trainers.engine.metrics import Evaluation, EvaluationSums, TrainingSums, sync_buffers
 from trainers.engine.optimizer import MovingAverage
 from trainers.engine.parallel import gradient_sync, unwrap
@@ -32,6 +32,36 @@ class StepOptions:
     accumulation_steps: int = 1
     clip_grad_norm: float | None = None
     channels_last: bool = False
+
+
+class DataWait:
+    """Adds up how long steps wait for their batches; of a process without its first batch, which starts the workers.
+
+    By the clock of what waits: a GPU has work queued while the host reads, so its own events are asked.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.on_gpu, self._spans, self._num_seen = device.type == "cuda", [], 0
+
+    def now(self) -> Any:
+        """A time, as both kinds of clock have it."""
+        if not self.on_gpu:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def __enter__(self) -> None:
+        self._began = self.now()
+
+    def __exit__(self, *error: object) -> None:
+        self._spans.append((self._began, self.now()))
+
+    def collect(self) -> float:
+        """Seconds since this was last called, which on a GPU must follow a wait for the device."""
+        spans, self._spans = self._spans[self._num_seen == 0:], []
+        self._num_seen += 1
+        return sum(began.elapsed_time(end) / 1000 if self.on_gpu else end - began for began, end in spans)
 
 
 class TrainStep:
@@ -51,7 +81,7 @@ class TrainStep:
         self.is_under_way = False
         """Whether a step was begun and not ended, as where a stop interrupts a wait for data: no state to save."""
         self._frozen_norms = [module for module in model.modules() if is_frozen_norm(module)]
-        self._memory_format = torch.channels_last if options.channels_last else torch.preserve_format
+        self._memory_format = torch.channels_last if options.channels_last else torch.contiguous_format
         self._dropout_generators = default_generators(model, world.device)
 
     @property
