@@ -200,13 +200,17 @@ def test_blitz_reaches_the_tutorials_accuracy_in_two_fifths_of_its_time(cifar10:
     assert sorted(ratios)[1] >= 2.5
 
 
-@pytest.mark.slow
+@pytest.mark.parametrize(("flags", "accuracy"), [
+    pytest.param(("--width", 32, "--epochs", 3), 0.865, marks=pytest.mark.slow),  # measured: 0.876
+    pytest.param((), 0.915, marks=pytest.mark.long),  # measured: 0.921 and 0.921
+])
 @pytest.mark.timeout(1500)
-def test_fast_reaches_its_accuracy_on_two_ranks_of_one_thread(cifar10: Path, tmp_path: Path) -> None:
+def test_fast_reaches_its_accuracy_on_two_ranks_of_one_thread(cifar10: Path, tmp_path: Path, flags: tuple[object, ...],
+                                                              accuracy: float) -> None:
     began = time.monotonic()
-    trained = checked(tmp_path / "fast", "--data-dir", cifar10, "--threads", 1, ranks=2, timeout=1400,
+    trained = checked(tmp_path / "fast", "--data-dir", cifar10, "--threads", 1, *flags, ranks=2, timeout=1400,
                       launcher="torchrun")
     result = read_json(trained / "result.json")
     print(f"{result['accuracy']:.4f} in {result['train_seconds']:.0f} s of {time.monotonic() - began:.0f} s")
-    assert result["accuracy"] >= 0.915  # measured: 0.921
+    assert result["accuracy"] >= accuracy
     assert sum(map(sum, result["confusion_matrix"])) == 10_000
