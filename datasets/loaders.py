@@ -59,7 +59,8 @@ class TrainLoader:
     def batches(self, epoch: int, samples_consumed: int) -> Iterator[Any]:
         """The rest of the epoch, in micro-batches of `rank_batch_size`."""
         self.sampler.set_position(epoch, samples_consumed)
-        yield from self.read(self.sampler.indices().split(self.rank_batch_size), epoch)
+        parts = self.sampler.indices().split(self.rank_batch_size)
+        yield from self.read([part for part in parts if len(part)], epoch)  # of no samples, split makes one empty part
 
 
 class EvaluationLoader:

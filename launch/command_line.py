@@ -43,6 +43,7 @@ def parse(config_class: type, *, recipes: Mapping[str, Mapping[str, Any]] | None
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first.add_argument("--recipe", nargs="?")
     first.add_argument("--model", nargs="?")
+    first.add_argument("--loss", nargs="?")
     first.add_argument("--config", nargs="?", type=Path)
     given = first.parse_known_args(args)[0]
     file = at_home(given.config) if hasattr(default, "config") else None
@@ -51,7 +52,9 @@ def parse(config_class: type, *, recipes: Mapping[str, Mapping[str, Any]] | None
         name = given.recipe or flags.get("recipe", default.recipe)
         if name not in recipes:
             raise UsageError(f"--recipe {name}: unknown; choose from {', '.join(recipes)}{nearest(name, recipes)}")
-        default = replace(default, **of_recipe(recipes[name], default, given.model or flags.get("model")), recipe=name)
+        settings = of_recipe(recipes[name], default, model=given.model or flags.get("model"),
+                             loss=given.loss or flags.get("loss"))
+        default = replace(default, **settings, recipe=name)
     if file is not None:
         try:
             default = from_words(config_class, as_words(flags, config_class), default)
@@ -64,10 +67,11 @@ def parse(config_class: type, *, recipes: Mapping[str, Mapping[str, Any]] | None
     return replace(config, **{**values, **stated})
 
 
-def of_recipe(recipe: Mapping[str, Any], default: Any, model: str | None) -> dict[str, Any]:
-    """A recipe's settings; where another model is asked for, without those that are of its own (`OF_A_MODEL`)."""
+def of_recipe(recipe: Mapping[str, Any], default: Any, *, model: str | None, loss: str | None) -> dict[str, Any]:
+    """A recipe's settings; where another model or a loss of one's own is asked for, without those that are of its
+    (`OF_A_MODEL`, `OF_A_LOSS`)."""
     is_its_own = model in (None, recipe.get("model", getattr(default, "model", None)))
-    left_out = () if is_its_own else default.OF_A_MODEL
+    left_out = (*(() if is_its_own else default.OF_A_MODEL), *(default.OF_A_LOSS if loss and ":" in loss else ()))
     return {name: value for name, value in recipe.items() if name not in left_out}
 
 

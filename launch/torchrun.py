@@ -16,7 +16,7 @@ from torch.distributed.run import main
 from launch.errors import to_stderr
 
 if __name__ == "__main__":
-    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
+    logging.disable(logging.ERROR)  # what stops torchrun itself is raised
     try:
         main()
     except ChildFailedError as error:

@@ -45,7 +45,7 @@ FLAGS = [
     Fault(name="one-sample-per-rank", flags=("--model", "mobilenet_v3_small", "--batch-size", "1"), codes=(2,),
           state="FAILED", error="ERROR usage: --batch-size 1: leaves one sample per rank.*; raise it"),
     Fault(name="a-policy-mistyped", ranks=2, flags=("--auto-augment", "randaugmemt"), codes=(2,), state=None,
-          error="ERROR usage: .*--auto-augment.*randaugmemt"),
+          error="ERROR usage: .*randaugmemt.*--auto-augment"),
     Fault(name="a-magnitude-without-a-policy", ranks=2, flags=("--augment-magnitude", "9"), codes=(2,), state=None,
           error="ERROR usage: --augment-magnitude 9: is of --auto-augment randaugment and augmix, not of None"),
     Fault(name="a-probability-above-1", flags=("--random-erase", "1.5"), codes=(2,), state=None,

@@ -44,6 +44,7 @@ class TrainConfig(ScheduleFlags):
     """The groups of --help, each by its first flag."""
     OF_A_MODEL: ClassVar = ("width", "channels", "hidden", "dropout", "model_options", "freeze")
     """What a recipe sets of its own model, and leaves alone where --model names another."""
+    OF_A_LOSS: ClassVar = ("label_smoothing", "class_weights")  # and where --loss is FILE.py:NAME
 
     recipe: str = "default"
     """Named set of defaults, which other flags override."""

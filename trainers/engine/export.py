@@ -30,7 +30,9 @@ def export(model: nn.Module, path: Path, *, image_shape: tuple[int, int, int]) -
     images = torch.randn(3, *image_shape, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         expected = model(images)
-    program = torch.export.export(model, (images,), dynamic_shapes=({0: torch.export.Dim("batch")},))
+    shapes = torch.export.ShapesCollection()  # by tensor, for a forward that takes *inputs too
+    shapes[images] = {0: torch.export.Dim("batch")}
+    program = torch.export.export(model, (images,), dynamic_shapes=shapes.dynamic_shapes(model, (images,)))
     missing = [name for name in ("onnx", "onnxscript") if importlib.util.find_spec(name) is None]
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -179,10 +179,12 @@ class TrainStep:
         model.eval()
         sums = EvaluationSums(self.world.device, num_classes=self.task.num_classes, metrics=self.task.metrics)
         self.world.watchdog.mark("evaluation data")
-        for inputs, targets in test:
+        for number, (inputs, targets) in enumerate(test):
             self.world.watchdog.mark("evaluate")
             if stop:
                 break
+            if self.task.is_own:
+                seed_own_code(self.options.seed + number)
             inputs, targets = self.to_device(inputs, targets)
             with self.precision.autocast():
                 outputs = apply(model, inputs)
