@@ -146,6 +146,8 @@ class PackedImages:
         entry, row, part = self.find(sample)
         start = int(entry["offset"])
         content = memoryview(self.map(part))[start : start + int(entry["length"])]
+        if len(content) < entry["length"]:  # before this process opened it
+            raise self.damaged(f"{part} was cut short while in use")
         if not self.checked[row] and zlib.crc32(content) != entry["crc32"]:
             raise self.damaged(f"damaged in {part}, whose bytes have changed since they were packed")
         if not entry["height"]:
