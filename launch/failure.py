@@ -5,6 +5,7 @@
 """
 
 import contextlib
+import multiprocessing
 import os
 import re
 import socket
@@ -134,6 +135,9 @@ class JobFailure:
                 writing.join(2)  # a file system that hangs must not keep the process
         if code == errors.EXIT_PREEMPTED and self.heartbeats is not None:
             self.heartbeats.wait_to_leave(LINGER_SECONDS)
+        for child in multiprocessing.active_children():
+            if child.daemon:  # as multiprocessing does at a usual exit
+                child.kill()
         os._exit(code)
 
     def _lost_line(self) -> str:

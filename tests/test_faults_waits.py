@@ -155,6 +155,28 @@ if any("forkserver" in word for word in sys.orig_argv):
 '''
 
 
+STARTING = '''
+import sys, time
+if any("forkserver" in word for word in sys.orig_argv):
+    from multiprocessing.synchronize import SemLock
+    unpickle = SemLock.__setstate__
+    SemLock.__setstate__ = lambda lock, state: (time.sleep(3), unpickle(lock, state))
+'''
+
+
+@pytest.mark.slow
+def test_a_stop_while_workers_start_ends_them_without_a_word(tmp_path: Path) -> None:
+    (tmp_path / "sitecustomize.py").write_text(STARTING)
+    flags = ["--data-dir", image_tree(tmp_path / "images"), *SHORT, "--batch-size", "60", "--workers", "2",
+             "--output-dir", tmp_path]
+    with start("image_folder", *flags, folder=tmp_path, PYTHONPATH=str(tmp_path)) as job:
+        job.wait_until(lambda: len(job.alive()) >= 5)  # the trainer, the server, its tracker, the workers
+        job.signal(signal.SIGTERM)
+        ended = job.wait(30)
+        check_nothing_left(job)
+    check(ended, Fault(name="worker", codes=(75,)))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("stopped", [False, True])
 def test_a_worker_whose_read_never_returns_is_noticed_and_does_not_delay_a_stop(tmp_path: Path, stopped: bool) -> None:

@@ -170,8 +170,9 @@ class Decoder:
         self.workers = workers
         self.keys: list[Key] = []
         """What to decode next: replaced before each pass."""
+        self.processes: list[multiprocessing.process.BaseProcess] = []
         workers_end, self.lifeline = multiprocessing.Pipe(duplex=False)
-        atexit.register(self.lifeline.close)  # before multiprocessing waits for workers that an error has left behind
+        atexit.register(self.end_workers)  # before multiprocessing waits for workers that an error has left behind
         self.loader = DataLoader(
             decoding, batch_size=None, sampler=self.keys, num_workers=workers, pin_memory=pin_memory,
             collate_fn=as_it_is,  # pyright: ignore[reportArgumentType]
@@ -189,7 +190,9 @@ class Decoder:
         self.keys[:] = keys
         try:
             with blocked_signals():
+                before = multiprocessing.active_children()
                 batches = iter(self.loader)
+                self.processes += [each for each in multiprocessing.active_children() if each not in before]
             yield from batches
         except (RuntimeError, EOFError, OSError) as error:  # the last two when it dies while it hands a batch over
             if self.workers == 0 or str(error).startswith("Caught "):  # raised by our code in a worker: a bug
@@ -198,8 +201,14 @@ class Decoder:
                             f"the same command again, perhaps with fewer") from None
         except BaseException as error:
             if not isinstance(error, GeneratorExit):  # a stop, in a wait for a worker that may never answer
-                self.lifeline.close()
+                self.end_workers()
             raise
+
+    def end_workers(self) -> None:
+        """Also those that still start, and would miss the locks that this process takes along."""
+        self.lifeline.close()
+        for process in self.processes:
+            process.kill()
 
 
 def unless_failed(batch: Any) -> Any:

@@ -29,7 +29,8 @@ PHOTOS = [*TRAIN, "--batch-size", "16", "--image-size", "32", "--resize-size", "
 MORE_FLAGS = {  # by program
     "trainers/cifar.py": SYNTHETIC, "trainers/mnist.py": SYNTHETIC, "trainers/fashion_mnist.py": SYNTHETIC,
     "trainers/regression.py": TRAIN, "trainers/custom.py": TRAIN, "trainers/image_folder.py": PHOTOS,
-    "launch/benchmark.py": ["--rounds", "1", "--steps", "1", "--warmup-steps", "1", "--setups", "cpu:1"],
+    "launch/benchmark.py": ["--rounds", "1", "--steps", "1", "--warmup-steps", "1", "--setups", "cpu:1",
+                            "--batch-size", "64"],
     "launch/doctor.py": [], "datasets/pack.py": [], "trainers/report.py": [], "trainers/predict.py": [],
     "docs/make_reference.py": [],
 }
