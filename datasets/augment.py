@@ -1,9 +1,7 @@
 """Augmentation keyed by (seed, epoch, sample): of a whole batch at a time on the device the model is on, or in workers.
 
-A sample gets the same crop and flip on the CPU and the GPU, alone or in a batch, at any world size. The per-sample
-choices are one hash each; the pixels are moved by one gather and one select for the batch. Only `KeyedTransforms` take
-one image after the other: for torchvision's transforms, which draw from torch's generator.
-"""
+A sample gets the same crop and flip on the CPU and the GPU, alone or in a batch, at any world size: one hash for each
+choice; the pixels are moved by one gather and one select for the batch."""
 
 import functools
 import math
@@ -27,55 +25,33 @@ class Augmentation:
     """What is done to a training image between the data set and the network."""
 
     seed: int
-    mean: tuple[float, ...]
-    """Per channel, in units of the full range [0, 1]."""
+    mean: tuple[float, ...]  # per channel, in units of the full range [0, 1]
     std: tuple[float, ...]
-    shift: int = 0
-    """The image is padded by this many pixels on each side and cropped back at a random place."""
+    shift: int = 0  # the image is padded by this many pixels on each side and cropped back at a random place
     padding: Literal["reflect", "zeros"] = "reflect"
     flip: Literal["random", "alternating"] | None = None
     """random: half of the samples, chosen again in each epoch. alternating: half of them in the first epoch, and then
-    each sample the other way round every epoch, so that any two consecutive epochs show both sides (cifar10-airbench).
-    """
-    vertical_flip: float = 0.0
-    """The share of samples that are turned upside down."""
-    random_erase: float = 0.0
-    """The share of samples in which a rectangle is blank."""
+    each sample the other way round every epoch, so that any two epochs in a row show both sides (cifar10-airbench)."""
+    vertical_flip: float = 0.0  # the share of samples that are turned upside down
+    random_erase: float = 0.0  # the share of samples in which a rectangle is blank
 
     def prepare(self, images: Tensor) -> Tensor:
         """Pad the whole data set once, (N, C, H, W) to (N, C, H + 2 shift, W + 2 shift), so that a crop is a gather."""
         return pad(images, self.shift, self.padding) if self.shift else images
 
-    def __call__(self, prepared: Tensor, samples: Tensor, *, epoch: int) -> Tensor:
-        """Crop, flip and normalise some samples of the prepared data set.
-
-        Args:
-            prepared: uint8 (N, C, H + 2 shift, W + 2 shift), from `prepare`.
-            samples: int64 (B,), indices into it, on its device; they are the key of every random choice.
-            epoch: the other part of the key.
-
-        Returns:
-            float32 (B, C, H, W), normalised.
-        """
-        return self.augment(prepared, samples, samples, epoch)
-
-    def batch(self, images: Tensor, samples: Tensor, *, epoch: int) -> Tensor:
-        """The same result for images that are not in memory with the rest of the data set.
-
-        Args:
-            images: uint8 (B, C, H, W), not prepared.
-            samples: int64 (B,), the keys, on their device.
-            epoch: as above.
-        """
-        return self.augment(self.prepare(images), torch.arange(len(images), device=images.device), samples, epoch)
-
-    def augment(self, prepared: Tensor, rows: Tensor, samples: Tensor, epoch: int) -> Tensor:
-        """Some rows (B,) of prepared images, their random choices keyed by `samples` (B,)."""
-        images = normalize(self.moved(prepared, rows, samples, epoch), self.mean, self.std)
+    def __call__(self, prepared: Tensor, samples: Tensor, *, epoch: int, rows: Tensor | None = None) -> Tensor:
+        """Crop, flip and normalise some samples, int64 (B,), the keys of all choices, of the prepared data set, uint8
+        (N, C, H + 2 shift, W + 2 shift), by default in the rows of their numbers: float32 (B, C, H, W)."""
+        images = self.moved(prepared, samples if rows is None else rows, samples, epoch)
+        images = normalize(images, self.mean, self.std)
         return erase(images, self.random_erase, samples, self.seed, epoch) if self.random_erase else images
 
+    def batch(self, images: Tensor, samples: Tensor, *, epoch: int) -> Tensor:
+        """The same for images (B, C, H, W) that are not prepared, nor in memory with the rest of the data set."""
+        return self(self.prepare(images), samples, epoch=epoch, rows=torch.arange(len(images), device=images.device))
+
     def moved(self, prepared: Tensor, rows: Tensor, samples: Tensor, epoch: int) -> Tensor:
-        """The same images cropped and flipped, uint8."""
+        """Some rows (B,) of prepared images cropped and flipped, uint8, their choices keyed by `samples` (B,)."""
         if self.shift:
             down = random_integers(samples, 2 * self.shift + 1, self.seed, epoch, Purpose.CROP_ROW)
             right = random_integers(samples, 2 * self.shift + 1, self.seed, epoch, Purpose.CROP_COLUMN)
@@ -102,13 +78,10 @@ class Augmentation:
 
 @dataclass(frozen=True, kw_only=True)
 class KeyedTransforms:
-    """The work of one worker on training images: torchvision's transforms, one image after the other.
+    """The work of one worker on training images: torchvision's transforms, one image after the other. They draw from
+    torch's generator, which is seeded by the sample, and left as it was, for dropout."""
 
-    They draw from torch's generator, which is seeded by the sample. It is left as it was, for dropout.
-    """
-
-    augmentation: Augmentation
-    """Its crop and flips come first."""
+    augmentation: Augmentation  # its crop and flips come first
     transforms: Sequence[Callable[[Tensor], Tensor]]
 
     def __call__(self, images: Tensor, samples: list[int], epoch: int) -> Tensor:
@@ -138,9 +111,7 @@ def pad(images: Tensor, amount: int, mode: Literal["reflect", "zeros"]) -> Tenso
             positions = torch.arange(-amount, size + amount, device=images.device).abs()
             images = images.index_select(dimension, size - 1 - (size - 1 - positions).abs())
         return images
-    padded = images.new_zeros(*images.shape[:2], images.shape[2] + 2 * amount, images.shape[3] + 2 * amount)
-    padded[:, :, amount:-amount, amount:-amount] = images
-    return padded
+    return torch.nn.functional.pad(images, [amount] * 4)
 
 
 def crop(padded: Tensor, samples: Tensor, rows: Tensor, columns: Tensor, shift: int) -> Tensor:
@@ -164,9 +135,7 @@ def mirror(images: Tensor, chosen: Tensor, dimension: int = -1) -> Tensor:
 
 def erase(images: Tensor, share: float, samples: Tensor, *key_parts: int) -> Tensor:
     """Zeros, in place, in a rectangle of this share of normalised images (B, C, H, W) (Zhong et al., 2017).
-
-    Areas and ratios are torchvision's; a side that is longer than the image is cut, where torchvision draws again.
-    """
+    Areas and ratios are torchvision's; a side that is longer than the image is cut, where torchvision draws again."""
     height, width = images.shape[2:]
     chance, area, ratio, top, left = (random_uniform(samples, *key_parts, purpose).double() for purpose in ERASING)
     ratio = (math.log(0.3) + math.log(3.3 / 0.3) * ratio).exp()  # height / width

@@ -24,11 +24,7 @@ class TestBatch(CIFAR10):
 
 
 def load(data_dir: Path, *, train: bool = True) -> Splits:
-    """The training and test split from `data_dir/cifar-10-batches-py`, checked against the published md5.
-
-    Raises:
-        DataError: if files are missing or damaged.
-    """
+    """Training and test split from `data_dir/cifar-10-batches-py`, checked by md5; DataError if missing or damaged."""
     try:
         training = CIFAR10(str(data_dir), train=True) if train else None
         test = TestBatch(str(data_dir), train=False)
@@ -41,42 +37,29 @@ def load(data_dir: Path, *, train: bool = True) -> Splits:
 
 def in_memory(dataset: CIFAR10) -> TensorDataset:
     """torchvision's (N, 32, 32, 3) array and list of labels, as tensors with the channels first."""
-    return TensorDataset(
-        inputs=torch.from_numpy(dataset.data).permute(0, 3, 1, 2).contiguous(),
-        targets=torch.tensor(dataset.targets),
-        class_names=tuple(dataset.classes),
-    )
+    return TensorDataset(inputs=torch.from_numpy(dataset.data).permute(0, 3, 1, 2).contiguous(),
+                         targets=torch.tensor(dataset.targets), class_names=tuple(dataset.classes))
 
 
 def prepare(data_dir: Path, *, download: bool, train: bool = True) -> None:
-    """Unpack the published archive where it lies alone or among some of its files, or fetch what is missing.
-
-    For one process per node; others wait.
-
-    Raises:
-        DataError: if the archive is damaged, or as `fetch` does.
-    """
+    """Unpack the published archive where it lies alone or among some of its files, or fetch what is missing; for one
+    process per node. DataError if the archive is damaged or the place cannot be written, or as `fetch` raises."""
     folder, archive = data_dir / CIFAR10.base_folder, data_dir / CIFAR10.filename
     files = [name for name, _ in (*CIFAR10.train_list[: 5 * train], *CIFAR10.test_list)] + [CIFAR10.meta["filename"]]
+
+    def extract(place: str) -> None:
+        with tarfile.open(archive) as content:
+            content.extractall(place, filter="data")
     if archive.is_file() and not all((folder / name).is_file() for name in files):
         if check_integrity(archive, CIFAR10.tgz_md5):
-            unpack(archive, data_dir)
+            try:
+                install(extract, data_dir, CIFAR10.base_folder)
+            except OSError as error:
+                raise DataError(f"{archive}: cannot be unpacked there ({error.strerror}); choose a --data-dir that can "
+                                f"be written") from None
         elif not download:
             raise DataError(f"{archive}: is damaged, or not the published one (its md5 is another than "
                             f"{CIFAR10.tgz_md5}); fetch {CIFAR10.url} again, or add --download")
     if download:
         fetch(lambda place: CIFAR10(place, download=True), data_dir, CIFAR10.base_folder, name="CIFAR-10",
               load=partial(load, train=train))
-
-
-def unpack(archive: Path, data_dir: Path) -> None:
-    """The files of an archive whose content is known."""
-    def extract(place: str) -> None:
-        with tarfile.open(archive) as content:
-            content.extractall(place, filter="data")
-
-    try:
-        install(extract, data_dir, CIFAR10.base_folder)
-    except OSError as error:
-        raise DataError(f"{archive}: cannot be unpacked there ({error.strerror}); choose a --data-dir that can be "
-                        f"written") from None

@@ -8,10 +8,7 @@ from datasets.errors import DataError
 
 def join_classes(found: Sequence[str], known: Sequence[str], *, place: str, owner: str) -> dict[str, int]:
     """The label of each class that was found: its position among those that the `owner` knows, which may be more.
-
-    Raises:
-        DataError: for a name that is not known, saying `place` and which are.
-    """
+    DataError for a name that is not known, saying `place` and which are."""
     labels = {name: label for label, name in enumerate(known)}
     for name in found:
         if name not in labels:

@@ -25,13 +25,8 @@ def silence_ends() -> Iterator[None]:
 
 def fetch(download: Callable[[str], object], data_dir: Path, folder: str, *, name: str,
           load: Callable[[Path], object]) -> None:
-    """Have `download` fill a temporary folder, then move what it wrote, called `folder`, into place.
-
-    For one process per node; others wait. Does nothing if `load` can read what is there; a part of it is completed.
-
-    Raises:
-        DataError: without network, or if what arrives is damaged.
-    """
+    """Have `download` fill a temporary folder, then move what it wrote, called `folder`, into place; for one process
+    per node. Does nothing if `load` can read what is there. DataError without network, or if damage arrives."""
     with contextlib.suppress(DataError):
         load(data_dir)
         return
@@ -46,12 +41,7 @@ def fetch(download: Callable[[str], object], data_dir: Path, folder: str, *, nam
 
 def install(fill: Callable[[str], object], data_dir: Path, folder: str) -> None:
     """Have `fill` write to a temporary folder, then put `folder` of it into `data_dir`: whole, or file by file.
-
-    The temporary folder is gone at the end, or when this process exits.
-
-    Raises:
-        OSError: as the file system, or `fill`, says.
-    """
+    The temporary folder is gone at the end, or when this process exits. OSError as the file system, or `fill`, says."""
     data_dir.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=data_dir, prefix=".new-", ignore_cleanup_errors=True) as temporary:
         fill(temporary)

@@ -13,13 +13,8 @@ CLASS_NAMES = ("t-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shi
 
 
 def load(data_dir: Path, *, train: bool = True) -> Splits:
-    """The training and test split from `data_dir/FashionMNIST/raw`, where torchvision puts it, or above.
-
-    Never from `data_dir` itself: MNIST's files have the same names.
-
-    Raises:
-        DataError: if files are missing or damaged.
-    """
+    """Training and test split from `data_dir/FashionMNIST/raw`, where torchvision puts it, or above; DataError as idx.
+    Never from `data_dir` itself: MNIST's files have the same names."""
     folders = [data_dir / "FashionMNIST" / "raw", data_dir / "FashionMNIST"]
     for folder in folders:
         if folder.is_dir() and list(folder.glob("t*ubyte*")):
@@ -28,6 +23,8 @@ def load(data_dir: Path, *, train: bool = True) -> Splits:
                     f"--download, or train on --dataset synthetic")
 
 
-def download(data_dir: Path) -> None:
-    """Fetch the four files. For one process per node; others wait. Raises DataError as `fetch` does."""
-    fetch(lambda folder: FashionMNIST(folder, download=True), data_dir, "FashionMNIST", name="FashionMNIST", load=load)
+def prepare(data_dir: Path, *, download: bool, train: bool = True) -> None:
+    """Fetch the four files, if they are not there; for one process per node. DataError as `fetch` raises."""
+    if download:
+        fetch(lambda folder: FashionMNIST(folder, download=True), data_dir, "FashionMNIST", name="FashionMNIST",
+              load=load)

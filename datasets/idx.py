@@ -12,16 +12,12 @@ from datasets.tensors import Splits, TensorDataset
 
 SIZE = 28  # pixels on each side
 MOST_BYTES = 2**30  # of one file, unpacked; MNIST's largest has 47 million
-UNSIGNED_BYTES = 0x08  # the third byte of the magic number; the fourth is the number of dimensions
 REMEDY = "fetch the file again, or train on --dataset synthetic"
 
 
 def load(folder: Path, class_names: tuple[str, ...], *, train: bool = True) -> Splits:
     """The training and test split from four files in a folder, plain or .gz, `idx3-ubyte` after a hyphen or a dot.
-
-    Raises:
-        DataError: if a file is missing or damaged, or does not fit the others.
-    """
+    DataError if a file is missing or damaged, or does not fit the others."""
     return load_split(folder, "train", class_names) if train else None, load_split(folder, "t10k", class_names)
 
 
@@ -39,11 +35,7 @@ def load_split(folder: Path, split: str, class_names: tuple[str, ...]) -> Tensor
 
 
 def in_memory(images: np.ndarray, labels: np.ndarray, class_names: tuple[str, ...], *, source: str) -> TensorDataset:
-    """Checked arrays as a data set: images uint8 (N, 28, 28), labels of any integer type (N,).
-
-    Raises:
-        DataError: for other shapes, counts that differ, none at all, or labels that are no class.
-    """
+    """Checked arrays, images uint8 (N, 28, 28) and labels of any integer type (N,), as a data set; else DataError."""
     if images.shape[1:] != (SIZE, SIZE):
         raise DataError(f"{source}: images of {' x '.join(map(str, images.shape[1:]))} pixels, not {SIZE} x {SIZE}; "
                         f"{REMEDY}")
@@ -58,8 +50,7 @@ def in_memory(images: np.ndarray, labels: np.ndarray, class_names: tuple[str, ..
 
 def is_complete(folder: Path, *, train: bool = True) -> bool:
     """Whether all four files are there, in any of their spellings; without `train`, the two of the test split."""
-    return all(find(folder, f"{split}-{content}", num_dimensions) is not None
-               for split in ("train", "t10k")[not train :]
+    return all(find(folder, f"{split}-{content}", num_dimensions) for split in ("train", "t10k")[not train :]
                for content, num_dimensions in (("images", 3), ("labels", 1)))
 
 
@@ -70,13 +61,8 @@ def find(folder: Path, stem: str, num_dimensions: int) -> Path | None:
 
 
 def read(path: Path, *, num_dimensions: int) -> np.ndarray:
-    """The array in one file: uint8, of as many dimensions as asked for.
-
-    Raises:
-        DataError: for a wrong magic number, or a length that is not what the header says.
-    """
-    magic = UNSIGNED_BYTES << 8 | num_dimensions
-    header_size = 4 * (1 + num_dimensions)
+    """The array in one file: uint8, of as many dimensions as asked for; DataError for another header or length."""
+    magic, header_size = 0x0800 | num_dimensions, 4 * (1 + num_dimensions)  # 08: of unsigned bytes
     try:
         with gzip.open(path) if path.suffix == ".gz" else open(path, "rb") as file:
             header = file.read(header_size)

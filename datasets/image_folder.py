@@ -1,8 +1,7 @@
 """A folder of images by class, as torchvision's ImageFolder reads it: train/<class>/… and test/<class>/… (or val/).
 
 Without a test folder, or to keep it untouched while flags are tuned, one folder of classes is split by a fraction.
-Only names are read here; images/read.py reads the pixels, in loader workers (images/loaders.py) or into a pack.
-"""
+Only names are read here; images/read.py reads the pixels, in loader workers (images/loaders.py) or into a pack."""
 
 import contextlib
 import hashlib
@@ -27,38 +26,28 @@ from datasets.order import epoch_order
 from datasets.tensors import held_out
 
 TEST_NAMES = ("test", "val", "valid", "validation")
-SYNTHETIC_TRAIN, SYNTHETIC_TEST = 2000, 500
 
 
 @dataclass(frozen=True, kw_only=True)
 class ImageTree:
     """The image files of one split, in a fixed order, with their labels; see packed.ImageSource."""
 
-    root: Path
-    names: tuple[str, ...]
-    """Paths below the root."""
-    targets: Tensor
-    """int64 (N,)."""
+    folder: Path
+    names: tuple[str, ...]  # paths below the folder
+    targets: Tensor  # int64 (N,)
     class_names: tuple[str, ...]
-    left_out: Counter[str] = field(default_factory=Counter)
-    """Files that are no images, counted by extension, and hidden names."""
-    unreadable: Mapping[str, str] = field(default_factory=dict)
-    """What the listing could not read: path and reason."""
+    left_out: Counter[str] = field(default_factory=Counter)  # files that are no images, by extension, and hidden names
+    unreadable: Mapping[str, str] = field(default_factory=dict)  # what the listing could not read: path and reason
     decoder: str = DECODER
     raw: bool = False
     fitted: bool = False
-
-    @property
-    def folder(self) -> Path:
-        """What the names of the images are below."""
-        return self.root
 
     def __len__(self) -> int:
         return len(self.names)
 
     def path(self, sample: int) -> Path:
         """The path of an image."""
-        return self.root / self.names[sample]
+        return self.folder / self.names[sample]
 
     def read(self, sample: int) -> bytes:
         """The content of an image; BadImage if it cannot be read."""
@@ -75,23 +64,18 @@ class ImageTree:
         return hashlib.sha256(text.encode(errors="surrogateescape")).hexdigest()[:16]
 
     def sizes_and_times(self, files: dict[str, list[int]] | None = None) -> dict[str, list[int]]:
-        """Bytes and modification time (ns) of each image, by one `stat` each; -1 for one that cannot be read.
-
-        They are added to `files` one by one.
-        """
+        """Bytes and modification time (ns) of each image, -1 if it cannot be read, added to `files` one by one."""
         files = {} if files is None else files
         for name in self.names:
             files[name] = [-1, -1]
             with contextlib.suppress(OSError):
-                status = os.stat(os.path.join(self.root, name))
+                status = os.stat(os.path.join(self.folder, name))
                 files[name] = [status.st_size, status.st_mtime_ns]
         return files
 
     def fingerprint(self, files: Mapping[str, Sequence[int]] | None = None, *, times: bool = False) -> str:
         """A hash of names, labels and sizes, to notice data that changed since a checkpoint.
-
-        With `times`, of the modification times too: for a cache, where a copied folder may count as a new one.
-        """
+        With `times`, of the modification times too: for a cache, where a copied folder may count as a new one."""
         digest = hashlib.sha256(self.listing_hash().encode())
         for size, time in (files or self.sizes_and_times()).values():
             digest.update(f"{size} {time if times else ''}\n".encode() if size >= 0 else b"unreadable\n")
@@ -100,18 +84,10 @@ class ImageTree:
 
 def load(data_dir: Path, *, validation_fraction: float | None = None, seed: int = 0, train: bool = True,
          known: Sequence[str] | None = None) -> tuple[ImageTree | None, ImageTree]:
-    """The training and the test split of `data_dir`.
+    """The training and the test split of `data_dir`, which holds train/ and test/ (or val/); or, to be split, train/
+    alone or the classes themselves, of which `seed` sets this share of each apart. `known` are a checkpoint's classes.
 
-    Args:
-        data_dir: holds train/ and test/ (or val/); or, to be split, train/ alone or the classes themselves.
-        validation_fraction: the share of each class that is set apart as the test split.
-        seed: decides which images those are.
-        train: whether the training split is wanted; without, there need be none.
-        known: the classes of a checkpoint, which fix the labels of the test split alone.
-
-    Raises:
-        DataError: for missing folders, empty classes, or classes in the test folder that are not known.
-    """
+    DataError for missing folders, empty classes, or classes of the test split that are not known."""
     if not os.path.isdir(data_dir):
         raise DataError(f"--data-dir {data_dir}: no such folder; give the one that holds train/ and test/, or train on "
                         f"--dataset synthetic")
@@ -145,48 +121,32 @@ def subfolders(folder: Path) -> list[str]:
 
 
 def scan(folder: Path, *, class_names: Sequence[str] | None = None, owner: str = "") -> ImageTree:
-    """All images below `folder`/<class>/, sorted by class, folder and name.
-
-    Args:
-        folder: one folder per class in it.
-        class_names: those that `owner` knows, which fix the labels. By default the folders' own, sorted.
-
-    Raises:
-        DataError: if there is no class folder, only one, an empty one, or one that is not in `class_names`.
-    """
-    try:
-        listing = list_images(folder)
-    except OSError as error:
-        raise DataError(f"--data-dir {folder}: cannot be read ({error.strerror}); check its permissions") from None
+    """All images below `folder`/<class>/, sorted by class, folder and name; `class_names` that `owner` knows fix the
+    labels, by default the folders' own. DataError for no class folder, only one, an empty or an unknown one."""
+    listing = list_images(folder, flag="--data-dir ")
     broken = {name.partition(os.sep)[0] for name in listing.unreadable}
     found = sorted({*listing.folders, *(name for name in broken if not os.path.splitext(name)[1])})
     names = tuple(class_names or found)
     images = [name for name in listing.images if os.sep in name]
     listing.left_out["outside of the class folders"] += len(listing.images) - len(images)
+    left_out = describe_left_out(+listing.left_out)
     if not found:
-        raise DataError(f"--data-dir {folder}: holds no folder per class{describe_left_out(+listing.left_out)}; put "
-                        f"images into {folder.name}/<class>/")
+        raise DataError(f"--data-dir {folder}: holds no folder per class{left_out}; put images into "
+                        f"{folder.name}/<class>/")
     labels = join_classes(found, names, place=f"--data-dir {folder}{os.sep}", owner=owner)
-    filled = broken | {image.partition(os.sep)[0] for image in images}
-    for name in found:
-        if name not in filled:
-            raise DataError(f"--data-dir {folder / name}: holds no image ({' '.join(EXTENSIONS)})"
-                            f"{describe_left_out(+listing.left_out)}; add some, or remove the folder")
+    empty = set(found) - broken - {image.partition(os.sep)[0] for image in images}
+    if empty:
+        raise DataError(f"--data-dir {folder / min(empty)}: holds no image ({' '.join(EXTENSIONS)}){left_out}; add "
+                        f"some, or remove the folder")
     if len(names) == 1:
-        raise DataError(f"--data-dir {folder}: holds one class only, {names[0]}{one_class(folder, images)}")
+        inner = sorted({name.split(os.sep)[1] for name in images if name.count(os.sep) > 1})
+        remedy = (f" in {some_of(inner)}; if those are the classes, move them one level up, into {folder.name}/"
+                  if inner else f"; put those of each class into {folder.name}/<class>/")
+        raise DataError(f"--data-dir {folder}: holds one class only, {names[0]} with {len(images)} images{remedy}")
     images.sort(key=lambda name: (name.partition(os.sep)[0], os.path.dirname(name), name))
-    return ImageTree(root=folder, names=tuple(images), class_names=names, left_out=+listing.left_out,
+    return ImageTree(folder=folder, names=tuple(images), class_names=names, left_out=+listing.left_out,
                      targets=torch.tensor([labels[name.partition(os.sep)[0]] for name in images], dtype=torch.int64),
                      unreadable={str(folder / name): reason for name, reason in sorted(listing.unreadable.items())})
-
-
-def one_class(folder: Path, images: Sequence[str]) -> str:
-    """What is in the only class, and what to do: the end of an error."""
-    inner = sorted({name.split(os.sep)[1] for name in images if name.count(os.sep) > 1})
-    if not inner:
-        return f" with {len(images)} images; put those of each class into {folder.name}/<class>/"
-    return (f" with {len(images)} images in {some_of(inner)}; if those are the classes, move them one level up, into "
-            f"{folder.name}/")
 
 
 def describe(train: Any, test: Any, validation: Any = None) -> str:
@@ -199,12 +159,8 @@ def describe(train: Any, test: Any, validation: Any = None) -> str:
 
 
 def split(tree: ImageTree, fraction: float, *, seed: int) -> tuple[ImageTree, ImageTree]:
-    """Set a share of each class apart, at least one image and never all, by keyed random order.
-
-    Raises:
-        DataError: if a class has a single image.
-    """
-    folders = [str(tree.root / name) for name in tree.class_names]
+    """Set a share of each class apart by keyed random order, at least one image and never all; DataError for one."""
+    folders = [str(tree.folder / name) for name in tree.class_names]
     chosen = held_out(tree.targets, fraction, seed=seed, class_names=folders)
     test = replace(tree, left_out=Counter(), unreadable={})  # said once, of the training split
     return tree.subset((~chosen).nonzero().flatten()), shuffled(test.subset(chosen.nonzero().flatten()))
@@ -215,23 +171,15 @@ def shuffled(tree: ImageTree) -> ImageTree:
     return tree.subset(epoch_order(len(tree), seed=0, epoch=0))
 
 
-def synthetic_folder(data_dir: Path, *, seed: int) -> Path:
-    """Where `write_synthetic` puts the images of a seed."""
-    return data_dir / f"synthetic-images-{seed}"
-
-
 def write_synthetic(folder: Path, *, seed: int) -> None:
     """The images of synthetic.py as a folder of PNG files: 2,000 to train on and 500 to test, in two seconds.
-
-    For one process per node. The folder appears whole; nothing is done if it is there.
-    """
+    For one process per node. The folder appears whole; nothing is done if it is there."""
     if folder.is_dir():
         return
-    splits = zip(("train", "test"), synthetic.load(seed=seed, num_train=SYNTHETIC_TRAIN, num_test=SYNTHETIC_TEST),
-                 strict=True)
+    splits = synthetic.load(seed=seed, num_train=2000, num_test=500)
 
     def write(place: str) -> None:
-        for split_name, images in splits:
+        for split_name, images in zip(("train", "test"), splits, strict=True):
             for sample, (image, label) in enumerate(zip(images.inputs, images.targets.tolist(), strict=True)):
                 path = Path(place, folder.name, split_name, images.class_names[label], f"{sample:05d}.png")
                 path.parent.mkdir(parents=True, exist_ok=True)

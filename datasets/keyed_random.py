@@ -1,9 +1,7 @@
 """Random numbers that are a hash of what they are for: (seed, epoch, purpose, sample index).
 
-The same on the CPU and the GPU, at any world size, with any number of workers, before and after a resume, because
-no number depends on the one before and so nothing has to be saved. The hash is the finaliser of splitmix64 (Steele,
-Lea and Flood, 2014), in 64-bit integers that wrap.
-"""
+No number depends on the one before: they are the same on the CPU and the GPU, at any world size, with any number of
+workers, and nothing has to be saved. By splitmix64's finaliser (Steele, Lea and Flood, 2014), in 64-bit integers."""
 
 import functools
 import math
@@ -90,11 +88,8 @@ def random_normal(indices: Tensor, *key_parts: int) -> Tensor:
 
 
 def random_beta(indices: Tensor, shape: Tensor, *key_parts: int) -> Tensor:
-    """A float32 from Beta(shape, shape) for each index, `shape` (float64) above 0.
-
-    By the polar method (Bailey, 1994; Devroye, 1996): two uniform numbers, none rejected. In float64, so that what a
-    device, or a vector of another length, rounds in another way is rounded off.
-    """
+    """A float32 from Beta(shape, shape) for each index, `shape` (float64) above 0, by the polar method (Bailey, 1994;
+    Devroye, 1996): two uniform numbers, none rejected. In float64, to round off what devices round in other ways."""
     first, second = (random_uniform(2 * indices + part, *key_parts).double() for part in (0, 1))
     cosine = torch.cos(2 * math.pi * second)
     ratio = torch.expm1(-torch.log(1 - first) / shape) * cosine**2

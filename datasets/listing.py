@@ -1,8 +1,7 @@
 """Which files below a folder are images: one rule for training, prediction and caches.
 
 Hidden names, and those that archives and desktops leave behind, are none, at any depth below the folder that was given.
-Links are followed, but not in a circle.
-"""
+Links are followed, but not in a circle."""
 
 import os
 from collections import Counter
@@ -16,7 +15,6 @@ EXTENSIONS = (".jpg", ".jpeg", ".jpe", ".jfif", ".mpo", ".png", ".gif", ".bmp", 
 LEFT_BEHIND = {"__macosx", "thumbs.db", "ehthumbs.db", "desktop.ini", "@eadir", "#recycle", "@recycle", "lost+found",
                "$recycle.bin", "system volume information", "icon\r", "#snapshot", "@recently-snapshot", "@tmp",
               "found.000", "network trash folder", "temporary items", "ehthumbs_vista.db"}  # in lower case
-HIDDEN = "hidden"  # counts as one, whatever is in it
 
 
 @dataclass(kw_only=True)
@@ -24,10 +22,8 @@ class Listing:
     """What is below a folder: paths relative to it, in no particular order."""
 
     images: list[str] = field(default_factory=list)
-    folders: list[str] = field(default_factory=list)
-    """The folders in it, not those below."""
-    left_out: Counter[str] = field(default_factory=Counter)
-    """Files that are no images, counted by extension, and hidden names."""
+    folders: list[str] = field(default_factory=list)  # those in it, not those below
+    left_out: Counter[str] = field(default_factory=Counter)  # files that are no images, by extension, and hidden names
     unreadable: dict[str, str] = field(default_factory=dict)
     """Links to nothing, folders that cannot be listed, images that are no regular files; with the reason."""
 
@@ -35,7 +31,7 @@ class Listing:
         """Sort one name in; whether it is a folder to look into."""
         extension = os.path.splitext(name)[1].lower()
         if is_hidden(entry.name):
-            self.left_out[HIDDEN] += 1
+            self.left_out["hidden"] += 1  # as one, whatever is in it
             return False
         try:
             if entry.is_dir():
@@ -60,13 +56,9 @@ def is_hidden(name: str) -> bool:
     return name.startswith(".") or name.lower() in LEFT_BEHIND
 
 
-def list_images(root: Path) -> Listing:
-    """All images below a folder; no file is opened, and only links cost a look of their own.
-
-    Raises:
-        DataError: for a link to a folder that holds the link.
-        OSError: if the folder itself cannot be read.
-    """
+def list_images(root: Path, *, flag: str = "") -> Listing:
+    """All images below a folder; no file is opened, and only links cost a look of their own. DataError, with the flag,
+    if the folder cannot be read, or for a link to a folder that holds the link."""
     listing = Listing()
     pending: list[tuple[str, tuple[str, ...]]] = [("", ())]  # folders, each with where the links were that led to it
     while pending:
@@ -81,17 +73,13 @@ def list_images(root: Path) -> Listing:
                         pending.append((name, follow(entry, trail) if entry.is_symlink() else trail))
         except OSError as error:
             if not folder:
-                raise
+                raise DataError(f"{flag}{root}: cannot be read ({error.strerror}); check its permissions") from None
             listing.unreadable[folder] = str(error.strerror)
     return listing
 
 
 def follow(link: os.DirEntry[str], trail: tuple[str, ...]) -> tuple[str, ...]:
-    """The trail after one more link.
-
-    Raises:
-        DataError: if it leads back to where an earlier link was, or this one is.
-    """
+    """The trail after one more link; DataError if that leads back to where an earlier link was, or this one is."""
     target = os.path.realpath(link.path)
     trail = (*trail, os.path.realpath(os.path.dirname(link.path)))
     if any(os.path.commonpath([target, place]) == target for place in trail):
@@ -106,21 +94,13 @@ def describe_left_out(counts: Counter[str]) -> str:
 
 
 def find_images(path: Path) -> tuple[list[Path], Counter[str]]:
-    """A file itself, whatever its name; or all images below a folder, sorted, with what was left out.
-
-    What cannot be read is among the images: reading it says why.
-
-    Raises:
-        DataError: if there is nothing of that name, or no image in the folder.
-    """
+    """A file itself, whatever its name; or all images below a folder, sorted, with what was left out. What cannot be
+    read is among them: reading it says why. DataError for nothing of that name, or no image in the folder."""
     if not os.path.isdir(path):
         if not os.path.lexists(path):
             raise DataError(f"{path}: no such file or folder; check the name")
         return [path], Counter()
-    try:
-        listing = list_images(path)
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error.strerror}); check its permissions") from None
+    listing = list_images(path)
     found = sorted(path / name for name in (*listing.images, *listing.unreadable))
     if not found:
         raise DataError(f"{path}: holds no image ({' '.join(EXTENSIONS)}){describe_left_out(listing.left_out)}; name "

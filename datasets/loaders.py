@@ -1,15 +1,15 @@
 """From a data set to the batches of one rank: a training loader that can start anywhere, an unpadded evaluation one.
 
 Both yield (inputs, targets), one micro-batch at a time. Where these come from is a `Read`: data in memory is here, held
-on the device as uint8; images are in images/loaders.py, people's own samples in samples.py.
-"""
+on the device as uint8; images are in images/loaders.py, people's own samples in samples.py."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from datasets.augment import Augmentation
 from datasets.errors import DataError
 from datasets.order import ResumableSampler, evaluation_indices
 from datasets.tensors import TensorDataset
@@ -20,40 +20,12 @@ CHUNK_SAMPLES = 1024  # augmented at once: small batches would pay the same two 
 CHUNK_BYTES = 2**24  # of stored inputs, and no more samples than that: large images would fill the memory
 
 
-class Transform(Protocol):
-    """What `augment.Augmentation` is: a preparation of the whole data set, and a function of the sample and epoch."""
-
-    def prepare(self, images: Tensor) -> Tensor:
-        """Once, before training."""
-        ...
-
-    def __call__(self, prepared: Tensor, samples: Tensor, *, epoch: int) -> Tensor:
-        """The inputs of these samples in this epoch."""
-        ...
-
-
-class PlainTransform:
-    """No augmentation: select, then normalise (or leave floats as they are)."""
-
-    def __init__(self, normalize: Callable[[Tensor], Tensor] = lambda inputs: inputs) -> None:
-        self.normalize = normalize
-
-    def prepare(self, images: Tensor) -> Tensor:
-        """Nothing to prepare."""
-        return images
-
-    def __call__(self, prepared: Tensor, samples: Tensor, *, epoch: int) -> Tensor:
-        """The normalised inputs; the same in every epoch."""
-        return self.normalize(prepared[samples])
-
-
 class TrainLoader:
     """Micro-batches of one rank, from any position of any epoch."""
 
     def __init__(self, read: Read, sampler: ResumableSampler, *, rank_batch_size: int, remedy: str = "") -> None:
         self.read, self.sampler, self.rank_batch_size = read, sampler, rank_batch_size
-        self.remedy = remedy
-        """What a user can do where training waits for these batches."""
+        self.remedy = remedy  # what a user can do where training waits for these batches
         self.steps_per_epoch, self.global_batch_size = sampler.steps_per_epoch, sampler.global_batch_size
 
     def batches(self, epoch: int, samples_consumed: int) -> Iterator[Any]:
@@ -78,10 +50,7 @@ def split_loaders(reads: Mapping[str, Read], sizes: Mapping[str, int], *, batch_
                   seed: int, rank: int, world_size: int, remedy: str = "", evaluation_batch_size: int = 64
                   ) -> dict[str, Any]:
     """The loader of each split on this rank, by name: of `train` one to train with, of others to evaluate with.
-
-    Raises:
-        DataError: if the training set is smaller than one global batch.
-    """
+    DataError if the training set is smaller than one global batch."""
     loaders: dict[str, Any] = {}
     for split, read in reads.items():
         if split == "train":
@@ -107,12 +76,13 @@ def sent(tensor: Tensor, device: torch.device) -> Tensor:
 
 
 class InMemory:
-    """A `Read` of a data set on the device."""
+    """A `Read` of a data set on the device: augmented, or only normalised; without either, inputs as they are."""
 
-    def __init__(self, dataset: TensorDataset, transform: Transform, device: torch.device) -> None:
-        self.inputs = transform.prepare(dataset.inputs.to(device))
-        self.targets = dataset.targets.to(device)
-        self.transform = transform
+    def __init__(self, dataset: TensorDataset, device: torch.device, augmentation: Augmentation | None = None,
+                 normalize: Callable[[Tensor], Tensor] | None = None) -> None:
+        inputs, self.targets = dataset.inputs.to(device), dataset.targets.to(device)
+        self.inputs = inputs if augmentation is None else augmentation.prepare(inputs)
+        self.augmentation, self.normalize = augmentation, normalize
 
     def __call__(self, parts: Sequence[Tensor], epoch: int) -> Iterator[Batch]:
         """Several batches are prepared at once, where they are small."""
@@ -121,23 +91,25 @@ class InMemory:
         together = max(1, largest // size)
         for start in range(0, len(parts), together):
             samples = sent(torch.cat(list(parts[start : start + together])), self.inputs.device)
-            inputs = self.transform(self.inputs, samples, epoch=epoch)
+            if self.augmentation is not None:
+                inputs = self.augmentation(self.inputs, samples, epoch=epoch)
+            else:
+                inputs = self.inputs[samples] if self.normalize is None else self.normalize(self.inputs[samples])
             yield from zip(inputs.split(size), self.targets[samples].split(size), strict=True)
 
 
-def train_loader(dataset: TensorDataset | None, transform: Transform, *, device: torch.device, **how: Any
+def train_loader(dataset: TensorDataset | None, augmentation: Augmentation | None, *, device: torch.device, **how: Any
                  ) -> TrainLoader | None:
     """The training loader of one rank; None of no data set, where nothing is trained. See split_loaders."""
     if dataset is None:
         return None
-    return split_loaders({"train": InMemory(dataset, transform, device)}, {"train": len(dataset)}, **how)["train"]
+    return split_loaders({"train": InMemory(dataset, device, augmentation)}, {"train": len(dataset)}, **how)["train"]
 
 
-def evaluation_loader(dataset: TensorDataset | None, normalize: Callable[[Tensor], Tensor], *, rank: int,
+def evaluation_loader(dataset: TensorDataset | None, normalize: Callable[[Tensor], Tensor] | None, *, rank: int,
                       world_size: int, device: torch.device, batch_size: int = 500) -> EvaluationLoader | None:
     """The evaluation loader of one rank, None of no data; `normalize` makes what the network sees of stored inputs."""
     if dataset is None:
         return None
     share = dataset.subset(torch.arange(len(dataset))[rank::world_size])  # no more of it is on the device
-    return EvaluationLoader(InMemory(share, PlainTransform(normalize), device), range(len(share)),
-                            batch_size=batch_size)
+    return EvaluationLoader(InMemory(share, device, normalize=normalize), range(len(share)), batch_size=batch_size)

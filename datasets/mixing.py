@@ -1,10 +1,7 @@
 """Mixup and CutMix: both partners of a pair are mixed with each other, on the device, a whole batch at a time.
 
-    loaders = mixed(loaders, {"mixup": 0.2}, num_classes=10, device=device)       # of one rank, by split
-
 Partners are neighbours in the epoch's order, which deals them to one rank (order.py). What happens to a pair is a hash
-of (seed, epoch, its first sample): the same at any world size, with any number of workers, before and after a resume.
-"""
+of (seed, epoch, its first sample): the same at any world size, with any workers, before and after a resume."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -28,8 +25,7 @@ class Mixing:
     """The images are averaged with lambda from Beta(this, this) (Zhang et al., 2018)."""
     cutmix: float | None = None
     """They exchange a box of 1 - lambda of their area, lambda from Beta(this, this) (Yun et al., 2019)."""
-    off_epoch: int | None = None
-    """The epoch, counted from 0, from which on nothing is mixed."""
+    off_epoch: int | None = None  # the epoch, counted from 0, from which on nothing is mixed
 
     def draw(self, pairs: Tensor, *, seed: int, epoch: int) -> Tensor:
         """Of pairs, named by their first samples (P,): lambda, 1 for a box, its middle (y, x), in [0, 1]; (P, 4)."""
@@ -42,10 +38,8 @@ class Mixing:
         return torch.stack([random_beta(pairs, shape, *key, Purpose.MIX_LAMBDA), has_box.float(), *middle], 1)
 
     def __call__(self, inputs: Tensor, targets: Tensor, drawn: Tensor) -> Batch:
-        """Mixed images (B, C, H, W), and each one's shares of all labels, float32 (B, num_classes).
-
-        Partners lie beside each other; targets are classes (B,), or rows of labels; `drawn` (B / 2, 4) is from `draw`.
-        """
+        """Mixed images (B, C, H, W), and each one's shares of all labels, float32 (B, num_classes). Partners lie beside
+        each other; targets are classes (B,), or rows of labels; `drawn` (B / 2, 4) is from `draw`."""
         kept, has_box, *middle = drawn.unbind(1)
         of_pixels = kept[:, None, None, None]  # how much of each pixel is the image's own
         if self.cutmix is not None:

@@ -1,8 +1,7 @@
 """MNIST (LeCun, Cortes and Burges, 1998): 60,000 training and 10,000 test images of 28x28 pixels, handwritten digits.
 
 Read from the four IDX files, plain or gzipped, in `data_dir/MNIST/raw` (where torchvision puts them),
-`data_dir/MNIST` or `data_dir` itself, or else from `mnist.npz` in one of these, of either kind in common use.
-"""
+`data_dir/MNIST` or `data_dir` itself, or else from `mnist.npz` in one of these, of either kind in common use."""
 
 import lzma
 import tokenize
@@ -29,28 +28,23 @@ DAMAGED_ARCHIVE = (*DAMAGED, RuntimeError, NotImplementedError, zipfile.BadZipFi
 
 
 def load(data_dir: Path, *, train: bool = True) -> Splits:
-    """The training and test split.
-
-    Raises:
-        DataError: if files are missing or damaged.
-    """
+    """The training and test split; DataError if files are missing or damaged."""
     folders = [data_dir / "MNIST" / "raw", data_dir / "MNIST", data_dir]
-    for folder in folders:
-        if idx.is_complete(folder, train=train):
-            return idx.load(folder, CLASS_NAMES, train=train)
-    for folder in folders:
-        if (folder / "mnist.npz").is_file():
-            return load_npz(folder / "mnist.npz")
-    for folder in folders:
-        if list(folder.glob("t*-idx?-ubyte*")):
-            return idx.load(folder, CLASS_NAMES, train=train)  # some of the four: says which one is missing
+    complete = [folder for folder in folders if idx.is_complete(folder, train=train)]
+    archives = [folder / "mnist.npz" for folder in folders if (folder / "mnist.npz").is_file()]
+    some = complete or [folder for folder in folders if list(folder.glob("t*-idx?-ubyte*"))]
+    if archives and not complete:
+        return load_npz(archives[0])
+    if some:
+        return idx.load(some[0], CLASS_NAMES, train=train)  # says which of the four is missing
     raise DataError(f"--data-dir {data_dir}: MNIST is not there, neither its IDX files nor mnist.npz; add --download, "
                     f"or train on --dataset synthetic")
 
 
-def download(data_dir: Path) -> None:
-    """Fetch the four files. For one process per node; others wait. Raises DataError as `fetch` does."""
-    fetch(lambda folder: MNIST(folder, download=True), data_dir, "MNIST", name="MNIST", load=load)
+def prepare(data_dir: Path, *, download: bool, train: bool = True) -> None:
+    """Fetch the four files, if they are not there; for one process per node. DataError as `fetch` raises."""
+    if download:
+        fetch(lambda folder: MNIST(folder, download=True), data_dir, "MNIST", name="MNIST", load=load)
 
 
 def load_npz(path: Path) -> Splits:
@@ -77,7 +71,11 @@ def split_of(images: np.ndarray, labels: np.ndarray, *, path: Path, names: tuple
     source = f"{path}: {names[0]} and {names[1]}"
     if images.ndim < 2 or images[:1].size not in (0, idx.SIZE**2):
         raise DataError(f"{source}: images of shape {images.shape[1:]}, not 28 x 28; fetch the file again")
-    images = bytes_of(images.reshape(len(images), idx.SIZE, idx.SIZE), source)
+    if images.dtype != np.uint8 and images.size:  # numbers within 0 to 1 or 0 to 255
+        if images.dtype.kind not in "uif" or not (images.min() >= 0 and images.max() <= 255):  # false for NaN, too
+            raise DataError(f"{source}: pixels of type {images.dtype} outside 0 to 255; fetch the file again")
+        images = np.rint(images * (255 if images.dtype.kind == "f" and images.max() <= 1 else 1))
+    images = images.reshape(len(images), idx.SIZE, idx.SIZE).astype(np.uint8)
     if labels.ndim == 2 and labels.shape[1] == len(CLASS_NAMES):
         if not ((labels == 0) | (labels == 1)).all() or not (labels.sum(1) == 1).all():
             raise DataError(f"{source}: labels of {labels.shape[1]} columns that are not one-hot; fetch the file again")
@@ -86,13 +84,3 @@ def split_of(images: np.ndarray, labels: np.ndarray, *, path: Path, names: tuple
         raise DataError(f"{source}: labels of type {labels.dtype} and shape {labels.shape}, not whole numbers or "
                         f"one-hot; fetch the file again")
     return idx.in_memory(images, labels.astype(np.int64), CLASS_NAMES, source=source)
-
-
-def bytes_of(images: np.ndarray, source: str) -> np.ndarray:
-    """Images as uint8, from bytes, or from numbers within 0 to 1 or 0 to 255."""
-    if images.dtype == np.uint8 or images.size == 0:
-        return images.astype(np.uint8)
-    if images.dtype.kind not in "uif" or not (images.min() >= 0 and images.max() <= 255):  # false for NaN, too
-        raise DataError(f"{source}: pixels of type {images.dtype} outside 0 to 255; fetch the file again")
-    scale = 255 if images.dtype.kind == "f" and images.max() <= 1 else 1
-    return np.rint(images * scale).astype(np.uint8)

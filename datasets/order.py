@@ -2,8 +2,7 @@
 
 Optimizer step k of an epoch consumes order[k * G : (k + 1) * G], G the global batch; rank r takes every
 world_size-th of them, or every world_size-th pair where pairs are mixed (mixing.py). So a position in training is just
-(epoch, samples consumed), and a run may resume at another world size with no sample repeated or skipped.
-"""
+(epoch, samples consumed), and a run may resume at another world size with no sample repeated or skipped."""
 
 from collections.abc import Iterator, Sized
 
@@ -16,32 +15,21 @@ from datasets.keyed_random import Purpose, random_bits
 
 def epoch_order(num_samples: int, *, seed: int, epoch: int) -> Tensor:
     """The epoch's order of all training samples: a permutation of range(num_samples), int64, on the CPU.
-
-    Sorted by keyed random bits, not from torch.randperm, whose result is not promised to stay the same over
-    versions of torch.
-    """
+    Sorted by keyed random bits: torch.randperm's is not promised to stay the same over versions of torch."""
     return torch.argsort(random_bits(torch.arange(num_samples), seed, epoch, Purpose.ORDER), stable=True)
 
 
 def evaluation_indices(num_samples: int, *, rank: int, world_size: int) -> range:
-    """Indices that this rank evaluates: over all ranks every sample once, none padded.
-
-    Raises:
-        ValueError: if rank is outside [0, world_size).
-
-    DistributedSampler pads to equal lengths instead, which counts some samples twice.
-    """
+    """Indices that this rank evaluates: over all ranks every sample once, none padded, where DistributedSampler counts
+    some samples twice. ValueError if rank is outside [0, world_size)."""
     if not 0 <= rank < world_size:
         raise ValueError(f"rank {rank} is outside [0, {world_size})")
     return range(rank, num_samples, world_size)
 
 
 class ResumableSampler(DistributedSampler[int]):
-    """torch's DistributedSampler with a position to start from in the epoch, and whole global batches only.
-
-    What it changes: the order (`epoch_order`), the start (`set_position`), and that the incomplete last global batch
-    is dropped, so that every step of every epoch has the same size.
-    """
+    """torch's DistributedSampler with another order (`epoch_order`), a position to start from in the epoch, and whole
+    global batches only: the incomplete last one is dropped, so that every step of every epoch has the same size."""
 
     def __init__(self, dataset: Sized, *, global_batch_size: int, rank: int, world_size: int, seed: int) -> None:
         super().__init__(dataset, num_replicas=world_size, rank=rank, shuffle=True, seed=seed, drop_last=True)  # pyright: ignore
@@ -49,15 +37,11 @@ class ResumableSampler(DistributedSampler[int]):
         self.global_batch_size = global_batch_size
         self.steps_per_epoch = self.num_dataset_samples // global_batch_size
         self.samples_consumed = 0
-        self.group_size = 1
-        """Neighbours in the order that go to one rank together: 2 for partners that will be mixed."""
+        self.group_size = 1  # neighbours in the order that go to one rank together: 2 for partners that will be mixed
 
     def set_position(self, epoch: int, samples_consumed: int) -> None:
-        """Start the next iteration there. `samples_consumed` counts over all ranks, in this epoch.
-
-        Raises:
-            ValueError: if it is no whole number of global batches.
-        """
+        """Start the next iteration there. `samples_consumed` counts over all ranks, in this epoch; ValueError if it is
+        no whole number of global batches."""
         if samples_consumed % self.global_batch_size:
             raise ValueError(f"{samples_consumed} samples are no whole number of batches of {self.global_batch_size}")
         self.set_epoch(epoch)
@@ -73,5 +57,4 @@ class ResumableSampler(DistributedSampler[int]):
         return order[self.samples_consumed : end].view(-1, self.group_size)[self.rank :: self.num_replicas].flatten()
 
     def __len__(self) -> int:
-        remaining = self.steps_per_epoch * self.global_batch_size - self.samples_consumed
-        return remaining // self.num_replicas
+        return (self.steps_per_epoch * self.global_batch_size - self.samples_consumed) // self.num_replicas

@@ -1,11 +1,7 @@
 """Put all images of a data set into one folder of a few large files, which trainers/image_folder.py trains from.
 
-    python datasets/pack.py --data-dir photos --out photos.pack                   # the files' own bytes
     python datasets/pack.py --data-dir photos --out photos.pack --resize 256      # smaller JPEGs: several times faster
     python datasets/pack.py --data-dir photos --out photos.pack --raw 256         # pixels: nothing to decode
-
---data-dir holds train/ and test/ (or val/), or train-*.tar and test-*.tar, or train-*.parquet and test-*.parquet. A
-command that was stopped or killed continues where it was when it is started again.
 """
 
 import contextlib
@@ -36,7 +32,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from datasets.errors import DataError
-from datasets.images.archives import Sources, open_sources
+from datasets.images.archives import open_sources
 from datasets.images.packed import ENTRY, FORMAT, RECORD, is_whole, part_name, unfinished
 from datasets.images.read import DECODER, BadImage, Stored, pixels, resize, to_square
 from datasets.listing import describe_left_out
@@ -56,7 +52,7 @@ class PackConfig:
     """Pack a folder of images, tar shards or Parquet files for trainers/image_folder.py."""
 
     data_dir: Path = Path("data")
-    """What to pack: see above."""
+    """Holds train/ and test/ (or val/), or train-*.tar and test-*.tar, or train-*.parquet and test-*.parquet."""
     out: Path | None = None
     """The pack, a folder that is not there yet. Default: --data-dir with .pack behind it."""
     resize: Annotated[int | None, AtLeast(1, most=8192)] = None
@@ -77,15 +73,6 @@ class PackConfig:
         if self.quality is not None and self.resize is None:
             raise UsageError(f"--quality {self.quality}: without --resize files keep their own bytes; add --resize 256")
 
-    def packing(self, sources: Sources, out: Path) -> "Packing":
-        """What these flags ask for."""
-        side, quality = self.raw or self.resize, self.resize and (self.quality or 90)
-        return Packing(
-            sources=sources, out=out, workers=self.workers or usable_cores(),
-            convert=partial(smaller, side=side, quality=quality) if side is not None else lambda own: own,
-            head={"resize": self.resize, "quality": quality, "raw": self.raw, "decoder": DECODER if side else None,
-                  "images_per_part": self.images_per_part, "class_names": sources["train"].class_names})
-
 
 Item = tuple[str, int, Stored, int]  # name, label, content, and 64 bits of the SHA-256 of the file's own bytes
 
@@ -99,30 +86,17 @@ def fitted(own: Stored, **how: Any) -> Stored:
 class Packing:
     """What is packed, as what, and where to."""
 
-    sources: Mapping[str, Any]
-    """ImageSource or ArchivedImages of each split."""
+    sources: Mapping[str, Any]  # ImageSource or ArchivedImages of each split
     out: Path
-    convert: Callable[[Stored], Stored]
-    """A file's bytes to what is stored of it; BadImage where they are no image."""
-    head: Mapping[str, Any]
-    """The beginning of pack.json."""
+    convert: Callable[[Stored], Stored]  # a file's bytes to what is stored of it; BadImage where they are no image
+    head: Mapping[str, Any]  # the beginning of pack.json
     workers: int = field(default_factory=usable_cores)
     is_cache: bool = False
     """Then what cannot be read has no bytes, and is nothing to speak of before it is trained on."""
 
-    @property
-    def num_images(self) -> int:
-        """In all splits."""
-        return sum(map(len, self.sources.values()))
-
     def write(self) -> Iterator[None]:
-        """Pack, once for each image; what is there from before is not repeated.
-
-        Raises:
-            DataError: if another process is packing it, a source cannot be read, or the place cannot be written.
-        """
-        splits = {split: len(source) for split, source in self.sources.items()}
-        head = {"format": FORMAT, **self.head, "splits": splits}
+        """Pack, once per image not there from before; DataError for another packer, a bad source or a full disk."""
+        head = {"format": FORMAT, **self.head, "splits": {split: len(source) for split, source in self.sources.items()}}
         known = () if self.is_cache else self.sources.values()  # a cache has it in its name
         plan = json.dumps({**head, "sources": [source.fingerprint() for source in known]})
         try:
@@ -166,12 +140,11 @@ class Packing:
 
     def fill(self) -> Generator[None]:
         """Write a cache that is not there; wait for another process that does."""
-        told = False
+        if is_whole(self.out):
+            return
+        self.make_room()
         while not is_whole(self.out):
             try:
-                if not told:
-                    self.make_room()
-                told = True
                 yield from self.write()
             except BeingPacked:
                 time.sleep(0.2)
@@ -179,12 +152,13 @@ class Packing:
 
     def make_room(self) -> None:
         """Say what is to come; DataError if the disk is too full."""
-        place, num_bytes = self.out.parent, 3 * self.head["raw"]**2 * self.num_images
+        num_images = sum(map(len, self.sources.values()))
+        num_bytes = 3 * self.head["raw"] ** 2 * num_images
         free = shutil.disk_usage(next(path for path in self.out.absolute().parents if path.exists())).free
         if free < num_bytes:
-            raise DataError(f"--cache-dir {place}: the cache needs {num_bytes / 2**20:.0f} MiB and {free / 2**20:.0f} "
-                            f"MiB are free; choose another folder, or leave --cache out")
-        to_stderr(f"decoding {self.num_images:,} images into {self.out} ({num_bytes / 2**20:.0f} MiB or more)")
+            raise DataError(f"--cache-dir {self.out.parent}: the cache needs {num_bytes / 2**20:.0f} MiB and "
+                            f"{free / 2**20:.0f} MiB are free; choose another folder, or leave --cache out")
+        to_stderr(f"decoding {num_images:,} images into {self.out} ({num_bytes / 2**20:.0f} MiB or more)")
 
 
 def smaller(own: Stored, *, side: int, quality: int | None) -> Stored:
@@ -276,23 +250,22 @@ def main(config: PackConfig) -> None:
         raise DataError(f"--data-dir {config.data_dir}: has a split without images; add some, or remove it")
     if os.path.lexists(out):
         raise UsageError(f"--out {out}: is there already; remove it, or choose another")
-    packing = config.packing(sources, out)
-    for _ in tqdm(packing.write(), total=packing.num_images, unit=" images", disable=None):
+    side, quality = config.raw or config.resize, config.resize and (config.quality or 90)
+    convert = partial(smaller, side=side, quality=quality) if side is not None else lambda own: own
+    head = {"resize": config.resize, "quality": quality, "raw": config.raw, "decoder": DECODER if side else None,
+            "images_per_part": config.images_per_part, "class_names": sources["train"].class_names}
+    packing = Packing(sources=sources, out=out, convert=convert, head=head, workers=config.workers or usable_cores())
+    for _ in tqdm(packing.write(), total=sum(map(len, sources.values())), unit=" images", disable=None):
         pass
-    warn_of_twins(sources, out)
-    size = sum(path.stat().st_size for path in out.iterdir())
-    say(f"{out}: {' + '.join(f'{len(source):,} {split}' for split, source in sources.items())} images in "
-        f"{len(sources['train'].class_names)} classes, {size / 2**20:,.1f} MiB"
-        f"{describe_left_out(sum((source.left_out for source in sources.values()), Counter()))}")
-
-
-def warn_of_twins(sources: Sources, out: Path) -> None:
-    """Count test images whose bytes are those of a training image."""
     if "test" in sources:
         test, train = (np.fromfile(out / f"{split}.index", ENTRY)["original"] for split in ("test", "train"))
         if len(twins := np.isin(test, train).nonzero()[0]):
             to_stderr(f"WARNING data: {len(twins):,} of {len(test):,} test images are byte for byte "
                       f"training images too, such as {sources['test'].path(int(twins[0]))}; they are no test")
+    size = sum(path.stat().st_size for path in out.iterdir())
+    say(f"{out}: {' + '.join(f'{len(source):,} {split}' for split, source in sources.items())} images in "
+        f"{len(sources['train'].class_names)} classes, {size / 2**20:,.1f} MiB"
+        f"{describe_left_out(sum((source.left_out for source in sources.values()), Counter()))}")
 
 
 if __name__ == "__main__":

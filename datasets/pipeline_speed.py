@@ -1,15 +1,11 @@
 """Images per second that one way of loading and augmenting delivers; launch/benchmark.py --pipeline compares them.
 
-    python datasets/pipeline_speed.py pil:2          # torchvision's PIL transforms in a DataLoader with 2 workers
-    python datasets/pipeline_speed.py v2:0           # its v2 transforms on tensors, sample by sample, no workers
-    python datasets/pipeline_speed.py batch          # this project's augmentation of a whole batch
-    python datasets/pipeline_speed.py timm:1 --data-dir photos                  # photographs from files, by timm
+    python datasets/pipeline_speed.py pil:2          # torchvision's PIL transforms in 2 workers; v2:2 on tensors; batch
+    python datasets/pipeline_speed.py timm:1 --data-dir photos     # photographs in files; torchvision:1, ours:1
 
-Without --data-dir, all do the same to the same synthetic 32x32 images: random crop after reflect padding by 2, random
-flip, normalise. With it, to the images of its train/: random resized crop (area 0.08 to 1) to 224, random flip,
-normalise, by `torchvision`, `timm` or `ours` (a folder or a pack); `timm:2+network` trains a trivial network too. One
-thread per process. Workers are running, and what they prefetched is used up, before the clock starts.
-"""
+Without --data-dir, of synthetic 32x32 images: random crop after reflect padding by 2, random flip, normalise; with it,
+random resized crop (area 0.08 to 1) to 224, random flip, normalise; `timm:2+network` trains a trivial network too. One
+thread per process. Workers are running, and what they prefetched is used up, before the clock starts."""
 
 import argparse
 import itertools
@@ -40,9 +36,6 @@ from datasets.loaders import split_loaders, train_loader
 from datasets.tensors import TensorDataset
 
 SHIFT = 2
-PREFETCHED = 2  # batches per worker, DataLoader's default
-FOREVER = 10**9  # samples; the clock ends the run
-WARMUP_BATCHES = 5
 SIZE, SMALLEST_AREA = 224, 0.08  # of photographs
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, as torchvision and timm have them
 
@@ -63,19 +56,18 @@ class Samples(Dataset):
 def single_samples(train: TensorDataset, kind: str, batch_size: int, workers: int) -> Iterator[Any]:
     """Batches without end from a DataLoader: `pil` as most tutorials do it, `v2` the same on uint8 tensors."""
     images: Any = train.inputs
-    transform: Callable[[Any], Tensor] = v2.Compose([
-        v2.RandomCrop(32, padding=SHIFT, padding_mode="reflect"), v2.RandomHorizontalFlip(),
-        v2.ToDtype(torch.float32, scale=True), v2.Normalize(list(synthetic.MEAN), list(synthetic.STD)),
-    ])
     if kind == "pil":
         images = images.permute(0, 2, 3, 1).contiguous().numpy()
-        transform = transforms.Compose([
+        transform: Callable[[Any], Tensor] = transforms.Compose([
             transforms.ToPILImage(), transforms.RandomCrop(32, padding=SHIFT, padding_mode="reflect"),
             transforms.RandomHorizontalFlip(), transforms.ToTensor(),
-            transforms.Normalize(synthetic.MEAN, synthetic.STD),
-        ])
+            transforms.Normalize(synthetic.MEAN, synthetic.STD)])
+    else:
+        transform = v2.Compose([
+            v2.RandomCrop(32, padding=SHIFT, padding_mode="reflect"), v2.RandomHorizontalFlip(),
+            v2.ToDtype(torch.float32, scale=True), v2.Normalize(list(synthetic.MEAN), list(synthetic.STD))])
     samples = Samples(images, train.targets.tolist(), transform)
-    sampler = RandomSampler(samples, replacement=True, num_samples=FOREVER)
+    sampler = RandomSampler(samples, replacement=True, num_samples=10**9)
     return iter(DataLoader(samples, batch_size=batch_size, sampler=sampler, num_workers=workers))
 
 
@@ -140,18 +132,8 @@ def trained_on(batches: Iterator[Any]) -> Iterator[Any]:
         yield images, labels
 
 
-def images_per_second(batches: Iterator[Any], *, skipped: int, seconds: float) -> float:
-    """Whole batches over the time they took."""
-    for _ in range(skipped):
-        next(batches)
-    num_images, began = 0, time.perf_counter()
-    while time.perf_counter() - began < seconds:
-        num_images += len(next(batches)[0])
-    return num_images / (time.perf_counter() - began)
-
-
 def main() -> None:
-    """Time one variant and print `{"variant", "images_per_second"}`."""
+    """Time one variant, in whole batches, and print `{"variant", "images_per_second"}`."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("variant", help="pil:N, v2:N, batch; torchvision:N, timm:N, ours:N [+network], of N workers")
     parser.add_argument("--data-dir", type=Path)
@@ -170,8 +152,13 @@ def main() -> None:
         batches = whole_batches(synthetic.load(num_test=10)[0], flags.batch_size)
     else:
         batches = single_samples(synthetic.load(num_test=10)[0], match[1], flags.batch_size, workers)
-    rate = images_per_second(trained_on(batches) if match[3] else batches,
-                             skipped=WARMUP_BATCHES + PREFETCHED * workers, seconds=flags.seconds)
+    batches = trained_on(batches) if match[3] else batches
+    for _ in range(5 + 2 * workers):  # which prefetch two each
+        next(batches)
+    num_images, began = 0, time.perf_counter()
+    while time.perf_counter() - began < flags.seconds:
+        num_images += len(next(batches)[0])
+    rate = num_images / (time.perf_counter() - began)
     print(json.dumps({"variant": flags.variant, "images_per_second": rate}))
 
 

@@ -15,15 +15,8 @@ class LinearRelation:
     weights: tuple[float, ...]
     bias: float
     num_samples: int
-    normal_noise: float = 0.0
-    """Standard deviation of noise around zero."""
-    uniform_noise: float = 0.0
-    """Noise between zero and this; its mean, half of it, adds to the bias."""
-
-    @property
-    def learned_bias(self) -> float:
-        """The bias that the least squares of many samples have."""
-        return self.bias + self.uniform_noise / 2
+    normal_noise: float = 0.0  # standard deviation of noise around zero
+    uniform_noise: float = 0.0  # noise between zero and this; its mean, half of it, adds to the bias that is learned
 
     def generate(self, first: int, *, seed: int) -> TensorDataset:
         """`num_samples` samples from number `first` on: features float32 (N, F), targets float32 (N, 1)."""
@@ -38,8 +31,7 @@ class LinearRelation:
 
 RELATIONS = {
     "two-features": LinearRelation(weights=(2.0, -3.4), bias=4.2, num_samples=1000, normal_noise=0.01),
-    "five-features": LinearRelation(weights=(1.0, 2.0, 3.0, 4.0, 5.0), bias=5.0, num_samples=10, uniform_noise=0.3),
-}
+    "five-features": LinearRelation(weights=(1.0, 2.0, 3.0, 4.0, 5.0), bias=5.0, num_samples=10, uniform_noise=0.3)}
 
 
 def load(name: str, *, seed: int = 0) -> tuple[TensorDataset, TensorDataset]:

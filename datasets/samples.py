@@ -1,11 +1,7 @@
 """Any map-style data set as batches: samples are read one by one, each under a random key of its own.
 
-    reading = Reading(partial(open_splits, ...), seed=0)
-    loaders = sample_loaders(reading, workers=2, **batches, rank=0, world_size=1)      # by split: "train", "test"
-
 A worker calls the function that opens the splits itself, so nothing of them is sent to it. Inputs and targets are
-tensors, or dicts and tuples of them; float64 becomes float32.
-"""
+tensors, or dicts and tuples of them; float64 becomes float32."""
 
 import contextlib
 import functools
@@ -30,9 +26,7 @@ from datasets.tensors import held_out
 
 NUMPYS: Any = np.random  # whose types lack get_bit_generator
 SPARE: list[Any] = []  # numpy's generators that are not in use
-SPLITS = ("train", "validation", "test")
 NAMES = {"train": "training", "validation": "validation", "test": "test"}
-Collate = Callable[[list[Any]], Any]
 Explain = Callable[[BaseException, str], BaseException]
 
 
@@ -42,16 +36,11 @@ class Splits(NamedTuple):
     train: Any = None
     validation: Any = None
     test: Any = None
-    collate: Collate = default_collate
+    collate: Callable[[list[Any]], Any] = default_collate
 
     def present(self) -> dict[str, Any]:
         """The data sets that there are, by name."""
-        return {name: dataset for name, dataset in zip(SPLITS, self, strict=False) if dataset is not None}
-
-
-def unchanged(error: BaseException, place: str) -> BaseException:
-    """An error of a sample as it is."""
-    return error
+        return {name: dataset for name, dataset in zip(NAMES, self, strict=False) if dataset is not None}
 
 
 def seed_sample(seed: int, epoch: int, purpose: Purpose, sample: int) -> None:
@@ -64,11 +53,8 @@ def seed_sample(seed: int, epoch: int, purpose: Purpose, sample: int) -> None:
 
 @contextlib.contextmanager
 def generators_kept() -> Iterator[None]:
-    """Leave the three generators as they were, so that dropout does not notice; a worker has no use for that.
-
-    14 us. numpy's is exchanged for another, as to read and write its state takes 120; of a pair of normal numbers of
-    which one was taken before, the other is not given after.
-    """
+    """Leave the three generators as they were, so that dropout does not notice; a worker has no use for that. 14 us:
+    numpy's is exchanged for another, as its state takes 120; of a pair of normal numbers begun before, one is lost."""
     if get_worker_info() is not None:
         yield
         return
@@ -86,20 +72,16 @@ def generators_kept() -> Iterator[None]:
 
 class Reading(Dataset[Any]):
     """The work of one worker, or of this process: a key to (inputs, targets), or to the error of the code that reads.
-
-    What opens the splits is copied to every worker; what it opens is not.
-    """
+    What opens the splits is copied to every worker; what it opens is not."""
 
     def __init__(self, open_splits: Callable[[], Splits], *, seed: int, name: str = "--data",
-                 explain: Explain = unchanged) -> None:
+                 explain: Explain | None = None) -> None:
         self.open_splits, self.seed, self.name, self.explain = open_splits, seed, name, explain
         self.splits = open_splits()
         for split, dataset in self.splits.present().items():
             check_map_style(dataset, NAMES[split], name)
-        self.largest_target: int | None = None
-        """Where it is known, the targets of every batch are held to it, and to be at least 0."""
-        self.labels: dict[str, Tensor] = {}
-        """Of a split whose classes are named in another order: the label of each of its own."""
+        self.largest_target: int | None = None  # where it is known, all targets are held to it, and to be at least 0
+        self.labels: dict[str, Tensor] = {}  # of a split with classes in another order: the label of each of its own
         self.facts = describe(self.splits)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -119,15 +101,14 @@ class Reading(Dataset[Any]):
                     place = place_of(sample, key.split)
                     seed_sample(self.seed, key.epoch, purpose, sample)
                     item = dataset[sample]
-                    items.append(from_pillow(item) if self.splits.collate is default_collate else item)
+                    items.append(map_leaves(as_tensors, item) if self.splits.collate is default_collate else item)
                 place = "collating a batch"
-                batch = map_leaves(single, self.splits.collate(items))
-                inputs, targets = batch
+                inputs, targets = map_leaves(as_tensors, self.splits.collate(items))
                 labels = self.labels.get(key.split)
                 check_targets(targets, key, self.largest_target if labels is None else len(labels) - 1, self.name)
                 return inputs, targets if labels is None else labels[targets]
         except (Exception, SystemExit) as error:
-            return self.explain(error, place)
+            return error if self.explain is None else self.explain(error, place)
 
     def fingerprint(self) -> str:
         """What notices that the data changed since a checkpoint."""
@@ -139,11 +120,6 @@ class Reading(Dataset[Any]):
             if (own := class_names_of(dataset)) not in ((), names):
                 joined = join_classes(own, names, place=f"{self.name}: {NAMES[split]} class ", owner=owner)
                 self.labels[split] = torch.tensor(list(joined.values()))
-
-    def draws_elsewhere(self) -> bool:
-        """Whether training sample 0 differs between two readings under one key."""
-        first, second = (digest(unless_failed(self[Key("train", [0], 0)])) for _ in range(2))
-        return first != second
 
 
 SEED_IT = "seed whatever splits or shuffles it, such as random_split(..., generator=torch.Generator().manual_seed(0))"
@@ -204,13 +180,10 @@ def map_leaves(change: Callable[[Any], Any], tree: Any) -> Any:
     return tuple(map_leaves(change, child) for child in tree) if isinstance(tree, list | tuple) else change(tree)
 
 
-def from_pillow(tree: Any) -> Any:
-    """The same with PIL images as float32 (C, H, W) in [0, 1], as torchvision's ToTensor makes them."""
-    return map_leaves(lambda leaf: pil_to_tensor(leaf).float() / 255 if isinstance(leaf, Image.Image) else leaf, tree)
-
-
-def single(leaf: Any) -> Any:
-    """float64, which numpy's noise and Python's numbers become, as float32."""
+def as_tensors(leaf: Any) -> Any:
+    """float64, which numpy's noise and Python's numbers become, as float32; PIL images as torchvision's ToTensor."""
+    if isinstance(leaf, Image.Image):
+        return pil_to_tensor(leaf).float() / 255
     return leaf.float() if isinstance(leaf, Tensor) and leaf.dtype == torch.float64 else leaf
 
 
@@ -220,7 +193,7 @@ def check_targets(targets: Any, key: Key, largest: int | None, name: str) -> Non
         return
     bad = targets.isnan() if largest is None else ~((targets >= 0) & (targets <= largest))
     if bad.any():
-        row = int(bad.flatten(1).any(1).nonzero()[0]) if bad.ndim > 1 else int(bad.nonzero()[0])
+        row = int(bad.nonzero()[0, 0])
         kind = "number" if largest is None else f"{'label' if bad.ndim > 1 else 'class'} from 0 to {largest}"
         raise DataError(f"{name}: {place_of(key.samples[row], key.split)}: target {targets[row].tolist()} must be a "
                         f"{kind}; correct it or leave the sample out")
@@ -240,22 +213,18 @@ def set_apart(splits: Splits, fraction: float, *, seed: int) -> Splits:
 def sample_loaders(reading: Reading, *, device: torch.device, workers: int = 0,
                    prepare_worker: Callable[[], None] | None = None, warn: Callable[[str], None] = lambda line: None,
                    **how: Any) -> dict[str, Any]:
-    """The loaders of one rank, of the splits that there are; warns where random choices cannot be keyed.
-
-    Args:
-        how: of loaders.split_loaders.
-
-    Raises:
-        DataError: if there are too few samples for one step, or training sample 0 cannot be read.
-    """
+    """The loaders of one rank, of the splits that there are, by `how`, see split_loaders; DataError where training
+    sample 0 cannot be read, and a warning where random choices cannot be keyed."""
     decoder = Decoder(reading, workers=workers, pin_memory=device.type == "cuda", prepare_worker=prepare_worker)
     present = reading.splits.present()
     loaders = split_loaders({split: functools.partial(decoder.decode, split) for split in present},
                             {split: len(dataset) for split, dataset in present.items()},
                             evaluation_batch_size=min(64, how["batch_size"]),
                             remedy=f"raise --workers from {workers}", **how)
-    if "train" in present and how["rank"] == 0 and reading.draws_elsewhere():
-        warn(f"WARNING data: {reading.name}: training sample 0 differs between two readings under one key, so a "
-             f"resumed run will differ too; draw from torch, random or np.random, or from "
-             f"default_rng(torch.initial_seed() % 2**32)")
+    if "train" in present and how["rank"] == 0:
+        first, second = (digest(unless_failed(reading[Key("train", [0], 0)])) for _ in range(2))
+        if first != second:
+            warn(f"WARNING data: {reading.name}: training sample 0 differs between two readings under one key, so a "
+                 f"resumed run will differ too; draw from torch, random or np.random, or from "
+                 f"default_rng(torch.initial_seed() % 2**32)")
     return loaders

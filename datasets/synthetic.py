@@ -1,10 +1,11 @@
 """Ten classes of 32x32 colour images generated procedurally from a seed: no download, and not easy.
 
 Each image shows one shape of random size, place, angle and colour before a random gradient, under grain. The
-class is the shape alone, so a network must learn edges and their arrangement: the accuracy climbs over a few epochs.
-"""
+class is the shape alone, so a network must learn edges and their arrangement: the accuracy climbs over a few epochs."""
 
 import math
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,16 +22,18 @@ GENERATED_AT_ONCE = 500  # of 10,000 at once, the intermediate results took a gi
 NOISE = 0.1  # standard deviation, of the full range
 
 
-def load(*, seed: int = 0, num_train: int = NUM_TRAIN, num_test: int = NUM_TEST) -> tuple[TensorDataset, TensorDataset]:
+def load(*, seed: int = 0, num_train: int = NUM_TRAIN, num_test: int = NUM_TEST, **how: Any
+         ) -> tuple[TensorDataset, TensorDataset]:
     """The training and test split; image i of a seed is the same however many are generated."""
-    return generate(range(num_train), seed=seed), generate(range(10**6, 10**6 + num_test), seed=seed)
+    return generate(range(num_train), seed=seed, **how), generate(range(10**6, 10**6 + num_test), seed=seed, **how)
 
 
-def generate(samples: range, *, seed: int) -> TensorDataset:
-    """The images of these sample numbers; image i shows class i mod 10."""
+def generate(samples: range, *, seed: int, draw: Callable[[Tensor, int], Tensor] | None = None,
+             class_names: tuple[str, ...] = CLASS_NAMES) -> TensorDataset:
+    """The images of these sample numbers, by default of `generate_some`; image i shows class i mod 10."""
     index = torch.arange(samples.start, samples.stop)
-    inputs = torch.cat([generate_some(part, seed) for part in index.split(GENERATED_AT_ONCE)])
-    return TensorDataset(inputs=inputs, targets=index % len(CLASS_NAMES), class_names=CLASS_NAMES)
+    inputs = torch.cat([(draw or generate_some)(part, seed) for part in index.split(GENERATED_AT_ONCE)])
+    return TensorDataset(inputs=inputs, targets=index % len(class_names), class_names=class_names)
 
 
 def generate_some(index: Tensor, seed: int) -> Tensor:
@@ -74,24 +77,16 @@ def signed_distance(shape: str, u: Tensor, v: Tensor, radius: Tensor) -> Tensor:
     disc = torch.hypot(u, v) - radius
     square = torch.maximum(u.abs(), v.abs()) - radius * 0.9
     arm, wave = radius * 0.25, 2 * math.pi / (radius * 0.8)
-    match shape:
-        case "disc":
-            return disc
-        case "ring":
-            return (disc + radius * 0.2).abs() - radius * 0.2
-        case "square":
-            return square
-        case "frame":
-            return (square + radius * 0.2).abs() - radius * 0.2
-        case "triangle":
-            return torch.maximum(0.87 * u.abs() + 0.5 * v, -v) - radius * 0.55
-        case "cross":
-            return torch.maximum(square, torch.minimum(u.abs(), v.abs()) - arm)
-        case "saltire":
-            return torch.maximum(disc, torch.minimum((u + v).abs(), (u - v).abs()) * 0.71 - arm)
-        case "bars":
-            return torch.maximum(square, torch.sin(v * wave) * 2)
-        case "columns":
-            return torch.maximum(square, torch.sin(u * wave) * 2)
-        case _:  # checks
-            return torch.maximum(square, torch.sin(u * wave) * torch.sin(v * wave) * 3)
+    shapes: dict[str, Callable[[], Tensor]] = {
+        "disc": lambda: disc,
+        "ring": lambda: (disc + radius * 0.2).abs() - radius * 0.2,
+        "square": lambda: square,
+        "frame": lambda: (square + radius * 0.2).abs() - radius * 0.2,
+        "triangle": lambda: torch.maximum(0.87 * u.abs() + 0.5 * v, -v) - radius * 0.55,
+        "cross": lambda: torch.maximum(square, torch.minimum(u.abs(), v.abs()) - arm),
+        "saltire": lambda: torch.maximum(disc, torch.minimum((u + v).abs(), (u - v).abs()) * 0.71 - arm),
+        "bars": lambda: torch.maximum(square, torch.sin(v * wave) * 2),
+        "columns": lambda: torch.maximum(square, torch.sin(u * wave) * 2),
+        "checks": lambda: torch.maximum(square, torch.sin(u * wave) * torch.sin(v * wave) * 3),
+    }
+    return shapes[shape]()

@@ -1,22 +1,20 @@
 """Ten digits of 28x28 pixels generated procedurally from a seed, as a stand-in for MNIST that needs no download.
 
 Each digit is a line through a few points. Every image moves the points a little, then slants, turns, scales and shifts
-the whole, and draws it with a pen of random width, under grain.
-"""
+the whole, and draws it, white on black, with a pen of random width, under grain."""
 
+import functools
 import math
 
 import torch
 from torch import Tensor
 
+from datasets import synthetic
 from datasets.keyed_random import Purpose, random_uniform
-from datasets.tensors import TensorDataset
 
 CLASS_NAMES = tuple("0123456789")
 SIZE = 28
-NUM_TRAIN, NUM_TEST = 10_000, 2_000
 TRAITS = 32  # random numbers per image: 8 for the whole, the others for its points
-GENERATED_AT_ONCE = 500  # of 10,000 at once, the intermediate results take half a gigabyte
 GRAIN = 0.15  # of the full range
 
 STROKES = (  # (x, y) in a unit square, y downwards
@@ -32,18 +30,6 @@ STROKES = (  # (x, y) in a unit square, y downwards
      (0.5, 0.47)),
     ((0.25, 1.0), (0.7, 0.65), (0.85, 0.25), (0.5, 0.0), (0.15, 0.25), (0.5, 0.5), (0.8, 0.35)),
 )
-
-
-def load(*, seed: int = 0, num_train: int = NUM_TRAIN, num_test: int = NUM_TEST) -> tuple[TensorDataset, TensorDataset]:
-    """The training and test split; image i of a seed is the same however many are generated."""
-    return generate(range(num_train), seed=seed), generate(range(10**6, 10**6 + num_test), seed=seed)
-
-
-def generate(samples: range, *, seed: int) -> TensorDataset:
-    """The images of these sample numbers, white on black; image i shows the digit i mod 10."""
-    index = torch.arange(samples.start, samples.stop)
-    inputs = torch.cat([generate_some(part, seed) for part in index.split(GENERATED_AT_ONCE)])
-    return TensorDataset(inputs=inputs, targets=index % len(CLASS_NAMES), class_names=CLASS_NAMES)
 
 
 def generate_some(index: Tensor, seed: int) -> Tensor:
@@ -89,3 +75,7 @@ def distance_to_segment(grid: Tensor, start: Tensor, end: Tensor) -> Tensor:
     along = end - start
     share = ((grid - start) * along).sum(-1) / along.square().sum(-1).clamp_min(1e-6)
     return torch.linalg.vector_norm(grid - start - share.clamp(0, 1)[..., None] * along, dim=-1)
+
+
+generate = functools.partial(synthetic.generate, draw=generate_some, class_names=CLASS_NAMES)
+load = functools.partial(synthetic.load, draw=generate_some, class_names=CLASS_NAMES)

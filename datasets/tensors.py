@@ -19,19 +19,12 @@ ThreeSplits = tuple["TensorDataset | None", "TensorDataset | None", "TensorDatas
 class TensorDataset:
     """Inputs and targets of one split, both of length N."""
 
-    inputs: Tensor
-    """uint8 images (N, C, H, W), or float32 features (N, F)."""
-    targets: Tensor
-    """int64 labels (N,), or float32 values (N, 1)."""
+    inputs: Tensor  # uint8 images (N, C, H, W), or float32 features (N, F)
+    targets: Tensor  # int64 labels (N,), or float32 values (N, 1)
     class_names: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         return len(self.inputs)
-
-    def to(self, device: torch.device) -> "TensorDataset":
-        """The same data on a device."""
-        return replace(self, inputs=self.inputs.to(device), targets=self.targets.to(device))
-
 
     def with_classes(self, known: Sequence[str] | None) -> "TensorDataset":
         """The same data with the labels of a network that knows these classes; DataError if it lacks one."""
@@ -64,13 +57,10 @@ def hold_out(dataset: TensorDataset | None, fraction: float | None, *, seed: int
 
 def held_out(targets: Tensor, fraction: float, *, seed: int, class_names: Sequence[str] = ()) -> Tensor:
     """Which samples are set apart, bool (N,): of each class at least one and never all, by keyed random order.
-
-    Raises:
-        DataError: if a class, or a set without classes, has a single sample.
-    """
+    DataError if a class, or a set without classes, has a single sample."""
     chosen = torch.zeros(len(targets), dtype=torch.bool)
     order = random_bits(torch.arange(len(targets)), seed, Purpose.SPLIT)
-    classes = targets if not targets.is_floating_point() else torch.zeros(len(targets), dtype=torch.int64)
+    classes = torch.zeros(len(targets), dtype=torch.int64) if targets.is_floating_point() else targets
     for label in classes.unique().tolist():
         members = (classes == label).nonzero().flatten()
         if len(members) < 2:

@@ -1,15 +1,11 @@
 """People's own transforms of images, such as torchvision's v2: one image at a time, each under a random key of its own.
-
-    own = (partial(made_again, reference, seed), reference.explain, "--transform my.py:prepare", {"workers": 2})
-    loaders = image_loaders((train, validation, test), augmentation, own, **batches, **shard)      # by split
 """
 
 import functools
 import inspect
 import operator
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -22,8 +18,8 @@ from datasets.images.packed import ImageSource
 from datasets.images.read import BadImage, Stored, pixels, to_square
 from datasets.images.unreadable import BadImages
 from datasets.loaders import evaluation_loader, split_loaders, train_loader
-from datasets.samples import SPLITS, Explain, Reading, Splits, sample_loaders
-from datasets.tensors import TensorDataset, ThreeSplits
+from datasets.samples import Explain, Reading, Splits, sample_loaders
+from datasets.tensors import ThreeSplits
 
 
 def takes_train(transform: Callable[..., Any]) -> bool:
@@ -31,15 +27,12 @@ def takes_train(transform: Callable[..., Any]) -> bool:
     return "train" in inspect.signature(transform.forward if isinstance(transform, nn.Module) else transform).parameters
 
 
-@dataclass(frozen=True, kw_only=True)
-class Images:
+class Images(NamedTuple):
     """One split of images, sample by sample, before the user's transform."""
 
-    read: Callable[[int], Tensor]
-    """uint8 (C, H, W), at full size."""
-    fitted: Callable[[int], Tensor]
-    """The same at the size that the network sees."""
+    read: Callable[..., Tensor]  # uint8 (C, H, W), at full size; with `frame`, at the size that the network sees
     targets: Tensor
+    frame: Mapping[str, Any] = {}
 
 
 class Transformed(Dataset[Any]):
@@ -54,23 +47,15 @@ class Transformed(Dataset[Any]):
         return len(self.targets)
 
     def __getitem__(self, sample: int) -> tuple[Any, Tensor]:
-        if self.takes_train:
-            return self.transform(self.images.read(sample), train=self.train), self.targets[sample]
-        if self.train:
-            return self.transform(self.images.read(sample)), self.targets[sample]
-        return self.normalize(self.images.fitted(sample)[None])[0], self.targets[sample]
-
-
-def in_memory(dataset: TensorDataset) -> Images:
-    """The images of a data set in memory, which are of the network's size."""
-    read = functools.partial(operator.getitem, dataset.inputs)
-    return Images(read=read, fitted=read, targets=dataset.targets)
+        if not (self.train or self.takes_train):
+            return self.normalize(self.images.read(sample, **self.images.frame)[None])[0], self.targets[sample]
+        how = {"train": self.train} if self.takes_train else {}
+        return self.transform(self.images.read(sample), **how), self.targets[sample]
 
 
 def in_files(tree: ImageSource, **frame: Any) -> Images:
     """The images of a folder, decoded one at a time; those that are evaluated are framed as `to_square` does."""
-    return Images(read=functools.partial(decoded, tree), targets=tree.targets,
-                  fitted=functools.partial(decoded, tree, **frame))
+    return Images(functools.partial(decoded, tree), tree.targets, frame)
 
 
 def decoded(tree: ImageSource, sample: int, **frame: Any) -> Tensor:
@@ -94,25 +79,24 @@ def image_loaders(splits: ThreeSplits, images: Augmentation, own: Own | None, ke
                   workers: int, prepare_worker: Callable[[], None], **how: Any) -> dict[str, Any]:
     """The loaders of one rank for images in memory: a whole batch at a time, or one by one in workers where a user's
     transform or `keyed` ones ask for that."""
-    present = {name: dataset for name, dataset in zip(SPLITS, splits, strict=True) if dataset is not None}
+    present = Splits(*splits).present()
     if own is not None:
-        return transformed_loaders({name: in_memory(dataset) for name, dataset in present.items()}, images.normalize,
-                                   own, **how)
+        own_images = {name: Images(functools.partial(operator.getitem, dataset.inputs), dataset.targets)
+                      for name, dataset in present.items()}
+        return transformed_loaders(own_images, images.normalize, own, **how)
     shard = {name: how[name] for name in ("rank", "world_size", "device")}
+    train = present.pop("train", None)
     loaders: dict[str, Any] = {name: evaluation_loader(dataset, images.normalize, **shard)
-                               for name, dataset in present.items() if name != "train"}
-    if "train" not in present:
+                               for name, dataset in present.items()}
+    if train is None:
         return loaders
     if keyed is None:
-        loaders["train"] = train_loader(present["train"], images, **how)
-    else:
-        decoder = Decoder(FromMemory(images=present["train"].inputs, keyed=keyed), workers=workers,
-                          pin_memory=shard["device"].type == "cuda", prepare_worker=prepare_worker)
-        device, train = how.pop("device"), present["train"]
-        read = DecodedImages("train", train.targets, decoder, keyed.rest, BadImages(0), device=device)
-        remedy = f"raise --workers from {workers}"
-        loaders |= split_loaders({"train": read}, {"train": len(train)}, remedy=remedy, **how)
-    return loaders
+        return {"train": train_loader(train, images, **how), **loaders}
+    decoder = Decoder(FromMemory(images=train.inputs, keyed=keyed), workers=workers,
+                      pin_memory=shard["device"].type == "cuda", prepare_worker=prepare_worker)
+    read = DecodedImages("train", train.targets, decoder, keyed.rest, BadImages(0), device=how.pop("device"))
+    return loaders | split_loaders({"train": read}, {"train": len(train)}, remedy=f"raise --workers from {workers}",
+                                   **how)
 
 
 def transformed_loaders(splits: Mapping[str, Images], normalize: Callable[[Tensor], Tensor], own: Own, **how: Any
@@ -128,6 +112,5 @@ def open_transformed(splits: Mapping[str, Images], normalize: Callable[[Tensor],
                      make: Callable[[], Callable[..., Any]]) -> Splits:
     """The splits with the transform, in the process that reads them."""
     transform = make()
-    opened: dict[str, Any] = {name: Transformed(images, transform, normalize, train=name == "train")
-                              for name, images in splits.items()}
-    return Splits(**opened)
+    return Splits(**{name: Transformed(images, transform, normalize, train=name == "train")
+                     for name, images in splits.items()})  # pyright: ignore[reportArgumentType]

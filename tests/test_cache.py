@@ -111,7 +111,7 @@ def test_a_cache_of_other_data_is_not_taken_for_this_one(change: str, tree: Imag
         path.rename(path.with_name("zzz.png"))
     else:
         flags = {"image_size": 20} if change == "image size" else {"random_crop": 0.5}
-    again = image_folder.scan(tree.root)
+    again = image_folder.scan(tree.folder)
     assert not is_whole(place_of(again, tmp_path / "cache", **flags))
 
 
@@ -131,7 +131,7 @@ def test_unreadable_images_in_a_cache_are_skipped_where_that_is_allowed(tree: Im
     assert "WARNING" not in capfd.readouterr().err  # once a run meets them
     shown = Decoding(splits={"train": opened}, size=24, skip_bad=1)[Key("train", [7, 8], 0)]
     assert torch.equal(shown.images[0], shown.images[1])  # type: ignore
-    with pytest.raises(DataError, match=rf"{tree.root}.* not readable as an image .*--skip-bad"):
+    with pytest.raises(DataError, match=rf"{tree.folder}.* not readable as an image .*--skip-bad"):
         list(image_loaders({"train": opened})["train"].batches(0, 0))
     bad = BadImages(2)
     list(image_loaders({"train": opened}, skip_bad=2, bad_images=bad)["train"].batches(0, 0))

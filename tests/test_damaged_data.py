@@ -251,7 +251,7 @@ def test_half_of_mnists_files_are_completed_by_a_download(dataset: object, folde
 
     monkeypatch.setattr(dataset, folder, Fetched)
     for _ in range(2):  # the second time it is all there
-        dataset.download(tmp_path / "data")  # pyright: ignore[reportAttributeAccessIssue]
+        dataset.prepare(tmp_path / "data", download=True)  # pyright: ignore[reportAttributeAccessIssue]
     assert len(fetched) == 1
     train, _ = dataset.load(tmp_path / "data")  # pyright: ignore[reportAttributeAccessIssue]
     assert torch.equal(train.targets, idx.load(whole, tuple("0123456789"))[0].targets)

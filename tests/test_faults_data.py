@@ -121,7 +121,7 @@ def test_training_begins_before_all_files_are_looked_at(tmp_path: Path) -> None:
     class Slow:
         """Files on a file system that answers late."""
 
-        root, answer = tmp_path, threading.Event()
+        folder, answer = tmp_path, threading.Event()
 
         def sizes_and_times(self, files: dict[str, list[int]]) -> None:
             assert self.answer.wait(30)

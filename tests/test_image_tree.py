@@ -73,7 +73,7 @@ def test_the_fingerprint_sees_names_labels_and_sizes(tmp_path: Path):
 
 
 def test_the_synthetic_folder_appears_whole_and_once(tmp_path: Path):
-    folder = image_folder.synthetic_folder(tmp_path, seed=4)
+    folder = tmp_path / "synthetic-images-4"
     image_folder.write_synthetic(folder, seed=4)
     training, test = image_folder.load(folder)
     assert (len(training), len(test)) == (2000, 500)

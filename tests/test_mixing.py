@@ -16,7 +16,7 @@ from datasets.image_folder import ImageTree
 from datasets.images.loaders import DecodedImages, Decoder, Decoding
 from datasets.images.unreadable import BadImages
 from datasets.keyed_random import random_beta
-from datasets.loaders import PlainTransform, split_loaders, train_loader
+from datasets.loaders import split_loaders, train_loader
 from datasets.mixing import MixedBatches, Mixing, mixed
 from datasets.order import epoch_order
 from datasets.samples import Reading, Splits, sample_loaders
@@ -43,7 +43,7 @@ Seen = dict[int, tuple[Tensor, Tensor]]
 
 
 def in_memory(rank: int, world_size: int, *, parts: int = 1) -> Any:
-    return train_loader(DATASET, PlainTransform(), batch_size=BATCH, rank_batch_size=BATCH // world_size // parts,
+    return train_loader(DATASET, None, batch_size=BATCH, rank_batch_size=BATCH // world_size // parts,
                         rank=rank, world_size=world_size, seed=5, device=CPU)
 
 
@@ -161,7 +161,7 @@ def test_the_order_of_runs_without_mixing_is_what_it_was() -> None:
 
 def decoded(folder: Path, workers: int) -> Callable[[int, int], Any]:
     names = sorted(name.removeprefix("train/") for name in drawn_files() if name.startswith("train/"))[:SAMPLES]
-    tree = ImageTree(root=folder / "train", names=tuple(names), targets=DATASET.targets, class_names=CLASSES)
+    tree = ImageTree(folder=folder / "train", names=tuple(names), targets=DATASET.targets, class_names=CLASSES)
     images = Augmentation(seed=5, mean=(0.5,) * 3, std=(0.5,) * 3, shift=1, flip="random")
 
     def make(rank: int, world_size: int) -> Any:

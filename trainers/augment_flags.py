@@ -1,6 +1,7 @@
-"""The flags of augmentation that the trainers of images share, and the loaders that they ask for."""
+"""The flags of augmentation that the trainers of images share, and the splits and loaders that they ask for."""
 
 import functools
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -10,13 +11,14 @@ from torchvision.transforms import AutoAugmentPolicy, InterpolationMode, v2
 
 from datasets.augment import Augmentation, KeyedTransforms
 from datasets.mixing import mixed
-from datasets.tensors import ThreeSplits
+from datasets.tensors import ThreeSplits, hold_out
 from datasets.transforms import image_loaders
 from launch.errors import UsageError
 from launch.process_group import World
 from launch.rules import AtLeast
 from launch.stop import ignore_signals
 from trainers.engine.config import ImageConfig, Statistics
+from trainers.engine.once_per_node import once_per_node
 from trainers.engine.task import MixingFlags
 from trainers.engine.user_code import own_transform
 
@@ -69,15 +71,16 @@ class AugmentFlags(MixingFlags, ImageConfig):
 
     def keyed(self, images: Augmentation) -> KeyedTransforms | None:
         """What workers do to one training image at a time, in torchvision's order; None for nothing."""
-        smooth = {"interpolation": InterpolationMode.BILINEAR} if getattr(self, "interpolation", None) else {}
         chosen: list[Any] = []
         if self.auto_augment is not None:
-            of_policy: dict[str, Any] = {}
+            how: dict[str, Any] = {}
+            if getattr(self, "interpolation", None):
+                how["interpolation"] = InterpolationMode.BILINEAR
             if self.auto_augment == "autoaugment" and getattr(self, "dataset", None) == "cifar10":
-                of_policy["policy"] = AutoAugmentPolicy.CIFAR10
+                how["policy"] = AutoAugmentPolicy.CIFAR10
             if self.augment_magnitude is not None:
-                of_policy[MAGNITUDES[self.auto_augment][0]] = self.augment_magnitude
-            chosen.append(POLICIES[self.auto_augment](**smooth, **of_policy))
+                how[MAGNITUDES[self.auto_augment][0]] = self.augment_magnitude
+            chosen.append(POLICIES[self.auto_augment](**how))
         if self.color_jitter:
             chosen.append(v2.ColorJitter(*[self.color_jitter] * 3))
         if self.grayscale:
@@ -94,11 +97,22 @@ class AugmentFlags(MixingFlags, ImageConfig):
         return mixed(loaders, self.mixing(), num_classes=len(splits[-1].class_names), device=world.device)
 
 
-def blurred(image: Tensor, *, share: float) -> Tensor:
-    """This share of images (C, H, W) through a Gaussian blur of random width.
+def load_splits(config: Any, world: World, known: Sequence[str] | None = None, *, published: Any, drawn: Any
+                ) -> ThreeSplits:
+    """Training, validation and test, of a published data set or drawn from the seed, in memory; for --evaluate the test
+    set alone, with the classes that the checkpoint knows."""
+    trains = config.evaluate is None
+    if config.dataset == "synthetic":
+        train, test = drawn.load(seed=config.seed)
+    else:
+        once_per_node(world, lambda: published.prepare(config.data_dir, download=config.download, train=trains))
+        train, test = published.load(config.data_dir, train=trains)
+    return *hold_out(train if trains else None, config.validation_fraction, seed=config.seed), test.with_classes(known)
 
-    Along one side, then the other: of 224 x 224 pixels in 12 ms, where v2.GaussianBlur's square kernel takes 32.
-    """
+
+def blurred(image: Tensor, *, share: float) -> Tensor:
+    """This share of images (C, H, W) through a Gaussian blur of random width, along one side, then the other: of
+    224 x 224 pixels in 12 ms, where v2.GaussianBlur's square kernel takes 32."""
     if torch.rand(()) >= share:
         return image
     sigma = float(torch.empty(()).uniform_(*SIGMA))

@@ -2,15 +2,13 @@
 
     python trainers/cifar.py --data-dir data                                          # one process
     torchrun --standalone --nproc_per_node=2 trainers/cifar.py --data-dir data        # two ranks: CPU (gloo) or GPU
-    torchrun --nproc_per_node=8 trainers/cifar.py                                     # eight GPUs (NCCL)
-    python trainers/cifar.py --recipe blitz                                           # the tutorial's classifier
     python trainers/cifar.py --recipe speedrun                                        # eight epochs with Muon, one GPU
     python trainers/cifar.py --dataset synthetic --epochs 3                           # no data at hand
 """
 
 import sys
-from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -26,14 +24,12 @@ from torch import nn
 
 from datasets import cifar, synthetic
 from datasets.augment import Augmentation
-from datasets.tensors import TensorDataset, ThreeSplits, hold_out
+from datasets.tensors import TensorDataset
 from launch.command_line import run
 from launch.errors import UsageError
-from launch.process_group import World
 from launch.rules import AtLeast
 from trainers import models
-from trainers.augment_flags import AugmentFlags
-from trainers.engine.once_per_node import once_per_node
+from trainers.augment_flags import AugmentFlags, load_splits
 from trainers.engine.session import entry_point, open_run, train_classifier
 from trainers.engine.user_code import is_reference
 
@@ -70,8 +66,7 @@ RECIPES: dict[str, dict[str, Any]] = {
         "model": "whitenet", "width": 64, "freeze": ("whitening",), "epochs": 5, "batch_size": 1024,
         "optimizer": "muon", "learning_rate": 0.04, "momentum": 0.8, "weight_decay": 0.4, "no_decay": ("norm",),
         "schedule": "linear", "label_smoothing": 0.2, "shift": 2, "flip": "alternating", "ema_decay": 0.96,
-        "precision": "bf16", "channels_last": True,
-    },
+        "precision": "bf16", "channels_last": True},
     "speedrun": {  # after airbench94_muon, which leaves the whitening's bias to SGD for three epochs; no TTA here
         # its rates for SGD are per sum of 2,000 losses, and of a head divided by 256 with weights of variance 1; ours
         # are per mean, of a head divided by 9: 0.67 x 2000 x (9 / 256)^2 = 1.66, and 0.053 x 2000 = 64 x 1.66 for norms
@@ -79,31 +74,16 @@ RECIPES: dict[str, dict[str, Any]] = {
         "optimizer": "muon", "learning_rate": 0.24, "momentum": 0.6, "weight_decay": 0.0024, "norm_bias_lr_scale": 64.0,
         "optimizer_options": ("sgd={'lr': 1.66, 'momentum': 0.85}", "normalize=True", "ns_steps=3"),
         "schedule": "linear", "label_smoothing": 0.2, "shift": 2, "flip": "alternating", "precision": "bf16",
-        "channels_last": True, "compile": True,
-    },
+        "channels_last": True, "compile": True},
     "blitz": {
         "model": "net", "epochs": 2, "batch_size": 4, "learning_rate": 0.001, "momentum": 0.9, "normalize": "half",
-        "onednn": False,
-        "seed": 1,  # two epochs at batch 4 scatter: 52.4, 56.1, 55.8 and 53.6 % with seeds 0 to 3
-    },
+        "onednn": False, "seed": 1},  # two epochs at batch 4 scatter: 52.4, 56.1, 55.8 and 53.6 % with seeds 0 to 3
     "strong": {
         "model": "resnet18", "epochs": 30, "batch_size": 512, "learning_rate": 0.4, "momentum": 0.9, "nesterov": True,
         "weight_decay": 0.0005, "schedule": "onecycle", "min_lr": 0.0, "label_smoothing": 0.1, "shift": 4,
         "padding": "zeros", "flip": "alternating", "auto_augment": "trivialaugment", "cutmix": 1.0, "mix_off_epoch": 25,
-        "random_erase": 0.1, "ema_decay": 0.998, "ema_warmup_steps": 10, "precision": "bf16", "channels_last": True,
-    },
-}
-
-
-def load_data(config: CifarConfig, world: World, known: Sequence[str] | None = None) -> ThreeSplits:
-    """Training, validation and test; for --evaluate the latter alone, with the classes that the checkpoint knows."""
-    trains = config.evaluate is None
-    if config.dataset == "synthetic":
-        train, test = synthetic.load(seed=config.seed)
-    else:
-        once_per_node(world, lambda: cifar.prepare(config.data_dir, download=config.download, train=trains))
-        train, test = cifar.load(config.data_dir, train=trains)
-    return *hold_out(train if trains else None, config.validation_fraction, seed=config.seed), test.with_classes(known)
+        "random_erase": 0.1, "ema_decay": 0.998, "ema_warmup_steps": 10, "precision": "bf16", "channels_last": True}}
+load_data = partial(load_splits, published=cifar, drawn=synthetic)
 
 
 def build_model(config: CifarConfig, train: TensorDataset | None, num_classes: int, images: Augmentation) -> nn.Module:

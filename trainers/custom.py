@@ -1,11 +1,9 @@
 """Train your own network on your own data, with your own loss, from one file of yours.
 
     python trainers/custom.py --data my.py:load --model my.py:Net --loss my.py:loss --workers 2
-    torchrun --standalone --nproc_per_node=2 trainers/custom.py --data my.py:load --model my.py:Net
     python trainers/custom.py --dataset synthetic                       # no data at hand
 
-`load(data_dir)` returns (train, test) or (train, validation, test): map-style data sets of (input, target).
-"""
+`load(data_dir)` returns (train, test) or (train, validation, test): map-style data sets of (input, target)."""
 
 import functools
 import importlib.util
@@ -14,7 +12,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NamedTuple
 
 if not __package__:  # run by path: our packages, not others of the same names
     sys.path[0] = str(Path(__file__).resolve().parents[1])
@@ -40,21 +38,13 @@ from launch.errors import UsageError, to_stderr
 from launch.process_group import World, gather
 from launch.rules import AtLeast
 from trainers import models
+from trainers.engine import user_code
 from trainers.engine.config import TrainConfig
 from trainers.engine.run.card import CARD_FILE, ModelCard
 from trainers.engine.session import entry_point, open_run, train_model
 from trainers.engine.task import Loss, Metric, MixingFlags, Task, classification_task, with_own_code
 from trainers.engine.trainer import Run
-from trainers.engine.user_code import (
-    Reference,
-    absolute,
-    call,
-    check_loss,
-    is_reference,
-    options_in,
-    references,
-    seed_everything,
-)
+from trainers.engine.user_code import Reference, is_reference, options_in
 
 Kind = Literal["classes", "labels", "numbers"]  # what the targets are
 KINDS: dict[str, Kind] = {"cross-entropy": "classes", "bce": "labels", "mse": "numbers"}
@@ -85,7 +75,8 @@ class CustomConfig(MixingFlags, TrainConfig):
             raise UsageError(f"--data {self.data}: must be FILE.py:NAME, a function of yours; or --dataset synthetic")
         self.check_mixing(self.batch_size, 0 if self.evaluate is not None else self.rank_batch_size())
         if self.loss != "auto":
-            check_loss(self.loss, KINDS, label_smoothing=self.label_smoothing, class_weights=self.class_weights)
+            user_code.check_loss(self.loss, KINDS, label_smoothing=self.label_smoothing,
+                                 class_weights=self.class_weights)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,11 +87,10 @@ class Given:
     model: Callable[..., Any] | nn.Module | None = None
     loss: Loss | None = None
     metric: Metric | None = None
-    explain: Explain = samples.unchanged
+    explain: Explain | None = None
 
 
-@dataclass(frozen=True, kw_only=True)
-class Facts:
+class Facts(NamedTuple):
     """What the data says about the task."""
 
     kind: Kind
@@ -110,9 +100,9 @@ class Facts:
 
 def open_own(reference: Reference, data_dir: Path, seed: int) -> Splits:
     """Run the user's file and call its function, in the process that will read the samples."""
-    seed_everything(seed)
+    user_code.seed_everything(seed)
     reference.find()
-    seed_everything(seed)  # again: the file may have run before
+    user_code.seed_everything(seed)  # again: the file may have run before
     return splits_in(reference.make({"data_dir": data_dir}), reference.extra("collate"), reference.text)
 
 
@@ -127,10 +117,10 @@ def splits_in(found: Any, collate: Any, name: str) -> Splits:
 def wanted(opening: Callable[[], Splits], config: CustomConfig) -> Splits:
     """The splits that a run needs: `--validation-fraction` of the training set apart, for --evaluate the test set."""
     splits, fraction, name = opening(), config.validation_fraction, f"--data {config.data or 'given'}"
-    samples.check_map_style(splits.test, "test", name)
+    for split in ("test",) if config.evaluate is not None else ("test", "train"):
+        samples.check_map_style(getattr(splits, split), samples.NAMES[split], name)
     if config.evaluate is not None:
         return Splits(test=splits.test, collate=splits.collate)
-    samples.check_map_style(splits.train, "training", name)
     if fraction is None:
         return splits
     if splits.validation is not None:
@@ -148,8 +138,7 @@ def open_synthetic(seed: int) -> Splits:
 
 def load_data(config: CustomConfig, world: World, known: Sequence[str] | None = None, given: Given = Given()
               ) -> Reading:
-    """The splits, the same on all ranks, with the classes that the checkpoint knows; for --evaluate the test set alone.
-    """
+    """The splits, the same on all ranks, with a checkpoint's `known` classes; for --evaluate the test set alone."""
     reference, explain = Reference("--data", config.data or "given"), given.explain
     if given.splits is not None:
         opening = functools.partial(Splits, *given.splits)
@@ -157,14 +146,13 @@ def load_data(config: CustomConfig, world: World, known: Sequence[str] | None = 
         opening = functools.partial(open_synthetic, config.seed)
     else:
         opening, explain = functools.partial(open_own, reference, config.data_dir, config.seed), reference.explain
-    reading = Reading(functools.partial(wanted, opening, config), seed=config.seed, name=f"--data {reference.text}",
-                      explain=explain)
+    name = f"--data {reference.text}"
+    reading = Reading(functools.partial(wanted, opening, config), seed=config.seed, name=name, explain=explain)
     if len(set(gather(world, reading.facts))) > 1:
-        raise DataError(f"--data {reference.text}: the ranks found different samples; {samples.SEED_IT}")
-    first = next(iter(reading.splits.present().values()))
-    names = tuple(known or samples.class_names_of(first))
+        raise DataError(f"{name}: the ranks found different samples; {samples.SEED_IT}")
+    names = tuple(known or samples.class_names_of(next(iter(reading.splits.present().values()))))
     if len({*names}) != len(names):
-        raise DataError(f"--data {reference.text}: .classes names one class twice; give each a name of its own")
+        raise DataError(f"{name}: .classes names one class twice; give each a name of its own")
     if names:
         reading.join_classes(names, owner="the training set" if known is None else "the checkpoint")
     return reading
@@ -176,7 +164,7 @@ def learn_facts(config: CustomConfig, reading: Reading, known: Sequence[str] | N
     read = [samples.unless_failed(reading[Key(split, [sample], 0)]) for sample in range(min(8, len(dataset)))]
     inputs, targets = read[0]
     kind: Kind = KINDS.get(config.loss) or kind_of([each for _, each in read])
-    names = tuple(known or samples.class_names_of(dataset))
+    own_names = names = tuple(known or samples.class_names_of(dataset))
     num_outputs = len(names) if kind == "classes" else targets[0].numel() if isinstance(targets, Tensor) else 1
     num_outputs = config.num_classes or num_outputs
     if kind == "classes" and num_outputs == 0:
@@ -188,9 +176,9 @@ def learn_facts(config: CustomConfig, reading: Reading, known: Sequence[str] | N
     if len(names) != num_outputs:
         names = tuple(map(str, range(num_outputs)))
     reading.largest_target = {"classes": num_outputs - 1, "labels": 1}.get(kind)
-    if kind != "classes" or names != tuple(known or samples.class_names_of(dataset)):
+    if kind != "classes" or names != own_names:
         reading.labels = {}  # these targets are no classes that have names
-    return Facts(kind=kind, names=names, shape=shape)
+    return Facts(kind, names, shape)
 
 
 def kind_of(targets: list[Any]) -> Kind:
@@ -205,12 +193,12 @@ def kind_of(targets: list[Any]) -> Kind:
 
 def build_model(config: CustomConfig, facts: Facts, given: Given = Given()) -> nn.Module:
     """The network, from the seed."""
-    size = facts.shape[-1] if len(facts.shape) == 3 else None
     torch.manual_seed(config.seed)
-    offered = {"num_classes": len(facts.names), "image_size": size}
+    offered = {"num_classes": len(facts.names), "image_size": facts.shape[-1] if len(facts.shape) == 3 else None}
     if given.model is not None:
-        return given.model if isinstance(given.model, nn.Module) else call(given.model, offered)
-    offered = offered if is_reference(config.model) else {"num_classes": len(facts.names)}
+        return given.model if isinstance(given.model, nn.Module) else user_code.call(given.model, offered)
+    if not is_reference(config.model):
+        del offered["image_size"]
     return models.build(config.model, **offered, **options_in(config.model_options, "--model-options"))
 
 
@@ -219,16 +207,16 @@ def build_task(config: CustomConfig, facts: Facts, device: torch.device, given: 
     if facts.kind == "classes":
         task = classification_task(facts.names, device, label_smoothing=config.label_smoothing,
                                    class_weights=config.class_weights)
-    elif facts.kind == "labels":
+    else:
+        name, loss = ("bce", F.binary_cross_entropy_with_logits) if facts.kind == "labels" else ("mse", F.mse_loss)
+        checked = functools.partial(elementwise, name, loss)
+        task = Task(loss=checked, test_loss=checked, num_classes=None)
+    if facts.kind == "labels":
         if importlib.util.find_spec("torchmetrics") is None:
             raise UsageError("--loss bce: its mean average precision needs torchmetrics; pip install torchmetrics")
-        bce = functools.partial(elementwise, "bce", F.binary_cross_entropy_with_logits)
-        task = Task(loss=bce, test_loss=bce, num_classes=None, metrics={"labels": label_metrics})
-    else:
-        mse = functools.partial(elementwise, "mse", F.mse_loss)
-        task = Task(loss=mse, test_loss=mse, num_classes=None)
+        task.metrics["labels"] = label_metrics
     task.is_own = True
-    return with_own_code(task, references(config), device, loss=given.loss, metric=given.metric)
+    return with_own_code(task, user_code.references(config), device, loss=given.loss, metric=given.metric)
 
 
 def elementwise(name: str, loss: Loss, outputs: Tensor, targets: Any) -> Tensor:
@@ -253,10 +241,10 @@ def label_metrics(logits: Tensor, targets: Tensor) -> dict[str, float]:
 
 def write_card(config: CustomConfig, facts: Facts, run: Run) -> None:
     """model.json: how to build the network again, and what it takes."""
-    images = facts.shape if len(facts.shape) == 3 else (0, 0, 0)
+    channels, height, width = facts.shape if len(facts.shape) == 3 else (0, 0, 0)
     run.folder.write_json(CARD_FILE, asdict(ModelCard(
-        trainer=run.trainer, model=absolute(config.model), class_names=facts.names, mean=(0.0,) * images[0],
-        std=(1.0,) * images[0], image_size=images[1:], kind=facts.kind, user_code=run.user_code,
+        trainer=run.trainer, model=user_code.absolute(config.model), class_names=facts.names, mean=(0.0,) * channels,
+        std=(1.0,) * channels, image_size=(height, width), kind=facts.kind, user_code=run.user_code,
         options=options_in(config.model_options, "--model-options"))))
 
 

@@ -1,13 +1,8 @@
 """Train an image classifier on a folder of images by class, on one process or many.
 
     python trainers/image_folder.py --data-dir cats-dogs                        # train/<class>/… and test/<class>/…
-    python trainers/image_folder.py --data-dir photos --validation-fraction 0.2 # one folder of classes
-    python trainers/image_folder.py --data-dir cats-dogs --recipe cheatsheet    # the CNN cheat sheet's own settings
-    torchrun --standalone --nproc_per_node=2 trainers/image_folder.py --data-dir photos --recipe finetune \\
-        --pretrained resnet18.pth --workers 4
-    torchrun --standalone --nproc_per_node=2 trainers/image_folder.py --data-dir imagenet --model resnet50 \\
-        --evaluate IMAGENET1K_V2                                                 # does it give its published figure?
-    python trainers/image_folder.py --data-dir photos.pack                       # a pack; see datasets/pack.py
+    python trainers/image_folder.py --data-dir photos.pack                      # a pack; see datasets/pack.py
+    torchrun --standalone --nproc_per_node=2 trainers/image_folder.py --data-dir photos --recipe finetune --workers 4
     python trainers/image_folder.py --dataset synthetic --cache                 # no data at hand
 """
 
@@ -43,6 +38,7 @@ from datasets.images.unreadable import BadImages
 from datasets.loaders import check_size, split_loaders
 from datasets.mixing import mixed
 from datasets.pack import Packing, fitted, smaller
+from datasets.samples import Splits
 from datasets.transforms import in_files, transformed_loaders
 from launch.command_line import run
 from launch.errors import UsageError, printable, say, to_stderr
@@ -80,16 +76,13 @@ class ImageFolderConfig(AugmentFlags):
     """Start from the weights in a file, or by name: torchvision's (IMAGENET1K_V2, DEFAULT), or timm, with their size,
     resize, interpolation, mean and std. A head for other classes is replaced by a new one."""
     evaluate: Path | None = None
-    """Evaluate this, train nothing: a checkpoint, a file of weights as --init-from takes it, or a name that
-    --pretrained knows."""
+    """Evaluate, do not train: a checkpoint, a file of weights as of --init-from, or a name that --pretrained knows."""
     image_size: Annotated[int | None, AtLeast(1, most=8192)] = None
     """Height and width that the network sees. Default: 32 for our networks, 224 for torchvision's."""
     train_size: Annotated[int | None, AtLeast(1, most=8192)] = None
-    """Height and width of training images, where smaller ones than those of the evaluation do. Default: --image-size.
-    """
+    """Height and width of training images, where smaller ones than the evaluation's do. Default: --image-size."""
     fit: FitName = "squash"
-    """How images become square: squash them, crop their middle, or (squash-crop) the former to --resize-size and then
-    the latter, as timm's NFNets are evaluated."""
+    """Squash images into a square, crop their middle, or squash to --resize-size and crop that (timm's NFNets)."""
     resize_size: Annotated[int | None, AtLeast(1, most=8192)] = None
     """Resize the shorter side to this and crop the middle, --fit squash too, as published evaluations do."""
     interpolation: InterpolationName | None = None
@@ -111,10 +104,6 @@ class ImageFolderConfig(AugmentFlags):
     def size(self) -> int:
         """Height and width that the network sees."""
         return self.image_size or (32 if self.model in OUR_MODELS else 224)
-
-    def training_size(self) -> int:
-        """The same of training images."""
-        return self.train_size or self.size()
 
     def frame(self) -> dict[str, Any]:
         """How images become square."""
@@ -156,16 +145,12 @@ class ImageFolderConfig(AugmentFlags):
             raise UsageError(f"--cache-dir {self.cache_dir}: does nothing alone; add --cache")
 
 
-def load_data(config: ImageFolderConfig, world: World, known: Sequence[str] | None = None
-              ) -> tuple[ImageSource | None, ImageSource | None, ImageSource | None]:
+def load_data(config: ImageFolderConfig, world: World, known: Sequence[str] | None = None) -> Splits:
     """Training, validation and test split, those that there are: names and labels, no pixels yet.
-
-    For --evaluate one alone, with the classes that the checkpoint knows: the test split, if there is a folder of it.
-    """
-    trains = config.evaluate is None
-    folder = config.data_dir
+    For --evaluate one alone, with the classes that the checkpoint knows: the test split, if there is a folder of it."""
+    trains, folder = config.evaluate is None, config.data_dir
     if config.dataset == "synthetic":
-        folder = image_folder.synthetic_folder(config.data_dir, seed=config.seed)
+        folder = config.data_dir / f"synthetic-images-{config.seed}"
         once_per_node(world, lambda: image_folder.write_synthetic(folder, seed=config.seed))
     module = packed if packed.is_pack(folder) else image_folder
     train, evaluated = module.load(folder, validation_fraction=config.validation_fraction, seed=config.seed,
@@ -181,13 +166,13 @@ def load_data(config: ImageFolderConfig, world: World, known: Sequence[str] | No
     if train is not None:
         BadImages(config.skip_bad).add(train.unreadable.items())  # rather than that there are too few
         check_size(len(train), config.batch_size)
-    return train, validation, test
+    return Splits(train, validation, test)
 
 
 def build_model(config: ImageFolderConfig, num_classes: int, world: World) -> nn.Module:
     """The network, from the seed and `--pretrained`, tried on one blank image of each size."""
     model, tried = models.from_flags(config, num_classes), not is_reference(config.model) and config.transform is None
-    sizes = {"--image-size": config.size(), "--train-size": config.training_size()} if tried else {}
+    sizes = {"--image-size": config.size(), "--train-size": config.train_size or config.size()} if tried else {}
     for flag, size in sizes.items():
         try:
             with torch.no_grad():
@@ -253,15 +238,16 @@ def from_cache(config: ImageFolderConfig, splits: dict[str, ImageSource], world:
         if not packed.is_whole(packing.out):
             raise DataError(f"--cache-dir {folder}: the cache built for this run is gone; choose a folder that every "
                             f"rank of the node sees and nothing clears")
-        found[split] = PackedImages(root=packing.out, split=split, record=packed.read_record(packing.out),
-                                    class_names=tree.class_names, origin=tree.folder, decoder=packing.head["decoder"])
+        found[split] = PackedImages(root=packing.out, split=split, record=packed.read_record(packing.out), raw=True,
+                                    fitted=packing.head["fitted"], class_names=tree.class_names, origin=tree.folder,
+                                    decoder=packing.head["decoder"])
     return found
 
 
 def cache_of(config: ImageFolderConfig, split: str, tree: ImageSource, folder: Path) -> Packing:
     """Pixels of a split: as the network sees them or, to be cropped at random, large enough for that."""
     crops, frame = split == "train" and config.random_crop is not None, config.frame()
-    size = config.training_size() if split == "train" else config.size()
+    size = config.train_size or config.size() if split == "train" else config.size()
     frame["resize_size"] = config.resize_size and round(config.resize_size * size / config.size())
     side = min(math.ceil(size / math.sqrt(config.random_crop or 1)), max(256, size * 8 // 7)) if crops else size
     how = [packed.FORMAT, tree.fingerprint(times=True), crops or frame, DECODER, torchvision.__version__]
@@ -280,8 +266,7 @@ def main(config: ImageFolderConfig) -> dict[str, Any]:
     config = as_published(config)
     with open_run(config, "image_folder", named=named_weights(config) is not None) as run:
         config = run.config
-        found = zip(("train", "validation", "test"), load_data(config, run.world, run.known), strict=True)
-        splits = {name: tree for name, tree in found if tree is not None}
+        splits = load_data(config, run.world, run.known).present()
         class_names = next(iter(splits.values())).class_names
         images = Augmentation(**config.augmentation(IMAGENET))
         loaders = mixed(build_loaders(config, splits, images, run), config.mixing(), num_classes=len(class_names),

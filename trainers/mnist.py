@@ -1,15 +1,13 @@
 """Train a classifier of handwritten digits on MNIST, on one process or many.
 
     python trainers/mnist.py --data-dir data                                          # the tutorial's network, 10/20
-    python trainers/mnist.py --channels 32 64 --hidden 100                            # its widened variant
     torchrun --standalone --nproc_per_node=2 trainers/mnist.py --recipe fast          # over 99 % in seconds
-    python trainers/mnist.py --run-name digits --epochs 7                             # again, with more epochs: resumes
     python trainers/mnist.py --dataset synthetic --epochs 2                           # no data at hand
 """
 
 import sys
-from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -21,17 +19,13 @@ from launch.stop import begin_script
 if __name__ == "__main__":
     begin_script()  # before torch is imported, which takes seconds
 
-from datasets import mnist
-from datasets import synthetic_digits as digits
+from datasets import mnist, synthetic_digits
 from datasets.augment import Augmentation
-from datasets.tensors import ThreeSplits, hold_out
 from launch.command_line import run
 from launch.errors import UsageError
-from launch.process_group import World
 from launch.rules import AtLeast
 from trainers import models
-from trainers.augment_flags import AugmentFlags
-from trainers.engine.once_per_node import once_per_node
+from trainers.augment_flags import AugmentFlags, load_splits
 from trainers.engine.session import entry_point, open_run, train_classifier
 
 
@@ -78,21 +72,8 @@ RECIPES: dict[str, dict[str, Any]] = {
     "fast": {
         "epochs": 3, "batch_size": 512, "optimizer": "muon", "learning_rate": 0.02, "momentum": 0.9,
         "weight_decay": 0.1, "schedule": "linear", "channels": (16, 32), "hidden": 64, "dropout": 0.0,
-        "normalize": "dataset", "precision": "bf16", "channels_last": True,
-    },
-}
-
-
-def load_data(config: MnistConfig, world: World, known: Sequence[str] | None = None) -> ThreeSplits:
-    """Training, validation and test; for --evaluate the latter alone, with the classes that the checkpoint knows."""
-    if config.dataset == "synthetic":
-        train, test = digits.load(seed=config.seed)
-    else:
-        if config.download:
-            once_per_node(world, lambda: mnist.download(config.data_dir))
-        train, test = mnist.load(config.data_dir, train=config.evaluate is None)
-    train = train if config.evaluate is None else None
-    return *hold_out(train, config.validation_fraction, seed=config.seed), test.with_classes(known)
+        "normalize": "dataset", "precision": "bf16", "channels_last": True}}
+load_data = partial(load_splits, published=mnist, drawn=synthetic_digits)
 
 
 @entry_point

@@ -1,7 +1,6 @@
 """Every network for images, and `build`, which finds one by name.
 
-`width` is always the number of channels of the first convolution that is trained; the other layers scale with it.
-"""
+`width` is always the number of channels of the first convolution that is trained; the other layers scale with it."""
 
 import inspect
 from collections.abc import Callable, Collection
@@ -12,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision import models as torchvision_models
 from torchvision.models.resnet import BasicBlock
+from torchvision.ops import Conv2dNormActivation
 
 from launch.command_line import nearest
 from launch.errors import UsageError, first_line
@@ -40,8 +40,7 @@ class WhiteNet(nn.Module):
     """A small fast convolutional network for 3x32x32 images, after cifar10-airbench (Keller Jordan, 2024).
 
     The first layer is a 2x2 convolution that whitens image patches: set from the data by `whiten`, and frozen. Three
-    blocks follow, convolutions starting as the identity, norms without a weight, and the logits are scaled down.
-    """
+    blocks follow, convolutions starting as the identity, norms without a weight, and the logits are scaled down."""
 
     def __init__(self, num_classes: int, width: int = 32) -> None:
         super().__init__()
@@ -59,9 +58,7 @@ class WhiteNet(nn.Module):
     @torch.no_grad()
     def whiten(self, images: Tensor, eps: float = 5e-4) -> None:
         """Set the first layer from normalised images (N, 3, 32, 32): its outputs become uncorrelated, of variance 1.
-
-        The eigenvectors' signs are fixed, since those that LAPACK returns differ between machines.
-        """
+        The eigenvectors' signs are fixed, since those that LAPACK returns differ between machines."""
         patches = images.unfold(2, 2, 1).unfold(3, 2, 1).movedim(1, 3).flatten(0, 2).flatten(1).double()
         eigenvalues, eigenvectors = torch.linalg.eigh(patches.T @ patches / len(patches))
         largest = eigenvectors.abs().argmax(0)
@@ -74,8 +71,7 @@ def white_block(channels_in: int, channels_out: int) -> nn.Sequential:
     """conv, pool, norm, GELU, conv, norm, GELU."""
     return nn.Sequential(
         identity_convolution(channels_in, channels_out), nn.MaxPool2d(2), weightless_norm(channels_out), nn.GELU(),
-        identity_convolution(channels_out, channels_out), weightless_norm(channels_out), nn.GELU(),
-    )
+        identity_convolution(channels_out, channels_out), weightless_norm(channels_out), nn.GELU())
 
 
 def identity_convolution(channels_in: int, channels_out: int) -> nn.Conv2d:
@@ -97,11 +93,12 @@ class ResNet9(nn.Module):
 
     def __init__(self, num_classes: int, width: int = 64) -> None:
         super().__init__()
-        self.stem = nn.Sequential(conv_norm_relu(3, width), conv_norm_relu(width, 2 * width), nn.MaxPool2d(2))
-        self.residual1 = nn.Sequential(conv_norm_relu(2 * width, 2 * width), conv_norm_relu(2 * width, 2 * width))
-        self.middle = nn.Sequential(conv_norm_relu(2 * width, 4 * width), nn.MaxPool2d(2),
-                                    conv_norm_relu(4 * width, 8 * width), nn.MaxPool2d(2))
-        self.residual2 = nn.Sequential(conv_norm_relu(8 * width, 8 * width), conv_norm_relu(8 * width, 8 * width))
+        block = Conv2dNormActivation  # 3x3 convolution, BatchNorm, ReLU
+        self.stem = nn.Sequential(block(3, width), block(width, 2 * width), nn.MaxPool2d(2))
+        self.residual1 = nn.Sequential(block(2 * width, 2 * width), block(2 * width, 2 * width))
+        self.middle = nn.Sequential(block(2 * width, 4 * width), nn.MaxPool2d(2), block(4 * width, 8 * width),
+                                    nn.MaxPool2d(2))
+        self.residual2 = nn.Sequential(block(8 * width, 8 * width), block(8 * width, 8 * width))
         self.head = nn.Linear(8 * width, num_classes, bias=False)
 
     def forward(self, images: Tensor) -> Tensor:
@@ -112,21 +109,14 @@ class ResNet9(nn.Module):
         return self.head(F.adaptive_max_pool2d(features, 1).flatten(1)) / 8
 
 
-def conv_norm_relu(channels_in: int, channels_out: int) -> nn.Sequential:
-    """3x3 convolution, BatchNorm, ReLU."""
-    return nn.Sequential(nn.Conv2d(channels_in, channels_out, 3, padding=1, bias=False),
-                         nn.BatchNorm2d(channels_out), nn.ReLU(inplace=True))
-
-
 class ResNet18(nn.Module):
     """ResNet-18 (He et al., 2015) for 3x32x32 images: torchvision's blocks, a 3x3 stem without stride, no max-pool."""
 
     def __init__(self, num_classes: int, width: int = 64) -> None:
         super().__init__()
-        self.stem = conv_norm_relu(3, width)
-        self.layers = nn.Sequential(residual_layer(width, width, stride=1), residual_layer(width, 2 * width, stride=2),
-                                    residual_layer(2 * width, 4 * width, stride=2),
-                                    residual_layer(4 * width, 8 * width, stride=2))
+        self.stem = Conv2dNormActivation(3, width)
+        self.layers = nn.Sequential(residual_layer(width, width, stride=1), *(
+            residual_layer(channels, 2 * channels, stride=2) for channels in (width, 2 * width, 4 * width)))
         self.head = nn.Linear(8 * width, num_classes)
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
@@ -140,7 +130,7 @@ class ResNet18(nn.Module):
 def residual_layer(channels_in: int, channels_out: int, *, stride: int) -> nn.Sequential:
     """Two basic blocks; the first halves the image if the stride is 2."""
     shortcut = None
-    if stride != 1 or channels_in != channels_out:
+    if stride != 1:
         shortcut = nn.Sequential(nn.Conv2d(channels_in, channels_out, 1, stride=stride, bias=False),
                                  nn.BatchNorm2d(channels_out))
     return nn.Sequential(BasicBlock(channels_in, channels_out, stride, shortcut),
@@ -167,9 +157,7 @@ class CheatSheetNet(nn.Module):
 
 class MnistNet(nn.Module):
     """The MNIST tutorial's network for 1x28x28 images; its wider variant has 32 and 64 channels and 100 hidden.
-
-    Gives log-probabilities. Cross-entropy leaves those as they are and so is the tutorial's nll_loss.
-    """
+    Gives log-probabilities. Cross-entropy leaves those as they are and so is the tutorial's nll_loss."""
 
     def __init__(self, num_classes: int, channels: tuple[int, int] = (10, 20), hidden: int = 50,
                  dropout: float = 0.5) -> None:
@@ -201,26 +189,17 @@ def lenet(num_classes: int) -> nn.Sequential:
     model = nn.Sequential(
         nn.Conv2d(1, 6, 5, padding=2), nn.Sigmoid(), nn.AvgPool2d(2),
         nn.Conv2d(6, 16, 5), nn.Sigmoid(), nn.AvgPool2d(2), nn.Flatten(),
-        nn.Linear(16 * 5 * 5, 120), nn.Sigmoid(), nn.Linear(120, 84), nn.Sigmoid(), nn.Linear(84, num_classes),
-    )
+        nn.Linear(16 * 5 * 5, 120), nn.Sigmoid(), nn.Linear(120, 84), nn.Sigmoid(), nn.Linear(84, num_classes))
     for module in model:
         if isinstance(module, nn.Linear | nn.Conv2d):
             nn.init.xavier_uniform_(module.weight)
     return model
 
 
-OURS: dict[str, Callable[..., nn.Module]] = {
-    "net": Net,
-    "whitenet": WhiteNet,
-    "resnet9": ResNet9,
-    "resnet18": ResNet18,
-    "cheatsheet": CheatSheetNet,
-}
-GREY: dict[str, Callable[..., nn.Module]] = {  # for 1x28x28 images; the others take colour
-    "mnistnet": MnistNet,
-    "softmax": softmax_regression,
-    "lenet": lenet,
-}
+OURS: dict[str, Callable[..., nn.Module]] = {"net": Net, "whitenet": WhiteNet, "resnet9": ResNet9, "resnet18": ResNet18,
+                                             "cheatsheet": CheatSheetNet}
+# for 1x28x28 images; the others take colour
+GREY: dict[str, Callable[..., nn.Module]] = {"mnistnet": MnistNet, "softmax": softmax_regression, "lenet": lenet}
 
 
 def torchvision_names() -> list[str]:
@@ -238,17 +217,6 @@ def check_name(name: str, known: Collection[str], *, choices: str | None = None)
                          f"{nearest(name, list(known))}")
 
 
-def build_own(reference: Reference, num_classes: int, options: dict[str, Any]) -> nn.Module:
-    """A network of the user's: made with what its signature asks for, or ready as it is."""
-    offered = {"num_classes": num_classes, "image_size": options.pop("image_size", None)}
-    found = reference.find()
-    model = found if isinstance(found, nn.Module) and not options else reference.make(offered, options=options)
-    if not isinstance(model, nn.Module):
-        raise UsageError(f"--model {reference.text}: is {type(model).__name__}, not a network; give an nn.Module, or a "
-                         f"class or function that makes one")
-    return model
-
-
 def from_flags(config: Any, num_classes: int) -> nn.Module:
     """The network that an ImageConfig describes, from the seed; UsageError for options that it does not take."""
     torch.manual_seed(config.seed)
@@ -262,18 +230,22 @@ def from_flags(config: Any, num_classes: int) -> nn.Module:
 
 
 def build(name: str, *, num_classes: int, **options: Any) -> nn.Module:
-    """A new network for colour or grey images with its usual initialisation, on the CPU.
+    """A new network for colour or grey images with its usual initialisation, on the CPU; or one of the user's.
 
     `torchvision/resnet18` is torchvision's, where one of ours has the name too; `timm/resnet18` is timm's. An option
-    of None is the network's default. Raises ValueError for an unknown name or option.
-    """
+    of None is the network's default. Raises ValueError for an unknown name or option."""
     chosen: dict[str, Any] = {option: value for option, value in options.items() if value is not None}
-    if is_reference(name):
-        return build_own(Reference("--model", name), num_classes, chosen)
-    make = (OURS | GREY).get(name)
-    if make is not None and (unknown := chosen.keys() - inspect.signature(make).parameters):
-        raise ValueError(f"{name} has no {', '.join(sorted(unknown))} to set")
-    if make is not None:
+    if is_reference(name):  # made with what its signature asks for, or ready as it is
+        reference, offered = Reference("--model", name), {"num_classes": num_classes}
+        found, offered["image_size"] = reference.find(), chosen.pop("image_size", None)
+        model = found if isinstance(found, nn.Module) and not chosen else reference.make(offered, options=chosen)
+        if not isinstance(model, nn.Module):
+            raise UsageError(f"--model {name}: is {type(model).__name__}, not a network; give an nn.Module, or a class "
+                             f"or function that makes one")
+        return model
+    if (make := (OURS | GREY).get(name)) is not None:
+        if unknown := chosen.keys() - inspect.signature(make).parameters:
+            raise ValueError(f"{name} has no {', '.join(sorted(unknown))} to set")
         return make(num_classes, **chosen)
     try:
         if name.startswith(TIMM):

@@ -1,14 +1,10 @@
 """Classify images with the network of a run: classes with probabilities, and a picture; or export the network.
 
-    python trainers/predict.py --run runs/NAME cat.jpg dog.png          # some files
-    python trainers/predict.py --run runs/NAME photos/                  # all images of a folder and the folders in it
+    python trainers/predict.py --run runs/NAME photos/ cat.jpg          # files, and all images of a folder
     python trainers/predict.py --run runs/NAME --test-images 32         # of the run's own test set
-    python trainers/predict.py --run runs/NAME photos/ --json           # for other programs
-    python trainers/predict.py --run runs/NAME --export model.pt2       # a torch.export program, and ONNX beside it
 
-The weights are those of the best checkpoint, their moving average if the run kept one. Where an image's true class is
-known (from the test set, or from a folder with the name of a class), it is compared.
-"""
+The weights are those of the best checkpoint, their moving average if the run kept one. A true class that is known, from
+the test set or the name of an image's folder, is compared."""
 
 import importlib
 import itertools
@@ -30,9 +26,8 @@ from torch import Tensor, nn
 from datasets.augment import normalize
 from datasets.classes import some_of
 from datasets.errors import DataError
-from datasets.image_folder import ImageTree
 from datasets.images.loaders import Key
-from datasets.images.packed import PackedImages
+from datasets.images.packed import ImageSource
 from datasets.images.read import BadImage, Stored, read_file, to_square
 from datasets.listing import describe_left_out, find_images
 from datasets.samples import Reading, unless_failed
@@ -91,8 +86,16 @@ class Picture(NamedTuple):
 
 
 def load_model(run: Path, card: ModelCard, checkpoint: Path | None, device: torch.device) -> tuple[nn.Module, Path]:
-    """The network with its trained weights, in evaluation mode, and the file they are from."""
-    state, source = (load_or_fail(checkpoint), checkpoint) if checkpoint is not None else best_state(run)
+    """The network with its trained weights, of the best or the newest whole checkpoint, and the file they are from."""
+    if checkpoint is not None:
+        state, source = load_or_fail(checkpoint), checkpoint
+    else:
+        damaged, source, state = newest_good(run / "checkpoints", try_best=True)
+        for path, damage in damaged.items():
+            to_stderr(f"WARNING checkpoint: {path}: {damage}; using another one")
+        if state is None:
+            raise CheckpointError(f"--run {run}: has no whole checkpoint; wait for its first epoch to end, or train "
+                                  f"again")
     known = saved_class_names(state)
     if known not in ((), card.class_names):
         raise CheckpointError(f"{source}: knows the classes {some_of(known)}, and {run / CARD_FILE} has "
@@ -123,16 +126,6 @@ class LogitsOf(nn.Module):
         return self.logits(self.network(*inputs, **named))
 
 
-def best_state(run: Path) -> tuple[dict[str, Any], Path]:
-    """The state of the best checkpoint, else of the newest that is whole, and its file."""
-    damaged, source, state = newest_good(run / "checkpoints", try_best=True)
-    for path, damage in damaged.items():
-        to_stderr(f"WARNING checkpoint: {path}: {damage}; using another one")
-    if state is None:
-        raise CheckpointError(f"--run {run}: has no whole checkpoint; wait for its first epoch to end, or train again")
-    return state, source
-
-
 def pictures_of(config: PredictConfig, card: ModelCard, source: Path, bad: dict[str, str]) -> Iterator[Picture]:
     """All images to classify, read one at a time; adds what cannot be read to `bad`, with the reason."""
     for path in config.images:
@@ -159,16 +152,16 @@ def read_picture(path: Path, card: ModelCard, bad: dict[str, str], true_class: s
     transform = evaluation_transform(card)
     try:
         content = read() if read else read_file(path)
-        frame = {"fit": card.fit, "resize_size": card.resize_size, "interpolation": card.interpolation}
-        pixels = full_size(content) if transform else to_square(content, size=card.image_size[0], **frame)
+        pixels = full_size(content) if transform else to_square(
+            content, size=card.image_size[0], fit=card.fit, resize_size=card.resize_size,
+            interpolation=card.interpolation)
     except BadImage as error:
         bad[str(path)] = f"not readable as an image ({error}); repair it or leave it out"
         return
     if len(card.mean) == 1:  # grey
         weights = torch.tensor([0.299, 0.587, 0.114])[:, None, None]  # of ITU-R 601-2, as Pillow has them
         pixels = (pixels * weights).sum(0, keepdim=True).round().to(torch.uint8)
-    pixels = transform(pixels) if transform else pixels
-    yield Picture(str(path), pixels, true_class)
+    yield Picture(str(path), transform(pixels) if transform else pixels, true_class)
 
 
 def evaluation_transform(card: ModelCard) -> Callable[[Tensor], Tensor] | None:
@@ -189,17 +182,16 @@ def test_pictures(config: PredictConfig, card: ModelCard, source: Path, bad: dic
                               f"files, not --test-images") from None
     settings = replace(settings, evaluate=source, data_dir=config.data_dir or settings.data_dir)
     found = load_data(settings, World(), card.class_names)
-    if isinstance(found, Reading):
-        for sample in range(min(config.test_images or 0, len(found.splits.test))):
-            inputs, targets = unless_failed(found[Key("test", [sample], 0)])
-            yield Picture(f"test {sample}", inputs, card.class_names[int(targets[0])])
-        return
-    _, validation, test = found
-    test = validation if test is None else test
+    _, validation, test, *_ = found.splits if isinstance(found, Reading) else found
+    test: Any = validation if test is None else test
     bad |= getattr(test, "unreadable", {})
     for sample in range(min(config.test_images or 0, len(test))):
+        if isinstance(found, Reading):
+            inputs, targets = unless_failed(found[Key("test", [sample], 0)])
+            yield Picture(f"test {sample}", inputs, card.class_names[int(targets[0])])
+            continue
         true_class = card.class_names[int(test.targets[sample])]
-        if isinstance(test, ImageTree | PackedImages):
+        if isinstance(test, ImageSource):
             yield from read_picture(test.path(sample), card, bad, true_class, read=partial(test.read, sample))
         else:
             transform = evaluation_transform(card) or (lambda image: image)

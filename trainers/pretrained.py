@@ -1,11 +1,9 @@
 """Weights that torchvision and timm publish, by name, with the preprocessing that belongs to them.
 
-    --model resnet50 --pretrained IMAGENET1K_V2             torchvision's, or DEFAULT
+    --model resnet50 --pretrained IMAGENET1K_V2             torchvision's, or DEFAULT; --evaluate: as they are
     --model timm/resnet50.a1_in1k --pretrained timm         timm's
-    --model resnet50 --evaluate IMAGENET1K_V2               as they are: do they give their published figure here?
 
-A cached file (TORCH_HOME, HF_HOME) is used without network; else one rank of each node fetches it into there.
-"""
+A cached file (TORCH_HOME, HF_HOME) is used without network; else one rank of each node fetches it into there."""
 
 import functools
 import importlib
@@ -26,21 +24,9 @@ from launch.command_line import nearest
 from launch.errors import CheckpointError, UsageError, first_line, say
 from launch.process_group import World
 from trainers.engine.checkpoints.weights import load_weights, put_weights, read_weights_file
-from trainers.engine.config import IMAGENET, Statistics
+from trainers.engine.config import IMAGENET
 from trainers.engine.once_per_node import once_per_node
 from trainers.engine.user_code import timm_library
-
-
-@dataclass(frozen=True, kw_only=True)
-class Preprocessing:
-    """How the images of a published figure were prepared: the shorter side resized, the middle cropped."""
-
-    size: int
-    resize_size: int
-    crop_share: float  # the former divided by the latter, for other sizes
-    fit: Any  # that of ImageFolderConfig; None for a way that is not known here
-    interpolation: Any
-    statistics: Statistics
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,23 +38,21 @@ class NamedWeights:
     file: Callable[[], Path | None]  # where they are cached, if they are
     download: Callable[[], object]  # fetches them into there
     build: Callable[[int], nn.Module]  # the network with them; timm makes a new head for other classes
-    preprocessing: Callable[[], Preprocessing]
+    preprocessing: Callable[[], dict[str, Any]]  # size, resize_size, crop_share, fit (None: unknown), interpolation,
+    # and statistics: how the images of the published figure were prepared
     options: dict[str, Any] = field(default_factory=dict)  # what models.build needs to make the same network
     head: str | None = None  # the layer that timm makes itself
 
     def fetch(self) -> None:
-        """For one rank of each node: have the file in the cache, and look into it, which runs no code of its.
-
-        Raises DataError if it is not cached and cannot be fetched, and CheckpointError if it is damaged.
-        """
+        """For one rank of each node: have the file in the cache, and look into it, which runs no code of its. DataError
+        if it is not cached and cannot be fetched, and CheckpointError if it is damaged."""
         if self.file() is None:
             try:
                 with silence_ends():
                     self.download()
             except Exception as error:  # urllib's, httpx's and the hub's own share no base
                 raise DataError(f"{self.what}: is not cached and cannot be fetched ({first_line(error)}); run it once "
-                                f"where there is a network, or set TORCH_HOME or HF_HOME to a folder that has it"
-                                ) from None
+                                f"with a network, or set TORCH_HOME or HF_HOME to a folder that has it") from None
         if (path := self.file()) is not None:
             read_weights_file(path, f"{self.what}: {path}")
 
@@ -91,11 +75,11 @@ def torchvision_weights(model: str, name: str, what: str) -> NamedWeights:
     weights: Any = torchvision_models.get_model_weights(model)[name]
     options = {"transform_input": True} if model in ("googlenet", "inception_v3") else {}
 
-    def preprocessing() -> Preprocessing:
+    def preprocessing() -> dict[str, Any]:
         own = weights.transforms()
         (size,), (resize_size,) = own.crop_size, own.resize_size
-        return Preprocessing(size=size, resize_size=resize_size, crop_share=size / resize_size, fit="crop",
-                             interpolation=own.interpolation.value, statistics=(tuple(own.mean), tuple(own.std)))
+        return {"size": size, "resize_size": resize_size, "crop_share": size / resize_size, "fit": "crop",
+                "interpolation": own.interpolation.value, "statistics": (tuple(own.mean), tuple(own.std))}
 
     return NamedWeights(
         what=what, num_classes=len(weights.meta["categories"]), file=lambda: hub_file(weights.url),
@@ -122,13 +106,13 @@ def timm_weights(model: str, what: str) -> NamedWeights:
         paths = [Path(path) for path in found if isinstance(path, str)]
         return paths[0] if paths else None if repository else hub_file(config.url)
 
-    def preprocessing() -> Preprocessing:
+    def preprocessing() -> dict[str, Any]:
         own = timm.data.resolve_data_config({}, pretrained_cfg=config.to_dict())
         (_, height, width), share = own["input_size"], own["crop_pct"]
-        fit = {"center": "crop", "squash": "squash" if share == 1 else "squash-crop"}.get(own["crop_mode"])
-        return Preprocessing(size=height, resize_size=math.floor(height / share), crop_share=share,
-                             fit=fit if height == width else None, interpolation=own["interpolation"],
-                             statistics=(own["mean"], own["std"]))
+        fits = {"center": "crop", "squash": "squash" if share == 1 else "squash-crop"} if height == width else {}
+        return {"size": height, "resize_size": math.floor(height / share), "crop_share": share,
+                "fit": fits.get(own["crop_mode"]), "interpolation": own["interpolation"],
+                "statistics": (own["mean"], own["std"])}
 
     return NamedWeights(what=what, num_classes=config.num_classes, file=file, build=build, head=str(config.classifier),
                         download=lambda: timm.create_model(model, pretrained=True), preprocessing=preprocessing)
@@ -143,9 +127,7 @@ def hub_file(url: str) -> Path | None:
 @functools.cache
 def find_weights(network: str, name: Path | None, flag: str) -> NamedWeights | None:
     """The weights that a flag names, for `torchvision/NAME` or `timm/NAME`; None where it names a file, or nothing.
-
-    Raises UsageError for a word that is neither a file nor a name of that network's weights.
-    """
+    UsageError for a word that is neither a file nor a name of that network's weights."""
     library, _, model = network.partition("/")
     if name is None or name.exists() or name.suffix or len(name.parts) > 1 or library not in ("torchvision", "timm"):
         return None
@@ -163,16 +145,14 @@ def find_weights(network: str, name: Path | None, flag: str) -> NamedWeights | N
 
 def named_weights(config: Any) -> NamedWeights | None:
     """Those that an ImageFolderConfig evaluates or trains from, where it gives their name."""
-    if config.evaluate is not None:
-        return find_weights(config.full_name(), config.evaluate, "--evaluate")
-    return find_weights(config.full_name(), config.pretrained, "--pretrained")
+    flag = "pretrained" if config.evaluate is None else "evaluate"
+    return find_weights(config.full_name(), getattr(config, flag), f"--{flag}")
 
 
 def start_from(config: Any, model: nn.Module, num_classes: int, world: World) -> None:
-    """Put the weights of `--pretrained`, or of a name to evaluate, into a new network. A collective.
-
-    Raises DataError if other classes are evaluated: without names, they are joined in order.
-    """
+    """Put the weights of `--pretrained`, or of a name to evaluate, into a new network. A collective; DataError if other
+    classes are evaluated: without names, they are joined in order."""
+    line = None
     if (named := named_weights(config)) is not None:
         if config.evaluate is not None and num_classes != named.num_classes:
             raise DataError(f"--data-dir {config.data_dir}: has {num_classes:,} classes, and {named.what} "
@@ -181,33 +161,29 @@ def start_from(config: Any, model: nn.Module, num_classes: int, world: World) ->
         line = named.put_into(model, num_classes)
     elif config.pretrained is not None and config.evaluate is None:
         line = load_weights(model, config.pretrained, flag="--pretrained", new_head=True)
-    else:
-        return
-    if world.is_main:
+    if line is not None and world.is_main:
         say(line)
 
 
 def as_published(config: Any) -> Any:
-    """An ImageFolderConfig with the preprocessing of the weights that it names, where its flags say nothing else.
-
-    Raises UsageError if that is a way that is not known here.
-    """
+    """An ImageFolderConfig with the preprocessing of the weights that it names, where its flags say nothing else;
+    UsageError if that is a way that is not known here."""
     config.check()
     if (named := named_weights(config)) is None:
         return config
     own, stated = named.preprocessing(), {*config.given, *config.in_file}
-    size = config.image_size or own.size
-    new: dict[str, Any] = {"image_size": size, "interpolation": config.interpolation or own.interpolation}
+    size = config.image_size or own["size"]
+    new: dict[str, Any] = {"image_size": size, "interpolation": config.interpolation or own["interpolation"]}
     if "fit" not in stated and config.resize_size is None:
-        if own.fit is None:
+        if own["fit"] is None:
             raise UsageError(f"{named.what}: its images are fitted in a way that is not known here; give --fit crop or "
-                             f"squash, and --image-size {own.size}")
-        scaled = own.resize_size if size == own.size else math.floor(size / own.crop_share)
-        new |= {"fit": own.fit, "resize_size": scaled if own.fit != "squash" else None}
+                             f"squash, and --image-size {own['size']}")
+        scaled = own["resize_size"] if size == own["size"] else math.floor(size / own["crop_share"])
+        new |= {"fit": own["fit"], "resize_size": scaled if own["fit"] != "squash" else None}
     if not stated & {"normalize", "mean", "std"}:
-        new |= dict(zip(("mean", "std"), own.statistics, strict=True))
+        new |= dict(zip(("mean", "std"), own["statistics"], strict=True))
         for name in ("none", "half", "imagenet"):
             known = replace(config, normalize=name, mean=(), std=()).augmentation(IMAGENET)
-            if (known["mean"], known["std"]) == own.statistics:
+            if (known["mean"], known["std"]) == own["statistics"]:
                 new |= {"normalize": name, "mean": (), "std": ()}
     return replace(config, **new)

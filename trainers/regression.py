@@ -1,9 +1,7 @@
 """Fit a linear relation, with a loss of your own if you like, on one process or many.
 
     python trainers/regression.py                                   # Dive into Deep Learning: w = [2, -3.4], b = 4.2
-    python trainers/regression.py --recipe cheatsheet               # five features, ten samples, 500 epochs
     python trainers/regression.py --loss my_losses.py:huber         # a function of (outputs, targets) in a file
-    torchrun --standalone --nproc_per_node=2 trainers/regression.py # two ranks
 """
 
 import sys
@@ -23,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from datasets import regression
-from datasets.loaders import PlainTransform, evaluation_loader, train_loader
+from datasets.loaders import evaluation_loader, train_loader
 from datasets.tensors import TensorDataset, ThreeSplits, hold_out
 from launch.command_line import run
 from launch.errors import UsageError, say
@@ -52,9 +50,7 @@ RECIPES: dict[str, dict[str, Any]] = {
     "d2l": {"dataset": "two-features", "epochs": 3, "batch_size": 10, "learning_rate": 0.03, "momentum": 0.0},
     "cheatsheet": {
         "dataset": "five-features", "loss": "my-mse", "epochs": 500, "batch_size": 5, "learning_rate": 0.01,
-        "momentum": 0.0, "eval_every": 100, "checkpoint_every": 1000,
-    },
-}
+        "momentum": 0.0, "eval_every": 100, "checkpoint_every": 1000}}
 
 
 def my_mse(outputs: Tensor, targets: Tensor) -> Tensor:
@@ -80,9 +76,10 @@ def choose_loss(text: str) -> Loss:
 
 def learned_text(model: nn.Module, relation: regression.LinearRelation) -> str:
     """The learned state_dict beside what the data was generated with."""
-    state = model.state_dict()
-    lines = [f"{name:<10} {[round(value, 4) for value in tensor.flatten().tolist()]}" for name, tensor in state.items()]
-    return "\n".join(["learned", *lines, f"generated with w = {list(relation.weights)}, b = {relation.learned_bias}"])
+    lines = [f"{name:<10} {[round(value, 4) for value in tensor.flatten().tolist()]}"
+             for name, tensor in model.state_dict().items()]
+    bias = relation.bias + relation.uniform_noise / 2
+    return "\n".join(["learned", *lines, f"generated with w = {list(relation.weights)}, b = {bias}"])
 
 
 def load_data(config: RegressionConfig) -> ThreeSplits:
@@ -112,12 +109,10 @@ def main(config: RegressionConfig) -> dict[str, Any]:
     """One run, on this rank; returns its result."""
     with open_run(config, "regression") as run:
         train, validation, test = load_data(config)
-        model, task = build_model(config, test), build_task(config, run.world.device)
-        plain, shard = PlainTransform(), run.world.shard
-        result = train_model(config, run, model, task,
-                             train_loader(train, plain, **config.batches(), **shard),
-                             evaluation_loader(test, plain.normalize, **shard), dataset=train,
-                             validation=evaluation_loader(validation, plain.normalize, **shard))
+        model, task, shard = build_model(config, test), build_task(config, run.world.device), run.world.shard
+        result = train_model(config, run, model, task, train_loader(train, None, **config.batches(), **shard),
+                             evaluation_loader(test, None, **shard), dataset=train,
+                             validation=evaluation_loader(validation, None, **shard))
         if "loss" in result and run.world.is_main:  # not where --measure timed some steps
             say(learned_text(model, regression.RELATIONS[config.dataset]))
         return result

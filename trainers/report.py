@@ -76,14 +76,6 @@ def read_picture(path: Path) -> str | None:
     return f"data:image/webp;base64,{base64.b64encode(buffer.getvalue()).decode()}"
 
 
-def page(paths: tuple[Path, ...]) -> str:
-    """One page of these runs, which loads nothing else."""
-    runs = [{**read_run(path), "curves": read_curves(path / "metrics.jsonl"),
-             "picture": read_picture(path / "predictions.png")} for path in paths]
-    template = Path(__file__).with_suffix(".html").read_text()
-    return jinja2.Environment(autoescape=True).from_string(template).render(runs=runs)
-
-
 def table(folder: Path, *, sort: str, as_csv: bool) -> str:
     """One line for each run below a folder. UsageError for an unknown column."""
     if sort not in COLUMNS:
@@ -91,8 +83,8 @@ def table(folder: Path, *, sort: str, as_csv: bool) -> str:
     rows = []
     for path in sorted({file.parent for name in FILES for file in folder.rglob(f"{name}.json")}):
         files = read_run(path)
-        found = {key: value for name in FILES for key, value in files[name].items()}
-        rows.append({**found, "run": str(path.relative_to(folder))})
+        rows.append({key: value for name in FILES for key, value in files[name].items()}
+                    | {"run": str(path.relative_to(folder))})
     rows.sort(key=lambda row: order_of(row.get(sort)))
     cells = [[*COLUMNS], *([text_of(row.get(name), exact=as_csv) for name in COLUMNS] for row in rows)]
     if as_csv:
@@ -126,8 +118,12 @@ def main(config: ReportConfig) -> None:
     if not config.runs:
         raise UsageError("no runs given; name run folders, or use --table runs")
     out = config.out / "report.html" if config.out.is_dir() else config.out
+    runs = [{**read_run(path), "curves": read_curves(path / "metrics.jsonl"),
+             "picture": read_picture(path / "predictions.png")} for path in config.runs]
+    template = jinja2.Environment(autoescape=True).from_string(Path(__file__).with_suffix(".html").read_text())
+    page = template.render(runs=runs)  # which loads nothing else
     try:
-        replace_file(out, page(config.runs).encode(errors="replace"))
+        replace_file(out, page.encode(errors="replace"))
     except OSError as error:
         raise UsageError(f"--out {out}: cannot be written ({error.strerror}); choose another") from None
     say(str(out))

@@ -1,7 +1,5 @@
 """How a batch is split: the DataParallel tutorial's model that prints the sizes it sees.
 
-    python trainers/split_demo.py                                        # one process: whole batches of 30
-    python trainers/split_demo.py --parallel dp                          # over the GPUs of one process
     python trainers/split_demo.py --parallel dp --replicas 8             # without GPUs: the sizes it would make
     torchrun --standalone --nproc_per_node=3 trainers/split_demo.py      # ddp: each rank its own part
 """
@@ -63,8 +61,7 @@ def outside_text(inputs: torch.Size, outputs: torch.Size) -> str:
 
 def batches() -> tuple[Tensor, ...]:
     """The tutorial's 100 samples in batches of 30, the last one of 10."""
-    generator = torch.Generator().manual_seed(0)
-    return torch.randn(NUM_SAMPLES, INPUT_SIZE, generator=generator).split(BATCH_SIZE)
+    return torch.randn(NUM_SAMPLES, INPUT_SIZE, generator=torch.Generator().manual_seed(0)).split(BATCH_SIZE)
 
 
 def show_one_process(forward: Callable[[Tensor], Tensor]) -> None:
@@ -99,14 +96,12 @@ def main(config: SplitConfig) -> None:
         num_gpus = torch.cuda.device_count() if world.device.type == "cuda" else 0
         torch.manual_seed(0)
         if config.parallel == "dp" and world.world_size == 1 and num_gpus < (config.replicas or 2):
-            show_worked_out(Model(say), config.replicas or max(num_gpus, 1))
-            return
+            return show_worked_out(Model(say), config.replicas or max(num_gpus, 1))
         parallel, _ = choose_parallel(config.parallel, world, num_gpus=num_gpus)
         told: list[str] = []
         model = Model(told.append if parallel == "ddp" else say).to(world.device)
         if parallel == "ddp":
-            show_ranks(parallelize(model, parallel, world), told, world)
-            return
+            return show_ranks(parallelize(model, parallel, world), told, world)
         if parallel == "dp":
             replicas = config.replicas or num_gpus
             say(f"Let's use {replicas} GPUs!")

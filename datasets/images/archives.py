@@ -1,8 +1,7 @@
 """What datasets/pack.py packs: folders, tar shards as webdataset names them, and Hugging Face's Parquet files.
 
     train-000.tar       cat/1.jpg and cat/1.cls, a number, for each image
-    train-000.parquet   columns image (bytes, or a struct of bytes and path) and label, a number
-"""
+    train-000.parquet   columns image (bytes, or a struct of bytes and path) and label, a number"""
 
 import contextlib
 import functools
@@ -35,8 +34,7 @@ LOCK = threading.Lock()  # of the one row group in memory
 class ArchivedImages:
     """The images of one split, in the order of the archives: what a pack needs of an ImageSource."""
 
-    folder: Path
-    """What the names of the images are below."""
+    folder: Path  # what the names of the images are below
     rows: Sequence[tuple[Path, Row]]
     class_names: tuple[str, ...]
     left_out: Counter[str]
@@ -91,15 +89,8 @@ def damage_named(path: Path) -> Iterator[None]:
 
 
 def open_archives(files: Sequence[Path], class_names: tuple[str, ...] | None = None) -> ArchivedImages:
-    """The images of one split.
-
-    Args:
-        files: all .tar or all .parquet.
-        class_names: those of the training split; None where this is it. By default they are the numbers.
-
-    Raises:
-        DataError: for an archive that is missing, damaged or without labels.
-    """
+    """The images of one split, `files` all .tar or all .parquet; DataError for a damaged one, or one without labels.
+    `class_names` are those of the training split; of that itself, by default, the numbers."""
     if (total := re.search(r"-of-(\d+)\.", files[0].name)) and len(files) != int(total[1]):
         raise DataError(f"{files[0].parent}: holds {len(files)} of the {int(total[1])} files like {files[0].name}; "
                         f"download the others")
@@ -129,9 +120,10 @@ def list_tar(path: Path, left_out: Counter[str]) -> tuple[list[Row], tuple[str, 
     labels: dict[str, int] = {}
     with tarfile.open(path, "r:") as archive:
         for member in archive:
-            stem, _, kind = posixpath.basename(member.name).partition(".")
-            key = posixpath.join(posixpath.dirname(member.name), stem)
-            if not member.isfile() or is_hidden(posixpath.basename(member.name)):
+            folder, name = posixpath.split(member.name)
+            stem, _, kind = name.partition(".")
+            key = posixpath.join(folder, stem)
+            if not member.isfile() or is_hidden(name):
                 continue
             if key in (labels if kind == "cls" else images if f".{kind.lower()}" in EXTENSIONS else ()):
                 raise DataError(f"{path}: holds {key}.{kind} twice, or two images of that name; rename one of them")

@@ -1,12 +1,7 @@
 """Images that are decoded while training: DataLoader workers read files, the device augments whole batches.
 
-    decoder = Decoder(Decoding(splits={"train": train, "test": test}, size=224), workers=4)
-    reads = {"train": DecodedImages("train", train.targets, decoder, augmentation, bad_images, device=device), ...}
-    loaders = split_loaders(reads, sizes, ...)
-
 A worker is sent what to decode together with the key of its random choices (epoch and sample), and keeps no state. So
-any number of workers gives the same bits, from any position in any epoch, and one pool serves both loaders.
-"""
+any number of workers gives the same bits, from any position in any epoch, and one pool serves all loaders."""
 
 import atexit
 import contextlib
@@ -44,12 +39,9 @@ class Key(NamedTuple):
 class DecodedBatch(NamedTuple):
     """What a worker sends back."""
 
-    images: Tensor
-    """uint8 (B, 3, size, size)."""
-    samples: list[int]
-    """The samples asked for (B,), less those that nothing could replace."""
-    sources: list[int]
-    """The images that are shown (B,): other ones where a sample was unreadable."""
+    images: Tensor  # uint8 (B, 3, size, size)
+    samples: list[int]  # those asked for (B,), less those that nothing could replace
+    sources: list[int]  # the images that are shown (B,): other ones where a sample was unreadable
     bad: Bad
 
 
@@ -63,21 +55,15 @@ class Decoding(Dataset[Any]):
     resize_size: int | None = None
     interpolation: InterpolationName | None = None
     seed: int = 0
-    smallest_area: float = 1.0
-    """Of the random windows of training images; 1 for none."""
-    skip_bad: int = 0
-    """How many unreadable training images may follow each other."""
-    train_size: int | None = None
-    """Of training images, if it is another than that of the others."""
-    keyed: KeyedTransforms | None = None
-    """Of training images, before they leave the worker."""
-    threads: int = 1
-    """That crop and resize stored pixels, where there is no worker."""
+    smallest_area: float = 1.0  # of the random windows of training images; 1 for none
+    skip_bad: int = 0  # how many unreadable training images may follow each other
+    train_size: int | None = None  # of training images, if it is another than that of the others
+    keyed: KeyedTransforms | None = None  # of training images, before they leave the worker
+    threads: int = 1  # that crop and resize stored pixels, where there is no worker
 
     def __getitem__(self, key: Key) -> DecodedBatch | DataError:
         source, size = self.splits[key.split], self.size_of(key.split)
-        shape = (3, size, size) if source.fitted else (size, size, 3)
-        images = empty_batch(len(key.samples), *shape)
+        images = empty_batch(len(key.samples), *((3, size, size) if source.fitted else (size, size, 3)))
         images = images if source.fitted else images.permute(0, 3, 1, 2)  # as they come from resizing
         threads = self.threads if source.raw and get_worker_info() is None else 1
         found: list[tuple[int | None, Bad]] = [(None, [])] * len(key.samples)
@@ -87,7 +73,11 @@ class Decoding(Dataset[Any]):
                 found[row] = self.fill(images[row], key, key.samples[row])
 
         try:
-            each_in_threads(fill, threads)
+            if threads == 1:
+                fill(0)
+            else:
+                with ThreadPoolExecutor(threads) as pool:
+                    list(pool.map(fill, range(threads)))
         except DataError as error:
             return error  # which no worker could raise in one line
         rows = [row for row, (shown, _) in enumerate(found) if shown is not None]
@@ -102,25 +92,18 @@ class Decoding(Dataset[Any]):
         return self.train_size or self.size if split == "train" else self.size
 
     def fill(self, image: Tensor, key: Key, sample: int) -> tuple[int | None, Bad]:
-        """Put what a sample shows into the batch; returns which image that is, if any, and those unreadable before."""
+        """Put what a sample shows into the batch; returns which image that is, if any, and those unreadable before.
+        A test image is never replaced by the next, which would count another one twice."""
         bad: Bad = []
-        for shown in self.candidates(key.split, sample):
+        num_images = len(self.splits[key.split])
+        for offset in range(min(self.skip_bad + 1, num_images) if key.split == "train" else 1):
+            shown = (sample + offset) % num_images
             try:
                 image.copy_(self.read(key, sample, shown))
                 return shown, bad
             except BadImage as error:
                 bad.append((str(self.splits[key.split].path(shown)), str(error)))
         return None, bad
-
-    def candidates(self, split: str, sample: int) -> list[int]:
-        """The image of a sample and, in training, those after it, of which the first readable one is shown.
-
-        A test image is never replaced, which would count another one twice.
-        """
-        if split != "train":
-            return [sample]
-        num_samples = len(self.splits[split])
-        return [(sample + offset) % num_samples for offset in range(min(self.skip_bad + 1, num_samples))]
 
     def read(self, key: Key, sample: int, shown: int) -> Tensor:
         """One image; a random window of it where training asks for that."""
@@ -154,23 +137,14 @@ def empty_batch(*shape: int) -> Tensor:
     return torch.empty(shape, dtype=torch.uint8)
 
 
-def each_in_threads(work: Callable[[int], None], threads: int) -> None:
-    """Call it with 0 to threads - 1, each in a thread of its own; raises what one of them raised."""
-    if threads == 1:
-        return work(0)
-    with ThreadPoolExecutor(threads) as pool:
-        list(pool.map(work, range(threads)))
-
-
 class Decoder:
     """A pool of workers that turns keys into batches, in order; without workers, this process decodes."""
 
     def __init__(self, decoding: Dataset[Any], *, workers: int = 0, pin_memory: bool = False,
                  prepare_worker: Callable[[], None] | None = None) -> None:
         self.workers = workers
-        self.keys: list[Key] = []
-        """What to decode next: replaced before each pass."""
-        self.processes: list[multiprocessing.process.BaseProcess] = []
+        self.keys: list[Key] = []  # what to decode next: replaced before each pass
+        self.processes: list[Any] = []
         workers_end, self.lifeline = multiprocessing.Pipe(duplex=False)
         atexit.register(self.end_workers)  # before multiprocessing waits for workers that an error has left behind
         self.loader = DataLoader(
@@ -232,14 +206,10 @@ class DecodedImages:
         self.bad_images, self.device = bad_images, device
 
     def __call__(self, parts: Sequence[Tensor], epoch: int) -> Iterator[Batch]:
-        """The batches, without images that nothing may replace.
+        """The batches, without images that nothing may replace; DataError for one too many, or a dead worker.
 
         Before the last of several, which all ranks reach in the same training step, they compare their bad images: not
-        at the start, since rank 0 alone may take a first batch, for --show-batch.
-
-        Raises:
-            DataError: for an unreadable image that may not be skipped, or a dead worker.
-        """
+        at the start, since rank 0 alone may take a first batch, for --show-batch."""
         for number, batch in enumerate(self.decoder.decode(self.split, parts, epoch), start=1):
             self.bad_images.add(batch.bad)
             if self.split == "train" and number == len(parts) > 1:

@@ -1,14 +1,11 @@
 """A pack: all images of a data set in one folder of a few large files, mapped into memory, any of them read at once.
 
-    photos.pack/
-      pack.json               format, class names, number of images; bytes and sha256 of every other file
-      train-00000.bin …       the images one after another, each behind its name
-      train.index             an ENTRY for each image
-      train.labels            int64 for each image
+    pack.json               format, class names, number of images; bytes and sha256 of every other file
+    train-00000.bin …       the images one after another, files' own bytes or pixels, each behind its name
+    train.index             an ENTRY for each image
+    train.labels            int64 for each image
 
-An image is a file's own bytes, or pixels. Written by datasets/pack.py. The ranks of a node share the pages of the
-files, and a rank's own memory does not grow with them.
-"""
+The ranks of a node share the pages of the files, and a rank's own memory does not grow with them."""
 
 import hashlib
 import json
@@ -51,34 +48,22 @@ class PackedImages:
 
     root: Path
     split: str
-    record: Mapping[str, Any]
-    """What pack.json says."""
-    class_names: tuple[str, ...]
-    """By label; where a checkpoint knows more than the pack, its own."""
-    rows: Tensor | None = None
-    """The images of a subset; None for all."""
-    origin: Path | None = None
-    """Of a cache: the folder that its images are in."""
-    decoder: str | None = None
-    """Name and version of what decodes the images, or has decoded those of a cache."""
+    record: Mapping[str, Any]  # what pack.json says
+    class_names: tuple[str, ...]  # by label; where a checkpoint knows more than the pack, its own
+    rows: Tensor | None = None  # the images of a subset; None for all
+    origin: Path | None = None  # of a cache: the folder that its images are in
+    decoder: str | None = None  # name and version of what decodes the images, or has decoded those of a cache
+    raw: bool = False  # whether they are pixels
+    fitted: bool = False  # and those as the network sees them, of its size
     left_out: Counter[str] = field(default_factory=Counter)
     unreadable: Mapping[str, str] = field(default_factory=dict)
+    maps: dict[str, mmap.mmap] = field(default_factory=dict, init=False)  # the files that were opened, by name
 
     def __getstate__(self) -> dict[str, Any]:
-        return {each.name: getattr(self, each.name) for each in fields(self)}  # without maps: a copy opens its own
+        return {**{each.name: getattr(self, each.name) for each in fields(self)}, "maps": {}}  # a copy opens its own
 
     def __len__(self) -> int:
         return self.record["splits"][self.split] if self.rows is None else len(self.rows)
-
-    @property
-    def raw(self) -> bool:
-        """Whether they are pixels."""
-        return bool(self.record["raw"])
-
-    @property
-    def fitted(self) -> bool:
-        """Whether they are pixels as the network sees them, of its size."""
-        return self.record.get("fitted", False)
 
     @property
     def folder(self) -> Path:
@@ -95,11 +80,6 @@ class PackedImages:
             return labels
         known = join_classes(names, self.class_names, place=f"--data-dir {self.root}: ", owner="the checkpoint")
         return torch.tensor([known[name] for name in names])[labels]
-
-    @cached_property
-    def maps(self) -> dict[str, mmap.mmap]:
-        """The files that were opened, by name."""
-        return {}
 
     def map(self, name: str) -> mmap.mmap:
         """A file, opened when it is first needed; `damaged` if it was cut short, where reading kills the process."""
@@ -140,9 +120,7 @@ class PackedImages:
 
     def read(self, sample: int) -> Stored:
         """The bytes of a file, or pixels (H, W, 3), not copied; `damaged` if they are not those that were packed.
-
-        Pixels are checked when a process first reads them: each time, that would be a third of what reading costs.
-        """
+        Pixels are checked when a process first reads them: each time, that would be a third of what reading costs."""
         entry, row, part = self.find(sample)
         start = int(entry["offset"])
         content = memoryview(self.map(part))[start : start + int(entry["length"])]
@@ -200,30 +178,21 @@ def is_whole(root: Path) -> bool:
 
 def load(root: Path, *, validation_fraction: float | None = None, seed: int = 0, train: bool = True,
          known: Sequence[str] | None = None) -> tuple[PackedImages | None, PackedImages]:
-    """The training and the test split of a pack: the images of the folder it was made of, in the same order.
-
-    The arguments are those of image_folder.load.
-
-    Raises:
-        DataError: if it is not finished, damaged, of another version, or has no test images and none are to be split.
-    """
+    """The training and the test split of a pack, as image_folder.load of the folder it was made of, in the same order.
+    DataError if it is not finished, damaged, of another version, or has no test images and none are to be split."""
     record = read_record(root)
     training = PackedImages(root=root, split="train", record=record, class_names=tuple(known or record["class_names"]),
-                            decoder=None if record["raw"] else DECODER)
+                            decoder=None if record["raw"] else DECODER, raw=bool(record["raw"]))
     if validation_fraction is not None:
         return split(training, validation_fraction, seed=seed)  # pyright: ignore (an ImageTree to it)
-    test = load_test(root, training.class_names)
-    if test is None:
+    if "test" not in record["splits"]:
         raise DataError(f"--data-dir {root}: has no test images; set some apart with --validation-fraction 0.2")
-    return training if train else None, test
+    return training if train else None, shuffled(replace(training, split="test"))  # pyright: ignore
 
 
 def load_test(root: Path, known: Sequence[str]) -> PackedImages | None:
     """The test split alone, with the labels of the classes that are known; None where there is none."""
-    record = read_record(root)
-    test = PackedImages(root=root, split="test", record=record, class_names=tuple(known),
-                        decoder=None if record["raw"] else DECODER)
-    return shuffled(test) if "test" in record["splits"] else None  # pyright: ignore
+    return load(root, train=False, known=known)[1] if "test" in read_record(root)["splits"] else None
 
 
 def read_record(root: Path) -> dict[str, Any]:

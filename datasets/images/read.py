@@ -1,9 +1,7 @@
 """One image to uint8 RGB of a fixed size: any mode that Pillow reads, the right way up, never a bomb.
 
-Pillow looks at every file: its format, size, mode and orientation. The pixels of ordinary JPEGs come from simplejpeg
-where it is installed, else from torchvision; those of all other files, and of JPEGs that these refuse, from Pillow.
-In one thread, on photographs of 500 x 375: simplejpeg 0.62 ms, torchvision 0.69, Pillow 0.90; the pixels are the same.
-"""
+Pillow looks at every file; simplejpeg, else torchvision, decodes ordinary JPEGs, and Pillow all that these refuse: of
+500 x 375, in one thread: simplejpeg 0.62 ms, torchvision 0.69, Pillow 0.90; the pixels are the same."""
 
 import contextlib
 import io
@@ -12,7 +10,6 @@ import math
 import os
 import stat
 import warnings
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO, Literal, NamedTuple
 
@@ -36,7 +33,6 @@ except ImportError:  # an extra: `pip install -e ".[images]"`
 
 FitName = Literal["squash", "crop", "squash-crop"]
 InterpolationName = Literal["bilinear", "bicubic"]
-LARGEST_RATIO = 4 / 3  # width / height of a random window is at most this, and at least its inverse (torchvision's)
 LARGEST_FILE = 2**30  # bytes; 89 megapixels, Pillow's limit on decompression bombs, need 512 MiB with 16 bits a channel
 DECODER = (f"simplejpeg {simplejpeg.__version__}" if simplejpeg else f"torchvision {torchvision.__version__}"
            ) + f", Pillow {PIL.__version__}"
@@ -69,28 +65,19 @@ class Window(NamedTuple):
 
 def random_window(sample: int, *, seed: int, epoch: int, smallest_area: float) -> Window:
     """The window of a sample in an epoch: as torchvision's RandomResizedCrop chooses one, but keyed."""
-    area, ratio, top, left = (uniform_of(sample, seed, epoch, purpose)
-                              for purpose in (Purpose.WINDOW_AREA, Purpose.WINDOW_RATIO, Purpose.WINDOW_TOP,
-                                              Purpose.WINDOW_LEFT))
-    return Window(area=smallest_area + (1 - smallest_area) * area,
-                  ratio=math.exp((2 * ratio - 1) * math.log(LARGEST_RATIO)), top=top, left=left)
+    area, ratio, top, left = (uniform_of(sample, seed, epoch, purpose) for purpose in (
+        Purpose.WINDOW_AREA, Purpose.WINDOW_RATIO, Purpose.WINDOW_TOP, Purpose.WINDOW_LEFT))
+    ratio = math.exp((2 * ratio - 1) * math.log(4 / 3))  # width / height: at least 3 / 4, as in torchvision
+    return Window(area=smallest_area + (1 - smallest_area) * area, ratio=ratio, top=top, left=left)
 
 
 def to_square(content: Stored, *, size: int, fit: FitName, window: Window | None = None,
               resize_size: int | None = None, interpolation: InterpolationName | None = None) -> Tensor:
-    """An image as uint8 (3, size, size).
+    """An image, a file in one of FORMATS or its pixels (H, W, 3), as uint8 (3, size, size); BadImage as `pixels`.
 
-    Args:
-        content: a file in one of FORMATS, of several frames the first; or its pixels, uint8 (H, W, 3).
-        size: height and width of the result.
-        fit: squash the whole image into the square, or crop its middle to a square first; squash-crop squashes it into
-            a square of `resize_size` and crops the middle of that.
-        window: show only this part, squashed into the square; `fit` is then ignored.
-        resize_size, interpolation: if either is given, what `published` does, where there is no window.
-
-    Raises:
-        BadImage: if it is no image, damaged, or larger than Pillow's limit on decompression bombs (89 megapixels).
-    """
+    `fit`: squash the whole image into the square, or crop its middle to a square first; squash-crop squashes it into a
+    square of `resize_size` and crops the middle of that. A `window` is squashed into the square instead. Where there is
+    none, `resize_size` or `interpolation` ask for what `published` does."""
     if window is None and (resize_size, interpolation) != (None, None):
         return published(pixels(content), size=size, fit=fit, resize_size=resize_size, interpolation=interpolation)
     smallest = window.area if window is not None else 1.0
@@ -102,11 +89,7 @@ def to_square(content: Stored, *, size: int, fit: FitName, window: Window | None
 def published(image: NDArray[np.uint8], *, size: int, fit: FitName, resize_size: int | None,
               interpolation: InterpolationName | None) -> Tensor:
     """Pixels (H, W, 3) as the evaluation transforms of torchvision and timm show them, to the bit: (3, size, size).
-
-    The shorter side is resized to `resize_size`, by default to `size`, and the middle is cropped; or all is squashed,
-    to `resize_size` if it is cropped too.
-    By Pillow: torch's own resize differs from it by a shade or two in some pixels.
-    """
+    By Pillow: torch's own resize differs from it by a shade or two in some pixels."""
     side = resize_size or size
     to = [side, side] if fit == "squash-crop" or (fit == "squash" and resize_size is None) else [side]
     picture: Any = Image.fromarray(image)
@@ -115,10 +98,7 @@ def published(image: NDArray[np.uint8], *, size: int, fit: FitName, resize_size:
 
 
 def resize(image: NDArray[np.uint8], height: int, width: int, interpolation: InterpolationName = "bilinear") -> Tensor:
-    """Pixels (H, W, 3) as (3, height, width), antialiased as torchvision does.
-
-    Cropped first, and contiguous: so torch takes its vectorised path for channels last, twice as fast.
-    """
+    """Pixels (H, W, 3) as (3, height, width), antialiased as torchvision does; contiguous: the twice as fast path."""
     return v2.resize(torch.from_numpy(np.ascontiguousarray(image)).permute(2, 0, 1), [height, width],
                      interpolation=InterpolationMode(interpolation), antialias=True)
 
@@ -129,8 +109,8 @@ def part(height: int, width: int, *, fit: FitName, window: Window | None) -> tup
         pixels = window.area * height * width
         part_width = min(width, max(1, round(math.sqrt(pixels * window.ratio))))
         part_height = min(height, max(1, round(math.sqrt(pixels / window.ratio))))
-        return (round(window.top * (height - part_height)), round(window.left * (width - part_width)), part_height,
-                part_width)
+        top, left = round(window.top * (height - part_height)), round(window.left * (width - part_width))
+        return top, left, part_height, part_width
     if fit != "crop":
         return 0, 0, height, width
     side = min(height, width)
@@ -156,32 +136,19 @@ def read_file(path: str | Path) -> bytes:
 def pixels(content: Stored, *, shortest_side: int | None = None) -> NDArray[np.uint8]:
     """uint8 RGB (H, W, 3) of a file's content, turned as its EXIF orientation says; pixels stay as they are.
 
-    Args:
-        content: as in `to_square`.
-        shortest_side: a JPEG may be decoded at a half, a quarter or an eighth while its sides stay at least this
-            long: several times faster for photographs.
-
-    Raises:
-        BadImage: see `to_square`.
-    """
+    BadImage for no image, a damaged one, or one beyond Pillow's limit on decompression bombs (89 megapixels). A JPEG
+    may be decoded at a half, quarter or eighth while its sides keep at least `shortest_side`: several times faster."""
     if isinstance(content, np.ndarray):
         return content
-    with reasons_given():
-        try:
-            return decode(content, io.BytesIO(content), shortest_side)
-        except UNREADABLE:
-            if bytes(content[: len(PNG_SIGNATURE)]) != PNG_SIGNATURE:
-                raise
-            return decode(content, without_metadata(io.BytesIO(content)), shortest_side)
-
-
-@contextlib.contextmanager
-def reasons_given() -> Iterator[None]:
-    """Turn what Pillow raises for unreadable files into BadImage, with the reason."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # remarks on odd metadata, once per file and worker
-            yield
+            try:
+                return decode(content, io.BytesIO(content), shortest_side)
+            except UNREADABLE:
+                if bytes(content[: len(PNG_SIGNATURE)]) != PNG_SIGNATURE:
+                    raise
+                return decode(content, without_metadata(io.BytesIO(content)), shortest_side)
     except Image.DecompressionBombError:
         raise BadImage(f"more than {Image.MAX_IMAGE_PIXELS or 0:,} pixels, which may be a decompression bomb") from None
     except Image.UnidentifiedImageError:
@@ -198,20 +165,23 @@ def decode(content: Encoded, file: BinaryIO, shortest_side: int | None) -> NDArr
         full_size = image.size
         if shortest_side is not None:
             image.draft(None, (shortest_side, shortest_side))  # pyright: ignore[reportArgumentType]
+        rows = None
         if image.format in ("JPEG", "MPO") and image.mode in ("L", "RGB"):
             rows = decode_jpeg(content, image.size, scaled=image.size != full_size)
-            if rows is not None:
-                orientation = orientation_of(image)
-                return rows if orientation not in UPRIGHT else np.array(turned(Image.fromarray(rows), orientation))
-        image.load()
-        return np.array(to_rgb(turned(image, orientation_of(image))))
+        if rows is None:
+            image.load()
+        orientation = None
+        with contextlib.suppress(*UNREADABLE):
+            orientation = image.getexif().get(ExifTags.Base.Orientation)
+        if rows is not None and orientation not in UPRIGHT:
+            return rows
+        shown = image if rows is None else Image.fromarray(rows)
+        return np.array(to_rgb(shown.transpose(UPRIGHT[orientation]) if orientation in UPRIGHT else shown))
 
 
 def decode_jpeg(content: Encoded, size: tuple[int, int], *, scaled: bool) -> NDArray[np.uint8] | None:
     """A JPEG's pixels of this width and height by the fast decoder; None where that refuses, and Pillow decides.
-
-    With `scaled`, decoded at the fraction of its size that Pillow's `draft` has chosen.
-    """
+    With `scaled`, decoded at the fraction of its size that Pillow's `draft` has chosen."""
     width, height = size if scaled else (0, 0)
     try:
         if simplejpeg:  # strict by default: anything odd in the data is an error, also what Pillow reads
@@ -227,19 +197,6 @@ def decode_jpeg(content: Encoded, size: tuple[int, int], *, scaled: bool) -> NDA
     return rows if rows.shape[1::-1] == size else None
 
 
-def orientation_of(image: Image.Image) -> int | None:
-    """EXIF's, if that can be read."""
-    try:
-        return image.getexif().get(ExifTags.Base.Orientation)
-    except UNREADABLE:
-        return None
-
-
-def turned(image: Image.Image, orientation: int | None) -> Image.Image:
-    """Upright, by EXIF's orientation."""
-    return image.transpose(UPRIGHT[orientation]) if orientation in UPRIGHT else image
-
-
 def without_metadata(file: BinaryIO) -> BinaryIO:
     """A PNG file's chunks that decoding needs: Pillow refuses the whole file for a damaged text or colour profile."""
     file.seek(0)
@@ -252,11 +209,7 @@ def without_metadata(file: BinaryIO) -> BinaryIO:
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """Any of Pillow's modes as 8-bit RGB: 16 bits are scaled, not clipped, and what is transparent shows white.
-
-    Raises:
-        ValueError: for floating-point images, whose range is unknown.
-    """
+    """Any of Pillow's modes as 8-bit RGB, 16 bits scaled and what is transparent white; ValueError for floats."""
     if image.mode == "F":
         raise ValueError("floating-point pixels; save it with 8 or 16 bits")
     if image.mode.startswith("I"):  # 16-bit greyscale; Pillow itself reads the upper byte of 16-bit colour

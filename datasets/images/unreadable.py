@@ -8,11 +8,8 @@ Exchange = Callable[[dict[str, str]], list[dict[str, str]]]
 
 
 class BadImages:
-    """The distinct unreadable images of a run so far, as {path: reason}, and how many there may be.
-
-    A rank is told of another's at the end of an epoch, so the run may pass the limit until then; which images replace
-    bad ones does not depend on it.
-    """
+    """The distinct unreadable images of a run so far, as {path: reason}, and how many there may be; `add`, `share` and
+    `check` raise DataError for more. A rank is told of another's at the end of an epoch, and may pass it until then."""
 
     def __init__(self, limit: int, *, exchange: Exchange = lambda mine: [mine],
                  log: Callable[[str], None] = lambda line: None, known: Mapping[str, str] | None = None) -> None:
@@ -20,26 +17,17 @@ class BadImages:
         self.known = dict(known or {})
 
     def add(self, found: Iterable[tuple[str, str]], *, log: bool = True) -> None:
-        """Add images, and log those that are new.
-
-        Raises:
-            DataError: if there are now too many, naming the last.
-        """
+        """Add images, and log those that are new."""
         for path, reason in found:
-            if path in self.known:
-                continue
-            self.known[path] = reason
-            self.check(path)
-            if log:
-                self.log(f"WARNING data: {path}: skipped, not readable as an image ({reason}); "
-                         f"{len(self.known)} of at most {self.limit}")
+            if path not in self.known:
+                self.known[path] = reason
+                self.check(path)
+                if log:
+                    self.log(f"WARNING data: {path}: skipped, not readable as an image ({reason}); "
+                             f"{len(self.known)} of at most {self.limit}")
 
     def share(self) -> None:
-        """Add what the other ranks have found; called by all of them together.
-
-        Raises:
-            DataError: on all ranks, if together they have found too many.
-        """
+        """Add what the other ranks have found; called by all of them together, and raises on all."""
         for theirs in self.exchange(self.known):
             self.known |= theirs
         if self.known:

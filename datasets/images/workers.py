@@ -1,9 +1,7 @@
 """Processes that decode images beside the training process, which stop signals do not reach.
 
-They are forked from a server that is a new process (`forkserver`), not from the training process: a copy of that
-would hold the sockets to the other ranks open, which then do not notice when it dies, and would copy its threads'
-locks in whatever state they are. It also makes a dead worker an error in the loader and nowhere else.
-"""
+They are forked from a new process (`forkserver`): a copy of the training process would hold the sockets to the other
+ranks open, which then do not notice when it dies, and its threads' locks. A dead worker is an error of the loader."""
 
 import contextlib
 import functools
@@ -38,14 +36,8 @@ LONGEST_FOLDER = 60  # characters of TMPDIR; the whole path of a socket in it ma
 
 
 def worker_context() -> multiprocessing.context.BaseContext:
-    """Start the server, which needs a second or two, and return the context to start workers with; main thread only.
-
-    Server and workers inherit a mask that blocks the stop signals: those reach the whole process group, and the
-    workers must live until their rank has saved.
-
-    Raises:
-        DataError: if /dev/shm has no room even for the workers' locks.
-    """
+    """Start the server, in a second or two, and return the context to start workers with; main thread only. Both have a
+    mask that blocks the stop signals: workers must live until their rank has saved. DataError if /dev/shm is full."""
     try:
         _ = [multiprocessing.Lock() for _ in range(MOST_LOCKS)]
     except OSError as error:
@@ -72,9 +64,7 @@ def shared_memory() -> str:
 
 def shared_or_whole(tensor: Tensor) -> tuple[Any, ...]:
     """How a worker pickles a tensor: in shared memory or, where that has no room, whole, through the pipe.
-
-    Left alone, DataLoader finds out in a thread, which drops the batch: the training process waits without end.
-    """
+    Left alone, DataLoader finds out in a thread, which drops the batch: the training process waits without end."""
     try:
         return reduce_tensor(tensor.share_memory_())
     except (RuntimeError, OSError):
@@ -98,8 +88,7 @@ class WorkerStart:
     """What a worker does first, in the form that DataLoader calls and can send to it.
 
     The workers' parent is the server, so they would outlive a killed training process. Each therefore waits on a pipe
-    whose other end that process alone holds, and ends when it closes, however it died.
-    """
+    whose other end that process alone holds, and ends when it closes, however it died."""
 
     def __init__(self, prepare: Callable[[], None] | None, lifeline: Connection) -> None:
         self.prepare, self.lifeline = prepare, lifeline
@@ -109,21 +98,19 @@ class WorkerStart:
         ForkingPickler.register(Tensor, shared_or_whole)
         if self.prepare is not None:
             self.prepare()
-        threading.Thread(target=self.end_with_parent, name="lifeline", daemon=True).start()
 
-    def end_with_parent(self) -> None:
-        """Wait for the end of the pipe, and of this process."""
-        with contextlib.suppress(EOFError, OSError):
-            self.lifeline.recv_bytes()
-        os._exit(1)
+        def end_with_parent() -> None:
+            with contextlib.suppress(EOFError, OSError):
+                self.lifeline.recv_bytes()
+            os._exit(1)
+
+        threading.Thread(target=end_with_parent, name="lifeline", daemon=True).start()
 
 
 @contextlib.contextmanager
 def blocked_signals() -> Iterator[None]:
     """Hold back from this thread the signals that this process has a handler for: those stop it, once it has saved.
-
-    One that comes meanwhile is delivered at the end.
-    """
+    One that comes meanwhile is delivered at the end."""
     handled = [number for number in signal.valid_signals() if callable(signal.getsignal(number))]
     before = signal.pthread_sigmask(signal.SIG_BLOCK, handled)
     try:

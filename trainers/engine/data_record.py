@@ -62,11 +62,11 @@ class DataRecord:
         for name in sorted({*was, *self._files}) if was else ():
             before, now = (files.get(name, ["absent"])[0] for files in (was, self._files))
             if before != now:  # -1 of one that cannot be read
-                raise self._refused(f"{self.dataset.root / name}: its size was {before} and is {now}")
+                raise self._refused(f"{self.dataset.folder / name}: its size was {before} and is {now}")
         if (digest := state["fingerprint"].get("dataset")) != self.fingerprint:
             raise self._refused(f"dataset was {digest} and is {self.fingerprint}")
         if touched := [name for name, seen in self._files.items() if was and was[name] != seen]:
-            to_stderr(f"WARNING data: {self.dataset.root / touched[0]}: written since the checkpoint, the first of "
+            to_stderr(f"WARNING data: {self.dataset.folder / touched[0]}: written since the checkpoint, the first of "
                       f"{len(touched):,}, all of the sizes that they had; if they are no copies, start another run")
 
     def _refused(self, difference: str) -> CheckpointError:
