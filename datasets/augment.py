@@ -39,25 +39,31 @@ class Augmentation:
         """Pad the whole data set once, (N, C, H, W) to (N, C, H + 2 shift, W + 2 shift), so that a crop is a gather."""
         return pad(images, self.shift, self.padding) if self.shift else images
 
-    def __call__(self, prepared: Tensor, samples: Tensor, *, epoch: int, rows: Tensor | None = None) -> Tensor:
-        """Crop, flip and normalise some samples, int64 (B,), the keys of all choices, of the prepared data set, uint8
-        (N, C, H + 2 shift, W + 2 shift), by default in the rows of their numbers: float32 (B, C, H, W)."""
-        images = self.moved(prepared, samples if rows is None else rows, samples, epoch)
+    def __call__(self, prepared: Tensor, samples: Tensor, *, epoch: int) -> Tensor:
+        """Crop, flip and normalise some samples, int64 (B,), the keys of all choices and rows of the prepared data set,
+        uint8 (N, C, H + 2 shift, W + 2 shift): float32 (B, C, H, W)."""
+        return self.finished(self.moved(prepared, samples, samples, epoch), samples, epoch)
+
+    def batch(self, images: Tensor, samples: Tensor, *, epoch: int) -> Tensor:
+        """The same for images (B, C, H, W) that are not prepared, nor in memory with the rest of the data set; they may
+        be changed in place."""
+        return self.finished(self.moved(self.prepare(images), None, samples, epoch), samples, epoch)
+
+    def finished(self, images: Tensor, samples: Tensor, epoch: int) -> Tensor:
+        """What comes after crops and flips."""
         images = normalize(images, self.mean, self.std)
         return erase(images, self.random_erase, samples, self.seed, epoch) if self.random_erase else images
 
-    def batch(self, images: Tensor, samples: Tensor, *, epoch: int) -> Tensor:
-        """The same for images (B, C, H, W) that are not prepared, nor in memory with the rest of the data set."""
-        return self(self.prepare(images), samples, epoch=epoch, rows=torch.arange(len(images), device=images.device))
-
-    def moved(self, prepared: Tensor, rows: Tensor, samples: Tensor, epoch: int) -> Tensor:
-        """Some rows (B,) of prepared images cropped and flipped, uint8, their choices keyed by `samples` (B,)."""
+    def moved(self, prepared: Tensor, rows: Tensor | None, samples: Tensor, epoch: int) -> Tensor:
+        """Some rows (B,) of prepared images cropped and flipped, uint8, their choices keyed by `samples` (B,); all of
+        them (None) perhaps in place."""
         if self.shift:
             down = random_integers(samples, 2 * self.shift + 1, self.seed, epoch, Purpose.CROP_ROW)
             right = random_integers(samples, 2 * self.shift + 1, self.seed, epoch, Purpose.CROP_COLUMN)
+            rows = torch.arange(len(prepared), device=prepared.device) if rows is None else rows
             images = crop(prepared, rows, down, right, self.shift)
         else:
-            images = prepared[rows]
+            images = prepared if rows is None else prepared[rows]
         if self.flip is not None:
             images = mirror(images, self.flipped(samples, epoch))
         if self.vertical_flip:
@@ -87,7 +93,7 @@ class KeyedTransforms:
     def __call__(self, images: Tensor, samples: list[int], epoch: int) -> Tensor:
         """uint8 images (B, C, H, W), as they are stored, of these samples; changed in place."""
         augmentation, keys = self.augmentation, torch.tensor(samples, dtype=torch.int64)
-        images.copy_(augmentation.moved(augmentation.prepare(images), torch.arange(len(images)), keys, epoch))
+        images.copy_(augmentation.moved(augmentation.prepare(images), None, keys, epoch))
         with torch.random.fork_rng(devices=[]):
             for row, sample in enumerate(samples):
                 torch.default_generator.manual_seed(key(augmentation.seed, epoch, Purpose.TRAIN_SAMPLE, sample))
@@ -161,8 +167,10 @@ def scale_and_offset(mean: tuple[float, ...], std: tuple[float, ...], device: to
 def normalize(images: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> Tensor:
     """uint8 (B, C, H, W) to float32: each channel less its mean, divided by its std."""
     scale, offset = scale_and_offset(mean, std, images.device)
-    normalized = torch.empty_like(images, dtype=torch.float32)
-    together = CACHED_VALUES // images[0].numel() if images.device.type == "cpu" and len(images) else len(images)
-    for some, result in zip(images.split(max(1, together)), normalized.split(max(1, together)), strict=True):
+    on_cpu = images.device.type == "cpu"
+    # decoded images come as pixels, and planes are what most networks take: to turn bytes costs half of turning floats
+    normalized = torch.empty(images.shape) if on_cpu else torch.empty_like(images, dtype=torch.float32)
+    together = max(1, CACHED_VALUES // max(1, images[:1].numel())) if on_cpu else max(1, len(images))
+    for some, result in zip(images.split(together), normalized.split(together), strict=True):
         result.copy_(some).mul_(scale).sub_(offset)
     return normalized

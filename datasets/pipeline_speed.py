@@ -32,10 +32,12 @@ from datasets.augment import Augmentation
 from datasets.images import packed
 from datasets.images.loaders import DecodedImages, Decoder, Decoding
 from datasets.images.unreadable import BadImages
-from datasets.loaders import split_loaders, train_loader
+from datasets.loaders import train_loader
 from datasets.tensors import TensorDataset
 
 SHIFT = 2
+FOREVER = 10**9  # samples; the clock ends the run
+MANY_BATCHES = 2000  # in a row; between epochs workers would run dry, more often the smaller the folder
 SIZE, SMALLEST_AREA = 224, 0.08  # of photographs
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, as torchvision and timm have them
 
@@ -94,7 +96,8 @@ class MeanColor(nn.Module):
 
 
 def photographs(kind: str, data_dir: Path, batch_size: int, workers: int) -> Iterator[Any]:
-    """Batches without end of photographs in files: `torchvision`, `timm`, or `ours` from a folder or a pack."""
+    """Batches without end of photographs in files: `torchvision`, `timm`, or `ours` from a folder or a pack; of any
+    size as if it were large, without the waits between epochs."""
     if kind == "ours":
         module = packed if packed.is_pack(data_dir) else image_folder
         tree, _ = module.load(data_dir)
@@ -102,22 +105,22 @@ def photographs(kind: str, data_dir: Path, batch_size: int, workers: int) -> Ite
         decoder = Decoder(Decoding(splits={"train": tree}, size=SIZE, smallest_area=SMALLEST_AREA), workers=workers)
         augmentation = Augmentation(seed=0, mean=MEAN, std=STD, flip="random")
         read = DecodedImages("train", tree.targets, decoder, augmentation, BadImages(0), device=torch.device("cpu"))
-        loader: Any = split_loaders({"train": read}, {"train": len(tree)}, batch_size=batch_size,
-                                    rank_batch_size=batch_size, seed=0, rank=0, world_size=1)["train"]
-        return itertools.chain.from_iterable(loader.batches(epoch, 0) for epoch in itertools.count())
+        parts = [torch.randint(len(tree), (batch_size,)) for _ in range(MANY_BATCHES)]
+        return itertools.chain.from_iterable(read(parts, epoch) for epoch in itertools.count())
     if kind == "timm":
         from timm.data import create_dataset, create_loader  # pyright: ignore[reportMissingImports]
 
         photos: Any = create_dataset("", str(data_dir / "train"), is_training=True)
-        loader = create_loader(photos, (3, SIZE, SIZE), batch_size, is_training=True, num_workers=workers,
-                               color_jitter=0.0, interpolation="bilinear", device=torch.device("cpu"))
+        loader: Any = create_loader(photos, (3, SIZE, SIZE), batch_size, is_training=True, num_workers=workers,
+                                    color_jitter=0.0, interpolation="bilinear", device=torch.device("cpu"),
+                                    use_multi_epochs_loader=True)
     else:  # the transforms and loader of its references/classification, without an automatic policy
         photos = ImageFolder(str(data_dir / "train"), transforms.Compose([
             transforms.RandomResizedCrop(SIZE), transforms.RandomHorizontalFlip(), transforms.PILToTensor(),
             transforms.ConvertImageDtype(torch.float32), transforms.Normalize(MEAN, STD),
         ]))
-        loader = DataLoader(photos, batch_size, shuffle=True, drop_last=True, num_workers=workers,
-                            persistent_workers=workers > 0)
+        sampler = RandomSampler(photos, replacement=True, num_samples=FOREVER)
+        loader = DataLoader(photos, batch_size, sampler=sampler, num_workers=workers)
     return itertools.chain.from_iterable(itertools.repeat(loader))
 
 

@@ -10,6 +10,7 @@ import multiprocessing
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from multiprocessing.process import BaseProcess
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -144,7 +145,7 @@ class Decoder:
                  prepare_worker: Callable[[], None] | None = None) -> None:
         self.workers = workers
         self.keys: list[Key] = []  # what to decode next: replaced before each pass
-        self.processes: list[Any] = []
+        self.processes: list[BaseProcess] = []
         workers_end, self.lifeline = multiprocessing.Pipe(duplex=False)
         atexit.register(self.end_workers)  # before multiprocessing waits for workers that an error has left behind
         self.loader = DataLoader(

@@ -1,6 +1,7 @@
 """`--pipeline`: images/s of ways to load and augment, each a process of datasets/pipeline_speed.py, interleaved."""
 
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -23,6 +24,7 @@ Measure = Callable[..., "float | str"]  # of seconds: images/s, or how it failed
 SCRIPT = ROOT / "datasets" / "pipeline_speed.py"
 TRAINED = "2 workers, a trivial network trained"  # the whole loop
 TRAINED_STEPS = "10:20"  # left out, timed
+TRAINERS_MEMORY = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "2147483647"}  # as keep_freed_memory does there
 START_SECONDS = 120  # for torch to be imported and workers to start on a slow disk
 
 
@@ -106,8 +108,9 @@ def images_per_second(name: str, *, seconds: float, batch_size: int, data_dir: P
     """What one process measured, or how it failed."""
     words = [sys.executable, str(SCRIPT), name, "--seconds", str(seconds), "--batch-size", str(batch_size),
              *(["--data-dir", str(data_dir)] if data_dir else [])]
+    ours = {**os.environ, **TRAINERS_MEMORY} if name.startswith(("ours", "batch")) else None
     try:
-        done = subprocess.run(words, capture_output=True, text=True, timeout=START_SECONDS + 3 * seconds)
+        done = subprocess.run(words, capture_output=True, text=True, timeout=START_SECONDS + 3 * seconds, env=ours)
         return float(json.loads(done.stdout)["images_per_second"])
     except subprocess.TimeoutExpired:
         return f"still running after {START_SECONDS + 3 * seconds:.0f} s"
