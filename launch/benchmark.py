@@ -2,31 +2,9 @@
 
     python launch/benchmark.py                                            # everything this machine has
     python launch/benchmark.py --model resnet18 --batch-size 512 --setups cpu:1 cpu:2 gpu:1 dp:8 ddp:2 ddp:8+bf16
-    python launch/benchmark.py --trainer-flags="--width 64" --compare benchmark/old.json
-    python launch/benchmark.py --pipeline                                 # images/s of ways to load and augment
-    python launch/benchmark.py --pipeline --data-dir photos               # of photographs in photos/train and test
+    python launch/benchmark.py --pipeline --data-dir photos               # images/s of ways to load photographs
 
-A set-up is `cpu:N` (N gloo ranks), `gpu:1`, `dp:N` (DataParallel) or `ddp:N` (NCCL), with options such as
-`+bf16+channels-last+compile+threads=2` (also `+fp16`; ddp `+gloo`, which lets ranks share a GPU). Each is the
-trainer's own command under python or torchrun, one process tree per run, `--rounds` times in rotating order; warm-up
-steps are left out and nothing is estimated.
-
-Written to --output-dir: benchmark.md, benchmark.png, and benchmark.json, after every run:
-
-    format, complete (false after Ctrl-C), command, trainer, model, recipe, dataset, baseline, warnings [text]
-    machine   host, processor, cores, gpus [name], torch
-    method    steps, warmup_steps, rounds, threads, seed, batch_size, rank_batch_size
-    not_run   [setup, batch_size, why]
-    rows      a set-up at a global batch: setup, kind, devices, batch_size, scalings [strong|weak], rounds, error,
-              samples_per_second (median), slowest_round, fastest_round, by_round {round: samples/s},
-              speedup (median over rounds, against the baseline), efficiency (per device),
-              cpu_share (cores kept busy), busy (another process had the cores), loss, weights_moved,
-              verdict (same|WRONG), tolerance, peak_memory_bytes (of the largest rank),
-              step_seconds {data, forward_backward, communication, optimizer} (null: cannot be told apart),
-              flops_per_second (of the model), matrix_flops_per_second (of all devices), utilisation
-    runs      every run: setup, batch_size, round, command, wall_seconds, error, benchmark (the trainer's figures)
-
-Exit code: 0; 1 if a set-up failed or is WRONG; 2 for flags that cannot work; 130 after Ctrl-C, with what was finished.
+Set-ups with their options, what benchmark.json holds, and exit codes: docs/reference.md.
 """
 
 import shlex
@@ -40,14 +18,15 @@ from typing import Annotated, Any, Literal
 if not __package__:
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
+from launch.bench.charts import draw
 from launch.bench.pipeline import benchmark_pipeline
 from launch.bench.runs import Job, calibrate, plan, run_job, run_rounds
-from launch.bench.setups import Hardware, everything, parse_setup, why_not
-from launch.bench.summary import summarise, warnings_of
-from launch.bench.table import FORMAT, check_output_dir, comparison, page, read_results, write_json, write_pages
+from launch.bench.setups import everything, parse_setup, this_machine, why_not
+from launch.bench.summary import measured, summarise, warnings_of
+from launch.bench.table import FORMAT, check_output_dir, comparison, page, read_results, write_json
 from launch.command_line import nearest, run
 from launch.errors import UsageError, say, to_stderr
-from launch.files import ROOT
+from launch.files import ROOT, replace_file
 from launch.rules import MOST_SECONDS, Above, AtLeast
 from launch.stop import stop_signals
 
@@ -118,12 +97,11 @@ def main(config: BenchmarkConfig) -> int:
         if config.pipeline:
             return benchmark_pipeline(config.output_dir, rounds=config.rounds, seconds=config.seconds,
                                       batch_size=config.batch_size, data_dir=config.data_dir)
-        hardware = Hardware.here()
-        jobs, missing = jobs_of(config, hardware)
+        machine = this_machine()
+        jobs, missing = jobs_of(config, machine)
         results = {
-            "format": FORMAT, "complete": False, "command": shlex.join(["python", *sys.argv]),
-            "trainer": config.trainer, "model": config.model, "recipe": config.recipe, "dataset": config.dataset,
-            "machine": hardware.record(), "not_run": missing}
+            "format": FORMAT, "complete": False, "command": shlex.join(["python", *sys.argv]), "machine": machine,
+            **{name: getattr(config, name) for name in ("trainer", "model", "recipe", "dataset")}, "not_run": missing}
         code = measure_all(config, jobs, results)
     if old is not None and "rows" in results:
         say(comparison(old, results))
@@ -139,19 +117,18 @@ def check(config: BenchmarkConfig) -> None:
                          f"choose from {', '.join(trainers)}")
 
 
-def jobs_of(config: BenchmarkConfig, hardware: Hardware) -> tuple[list[Job], list[dict[str, Any]]]:
+def jobs_of(config: BenchmarkConfig, machine: dict[str, Any]) -> tuple[list[Job], list[dict[str, Any]]]:
     """What will be run, and why the rest cannot be here; UsageError if nothing can, or not the baseline."""
-    setups = [parse_setup(text, threads=config.threads) for text in config.setups or everything(hardware)]
+    setups = [parse_setup(text, threads=config.threads) for text in config.setups or everything(machine)]
     jobs, missing = [], {}
     for job in plan(setups, batch_size=config.batch_size, scaling=config.scaling,
                     rank_batch_size=config.rank_batch_size or config.batch_size):
-        if why := why_not(job.setup, hardware, job.batch_size):
-            found = {"setup": job.setup.name, "batch_size": job.batch_size, "why": why}
-            missing.setdefault((job.setup.name, why), found)
-        else:
+        name, why = job.setup.name, why_not(job.setup, machine, job.batch_size)
+        if why is None:
             jobs.append(job)
-    for one in missing.values():
-        to_stderr(f"not run: {one['setup']}: {one['why']}")
+        elif (name, why) not in missing:
+            missing[name, why] = {"setup": name, "batch_size": job.batch_size, "why": why}
+            to_stderr(f"not run: {name}: {why}")
     if not jobs:
         raise UsageError(f"--setups {' '.join(setup.name for setup in setups)}: none can be run here "
                          f"({next(iter(missing.values()))['why']}); try cpu:1")
@@ -170,8 +147,8 @@ def measure_all(config: BenchmarkConfig, jobs: list[Job], results: dict[str, Any
     run_one = partial(run_job, trainer=config.trainer, flags=flags, timeout_seconds=config.timeout)
     cores = results["machine"]["cores"]
     wanted = {job.setup.name: job.setup.ranks * job.setup.threads for job in jobs if job.setup.kind == "cpu"}
-    crowded = [f"{name}: {threads} threads on {cores} cores; they take turns"
-               for name, threads in wanted.items() if threads > cores]
+    crowded = [f"{name}: {number} threads on {cores} cores; they take turns"
+               for name, number in wanted.items() if number > cores]
     runs: list[dict[str, Any]] = []
 
     def update() -> None:
@@ -183,9 +160,8 @@ def measure_all(config: BenchmarkConfig, jobs: list[Job], results: dict[str, Any
         warmup, steps = calibrate(jobs, steps=config.steps, warmup_steps=config.warmup_steps, seconds=config.seconds,
                                   run=run_one)
         results["method"] = {
-            "steps": steps, "warmup_steps": warmup, "rounds": config.rounds, "threads": config.threads,
-            "seed": config.seed, "batch_size": config.batch_size,
-            "rank_batch_size": config.rank_batch_size or config.batch_size}
+            "steps": steps, "warmup_steps": warmup, "rank_batch_size": config.rank_batch_size or config.batch_size,
+            **{name: getattr(config, name) for name in ("rounds", "threads", "seed", "batch_size")}}
         for result in run_rounds(jobs, rounds=config.rounds, steps=f"{warmup}:{steps}", run=run_one):
             runs.append(result)
             update()
@@ -196,8 +172,11 @@ def measure_all(config: BenchmarkConfig, jobs: list[Job], results: dict[str, Any
             return 130
         say(f"stopped: {len(runs)} finished runs are kept")
     update()
-    write_pages(results, config.output_dir)
-    say(f"\n{page(results)}\n\nwritten to {config.output_dir}/benchmark.json, .md, .png")
+    text, folder = page(results), config.output_dir
+    replace_file(folder / "benchmark.md", f"{text}\n\n![bars and scaling curves](benchmark.png)\n".encode())
+    if measured(results["rows"]):
+        draw(results, folder / "benchmark.png")
+    say(f"\n{text}\n\nwritten to {folder}/benchmark.json, .md, .png")
     wrong = any(row["error"] or row["verdict"] == "WRONG" for row in results["rows"])
     return int(wrong) if results["complete"] else 130
 

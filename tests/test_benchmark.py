@@ -8,13 +8,13 @@ import pytest
 
 from launch.bench.charts import curves_of, draw
 from launch.bench.runs import Job, error_in, plan, rotated
-from launch.bench.setups import Hardware, command, everything, parse_setup, powers_up_to, why_not
+from launch.bench.setups import command, everything, parse_setup, powers_up_to, why_not
 from launch.bench.summary import summarise, warnings_of
 from launch.bench.table import as_table, comparison, differences, judgement, page, speed_cells
 from launch.errors import UsageError
 
-LAPTOP = Hardware(cores=4, gpu_names=())
-SERVER = Hardware(cores=8, gpu_names=("A",) * 4)
+LAPTOP = {"cores": 4, "gpus": []}
+SERVER = {"cores": 8, "gpus": ["A"] * 4}
 
 
 def jobs(*names: str, batch_size: int = 64, scaling: str = "strong") -> list[Job]:
@@ -81,7 +81,7 @@ def test_what_the_machine_lacks_is_said_and_not_run():
     assert "needs 2 GPUs, this machine has none" in str(why_not(parse_setup("ddp:2"), LAPTOP, 64))
     assert "does not divide over 3" in str(why_not(parse_setup("cpu:3"), LAPTOP, 64))
     assert "nothing to split" in str(why_not(parse_setup("dp:1"), SERVER, 64))
-    assert why_not(parse_setup("ddp:2+gloo"), Hardware(cores=2, gpu_names=("A",)), 64) is None
+    assert why_not(parse_setup("ddp:2+gloo"), {"cores": 2, "gpus": ["A"]}, 64) is None
     assert why_not(parse_setup("ddp:4"), SERVER, 64) is None
     assert why_not(parse_setup("cpu:8"), LAPTOP, 64) is None  # more ranks than cores: a warning, not a refusal
 

@@ -33,16 +33,15 @@ def draw(results: dict[str, Any], path: Path) -> None:
 
 def draw_bars(axis: Any, rows: list[dict[str, Any]]) -> None:
     """Samples per second: the median, and as a whisker the slowest and fastest round."""
-    positions, rates = range(len(rows)), [row["samples_per_second"] for row in rows]
-    spread = [[row["samples_per_second"] - row["slowest_round"] for row in rows],
-              [row["fastest_round"] - row["samples_per_second"] for row in rows]]
-    axis.barh(positions, rates, xerr=spread, color=[COLORS[row["kind"]] for row in rows], height=0.6,
-              error_kw={"capsize": 3, "elinewidth": 1, "ecolor": "#333333"})
-    widest = max((row["fastest_round"] for row in rows), default=1)
-    for position, row in zip(positions, rows, strict=True):
-        text = f"{row['samples_per_second']:,.0f}" + (" WRONG" if row["verdict"] == "WRONG" else "")
-        axis.text(row["fastest_round"] + 0.02 * widest, position, text, va="center", fontsize=9)
-    axis.set_yticks(positions, [f"{row['setup']}, batch {row['batch_size']}{' *' * row['busy']}" for row in rows])
+    widest = max(row["fastest_round"] for row in rows)
+    for position, row in enumerate(rows):
+        rate, slowest, fastest = (row[name] for name in ("samples_per_second", "slowest_round", "fastest_round"))
+        axis.barh(position, rate, xerr=[[rate - slowest], [fastest - rate]], color=COLORS[row["kind"]], height=0.6,
+                  error_kw={"capsize": 3, "elinewidth": 1, "ecolor": "#333333"})
+        axis.text(fastest + 0.02 * widest, position, f"{rate:,.0f}{' WRONG' * (row['verdict'] == 'WRONG')}",
+                  va="center", fontsize=9)
+    names = [f"{row['setup']}, batch {row['batch_size']}{' *' * row['busy']}" for row in rows]
+    axis.set_yticks(range(len(rows)), names)
     axis.invert_yaxis()
     axis.set_xlim(0, widest * 1.2)
     busy = ", * busy machine" * any(row["busy"] for row in rows)

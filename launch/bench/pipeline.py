@@ -13,7 +13,7 @@ from statistics import median
 from typing import Any
 
 from launch.bench.runs import Job, error_in, rotated, run_job
-from launch.bench.setups import Hardware, parse_setup
+from launch.bench.setups import parse_setup, this_machine
 from launch.bench.table import Cells, as_table, write_json
 from launch.errors import UsageError, say, to_stderr
 from launch.files import ROOT, replace_file
@@ -23,7 +23,6 @@ Measure = Callable[..., "float | str"]  # of seconds: images/s, or how it failed
 
 SCRIPT = ROOT / "datasets" / "pipeline_speed.py"
 TRAINED = "2 workers, a trivial network trained"  # the whole loop
-TRAINED_STEPS = "10:20"  # left out, timed
 TRAINERS_MEMORY = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "2147483647"}  # as keep_freed_memory does there
 START_SECONDS = 120  # for torch to be imported and workers to start on a slow disk
 
@@ -58,31 +57,23 @@ def trained_per_second(data_dir: Path, batch_size: int, *, seconds: float) -> fl
     flags = ["--data-dir", str(data_dir), "--model", f"{SCRIPT}:MeanColor", "--workers", "2", "--image-size", "224",
              "--random-crop", "0.08", "--shift", "0", "--flip", "random"]
     job = Job(setup=parse_setup("cpu:1"), batch_size=batch_size, scalings=("strong",))
-    done = run_job(job, "image_folder", flags, steps=TRAINED_STEPS, timeout_seconds=START_SECONDS + 60 * seconds)
+    done = run_job(job, "image_folder", flags, steps="10:20", timeout_seconds=START_SECONDS + 60 * seconds)
     return done["error"] or float(done["benchmark"]["samples_per_second"])
 
 
 def benchmark_pipeline(output_dir: Path, *, rounds: int, seconds: float, batch_size: int, data_dir: Path | None) -> int:
     """Run all, print a table, write pipeline.json and pipeline.md; the exit code."""
-    if data_dir is None:
-        work = "random crop, flip and normalise of 32x32 images"
-        each: dict[str, Measure] = {name: partial(images_per_second, name, batch_size=batch_size)
-                                    for name in variants(usable_cores())}
-        return measure_pipelines(each, output_dir, rounds=rounds, seconds=seconds, batch_size=batch_size, work=work)
-    with tempfile.TemporaryDirectory(dir=output_dir, prefix=".packs-") as folder:
-        each = photo_variants(data_dir, Path(folder), batch_size)
-        work = f"random resized crop to 224, flip and normalise of {data_dir} by one worker, where not said otherwise"
-        return measure_pipelines(each, output_dir, rounds=rounds, seconds=seconds, batch_size=batch_size, work=work)
-
-
-def measure_pipelines(each: Mapping[str, Measure], output_dir: Path, *, rounds: int, seconds: float, batch_size: int,
-                      work: str) -> int:
-    """The rounds, and what is written; the exit code."""
     rates: dict[str, dict[int, float]] = {}
     errors = []
-    try:
-        for number in range(rounds):
-            for name in rotated(list(each), number):
+    work = (f"random resized crop to 224, flip and normalise of {data_dir} by one worker, where not said otherwise"
+            if data_dir else "random crop, flip and normalise of 32x32 images")
+    with tempfile.TemporaryDirectory(dir=output_dir, prefix=".packs-") as folder:
+        each: dict[str, Measure] = photo_variants(data_dir, Path(folder), batch_size) if data_dir else {
+            name: partial(images_per_second, name, batch_size=batch_size) for name in variants(usable_cores())}
+        try:
+            for turn in range(rounds * len(each)):
+                number, place = divmod(turn, len(each))
+                name = rotated(list(each), number)[place]
                 rate = each[name](seconds=seconds)
                 if isinstance(rate, str):
                     errors.append(f"{name}: {rate}")
@@ -90,12 +81,11 @@ def measure_pipelines(each: Mapping[str, Measure], output_dir: Path, *, rounds: 
                     rates.setdefault(name, {})[number] = rate
                 shown = rate if isinstance(rate, str) else f"{rate:,.0f} images/s"
                 to_stderr(f"round {number + 1} of {rounds}, {name}: {shown}")
-    except KeyboardInterrupt:
-        to_stderr("stopped: finished runs are kept")
-        errors.append("stopped by Ctrl-C")
+        except KeyboardInterrupt:
+            to_stderr("stopped: finished runs are kept")
+            errors.append("stopped by Ctrl-C")
     rows = [row(name, list(rates[name].values())) for name in each if name in rates]
-    results = {"format": 1, "batch_size": batch_size, "machine": Hardware.here().record(), "rows": rows,
-               "errors": errors}
+    results = {"format": 1, "batch_size": batch_size, "machine": this_machine(), "rows": rows, "errors": errors}
     cells = [[*left, *right] for left, right in zip(pipeline_cells(rows), peer_cells(rates), strict=True)]
     page = f"# Input pipeline\n\n{work}, batch {batch_size}, one thread per process\n\n{as_table(cells)}\n"
     write_json(results, output_dir / "pipeline.json")
@@ -138,8 +128,7 @@ def pipeline_cells(rows: Sequence[dict[str, Any]]) -> Cells:
 
 
 def peer_cells(rates: Mapping[str, Mapping[int, float]]) -> Cells:
-    """Header and rows of what each is to timm's loader, or else to torchvision's, in the same work and the same rounds.
-    """
+    """Header and rows of what each is to timm's loader, or else torchvision's, in the same work and the same rounds."""
     peers = {TRAINED in name: name for name in rates if name.startswith(("torchvision", "timm"))}  # the last one stays
     cells = [[f"x {name.partition(',')[0]} (rounds)" for name in list(peers.values())[:1]]]
     for name, by_round in rates.items():

@@ -19,7 +19,6 @@ from launch.errors import to_stderr
 from launch.files import read_object
 
 FEWEST_STEPS, MOST_STEPS = 10, 2000
-CALIBRATION = "3:10"  # steps left out, steps timed: enough for the order of magnitude that is asked of it
 STOP_SECONDS = 10  # for a process tree to leave after SIGTERM
 
 
@@ -43,9 +42,8 @@ def plan(setups: list[Setup], *, batch_size: int, rank_batch_size: int, scaling:
     for setup in setups:
         for name, size in (("strong", batch_size), ("weak", rank_batch_size * setup.devices)):
             if scaling in (name, "both"):
-                before = wanted.get((setup.name, size))
-                scalings = (*before.scalings, name) if before else (name,)
-                wanted[setup.name, size] = Job(setup=setup, batch_size=size, scalings=scalings)
+                before = wanted[setup.name, size].scalings if (setup.name, size) in wanted else ()
+                wanted[setup.name, size] = Job(setup=setup, batch_size=size, scalings=(*before, name))
     return list(wanted.values())
 
 
@@ -63,11 +61,9 @@ def run_job(job: Job, trainer: str, flags: list[str], *, steps: str, timeout_sec
         began = time.perf_counter()
         error = execute(words, environment(job.setup), Path(folder, "log"), timeout_seconds)
         figures = None if error else (read_object(Path(folder, "run", "result.json")) or {}).get("benchmark")
-    if error is None and figures is None:
-        error = "exit code 0, but no figures in result.json"
     return {"setup": job.setup.name, "batch_size": job.batch_size, "scalings": list(job.scalings),
-            "command": " ".join(words), "wall_seconds": time.perf_counter() - began, "error": error,
-            "benchmark": figures}
+            "command": " ".join(words), "wall_seconds": time.perf_counter() - began, "benchmark": figures,
+            "error": error if error or figures else "exit code 0, but no figures in result.json"}
 
 
 def execute(words: list[str], variables: dict[str, str], log: Path, timeout_seconds: float) -> str | None:
@@ -102,7 +98,7 @@ def calibrate(jobs: list[Job], *, steps: int | None, warmup_steps: int | None, s
     """(warm-up, timed) steps, the same for every set-up: what the first that runs at all does in `seconds`."""
     if steps is None:
         to_stderr("calibrating: how many steps to time")
-        figures = next(filter(None, (run(job, steps=CALIBRATION)["benchmark"] for job in jobs)), None)
+        figures = next(filter(None, (run(job, steps="3:10")["benchmark"] for job in jobs)), None)
         wanted = round(seconds * figures["steps"] / figures["seconds"]) if figures else FEWEST_STEPS
         steps = max(FEWEST_STEPS, min(MOST_STEPS, wanted))
     return (max(5, steps // 5) if warmup_steps is None else warmup_steps), steps
@@ -112,20 +108,19 @@ def run_rounds(jobs: list[Job], *, rounds: int, steps: str, run: Callable[..., d
                ) -> Iterator[dict[str, Any]]:
     """Every job once per round, in rotating order; a job that failed once is not tried again."""
     failed = set()
-    with tqdm(total=rounds * len(jobs), unit="run", disable=not sys.stderr.isatty(), dynamic_ncols=True) as bar:
-        for number in range(rounds):
-            for job in rotated(jobs, number):
-                bar.set_description(f"round {number + 1}: {job.setup.name}, batch {job.batch_size}")
-                if job.key not in failed:
-                    result = {**run(job, steps=steps), "round": number}
-                    if result["error"]:
-                        failed.add(job.key)
-                        ended = f"failed ({result['error']})"
-                    else:
-                        rate = result["benchmark"]["samples_per_second"]
-                        ended = f"{rate:,.0f} samples/s, {result['wall_seconds']:.0f} s in all"
-                    if result["error"] or bar.disable:
-                        bar.clear()
-                        to_stderr(f"round {number + 1} of {rounds}, {job.setup.name}, batch {job.batch_size}: {ended}")
-                    yield result
-                bar.update()
+    turns = [(number, job) for number in range(rounds) for job in rotated(jobs, number)]
+    bar = tqdm(turns, unit="run", disable=not sys.stderr.isatty(), dynamic_ncols=True)
+    for number, job in bar:
+        bar.set_description(f"round {number + 1}: {job.setup.name}, batch {job.batch_size}")
+        if job.key not in failed:
+            result = {**run(job, steps=steps), "round": number}
+            if result["error"]:
+                failed.add(job.key)
+                ended = f"failed ({result['error']})"
+            else:
+                rate = result["benchmark"]["samples_per_second"]
+                ended = f"{rate:,.0f} samples/s, {result['wall_seconds']:.0f} s in all"
+            if result["error"] or bar.disable:
+                bar.clear()
+                to_stderr(f"round {number + 1} of {rounds}, {job.setup.name}, batch {job.batch_size}: {ended}")
+            yield result

@@ -17,7 +17,6 @@ from launch.machine import processor
 from launch.rules import AtLeast, check_number
 
 COUNT = AtLeast(1, most=1024)  # devices of a set-up, threads of a rank
-KINDS = ("cpu", "gpu", "dp", "ddp")
 OPTIONS: dict[str, dict[str, Any]] = {
     "bf16": {"precision": "bf16"}, "fp16": {"precision": "fp16"}, "channels-last": {"channels_last": True},
     "compile": {"compile": True}, "gloo": {"gloo": True}}
@@ -28,7 +27,7 @@ class Setup:
     """One column of the comparison."""
 
     name: str
-    kind: str  # one of KINDS
+    kind: str  # cpu, gpu, dp or ddp
     devices: int  # ranks, or GPUs of a DataParallel
     precision: str = "fp32"
     compile: bool = False
@@ -47,32 +46,20 @@ class Setup:
         return self.kind == "ddp" or self.ranks > 1
 
 
-@dataclass(frozen=True, kw_only=True)
-class Hardware:
-    """What the machine has for set-ups to run on."""
-
-    cores: int
-    gpu_names: tuple[str, ...]
-
-    @classmethod
-    def here(cls) -> "Hardware":
-        """This machine, as far as this process may use it."""
-        names = tuple(torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count()))
-        return cls(cores=usable_cores(), gpu_names=names if torch.cuda.is_available() else ())
-
-    def record(self) -> dict[str, object]:
-        """What a benchmark's figures hold for."""
-        return {"host": platform.node(), "processor": processor(), "cores": self.cores, "gpus": list(self.gpu_names),
-                "torch": str(torch.__version__)}
+def this_machine() -> dict[str, Any]:
+    """What a benchmark's figures hold for: what this process may use."""
+    names = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
+    return {"host": platform.node(), "processor": processor(), "cores": usable_cores(),
+            "gpus": names if torch.cuda.is_available() else [], "torch": str(torch.__version__)}
 
 
 def parse_setup(text: str, *, threads: int = 1) -> Setup:
     """`ddp:2+bf16` as a Setup, `threads` per rank unless it has `+threads=T`; UsageError for anything unknown."""
     head, *options = text.split("+")
-    match = re.fullmatch(r"([a-z]+):([1-9]\d*)", head)
-    if match is None or match[1] not in KINDS or (match[1] == "gpu" and match[2] != "1"):
+    match = re.fullmatch(r"(cpu|gpu(?=:1$)|dp|ddp):([1-9]\d*)", head)
+    if match is None:
         raise UsageError(f"--setups {text}: unknown; must be cpu:N, dp:N, ddp:N or gpu:1, with options such as +bf16"
-                         f"{nearest(head.partition(':')[0], KINDS)}")
+                         f"{nearest(head.partition(':')[0], ('cpu', 'gpu', 'dp', 'ddp'))}")
     check_number(f"--setups {text}: {match[1]}", devices := int(match[2][:20]), COUNT)
     setup = Setup(name=text, kind=match[1], devices=devices, threads=threads)
     for option in options:
@@ -89,10 +76,10 @@ def parse_setup(text: str, *, threads: int = 1) -> Setup:
     return setup
 
 
-def everything(hardware: Hardware) -> list[str]:
+def everything(machine: dict[str, Any]) -> list[str]:
     """All that this machine has, and what it lacks of one GPU and two, to be shown as not run."""
-    several = [count for count in powers_up_to(len(hardware.gpu_names)) if count > 1] or [2]
-    return [*(f"cpu:{count}" for count in powers_up_to(hardware.cores)), "gpu:1",
+    several = [count for count in powers_up_to(len(machine["gpus"])) if count > 1] or [2]
+    return [*(f"cpu:{count}" for count in powers_up_to(machine["cores"])), "gpu:1",
             *(f"{kind}:{count}" for kind in ("dp", "ddp") for count in several)]
 
 
@@ -101,21 +88,17 @@ def powers_up_to(most: int) -> list[int]:
     return sorted({2**exponent for exponent in range(most.bit_length())} | ({most} - {0}))
 
 
-def why_not(setup: Setup, hardware: Hardware, batch_size: int) -> str | None:
+def why_not(setup: Setup, machine: dict[str, Any], batch_size: int) -> str | None:
     """Why this machine cannot run it at that global batch, or None if it can."""
-    num_gpus = len(hardware.gpu_names)
-    needed = 1 if setup.gloo else setup.devices
-    if setup.kind != "cpu" and num_gpus < needed:
-        return f"needs {needed} GPU{'s' * (needed > 1)}, this machine has {num_gpus or 'none'}"
-    if setup.kind == "dp" and setup.devices < 2:
-        return "DataParallel has nothing to split on one GPU"
-    if setup.kind == "dp" and setup.compile:
-        return "DataParallel's copies of a compiled model would all run the original"
-    if setup.kind == "cpu" and setup.precision == "fp16":
-        return "fp16 on a CPU is no faster than fp32: use bf16"
-    if batch_size % setup.devices:
-        return f"a global batch of {batch_size} does not divide over {setup.devices} ranks"
-    return None
+    num_gpus, needed, kind = len(machine["gpus"]), 1 if setup.gloo else setup.devices, setup.kind
+    reasons = {
+        f"needs {needed} GPU{'s' * (needed > 1)}, this machine has {num_gpus or 'none'}":
+            kind != "cpu" and num_gpus < needed,
+        "DataParallel has nothing to split on one GPU": kind == "dp" and setup.devices < 2,
+        "DataParallel's copies of a compiled model would all run the original": kind == "dp" and setup.compile,
+        "fp16 on a CPU is no faster than fp32: use bf16": kind == "cpu" and setup.precision == "fp16",
+        f"a global batch of {batch_size} does not divide over {setup.devices} ranks": batch_size % setup.devices > 0}
+    return next((reason for reason, is_so in reasons.items() if is_so), None)
 
 
 def command(setup: Setup, trainer: str, flags: list[str]) -> list[str]:

@@ -20,8 +20,7 @@ def summarise(jobs: list[Job], runs: list[dict[str, Any]], *, baseline: str | No
     """Rows, in the order of the jobs, of what run_rounds yielded; baseline None: the slowest set-up on one device."""
     rows = [row_of(job, [run for run in runs if (run["setup"], run["batch_size"]) == job.key]) for job in jobs]
     candidates = [row for row in measured(rows) if row["devices"] == 1] or measured(rows)
-    slowest = min(candidates, key=lambda row: row["samples_per_second"], default={"setup": None})
-    chosen = baseline or slowest["setup"]
+    chosen = baseline or min(candidates, key=lambda row: row["samples_per_second"], default={"setup": None})["setup"]
     for row in rows:
         base = baseline_for(row, rows, chosen)
         row["speedup"] = ratio_of_rounds(row, base) if base else None
@@ -54,8 +53,8 @@ def row_of(job: Job, runs: list[dict[str, Any]]) -> dict[str, Any]:
         "samples_per_second": median(rates), "slowest_round": min(rates), "fastest_round": max(rates),
         "loss": figures[0]["loss"], "losses": [one["loss"] for one in figures],
         "weights_moved": figures[0]["weights_moved"], "batch_norm": figures[0]["batch_norm"],
-        "ranks": figures[0]["world_size"],
-        "cpu_share": median(cpu_share(one) for one in figures), "busy": any(is_busy(one, job.setup) for one in figures),
+        "ranks": figures[0]["world_size"], "cpu_share": median(cpu_share(one) for one in figures),
+        "busy": any(is_busy(one, job.setup) for one in figures),
         "peak_memory_bytes": max(max(one["peak_memory_bytes"]) for one in figures),
         "step_seconds": {name: phase(figures, name) for name in STEP_PHASES},
         "flops_per_second": median(rates) * figures[0]["flops_per_sample"],
@@ -88,12 +87,11 @@ def is_busy(figures: dict[str, Any], setup: Setup) -> bool:
 
 def baseline_for(row: dict[str, Any], rows: list[dict[str, Any]], name: str | None) -> dict[str, Any] | None:
     """The baseline's row on the same curve: at the same global batch, or at the same batch per device."""
-    for other in measured(rows) if row["samples_per_second"] else []:
-        strong = "strong" in row["scalings"] and other["batch_size"] == row["batch_size"]
-        per_device = other["batch_size"] * row["devices"] == row["batch_size"] * other["devices"]
-        if other["setup"] == name and (strong or ("weak" in row["scalings"] and per_device)):
-            return other
-    return None
+    others = [other for other in measured(rows) if other["setup"] == name and row["samples_per_second"]]
+    return next((other for other in others if
+                 ("strong" in row["scalings"] and other["batch_size"] == row["batch_size"]) or
+                 ("weak" in row["scalings"] and
+                  other["batch_size"] * row["devices"] == row["batch_size"] * other["devices"])), None)
 
 
 def ratio_of_rounds(row: dict[str, Any], base: dict[str, Any]) -> float:
@@ -103,17 +101,14 @@ def ratio_of_rounds(row: dict[str, Any], base: dict[str, Any]) -> float:
 
 
 def compare_losses(rows: list[dict[str, Any]], baseline: str | None) -> None:
-    """Set `verdict`, "same" or "WRONG": at one global batch all set-ups see the same samples, and must learn the same.
-
-    A loss that hardly falls would hide gradients that were not averaged, so the weights must have moved as far, too.
-    """
+    """Set `verdict`, "same" or "WRONG": at one global batch set-ups see the same samples and must learn the same."""
     for row in measured(rows):
         peers = [other for other in measured(rows) if other["batch_size"] == row["batch_size"]]
         reference = next((other for other in peers if other["setup"] == baseline), peers[0])
-        same_format = row["precision"] == reference["precision"] == "fp32"
         same_split = all(row[name] == reference[name] for name in ("ranks", "devices"))
-        strict = same_format and (same_split or not row["batch_norm"])
+        strict = row["precision"] == reference["precision"] == "fp32" and (same_split or not row["batch_norm"])
         allowed = row["tolerance"] = LOSS_TOLERANCE if strict else LOOSE_TOLERANCE
+        # a loss that hardly falls would hide gradients that were not averaged
         pairs = [(row["weights_moved"], reference["weights_moved"], max(allowed, MOVED_TOLERANCE)),
                  *((loss, reference["loss"], allowed) for loss in row["losses"])]
         if not all(None not in pair and math.isclose(*pair[:2], rel_tol=pair[2]) for pair in pairs):
@@ -124,20 +119,18 @@ def compare_losses(rows: list[dict[str, Any]], baseline: str | None) -> None:
 
 def warnings_of(rows: list[dict[str, Any]], *, rounds: int) -> list[str]:
     """What a reader must know before believing a row."""
-    def name(row: dict[str, Any]) -> str:
-        return f"{row['setup']} (batch {row['batch_size']})"
-
-    found = []
-    if busy := [name(row) for row in rows if row.get("busy")]:
-        found.append(f"the machine was busy with something else during {', '.join(busy)}: wall time is well above CPU "
-                     f"time there; run it again on an idle machine")
+    found, busy = [], []
     for row in rows:
+        name = f"{row['setup']} (batch {row['batch_size']})"
+        busy += [name] * row.get("busy", False)
         if row["error"]:
-            found.append(f"{name(row)} failed: {row['error']}")
+            found.append(f"{name} failed: {row['error']}")
         if row["verdict"] == "WRONG":
-            found.append(f"{name(row)} is WRONG: loss {row['loss']} after moving the weights by "
-                         f"{row['weights_moved']}; the others at this batch differ (tolerance {row['tolerance']:g}), "
-                         f"so its speed is worth nothing")
+            found.append(f"{name} is WRONG: loss {row['loss']} after moving the weights by {row['weights_moved']}; the "
+                         f"others at this batch differ (tolerance {row['tolerance']:g}), so its speed is worth nothing")
         if row["samples_per_second"] and row["rounds"] < rounds:
-            found.append(f"{name(row)}: only {row['rounds']} of {rounds} rounds")
+            found.append(f"{name}: only {row['rounds']} of {rounds} rounds")
+    if busy:
+        found.insert(0, f"the machine was busy with something else during {', '.join(busy)}: wall time is well above "
+                        f"CPU time there; run it again on an idle machine")
     return found

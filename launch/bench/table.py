@@ -4,12 +4,10 @@ import json
 from pathlib import Path
 from typing import Any
 
-from launch.bench.charts import draw
 from launch.bench.summary import STEP_PHASES, measured
 from launch.errors import UsageError
 from launch.files import replace_file
 
-MIB = 2**20
 FORMAT = 1  # of benchmark.json
 Cells = list[list[str]]
 
@@ -18,10 +16,9 @@ def check_output_dir(folder: Path) -> None:
     """Make the folder and try to write there; UsageError if one of the files could not be written later."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        (folder / ".trial").write_bytes(b"")
+        (folder / ".trial").unlink()
         for name in ("benchmark.json", "benchmark.md", "benchmark.png"):
-            trial = folder / f".{name}.trial"
-            trial.write_bytes(b"")
-            trial.unlink()
             if (folder / name).is_dir():
                 raise IsADirectoryError(21, f"{name} is a folder")
     except OSError as error:
@@ -31,13 +28,6 @@ def check_output_dir(folder: Path) -> None:
 def write_json(results: dict[str, Any], path: Path) -> None:
     """benchmark.json, or pipeline.json: whole at any time."""
     replace_file(path, (json.dumps(results, indent=1) + "\n").encode())
-
-
-def write_pages(results: dict[str, Any], folder: Path) -> None:
-    """benchmark.md and benchmark.png."""
-    replace_file(folder / "benchmark.md", f"{page(results)}\n\n![bars and scaling curves](benchmark.png)\n".encode())
-    if measured(results["rows"]):
-        draw(results, folder / "benchmark.png")
 
 
 def page(results: dict[str, Any]) -> str:
@@ -62,16 +52,12 @@ def speed_cells(rows: list[dict[str, Any]], baseline: str | None) -> Cells:
     cells = [["set-up", "global batch", "samples/s", "min - max", f"x {baseline}", "efficiency", "cores busy", "loss",
               "verdict"]]
     for row in rows:
-        name = f"{row['setup']}{' *' if row.get('busy') else ''}"
-        if row["samples_per_second"] is None:
-            cells.append([name, str(row["batch_size"]), "failed", *[""] * 6])
-            continue
-        cells.append([name, str(row["batch_size"]), number(row["samples_per_second"]),
-                      f"{number(row['slowest_round'])} - {number(row['fastest_round'])}",
-                      "" if row["speedup"] is None else f"{row['speedup']:.2f}",
-                      "" if row["efficiency"] is None else f"{100 * row['efficiency']:.0f} %",
-                      f"{row['cpu_share']:.2f}", "not finite" if row["loss"] is None else f"{row['loss']:.5f}",
-                      row["verdict"] or ""])
+        figures = ["failed", *[""] * 6] if row["samples_per_second"] is None else [
+            number(row["samples_per_second"]), f"{number(row['slowest_round'])} - {number(row['fastest_round'])}",
+            "" if row["speedup"] is None else f"{row['speedup']:.2f}",
+            "" if row["efficiency"] is None else f"{100 * row['efficiency']:.0f} %", f"{row['cpu_share']:.2f}",
+            "not finite" if row["loss"] is None else f"{row['loss']:.5f}", row["verdict"] or ""]
+        cells.append([f"{row['setup']}{' *' if row.get('busy') else ''}", str(row["batch_size"]), *figures])
     return cells
 
 
@@ -83,7 +69,7 @@ def step_cells(rows: list[dict[str, Any]]) -> Cells:
         phases = [row["step_seconds"][name] for name in STEP_PHASES]
         cells.append([row["setup"], str(row["batch_size"]),
                       *("" if seconds is None else f"{1000 * seconds:.2f} ms" for seconds in phases),
-                      f"{row['peak_memory_bytes'] / MIB:,.0f} MiB", number(row["flops_per_second"] / 1e9),
+                      f"{row['peak_memory_bytes'] / 2**20:,.0f} MiB", number(row["flops_per_second"] / 1e9),
                       f"{100 * row['utilisation']:.1f} %"])
     return cells
 
@@ -105,11 +91,11 @@ def read_results(path: Path) -> dict[str, Any]:
     """A benchmark.json; UsageError, with the cause, if it is none."""
     try:
         results = json.loads(path.read_text())
+        if not isinstance(results, dict) or results.get("format") != FORMAT or "rows" not in results:
+            raise ValueError(f"not of format {FORMAT}")
     except (OSError, ValueError) as error:
         raise UsageError(f"{path}: cannot be read as a benchmark.json ({error}); give one that launch/benchmark.py "
                          f"wrote") from None
-    if not isinstance(results, dict) or results.get("format") != FORMAT or "rows" not in results:
-        raise UsageError(f"{path}: is no benchmark.json of format {FORMAT}; give one that launch/benchmark.py wrote")
     return results
 
 
@@ -118,24 +104,19 @@ def comparison(old: dict[str, Any], new: dict[str, Any]) -> str:
     cells = [["set-up", "global batch", "old samples/s", "new samples/s", "new / old", "judgement"]]
     before = {(row["setup"], row["batch_size"]): row for row in measured(old["rows"])}
     for row in measured(new["rows"]):
-        other = before.get((row["setup"], row["batch_size"]))
-        if other is not None:
-            ratio = row["samples_per_second"] / other["samples_per_second"]
-            cells.append([row["setup"], str(row["batch_size"]), f"{other['samples_per_second']:,.0f}",
-                          f"{row['samples_per_second']:,.0f}", f"{ratio:.3f}", judgement(other, row)])
+        if other := before.get((row["setup"], row["batch_size"])):
+            was, now = other["samples_per_second"], row["samples_per_second"]
+            cells.append([row["setup"], str(row["batch_size"]), f"{was:,.0f}", f"{now:,.0f}", f"{now / was:.3f}",
+                          judgement(other, row)])
     return "\n".join([*(f"differs: {difference}" for difference in differences(old, new)),
                       as_table(cells) if len(cells) > 1 else "the two have no set-up and batch in common"])
 
 
 def judgement(old: dict[str, Any], new: dict[str, Any]) -> str:
     """faster or slower only if every new round lies beyond every old one; one round each shows no noise."""
-    if min(old["rounds"], new["rounds"]) < 2:
-        return "one round: noise unknown"
-    if new["slowest_round"] > old["fastest_round"]:
-        return "faster, beyond the noise"
-    if new["fastest_round"] < old["slowest_round"]:
-        return "slower, beyond the noise"
-    return "within the noise"
+    return ("one round: noise unknown" if min(old["rounds"], new["rounds"]) < 2 else
+            "faster, beyond the noise" if new["slowest_round"] > old["fastest_round"] else
+            "slower, beyond the noise" if new["fastest_round"] < old["slowest_round"] else "within the noise")
 
 
 def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
