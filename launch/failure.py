@@ -1,8 +1,4 @@
-"""How a job ends badly: torch's errors translated, one rank prints the error's line, all leave.
-
-`JobFailure` alone knows how. The training loop's errors reach it through process_group(), what the watchdog sees
-(a hang, a launcher that died) through the watchdog.
-"""
+"""How a job ends badly: torch's errors translated, one rank prints the error's line, all leave."""
 
 import contextlib
 import multiprocessing
@@ -78,9 +74,8 @@ class JobFailure:
         code = getattr(known, "exit_code", 1)
         with exit_after(AGREE_SECONDS, code):
             first = self.claim_error_line()
-            if first and isinstance(known, LostPeer):
-                errors.report_error(self._lost_line())
-            elif first and (line := errors.user_line(known)) is not None:
+            line = self._lost_line() if first and isinstance(known, LostPeer) else errors.user_line(known)
+            if first and line is not None:
                 errors.report_error(line)
             if self.heartbeats is not None:
                 with contextlib.suppress(RuntimeError):
@@ -120,8 +115,7 @@ class JobFailure:
             code: int = DistributedError.exit_code) -> NoReturn:
         """End the process from the watchdog's thread: the main one waits for something that may never come.
 
-        `stuck` ranks cannot leave by themselves; those on this host are killed. A stop, by EXIT_PREEMPTED, waits until
-        all are here, with the error line claimed: so none takes another for lost.
+        `stuck` ranks on this host are killed. A stop (EXIT_PREEMPTED) waits for all: none is to take another for lost.
         """
         if speaks:
             errors.report_error(line)
@@ -146,14 +140,14 @@ class JobFailure:
         if self.launcher_died():
             return (f"ERROR distributed: rank {self.launch.rank} of {size}: its launcher died at step {self.step}; "
                     f"start the same command again")
-        silent = []
+        who = "another rank"
         if self.heartbeats is not None:
             before = self.heartbeats.last()
             time.sleep(STALE_SECONDS)
-            silent = self.heartbeats.silent_since(before)
-        who = f"rank {', '.join(map(str, silent))}" if silent else "another rank"
-        return (f"ERROR distributed: {who} of {size}: exited silently at about step {self.step}; see its "
-                f"output above or the system log (killed, out of memory?), then start the same command again")
+            if silent := self.heartbeats.silent_since(before):
+                who = f"rank {', '.join(map(str, silent))}"
+        return (f"ERROR distributed: {who} of {size}: exited silently at about step {self.step}; see its output above "
+                f"or the system log (killed, out of memory?), then start the same command again")
 
 
 @contextlib.contextmanager

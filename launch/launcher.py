@@ -1,7 +1,6 @@
-"""What the launcher says about this process: torchrun's variables, Slurm's under srun, or none.
+"""What the launcher says about this process: torchrun's variables, Slurm's under srun, or none. torch is not imported.
 
-torchrun's win over Slurm's, since torchrun is often itself started by srun. Threads per rank, and the names that a
-restart or a requeue keeps, come from here too. No device is touched, no connection is made, and torch is not imported.
+torchrun's win over Slurm's, since torchrun is often itself started by srun.
 """
 
 import contextlib
@@ -17,7 +16,6 @@ from launch.errors import UsageError
 from launch.rules import LARGEST
 
 UUID = re.compile(r"[0-9a-f]{8}-[0-9a-f]{4}-4[0-9a-f]{3}-[0-9a-f]{4}-[0-9a-f]{12}")  # torchrun --standalone's run id
-INTERACTIVE_STEP = "4294967290"  # SLURM_STEP_ID of the shell that salloc opens on a node
 REQUEUE = 1000  # what Slurm's restart counts in `restart`: one more than a torchrun ever restarts within it
 MOST_HOSTS = 100_000  # in one Slurm node list
 START_WITH = "start with torchrun, srun python, or plain python"
@@ -25,7 +23,7 @@ START_WITH = "start with torchrun, srun python, or plain python"
 
 @dataclass(frozen=True, kw_only=True)
 class Launch:
-    """What the launcher says, before any device or connection is touched."""
+    """What the launcher says, before any device is touched or connection made."""
 
     launcher: Literal["torchrun", "slurm", "none"] = "none"
     rank: int = 0
@@ -49,10 +47,9 @@ class Launch:
 
 
 def read_launch(environ: Mapping[str, str] = os.environ) -> Launch:
-    """Rank and world size from torchrun's variables, else from srun's, else one process.
+    """Rank and world size from torchrun's variables, else from srun's, else one process; UsageError for wrong ones.
 
-    Slurm's are believed only inside a step (SLURM_STEP_ID): in a batch script they describe the whole job, and a
-    plain `python` there would wait for ranks that nobody starts. UsageError for variables that cannot be right.
+    Outside a step (SLURM_STEP_ID), in a batch script, Slurm's describe the whole job: ranks that nobody starts.
     """
     launch = Launch()
     try:
@@ -90,9 +87,8 @@ def read_slurm(environ: Mapping[str, str]) -> Launch:
     """Rank and world size of a task that srun started. The port lies below the ephemeral range, by job id."""
     world_size = int(environ.get("SLURM_STEP_NUM_TASKS") or environ["SLURM_NTASKS"])
     tasks = per_node_counts(environ.get("SLURM_STEP_TASKS_PER_NODE", str(world_size)))
-    node = int(environ.get("SLURM_NODEID", "0"))
+    node, job_id = int(environ.get("SLURM_NODEID", "0")), int(environ.get("SLURM_JOB_ID", "0"))
     hosts = host_names(environ.get("SLURM_STEP_NODELIST", "localhost"))
-    job_id = int(environ.get("SLURM_JOB_ID", "0"))
     if not 0 <= node < len(tasks) or len(hosts) != len(tasks) > 1:
         raise ValueError(f"node {node}, tasks on {len(tasks)} nodes and a list of {len(hosts)} nodes do not fit")
     if sum(tasks) != world_size:
@@ -136,8 +132,7 @@ def usable_cores() -> int:
     """Cores this process may use: its affinity, or the cgroup's CPU quota where that is smaller."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     try:
-        with open("/sys/fs/cgroup/cpu.max") as file:
-            quota, period = file.read().split()
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
         return cores if quota == "max" else max(1, min(cores, int(quota) // int(period)))
     except (OSError, ValueError):
         return cores
@@ -155,10 +150,9 @@ def choose_threads(launch: Launch) -> int:
 def too_many_threads(launch: Launch, threads: int) -> str | None:
     """A warning where this node's ranks together have more threads than cores; None where they do not."""
     cores, ranks = usable_cores(), launch.local_world_size
-    if ranks * threads <= cores:
-        return None
-    return (f"WARNING --threads {threads}: {ranks} rank{'s' * (ranks > 1)} x {threads} threads on {cores} usable cores "
+    text = (f"WARNING --threads {threads}: {ranks} rank{'s' * (ranks > 1)} x {threads} threads on {cores} usable cores "
             f"hinder each other; use --threads {threads_per_rank(ranks)}" + " and fewer ranks" * (ranks > cores))
+    return text if ranks * threads > cores else None
 
 
 def threads_per_rank(num_ranks: int) -> int:
@@ -175,8 +169,7 @@ def job_identity() -> dict[str, Any]:
     """The scheduler's or launcher's name for this job, and how often it has restarted it."""
     restarts = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
     if job := slurm_job():
-        requeues = int(os.environ.get("SLURM_RESTART_COUNT", "0"))
-        return {"job": f"slurm-{job}", "restart": REQUEUE * requeues + restarts}
+        return {"job": f"slurm-{job}", "restart": REQUEUE * int(os.environ.get("SLURM_RESTART_COUNT", "0")) + restarts}
     if (agent := launcher_identity()) is None:
         return {"job": None, "restart": 0}
     name = agent["run_id"] if agent["run_id"] != "none" else f"{agent['host']}-{agent['pid']}-{agent['started']}"
@@ -195,18 +188,16 @@ def launcher_identity() -> dict[str, Any] | None:
 def slurm_job() -> str | None:
     """The id of the Slurm job that started this process, or an array task's `<array job>_<task>`; a requeue keeps it.
 
-    An interactive allocation is not such a job, for many commands are run in one: the shell of salloc (no task number,
-    or that of the interactive step) or of `srun --pty`, and steps started there. A batch script stays one, whatever it
-    inherits from the shell in which it was submitted.
+    An interactive allocation, in which many commands are run, is no such job: the shell of salloc (no task number, or
+    that of the interactive step) or of `srun --pty`, and steps started there.
     """
-    interactive = (os.environ.get("SLURM_STEP_ID") == INTERACTIVE_STEP or "SLURM_PTY_PORT" in os.environ
-                   or os.environ.get("SLURM_JOB_NAME") == "interactive")  # salloc's default
-    if not {"SLURM_JOB_ID", "SLURM_PROCID"} <= os.environ.keys() or (
-            interactive and os.environ.get("ENVIRONMENT") != "BATCH"):
+    interactive = (os.environ.get("SLURM_STEP_ID") == "4294967290" or "SLURM_PTY_PORT" in os.environ
+                   or os.environ.get("SLURM_JOB_NAME") == "interactive")  # salloc's defaults
+    is_batch = os.environ.get("ENVIRONMENT") == "BATCH"  # whatever it inherits from the shell that submitted it
+    if not {"SLURM_JOB_ID", "SLURM_PROCID"} <= os.environ.keys() or (interactive and not is_batch):
         return None
-    if "SLURM_ARRAY_TASK_ID" in os.environ:
-        return f"{os.environ['SLURM_ARRAY_JOB_ID']}_{os.environ['SLURM_ARRAY_TASK_ID']}"
-    return os.environ["SLURM_JOB_ID"]
+    array, task = (os.environ.get(f"SLURM_ARRAY_{name}_ID") for name in ("JOB", "TASK"))
+    return f"{array}_{task}" if task is not None else os.environ["SLURM_JOB_ID"]
 
 
 def given_run_id() -> str | None:

@@ -3,14 +3,11 @@
     srun --ntasks-per-node=1 python launch/node.py --nodes 2 --rendezvous node1:13455 --id 1734-0 -- \\
         --nproc-per-node 4 trainers/cifar.py --epochs 20
 
-What torchrun lacks: a rendezvous that cannot come up ends in one line within a minute (not in ten, with a traceback),
-other nodes are told an address that they can reach (torchrun gives its host name, which may mean 127.0.1.1), a stop
-signal that comes again does not interrupt the ranks' saving (a third one makes torchrun leave them), and on a node that
-was cut off it ends when its ranks have. `--nodes 1:2` is elastic: a node that comes later joins, so none is waited for.
+What torchrun lacks: a rendezvous that cannot come up ends in one line, in a minute; nodes get an address that others
+can reach; a stop signal that comes again does not interrupt the ranks' saving; cut off, it ends when its ranks have.
 """
 
 import argparse
-import contextlib
 import errno
 import os
 import signal
@@ -18,6 +15,7 @@ import socket
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 from types import FrameType
 
@@ -31,7 +29,6 @@ from launch.stop import moments, signals_flag, stop_signals
 
 ARRIVAL_SECONDS = 60  # for the slowest node; srun starts them together
 LINE_SECONDS = 5  # a node that has connected sends its line at once
-LOOK_SECONDS = 5  # between two looks at whether this node is cut off
 CUT_OFF_SECONDS = 30  # without ranks and without a way to the rendezvous: a switch that restarts takes less
 
 
@@ -41,7 +38,7 @@ def main() -> int:
     host, _, port = options.rendezvous.rpartition(":")
     node = int(os.environ.get("SLURM_NODEID", "0"))
     address = address_among([host, host_names(os.environ.get("SLURM_STEP_NODELIST") or host)[0 if node else -1]])
-    if options.nodes.isdigit() and int(options.nodes) > 1:
+    if options.nodes.isdigit() and int(options.nodes) > 1:  # 1:2 is elastic: none is waited for, one may come later
         try:
             if node == 0:
                 wait_as_host(int(port), num_nodes=int(options.nodes), token=options.id)
@@ -57,7 +54,12 @@ def main() -> int:
     is_host = node == 0 if options.nodes.isdigit() else host == options.me
     if address is None or address.startswith("127."):
         address = options.me  # which the other nodes know as something else
-    return supervise(torchrun(options, address, is_host), environment_for(options.command), host, int(port))
+    rendezvous = ["--standalone"] if options.nodes == "1" else [
+        f"--nnodes={options.nodes}", "--rdzv-backend=c10d", f"--rdzv-endpoint={options.rendezvous}",
+        f"--rdzv-id={options.id}", f"--local-addr={address}",
+        f"--rdzv-conf=is_host={str(is_host).lower()},join_timeout={5 * ARRIVAL_SECONDS},last_call_timeout=15"]
+    words = [sys.executable, "-m", "torch.distributed.run", *rendezvous, signals_flag(), *options.command]
+    return supervise(words, environment_for(options.command), host, int(port))
 
 
 def parse() -> argparse.Namespace:
@@ -70,17 +72,9 @@ def parse() -> argparse.Namespace:
                         help="this node's name, if not Slurm's")
     parser.add_argument("command", nargs=argparse.REMAINDER, help="torchrun's flags, the trainer and its flags")
     options = parser.parse_args()
-    options.command = options.command[1:] if options.command[:1] == ["--"] else options.command
+    if options.command[:1] == ["--"]:
+        del options.command[0]
     return options
-
-
-def torchrun(options: argparse.Namespace, address: str, is_host: bool) -> list[str]:
-    """The torchrun command that joins the other nodes."""
-    rendezvous = ["--standalone"] if options.nodes == "1" else [
-        f"--nnodes={options.nodes}", "--rdzv-backend=c10d", f"--rdzv-endpoint={options.rendezvous}",
-        f"--rdzv-id={options.id}", f"--local-addr={address}",
-        f"--rdzv-conf=is_host={str(is_host).lower()},join_timeout={5 * ARRIVAL_SECONDS},last_call_timeout=15"]
-    return [sys.executable, "-m", "torch.distributed.run", *rendezvous, signals_flag(), *options.command]
 
 
 def environment_for(words: list[str]) -> dict[str, str]:
@@ -160,8 +154,8 @@ def supervise(command: list[str], environment: dict[str, str], host: str, port: 
         process.send_signal(passed_on[0])  # it came before there was anything to pass it on to
     useful_at = time.monotonic()
     while True:
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            code = process.wait(LOOK_SECONDS)
+        with suppress(subprocess.TimeoutExpired):
+            code = process.wait(5)
             return code if code >= EXIT_DONE else 128 - code  # a signal's number, as a shell reports it
         if has_children(process.pid) or not unreachable(host, port):
             useful_at = time.monotonic()

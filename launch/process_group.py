@@ -3,12 +3,9 @@
     with process_group("auto", timeout_seconds=300) as world:
         ...                                  # world.rank, world.world_size, world.device
 
-One process needs no launcher and gets no process group. Under torchrun, or under plain `srun python`, the ranks meet at
-MASTER_ADDR:MASTER_PORT, and the group is taken down again however the block ends.
 """
 
 import contextlib
-import os
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -22,16 +19,14 @@ from launch.errors import DistributedError, first_line, is_users
 from launch.failure import JobFailure, exit_after, translated
 from launch.launcher import Launch, choose_threads, read_launch
 from launch.machine import choose_backend, choose_device, keep_freed_memory
+from launch.network import library_defaults
 from launch.rendezvous import RENDEZVOUS_SECONDS, check_paths, described, meet
 from launch.rules import MOST_SECONDS
 from launch.watchdog import Watchdog, turn_on_flight_recorder
 
 T = TypeVar("T")
-TEARDOWN_SECONDS = 30  # gloo needs milliseconds
-NCCL_REMEDIES = {
-    "Duplicate GPU": "start one rank per GPU, or use --backend gloo",
-    "shared memory": "enlarge /dev/shm (docker's --shm-size), or set NCCL_SHM_DISABLE=1",
-}
+NCCL_REMEDIES = {"Duplicate GPU": "start one rank per GPU, or use --backend gloo",
+                 "shared memory": "enlarge /dev/shm (docker's --shm-size), or set NCCL_SHM_DISABLE=1"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,8 +54,7 @@ def process_group(backend: str = "auto", *, device: str = "auto", timeout_second
                   threads: int | None = None, deterministic: bool = False) -> Iterator[World]:
     """Join the other ranks for the length of a `with` block; DistributedError if they do not all arrive in a minute.
 
-    An error inside the block ends every rank: the one that fails first prints it, in one line, and the others,
-    which only lose their peer, exit quietly with the same kind of exit code.
+    An error inside the block ends every rank: the one that fails first prints it, the others exit quietly.
     """
     launch = read_launch()
     failure = JobFailure(launch)
@@ -85,7 +79,7 @@ def process_group(backend: str = "auto", *, device: str = "auto", timeout_second
             raise
     finally:
         if dist.is_initialized():
-            with exit_after(TEARDOWN_SECONDS, DistributedError.exit_code):
+            with exit_after(30, DistributedError.exit_code):  # gloo needs milliseconds
                 dist.destroy_process_group()
         failure.linger()
         watchdog.stop()
@@ -98,7 +92,7 @@ def prepare(launch: Launch, watchdog: Watchdog, backend: str, *, device: str, th
     num_threads = choose_threads(launch) if threads is None else threads
     torch.set_num_threads(num_threads)
     if deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it when CUDA is first used
+        library_defaults(CUBLAS_WORKSPACE_CONFIG=":4096:8")  # cuBLAS reads it when CUDA is first used
         torch.use_deterministic_algorithms(True)
     if chosen.type == "cpu":
         keep_freed_memory()

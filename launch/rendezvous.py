@@ -60,16 +60,14 @@ def wait_for_port(launch: Launch, wait_seconds: float) -> None:
 def take_place(store: dist.Store, launch: Launch, wait_seconds: float) -> dist.Store:
     """The part of the store that is this job's alone, once each of its ranks has taken its place in this round's roll.
 
-    Rank 0 opens the roll and, once it is full, closes it with a random token, under which all later keys lie: so a rank
-    of another job that was given the same address cannot write there. RuntimeError if some ranks do not come.
+    Later keys lie under rank 0's random token, where no other job can write. RuntimeError if some ranks do not come.
     """
     rolls = dist.PrefixStore("trainers", store)
     step = f"{os.environ.get('SLURM_JOB_ID')}.{os.environ.get('SLURM_STEP_ID')}" if launch.launcher == "slurm" else ""
     job = json.dumps([launch.world_size, os.environ.get("TORCHELASTIC_RUN_ID", step)])  # the same on all of its ranks
     pause = 0.01 * max(1.0, launch.world_size / 16)  # what the store must serve does not grow with W
     looks = moments(wait_seconds, pause=pause, patience=STOP_SECONDS)
-    token = (open_roll if launch.rank == 0 else enter_roll)(rolls, launch, job, looks)
-    return dist.PrefixStore(token, rolls)
+    return dist.PrefixStore((open_roll if launch.rank == 0 else enter_roll)(rolls, launch, job, looks), rolls)
 
 
 def open_roll(rolls: dist.Store, launch: Launch, job: str, looks: Iterator[float]) -> str:
@@ -80,8 +78,7 @@ def open_roll(rolls: dist.Store, launch: Launch, job: str, looks: Iterator[float
     places = [f"place/{rank}" for rank in range(launch.world_size)]
     for _ in looks:
         if roll.check(places):
-            token = secrets.token_hex(8)
-            roll.set("token", token)
+            roll.set("token", token := secrets.token_hex(8))
             return token
     missing = [place.rpartition("/")[2] for place in places if not roll.check([place])]
     raise RuntimeError(f"missing: rank {', '.join(missing[:8])}")

@@ -1,10 +1,7 @@
 """Threads beside the training loop that see what the loop cannot while it waits. How the process ends is failure.py's.
 
-One of them, twice a second, tells the other ranks how far this one is, passes a stop request on, and looks for a rank
-that has failed, or for a loop without progress for the timeout (then the rank that hangs is named, with its Python
-stack, and the job ends). Another never asks a machine or a disk, so that nothing can hold it up: it sees that the
-launcher has died, or that the first still waits for an answer, as on a node whose cable was pulled. With one rank it
-ends waits for data alone, at the timeout or for a stop; of another standstill (compute, a user's function) it warns.
+`_talk` tells the other ranks how far this one is, and looks for one that has failed, was asked to stop, or hangs.
+`_watch` never asks a machine or a disk, so that nothing can hold it up; alone, it ends waits for data only.
 """
 
 import contextlib
@@ -31,6 +28,7 @@ from launch.files import ROOT
 from launch.heartbeats import Heartbeats
 from launch.launcher import Launch
 from launch.machine import free_shared_memory
+from launch.network import library_defaults
 from launch.stop import StopRequest, stop_request
 
 TICK_SECONDS = 0.5
@@ -40,12 +38,9 @@ HEARD_SECONDS = 2.0  # for which a stop waits for the next batch before it inter
 AGREED_SECONDS = 5.0  # the same where the steps since the last checkpoint are then lost
 WAITING = ("backward", "reduce", "left")  # phases in which a rank may be waiting for another
 READING = ("data", "evaluation data")  # phases in which it waits for its next batch
-DATA_EXIT_CODE = 3  # of datasets.errors.DataError, which launch/ does not import
-DUMP_SECONDS = 10  # for NCCL's flight recorder to answer
 DUMP_PREFIXES = ("TORCH_FR_DUMP_TEMP_FILE", "TORCH_NCCL_DEBUG_INFO_TEMP_FILE")  # torch's names, today's and the old
 OURS = f"{ROOT}{os.sep}"
-READERS = tuple(f"{OURS}{place}" for place in ("datasets", "trainers/engine/checkpoints/load",
-                                                "trainers/engine/checkpoints/weight"))
+READERS = (f"{OURS}datasets", f"{OURS}trainers/engine/checkpoints/load", f"{OURS}trainers/engine/checkpoints/weight")
 LIBRARIES = tuple({sys.prefix, sys.base_prefix, os.path.dirname(os.__file__), "<frozen"})
 
 
@@ -59,10 +54,8 @@ class Watchdog:
         self.step, self.phase = 0, "start"
         self._seconds = self._changed_at = 0.0  # by a clock that stands still while the process is itself stopped
         self._before: dict[int, list[Any]] | None = None  # heartbeats at half of the timeout
-        self._stopping = threading.Event()
-        self._threads: list[threading.Thread] = []
-        self._asked_at = math.inf  # when the request to stop was first seen
-        self._answered_at = math.inf  # when the store last did; inf until there is one
+        self._stopping, self._threads = threading.Event(), list[threading.Thread]()
+        self._asked_at = self._answered_at = math.inf  # when a stop was first seen, and when the store last answered
         self._trainer = (threading.get_ident(), threading.get_native_id())  # the thread that trains
         self._switches, self._moved_at, self._has_warned, self._watched_at = "", 0.0, False, time.monotonic()
 
@@ -72,10 +65,7 @@ class Watchdog:
         self.phase, self._changed_at = phase, self._seconds
 
     def attend(self, run: Any, *, traces: Path | None = None) -> None:
-        """Keep a run's folder told that this process lives, by `beat()`; and why it ends, if a thread here ends it.
-
-        `traces`: the folder for NCCL's last collectives, unless the environment names another place.
-        """
+        """Keep a run's folder told that this process lives, by `beat()`; `traces` is for NCCL's last collectives."""
         self.failure.run = run
         if traces is not None and not any(name in os.environ for name in DUMP_PREFIXES):
             os.environ[DUMP_PREFIXES[0]] = str(traces.absolute() / "nccl-trace-rank-")
@@ -119,30 +109,31 @@ class Watchdog:
             self._check_alone()
         seconds = self._seconds - self._answered_at
         if seconds > self.timeout_seconds + SILENT_SECONDS:
-            line = (f"ERROR distributed: rank {self.rank} of {self.world_size}: the host of the rendezvous has not "
-                    f"answered for {seconds:.0f} s at step {self.step}; look at the network, then start the same "
-                    f"command again")
-            self.failure.end(line, speaks=self.failure.claim_in_this_process())
+            self.failure.end(f"ERROR distributed: rank {self.rank} of {self.world_size}: the host of the rendezvous "
+                             f"has not answered for {seconds:.0f} s at step {self.step}; look at the network, then "
+                             f"start the same command again", speaks=self.failure.claim_in_this_process())
 
     def _talk(self, heartbeats: Heartbeats) -> None:
+        """Send a heartbeat; pass a stop request on, or take it over; leave some time after another rank's error."""
         with contextlib.suppress(RuntimeError):  # a store that died with its host; the collectives will say so
             if not heartbeats.has_left:
-                self._beat(heartbeats)
-        if self.world_size > 1:
-            self._check_progress(heartbeats)
+                heartbeats.send(self.step, self.phase)
+                request = stop_request()
+                if request:
+                    heartbeats.set_mark("stop")
+                    if self.world_size > 1:
+                        self._stop_without(heartbeats, request)
+                elif heartbeats.has_mark("stop"):
+                    request.ask("another rank was asked to stop")
+                self.failure.follow()
+        idle = self._seconds - self._changed_at
+        if self.world_size == 1 or idle < self.timeout_seconds / 2:
+            self._before = None
+        elif self._before is None:
+            self._before = heartbeats.last()
+        elif idle > self.timeout_seconds:
+            self._end_the_hang(heartbeats.last(), heartbeats.silent_since(self._before))
         self._answered_at = self._seconds
-
-    def _beat(self, heartbeats: Heartbeats) -> None:
-        """Send a heartbeat; pass a stop request on, or take it over; leave some time after another rank's error."""
-        heartbeats.send(self.step, self.phase)
-        request = stop_request()
-        if request:
-            heartbeats.set_mark("stop")
-            if self.world_size > 1:
-                self._stop_without(heartbeats, request)
-        elif heartbeats.has_mark("stop"):
-            request.ask("another rank was asked to stop")
-        self.failure.follow()
 
     def _stop_without(self, heartbeats: Heartbeats, request: StopRequest) -> None:
         """End the process at the last checkpoint if some rank still waits for data so long after a stop."""
@@ -171,7 +162,7 @@ class Watchdog:
             show_stacks()
             line = (f"ERROR data: --timeout {self.timeout_seconds:.0f}: no data for longer at step {self.step} "
                     f"({place}); {data_remedy()}")
-            self.failure.end(line, speaks=self.failure.claim_in_this_process(), code=DATA_EXIT_CODE)
+            self.failure.end(line, speaks=self.failure.claim_in_this_process(), code=3)  # as datasets.errors.DataError
         elif since_mark > self.timeout_seconds and not self._has_warned:
             self._has_warned = True
             to_stderr(f"WARNING no progress for {self.timeout_seconds:.0f} s at step {self.step}, phase {self.phase} "
@@ -181,16 +172,6 @@ class Watchdog:
         """Whether the thread that trains, at this frame, waits for data."""
         return self.phase in READING or any(each.f_code.co_filename.startswith(READERS)
                                             for each, _ in traceback.walk_stack(frame))
-
-    def _check_progress(self, heartbeats: Heartbeats) -> None:
-        """Compare the heartbeats at half of the timeout with those at the timeout."""
-        idle = self._seconds - self._changed_at
-        if idle < self.timeout_seconds / 2:
-            self._before = None
-        elif self._before is None:
-            self._before = heartbeats.last()
-        elif idle > self.timeout_seconds:
-            self._end_the_hang(heartbeats.last(), heartbeats.silent_since(self._before))
 
     def _end_the_hang(self, beats: dict[int, list[Any]], silent: list[int]) -> None:
         """Name the rank that all the others wait for: silent, or else not itself waiting, or else furthest behind."""
@@ -206,30 +187,25 @@ class Watchdog:
         where = f"step {step}, phase {phase}"
         if silent and step < self.step:  # its last heartbeat is older than its hang: it is where this rank waits
             where = f"step {self.step}, last seen at {where}"
-        trace = dump_collectives(self.rank)
         remedy = data_remedy() if phase in READING else "look at that process, or raise --timeout if it was only slow"
         line = (f"ERROR distributed: rank {culprit} of {self.world_size}: no progress for {self.timeout_seconds:.0f} s "
-                f"at {where}; the others wait for it: {remedy}{trace}")
+                f"at {where}; the others wait for it: {remedy}{dump_collectives(self.rank)}")
         self.failure.end(line, speaks=self.failure.claim_error_line(), stuck=silent)
 
 
 def turn_on_flight_recorder() -> None:
     """Have NCCL remember its last collectives, unless the environment says otherwise; before the group is made."""
-    if "TORCH_NCCL_TRACE_BUFFER_SIZE" not in os.environ:  # the old name
-        os.environ.setdefault("TORCH_FR_BUFFER_SIZE", "2000")
-    os.environ.setdefault("TORCH_NCCL_DUMP_ON_TIMEOUT", "1")
+    library_defaults(TORCH_FR_BUFFER_SIZE="2000", unless="TORCH_NCCL_TRACE_BUFFER_SIZE")  # the old name
+    library_defaults(TORCH_NCCL_DUMP_ON_TIMEOUT="1")
 
 
 def dump_collectives(rank: int) -> str:
-    """Write down this rank's last collectives where NCCL runs them; returns what to say of it.
-
-    torch itself never would: it dumps at its own timeout, and hangs are this file's.
-    """
+    """Write down this rank's last collectives, which torch would do at its own timeout only; what to say of it."""
     prefix = next((os.environ[name] for name in DUMP_PREFIXES if name in os.environ), None)
     if prefix is None or not dist.is_initialized() or "nccl" not in str(dist.get_backend_config()):
         return ""
     with contextlib.suppress(OSError, RuntimeError, ValueError):
-        faulthandler.dump_traceback_later(DUMP_SECONDS, exit=True)  # NCCL may hold Python's lock, and not answer
+        faulthandler.dump_traceback_later(10, exit=True)  # NCCL may hold Python's lock, and not answer
         Path(f"{prefix}{rank}").write_bytes(torch._C._distributed_c10d._dump_nccl_trace())  # pyright: ignore
     faulthandler.cancel_dump_traceback_later()
     return f"; NCCL's last collectives are in {prefix}*, for torchfrtrace to compare"
