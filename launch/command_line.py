@@ -1,9 +1,6 @@
 """From a config dataclass to flags, checked numbers and --help; from an error to one line and an exit code.
 
-A trainer ends with
-
-    if __name__ == "__main__":
-        run(main, CifarConfig, recipes=RECIPES)
+A trainer ends with `run(main, CifarConfig, recipes=RECIPES)`.
 """
 
 import argparse
@@ -38,22 +35,25 @@ OF_ONE_RUN = ("run_name", "resume", "evaluate")  # all three are in a run's conf
 def parse(config_class: type, *, recipes: Mapping[str, Mapping[str, Any]] | None = None,
           args: Sequence[str] | None = None) -> Any:
     """A config from flags (in hyphens or underscores) over `--config FILE` over `--recipe NAME`, all checked."""
-    args = in_new_spelling(sys.argv[1:] if args is None else args, getattr(config_class, "OLD_SPELLINGS", {}))
+    args, old = list(sys.argv[1:] if args is None else args), getattr(config_class, "OLD_SPELLINGS", {})
+    without_value = [following.startswith("-") for following in [*args[1:], "-"]]
+    args = [new for word, alone in zip(args, without_value, strict=False)
+            for new in (old.get(word.replace("_", "-"), [word]) if alone else [word])]
     default = config_class()
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    first.add_argument("--recipe", nargs="?")
-    first.add_argument("--model", nargs="?")
-    first.add_argument("--loss", nargs="?")
-    first.add_argument("--config", nargs="?", type=Path)
+    for name in ("recipe", "model", "loss", "config"):
+        first.add_argument(f"--{name}", nargs="?")
     given = first.parse_known_args(args)[0]
-    file = at_home(given.config) if hasattr(default, "config") else None
+    file = at_home(Path(given.config)) if given.config is not None and hasattr(default, "config") else None
     flags = read_flags(file, config_class) if file is not None else {}
     if recipes:
-        name = given.recipe or flags.get("recipe", default.recipe)
+        name, model, loss = (getattr(given, flag) or flags.get(flag) for flag in ("recipe", "model", "loss"))
+        name = name or default.recipe
         if name not in recipes:
             raise UsageError(f"--recipe {name}: unknown; choose from {', '.join(recipes)}{nearest(name, recipes)}")
-        settings = of_recipe(recipes[name], default, model=given.model or flags.get("model"),
-                             loss=given.loss or flags.get("loss"))
+        is_its_own = model in (None, recipes[name].get("model", getattr(default, "model", None)))
+        left_out = (*(() if is_its_own else default.OF_A_MODEL), *(default.OF_A_LOSS if loss and ":" in loss else ()))
+        settings = {flag: value for flag, value in recipes[name].items() if flag not in left_out}
         default = replace(default, **settings, recipe=name)
     if file is not None:
         try:
@@ -67,32 +67,23 @@ def parse(config_class: type, *, recipes: Mapping[str, Mapping[str, Any]] | None
     return replace(config, **{**values, **stated})
 
 
-def of_recipe(recipe: Mapping[str, Any], default: Any, *, model: str | None, loss: str | None) -> dict[str, Any]:
-    """A recipe's settings; where another model or a loss of one's own is asked for, without those that are of its
-    (`OF_A_MODEL`, `OF_A_LOSS`)."""
-    is_its_own = model in (None, recipe.get("model", getattr(default, "model", None)))
-    left_out = (*(() if is_its_own else default.OF_A_MODEL), *(default.OF_A_LOSS if loss and ":" in loss else ()))
-    return {name: value for name, value in recipe.items() if name not in left_out}
-
-
 def read_flags(path: Path, config_class: type) -> dict[str, Any]:
     """The flags that a file states: a run's config.json, other JSON, or YAML by hand, old spellings translated."""
-    is_yaml = path.suffix.lower() in (".yaml", ".yml")
+    kind, read = ("YAML", yaml.safe_load) if path.suffix.lower() in (".yaml", ".yml") else ("JSON", json.loads)
     try:
-        text = path.read_text(encoding="utf-8")
-        stated = yaml.safe_load(text) if is_yaml else json.loads(text)
+        stated = read(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise UsageError(f"--config {path}: cannot be read ({error.strerror}); name a JSON or YAML file") from None
     except (ValueError, RecursionError, yaml.YAMLError) as error:
-        kind, reason = "YAML" if is_yaml else "JSON", " ".join(str(error).split()) or type(error).__name__
-        raise UsageError(f"--config {path}: is no {kind} ({reason}); write a line `epochs: 5` for each flag in a "
-                         f".yaml file, or use the config.json of a run") from None
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise UsageError(f"--config {path}: is no {kind} ({reason}); write a line `epochs: 5` for each flag in a .yaml "
+                         f"file, or use the config.json of a run") from None
     if not isinstance(stated, dict) or not all(isinstance(name, str) for name in stated):
         raise UsageError(f"--config {path}: must map names of flags to values, such as `epochs: 5`")
     flags = {name.removeprefix("--").replace("-", "_"): value for name, value in stated.items()}
-    translated = getattr(config_class, "translated", dict)
     left_out = {"config", *(OF_ONE_RUN if flags.keys() >= set(OF_ONE_RUN) else ())}
-    return {name: value for name, value in translated(flags).items() if name not in left_out}
+    translated = getattr(config_class, "translated", dict)(flags)
+    return {name: value for name, value in translated.items() if name not in left_out}
 
 
 def as_words(flags: Mapping[str, Any], config_class: type) -> list[str]:
@@ -106,10 +97,10 @@ def as_words(flags: Mapping[str, Any], config_class: type) -> list[str]:
             words.append(flag if value else f"--no-{flag[2:]}")
         elif any(isinstance(item, list | dict) for item in (value if isinstance(value, list) else [value])):
             raise UsageError(f"{flag}: must be one value or a list of values")
-        elif isinstance(value, list):
-            words += [flag, *map(str, value)]
+        elif isinstance(value, list) or not str(value).startswith("-"):
+            words += [flag, *map(str, value if isinstance(value, list) else [value])]
         else:
-            words += [f"{flag}={value}"] if str(value).startswith("-") else [flag, str(value)]
+            words.append(f"{flag}={value}")
     return words
 
 
@@ -120,13 +111,13 @@ def from_words(config_class: type, args: Sequence[str], default: Any) -> Any:
         with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(complaint):
             config = tyro.cli(config_class, args=args, default=default, compact_help=False)
     except SystemExit as stop:
-        if stop.code in (0, None):
-            if errors.launched_rank() == 0:
-                width, text = max(60, min(120, shutil.get_terminal_size().columns)), printed.getvalue()
-                is_help = not any(word.startswith("--tyro-") for word in args)  # but a script for a shell, as it is
-                errors.say((grouped_help(text, config_class, width=width) if is_help else text).rstrip("\n"))
-            raise
-        raise UsageError(plain_text(complaint.getvalue())) from None
+        if stop.code not in (0, None):
+            raise UsageError(plain_text(complaint.getvalue())) from None
+        if errors.launched_rank() == 0:
+            width, text = max(60, min(120, shutil.get_terminal_size().columns)), printed.getvalue()
+            is_help = not any(word.startswith("--tyro-") for word in args)  # but a script for a shell, as it is
+            errors.say((grouped_help(text, config_class, width=width) if is_help else text).rstrip("\n"))
+        raise
     check_numbers(config)
     return config
 
@@ -136,14 +127,6 @@ def at_home(value: Any) -> Any:
     if isinstance(value, tuple):
         return tuple(at_home(item) for item in value)
     return Path(os.path.expanduser(value)) if isinstance(value, Path) else value
-
-
-def in_new_spelling(args: Sequence[str], old: Mapping[str, Sequence[str]]) -> list[str]:
-    """The words of a command line with `old` flags replaced, where they stand without a value."""
-    words: list[str] = []
-    for word, following in zip(args, [*args[1:], "-"], strict=False):
-        words += old.get(word.replace("_", "-"), [word]) if following.startswith("-") else [word]
-    return words
 
 
 def nearest(name: str, known: Sequence[str] | Mapping[str, Any]) -> str:
@@ -172,13 +155,12 @@ def grouped_help(text: str, config_class: type, *, width: int) -> str:
         explained = re.sub(r" \(default: (None)?\)$", "", " ".join(f"{rest} {explained}".split()))
         body = textwrap.fill(explained, width, initial_indent=indent, subsequent_indent=indent, break_on_hyphens=False)
         head = f"  {header}"
-        fits = len(head) < HELP_COLUMN
         names = [name.replace("-", "_") for name in re.findall(r"--([\w-]+)", header)]
         title = next((titles[name] for name in names if name in titles), own)
-        groups[title].append((head + body[len(head):] if fits else f"{head}\n{body}").rstrip())
-    first = usage.split("\n\n")[:2]
+        groups[title].append((head + body[len(head):] if len(head) < HELP_COLUMN else f"{head}\n{body}").rstrip())
     parts = [f"{title}:\n" + "\n".join(blocks) for title, blocks in groups.items() if blocks]
-    return "\n\n".join([*first, *parts, examples(sys.modules[config_class.__module__].__doc__ or "", width)]) + "\n"
+    shown = examples(sys.modules[config_class.__module__].__doc__ or "", width)
+    return "\n\n".join([*usage.split("\n\n")[:2], *parts, shown]) + "\n"
 
 
 def examples(docstring: str, width: int) -> str:
@@ -209,16 +191,15 @@ def run(main: Callable[[Any], Any], config_class: type, *,
         recipes: Mapping[str, Mapping[str, Any]] | None = None, prints_results: bool = False) -> NoReturn:
     """Parse the flags, call `main`, exit: with the code that it returns, 0 for anything else, or that of its error.
 
-    An error inside `process_group()` is shown there by the rank that failed first; what reaches this function was found
-    before the ranks met, by all of them alike, so rank 0 speaks. With `prints_results`, as of one process alone,
-    whatever a launcher has left in its environment, stdout waits for its reader, however slow that is.
+    What reaches this function was found before the ranks met, by all alike, so rank 0 speaks. With `prints_results`,
+    as of one process alone, whatever its environment says, stdout waits for its reader, however slow that is.
     """
     gc.freeze()  # what was imported stays, and need not be looked through again: 0.14 s each time
     gc.enable()
     errors.drop_unread_output("stderr", *() if prints_results else ("stdout",))
     os.environ.pop("MPLBACKEND", None)  # every notebook sets it, to what may not be installed here
     code = in_one_line(lambda: main(parse(config_class, recipes=recipes)), is_alone=prints_results)
-    sys.exit(code if isinstance(code, int) else errors.EXIT_DONE)
+    sys.exit(code if isinstance(code, int) else 0)
 
 
 def in_one_line(call: Callable[[], Any], *, is_alone: bool = False) -> Any:

@@ -1,11 +1,7 @@
-"""One page about this machine and job: what would run, what would not, and the fix. Nothing is trained.
+"""One page about this machine and job: what would run, what would not, and the fix. Exit code 5 if anything is FAIL.
 
     python launch/doctor.py
     torchrun --nproc-per-node 2 launch/doctor.py          also: the ranks, their devices, one timed all_reduce
-    srun python launch/doctor.py --output-dir /scratch/me/runs --json
-
-Every line is OK, WARN (works, but slowly or not for long) or FAIL, with the fix. Exit code 0, or 5 if anything is
-FAIL. Of the environment only torchrun's, Slurm's and a few thread and network variables are shown.
 """
 
 import importlib.util
@@ -65,8 +61,7 @@ def main(config: DoctorConfig) -> int:
     except UsageError as error:
         launch, job = Launch(), [fail("launcher", str(error), "start with torchrun, srun python, or plain python")]
     batch_bytes = -(-config.batch_size // launch.world_size) * 3 * config.image_size**2
-    findings = [*machine_findings(launch, Path(config.output_dir), workers=config.workers, batch_bytes=batch_bytes),
-                *job]
+    findings = machine_findings(launch, Path(config.output_dir), workers=config.workers, batch_bytes=batch_bytes) + job
     ranks: list[dict[str, Any]] = []
     if launch.launcher != "none":
         findings, ranks = ranks_findings(launch, findings, device=config.device, backend=config.backend,
@@ -90,15 +85,14 @@ def page(findings: list[Finding], ranks: list[dict[str, Any]], *, color: bool) -
         if finding.fix:
             lines.append(f"  {'':4}  {'':{width}}  fix: {finding.fix}")
     if ranks:
-        host_width = max(len(record["host"]) for record in ranks)
-        lines += ["", f"  {'rank':>4}  {'local':>5}  {'host':{host_width}}  {'device':8}  {'threads':>7}  uuid"]
-        for record in ranks:
-            lines.append(f"  {record['rank']:4}  {record['local_rank']:5}  {record['host']:{host_width}}  "
-                         f"{record['device'] or 'none':8}  {record['threads']:7}  {record['uuid'] or ''}".rstrip())
-    count = {state: sum(finding.state == state for finding in findings) for state in ("WARN", "FAIL")}
-    summary = (f"{count['FAIL']} FAIL, {count['WARN']} WARN: training would not work as it is" if count["FAIL"] else
-               f"{count['WARN']} WARN: training works" if count["WARN"] else "all OK")
-    return "\n".join([*lines, "", summary])
+        width = max(len(record["host"]) for record in ranks)
+        lines += ["", f"  {'rank':>4}  {'local':>5}  {'host':{width}}  {'device':8}  {'threads':>7}  uuid"]
+        lines += [f"  {record['rank']:4}  {record['local_rank']:5}  {record['host']:{width}}  "
+                  f"{record['device'] or 'none':8}  {record['threads']:7}  {record['uuid'] or ''}".rstrip()
+                  for record in ranks]
+    warned, failed = (sum(finding.state == state for finding in findings) for state in ("WARN", "FAIL"))
+    return "\n".join([*lines, "", f"{failed} FAIL, {warned} WARN: training would not work as it is" if failed else
+                      f"{warned} WARN: training works" if warned else "all OK"])
 
 
 if __name__ == "__main__":

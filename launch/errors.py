@@ -12,7 +12,6 @@ import time
 from typing import Any, TextIO
 
 PATIENCE_SECONDS = 1.0  # for a reader of stdout or stderr to take what is printed
-EXIT_DONE = 0
 EXIT_PREEMPTED = 75  # EX_TEMPFAIL of sysexits.h: the same command, run again, resumes
 # with these a file's name could begin a line of its own, or colour, move or turn round what is printed
 UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")

@@ -21,10 +21,7 @@ def no_check() -> None:
 
 @contextlib.contextmanager
 def replacing(path: Path, check_fence: Callable[[], None] = no_check) -> Iterator[Path]:
-    """The path of a temporary beside a file, which it replaces at the end of the block; if that fails, no trace.
-
-    `check_fence` is called right before, and raises if this process may not.
-    """
+    """The path of a temporary beside a file, which it replaces after the block and `check_fence`, or no trace."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         yield temporary

@@ -1,7 +1,6 @@
 """What ranks tell each other beside their collectives, through the job's key-value store.
 
-A rank's heartbeat is [count, step, phase, host, pid, parent's pid]. There are also marks that any rank may set: `stop`,
-that it was asked to stop, `failed`, that it has failed, and `stuck`, that it cannot stop with the others.
+A heartbeat is [count, step, phase, host, pid, parent's pid]; `stop`, `failed` and `stuck` are marks any rank may set.
 """
 
 import json
@@ -25,8 +24,7 @@ class Heartbeats:
     def __init__(self, store: dist.Store, *, rank: int, world_size: int) -> None:
         self.store = store.clone()  # pyright: ignore[reportAttributeAccessIssue]: a connection of its own
         self.rank, self.world_size = rank, world_size
-        self._num_sent = 0
-        self.has_left = False  # of its own will, after an error
+        self._num_sent, self.has_left = 0, False  # has left: of its own will, after an error
         self._sending = threading.Lock()  # the main thread says that it leaves, while another sends heartbeats
         self._me = [socket.gethostname(), os.getpid(), os.getppid()]
 
@@ -78,6 +76,6 @@ class Heartbeats:
     def kill_siblings(self, ranks: Sequence[int]) -> None:
         """SIGKILL those of the ranks that run on this host under the same launcher: they cannot end by themselves."""
         for rank, (_, _, _, host, pid, parent) in self.last().items():
-            if rank in ranks and host == self._me[0] and parent == self._me[2] == parent_of(pid):
-                with suppress(ProcessLookupError, PermissionError):
+            with suppress(ProcessLookupError, PermissionError):
+                if rank in ranks and host == self._me[0] and parent == self._me[2] == parent_of(pid):
                     os.kill(pid, signal.SIGKILL)

@@ -27,12 +27,10 @@ def choose_device(device: str, launch: Launch) -> torch.device:
     if not torch.cuda.is_available():
         raise DeviceError("--device cuda: no CUDA device is available to torch; use --device cpu")
     num_visible = torch.cuda.device_count()
-    if num_visible == 1:  # its launcher has chosen for it
-        return torch.device("cuda", 0)
-    if launch.local_rank >= num_visible:
+    if launch.local_rank >= num_visible > 1:
         raise DeviceError(f"--device {device}: local rank {launch.local_rank} of {launch.local_world_size} has no GPU, "
                           f"{num_visible} are visible; start {num_visible} ranks on this node, or use --device cpu")
-    return torch.device("cuda", launch.local_rank)
+    return torch.device("cuda", launch.local_rank if num_visible > 1 else 0)  # of one, its launcher has chosen for it
 
 
 def choose_backend(backend: str, device: torch.device) -> str:

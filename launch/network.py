@@ -4,22 +4,19 @@ import fcntl
 import os
 import socket
 import struct
+from contextlib import suppress
 from urllib.parse import urlsplit
 from urllib.request import getproxies, proxy_bypass
 
 from launch.launcher import Launch
 
-SIOCGIFADDR = 0x8915  # linux/sockios.h: the address of an interface
-
 
 def address_towards(host: str) -> str | None:
     """This machine's own address on the route to `host`, or None if there is no route or no such name."""
-    try:
-        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-            probe.connect((host, 9))  # of UDP: nothing is sent, the kernel only looks up the route
-            return probe.getsockname()[0]
-    except OSError:
-        return None
+    with suppress(OSError), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        probe.connect((host, 9))  # of UDP: nothing is sent, the kernel only looks up the route
+        return probe.getsockname()[0]
+    return None
 
 
 def address_among(hosts: list[str]) -> str | None:
@@ -35,18 +32,15 @@ def address_among(hosts: list[str]) -> str | None:
 
 def interface_of(address: str | None) -> str | None:
     """The name of the interface that holds an address, or None if none does (Linux only)."""
-    names = [name for _, name in socket.if_nameindex() if address is not None]
-    return next((name for name in names if interface_address(name) == address), None)
+    return next((name for _, name in socket.if_nameindex() if address and interface_address(name) == address), None)
 
 
 def interface_address(name: str) -> str | None:
     """The IPv4 address of an interface, or None if it has none."""
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        try:
-            packed = fcntl.ioctl(probe.fileno(), SIOCGIFADDR, struct.pack("256s", name[:15].encode()))
-        except OSError:
-            return None
-    return socket.inet_ntoa(packed[20:24])
+    with suppress(OSError), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        packed = fcntl.ioctl(probe.fileno(), 0x8915, struct.pack("256s", name[:15].encode()))  # SIOCGIFADDR
+        return socket.inet_ntoa(packed[20:24])
+    return None
 
 
 def connect_problem(address: str, port: int) -> str:

@@ -22,7 +22,7 @@ from types import FrameType
 if not __package__:
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-from launch.errors import EXIT_DONE, DistributedError, to_stderr
+from launch.errors import DistributedError, to_stderr
 from launch.launcher import host_names, parent_of, threads_per_rank
 from launch.network import address_among, connect_problem, interface_of
 from launch.stop import moments, signals_flag, stop_signals
@@ -156,7 +156,7 @@ def supervise(command: list[str], environment: dict[str, str], host: str, port: 
     while True:
         with suppress(subprocess.TimeoutExpired):
             code = process.wait(5)
-            return code if code >= EXIT_DONE else 128 - code  # a signal's number, as a shell reports it
+            return code if code >= 0 else 128 - code  # a signal's number, as a shell reports it
         if has_children(process.pid) or not unreachable(host, port):
             useful_at = time.monotonic()
         elif time.monotonic() - useful_at > CUT_OFF_SECONDS:

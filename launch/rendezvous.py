@@ -111,23 +111,17 @@ def check_paths(store: dist.Store, launch: Launch) -> None:
     if launch.local_world_size == launch.world_size or not name:
         return
     host, address = socket.gethostname(), interface_address(name)
-    problem = path = ""
-    with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as listener:
-        if address is None:
-            names = ", ".join(other for _, other in socket.if_nameindex())
-            problem = f"{host} has no interface {name} with an IPv4 address (it has {names})"
-        else:
-            listener.bind((address, 0))
-            listener.listen(8)  # nothing accepts: that the kernel completes the connection is what is asked
-            path = f"{host} {address} {listener.getsockname()[1]} {name}"
+    with socket.create_server((address or "", 0), backlog=8) as listener:  # nothing accepts: the kernel alone is asked
+        path = f"{host} {address} {listener.getsockname()[1]} {name}" if address else ""
         store.set(f"path/{launch.rank}", path)
-        problem = problem or problem_with_next(store, launch)
+        names = ", ".join(other for _, other in socket.if_nameindex())
+        problem = (problem_with_next(store, launch) if address else
+                   f"{host} has no interface {name} with an IPv4 address (it has {names})")
         if problem or store.add("reached", 1) == launch.world_size:
             store.set("paths", problem)  # what all wait for: the last rank says that all is well, any that it is not
-        verdict = wait_for(store, "paths", PATHS_SECONDS + 5)
-    if verdict:
-        raise DistributedError(f"{launch.address}:{launch.port}, interface {name}: {verdict}; set GLOO_SOCKET_IFNAME "
-                               f"to the interface that joins the nodes")
+        if verdict := wait_for(store, "paths", PATHS_SECONDS + 5):
+            raise DistributedError(f"{launch.address}:{launch.port}, interface {name}: {verdict}; set "
+                                   f"GLOO_SOCKET_IFNAME to the interface that joins the nodes")
 
 
 def problem_with_next(store: dist.Store, launch: Launch) -> str:

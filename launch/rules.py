@@ -6,7 +6,8 @@
 
 from collections.abc import Iterator
 from dataclasses import KW_ONLY, dataclass, fields
-from typing import Any, ClassVar, get_type_hints
+from functools import partial
+from typing import Any, get_type_hints
 
 from launch.errors import UsageError
 
@@ -18,17 +19,17 @@ MOST_SECONDS = LARGEST // 1000  # poll() takes milliseconds as a C int
 class AtLeast:
     """Numbers from `low` to `most`, without `below` itself. NaN and infinity are in no range."""
 
-    start: ClassVar = "at least"
-
     low: float
     _: KW_ONLY
     most: float = LARGEST
     below: float | None = None
     such_as: float | None = None  # a value that works, for the message
+    start: str = "at least"
 
     def includes(self, number: float) -> bool:
         """Whether a number is in the range. NaN compares false with everything."""
-        return self.low <= number <= self.most and (self.below is None or number < self.below)
+        starts = self.low < number if self.start == "above" else self.low <= number
+        return starts and number <= self.most and (self.below is None or number < self.below)
 
     def text(self) -> str:
         """The rule in words."""
@@ -36,14 +37,7 @@ class AtLeast:
         return f"must be {self.start} {self.low:,} and {end}" + (f"; try {self.such_as}" if self.such_as else "")
 
 
-class Above(AtLeast):
-    """The same without `low` itself."""
-
-    start = "above"
-
-    def includes(self, number: float) -> bool:
-        """Whether a number is in the range."""
-        return number > self.low and super().includes(number)
+Above = partial(AtLeast, start="above")  # the same without `low` itself
 
 
 def check_number(flag: str, number: float, rule: AtLeast) -> None:

@@ -21,8 +21,12 @@ def summarise(jobs: list[Job], runs: list[dict[str, Any]], *, baseline: str | No
     rows = [row_of(job, [run for run in runs if (run["setup"], run["batch_size"]) == job.key]) for job in jobs]
     candidates = [row for row in measured(rows) if row["devices"] == 1] or measured(rows)
     chosen = baseline or min(candidates, key=lambda row: row["samples_per_second"], default={"setup": None})["setup"]
-    for row in rows:
-        base = baseline_for(row, rows, chosen)
+    for row in rows:  # the baseline's row on the same curve: at the same global batch, or batch per device
+        others = [other for other in measured(rows) if other["setup"] == chosen and row["samples_per_second"]]
+        base = next((other for other in others if
+                     ("strong" in row["scalings"] and other["batch_size"] == row["batch_size"]) or
+                     ("weak" in row["scalings"] and
+                      other["batch_size"] * row["devices"] == row["batch_size"] * other["devices"])), None)
         row["speedup"] = ratio_of_rounds(row, base) if base else None
         comparable = base and (row["kind"] == "cpu") == (base["kind"] == "cpu")  # between CPU and GPU it means nothing
         row["efficiency"] = row["speedup"] * base["devices"] / row["devices"] if base and comparable else None
@@ -83,15 +87,6 @@ def is_busy(figures: dict[str, Any], setup: Setup) -> bool:
             return True
     alone = setup.kind == "cpu" and figures["world_size"] == 1 and figures["threads_per_rank"] == 1
     return alone and cpu_share(figures) < 1 - IDLE_SHARE
-
-
-def baseline_for(row: dict[str, Any], rows: list[dict[str, Any]], name: str | None) -> dict[str, Any] | None:
-    """The baseline's row on the same curve: at the same global batch, or at the same batch per device."""
-    others = [other for other in measured(rows) if other["setup"] == name and row["samples_per_second"]]
-    return next((other for other in others if
-                 ("strong" in row["scalings"] and other["batch_size"] == row["batch_size"]) or
-                 ("weak" in row["scalings"] and
-                  other["batch_size"] * row["devices"] == row["batch_size"] * other["devices"])), None)
 
 
 def ratio_of_rounds(row: dict[str, Any], base: dict[str, Any]) -> float:

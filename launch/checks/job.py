@@ -21,8 +21,8 @@ def job_findings(launch: Launch) -> list[Finding]:
     """Which launcher's variables would be followed, those that are set, this machine's name, the port."""
     alone = launch.launcher == "none"
     chosen = {"torchrun": "torchrun", "slurm": "srun", "none": "none, one process"}[launch.launcher]
-    place = "" if alone else f", meeting at {launch.address}:{launch.port}"
-    text = f"{chosen}: rank {launch.rank} of {launch.world_size}{place}"
+    text = (f"{chosen}: rank {launch.rank} of {launch.world_size}"
+            f"{'' if alone else f', meeting at {launch.address}:{launch.port}'}")
     shown = [f"{name}={os.environ[name]}" for name in SHOWN_VARIABLES if name in os.environ]
     return [warn_if(alone and "SLURM_JOB_ID" in os.environ, "launcher", text,
                     "this is a Slurm job: start the ranks with srun, or with torchrun"),
@@ -41,19 +41,16 @@ def signals_finding() -> Finding:
 
 def address_finding(launch: Launch) -> Finding:
     """What this machine's name means to itself; other nodes need an address that is not the loopback's."""
-    name, several_nodes = socket.gethostname(), launch.world_size > launch.local_world_size
-    address = None
+    name, address = socket.gethostname(), ""
     with contextlib.suppress(OSError):
         address = socket.gethostbyname(name)
     text = f"{name} -> {address or 'no address'}"
-    if several_nodes:
-        route = address_towards(launch.address)
-        if route is None:
-            return fail("host name", f"{text}; no route to {launch.address}", "check MASTER_ADDR and the network")
-        return ok("host name", f"{text}; the way to {launch.address} is from {route}")
-    if address is None:
-        return warn("host name", text, f"add `127.0.1.1 {name}` to /etc/hosts: torchrun looks its own name up")
-    return ok("host name", f"{text}{' (enough for one node)' if address.startswith('127.') else ''}")
+    if launch.world_size > launch.local_world_size:
+        if route := address_towards(launch.address):
+            return ok("host name", f"{text}; the way to {launch.address} is from {route}")
+        return fail("host name", f"{text}; no route to {launch.address}", "check MASTER_ADDR and the network")
+    return warn_if(not address, "host name", f"{text}{' (enough for one node)' * address.startswith('127.')}",
+                   f"add `127.0.1.1 {name}` to /etc/hosts: torchrun looks its own name up")
 
 
 def port_finding(launch: Launch) -> Finding:

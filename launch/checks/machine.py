@@ -1,7 +1,4 @@
-"""What launch/doctor.py finds out about one machine: software, devices, cores, memory and disk.
-
-Nothing here raises: the page must be complete where things are broken.
-"""
+"""What launch/doctor.py finds out about one machine. Nothing raises: its page is complete where things are broken."""
 
 import os
 import re
@@ -23,8 +20,6 @@ from launch.machine import free_shared_memory, gpu_uuid, processor
 
 GIB = 2**30
 BATCHES_PER_WORKER = 3  # in /dev/shm: DataLoader asks for two ahead, and one is being used; docker gives 64 MiB
-LEAST_DISK_BYTES = 5 * GIB  # some ResNet checkpoints with optimizer state; WARN only
-SLOW_FSYNC_SECONDS = 1.0  # a checkpoint waits for four
 
 
 def machine_findings(launch: Launch, output_dir: Path, *, batch_bytes: int, workers: int) -> list[Finding]:
@@ -44,9 +39,8 @@ def versions_finding() -> Finding:
                 wrong.append(f"{versions[-1]} is older than {least}")
         except metadata.PackageNotFoundError:
             wrong.append(f"{name} is missing")
-    if wrong:
-        return fail("versions", "; ".join(wrong), f"pip install -e {ROOT}")
-    return ok("versions", ", ".join(versions))
+    return (fail("versions", "; ".join(wrong), f"pip install -e {ROOT}") if wrong else
+            ok("versions", ", ".join(versions)))
 
 
 def required_versions() -> dict[str, str]:
@@ -88,11 +82,10 @@ def backends_finding() -> Finding:
     """The libraries that average gradients: gloo on CPUs, NCCL between GPUs."""
     if not dist.is_available() or not dist.is_gloo_available():
         return fail("backends", "this torch build has no gloo", "install torch from pytorch.org; one process works")
-    if not torch.cuda.is_available():
-        return ok("backends", "gloo")
-    if not dist.is_nccl_available():
+    if torch.cuda.is_available() and not dist.is_nccl_available():
         return warn("backends", "gloo; no NCCL in this torch build", "install a CUDA build of torch for --backend nccl")
-    return ok("backends", f"gloo, NCCL {'.'.join(map(str, cuda_nccl.version()))}")
+    nccl = f", NCCL {'.'.join(map(str, cuda_nccl.version()))}" if torch.cuda.is_available() else ""
+    return ok("backends", f"gloo{nccl}")
 
 
 def cores_finding(launch: Launch) -> Finding:
@@ -117,9 +110,7 @@ def shared_memory_finding(*, batch_bytes: int, workers: int) -> Finding:
 
 def output_finding(output_dir: Path) -> Finding:
     """Free space where the runs are kept, and whether a file can be replaced and synced there; leaves nothing."""
-    check, folder = "--output-dir", output_dir.absolute()
-    while not folder.exists():
-        folder = folder.parent
+    folder = next(folder for folder in (output_dir.absolute(), *output_dir.absolute().parents) if folder.exists())
     try:
         with tempfile.TemporaryDirectory(prefix=".doctor-", dir=folder) as scratch:
             start = time.perf_counter()
@@ -127,13 +118,14 @@ def output_finding(output_dir: Path) -> Finding:
                 replace_file(Path(scratch, "file"), content, durable=True)
             seconds = (time.perf_counter() - start) / 2
             if Path(scratch, "file").read_bytes() != b"new":
-                return fail(check, f"{output_dir}: a replaced file keeps its old content", "use another file system")
+                return fail("--output-dir", f"{output_dir}: a replaced file keeps its old content",
+                            "use another file system")
         free_bytes = shutil.disk_usage(folder).free
     except OSError as error:
-        return fail(check, f"{output_dir}: cannot be written ({error.strerror})",
+        return fail("--output-dir", f"{output_dir}: cannot be written ({error.strerror})",
                     "choose a folder that can, with space left")
-    text = f"{output_dir}: {free_bytes / GIB:.1f} GiB free, rename and fsync work ({seconds * 1000:.1f} ms)"
-    if free_bytes < LEAST_DISK_BYTES:
-        return warn(check, text, "free some space, or lower --keep-checkpoints")
-    return warn_if(seconds > SLOW_FSYNC_SECONDS, check, text,
+    is_full = free_bytes < 5 * GIB  # room for some ResNet checkpoints with optimizer state
+    return warn_if(is_full or seconds > 1, "--output-dir",  # a checkpoint waits for four of them
+                   f"{output_dir}: {free_bytes / GIB:.1f} GiB free, rename and fsync work ({seconds * 1000:.1f} ms)",
+                   "free some space, or lower --keep-checkpoints" if is_full else
                    "the file system is slow: checkpoint less often, or to a local disk")

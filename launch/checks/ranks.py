@@ -1,7 +1,6 @@
 """What launch/doctor.py finds out when it is started as the job would be: do the ranks reach and agree with each other?
 
-All collectives but one run on CPU tensors over gloo, so that a job whose GPUs are handed out wrongly, which NCCL
-would answer with a hang or a stack trace, still gets its page.
+All collectives but one run over gloo: where GPUs are handed out wrongly, NCCL would hang, and the page not come.
 """
 
 import hashlib
@@ -22,7 +21,6 @@ from launch.process_group import World, barrier, gather, process_group, time_all
 
 BUCKET_BYTES = 25 * 2**20  # what DistributedDataParallel sends at once by default (bucket_cap_mb)
 SLOW_BYTES_PER_SECOND = 50e6  # a ResNet-18's gradients, 45 MB, would take a second per step
-SKEW_SECONDS = 1.0  # run names and log lines of different nodes are compared by people
 
 
 def ranks_findings(launch: Launch, mine: list[Finding], *, device: str, backend: str, timeout_seconds: float
@@ -32,8 +30,9 @@ def ranks_findings(launch: Launch, mine: list[Finding], *, device: str, backend:
         with process_group("gloo", device="cpu", timeout_seconds=timeout_seconds) as world:
             ranks = gather(world, rank_record(launch, device))
             machines = gather(world, mine if launch.local_rank == 0 else [])
-            found = [rank_devices_finding(ranks, backend), code_finding(ranks), clocks_finding(world, ranks)]
-            found.append(all_reduce_finding(world, ranks, backend, found[0]))
+            devices = rank_devices_finding(ranks, backend)
+            found = [devices, code_finding(ranks), clocks_finding(world, ranks),
+                     all_reduce_finding(world, ranks, backend, devices)]
     except (DistributedError, RuntimeError) as error:
         text = (user_line(error) or str(error)).removeprefix("ERROR distributed: ")
         where, _, fix = text.partition("; ")
@@ -43,15 +42,16 @@ def ranks_findings(launch: Launch, mine: list[Finding], *, device: str, backend:
 
 def rank_record(launch: Launch, device: str) -> dict[str, Any]:
     """What the other ranks need to know about this one; `device` is None where it would get none."""
-    record: dict[str, Any] = {
-        "rank": launch.rank, "local_rank": launch.local_rank, "host": socket.gethostname(), "pid": os.getpid(),
-        "threads": choose_threads(launch), "torch": torch.__version__, "code": code_hash(), "commit": git_commit(),
-        "device": None, "uuid": None, "problem": None}
+    chosen, problem = None, None
     try:
         chosen = choose_device(device, launch)
     except DeviceError as error:
-        return {**record, "problem": str(error)}
-    return {**record, "device": str(chosen), "uuid": gpu_uuid(chosen.index) if chosen.type == "cuda" else None}
+        problem = str(error)
+    return {
+        "rank": launch.rank, "local_rank": launch.local_rank, "host": socket.gethostname(), "pid": os.getpid(),
+        "threads": choose_threads(launch), "torch": torch.__version__, "code": code_hash(), "commit": git_commit(),
+        "device": str(chosen) if chosen else None, "problem": problem,
+        "uuid": gpu_uuid(chosen.index) if chosen and chosen.type == "cuda" else None}
 
 
 def code_hash() -> str:
@@ -75,12 +75,11 @@ def rank_devices_finding(ranks: list[dict[str, Any]], backend: str) -> Finding:
         if record["problem"]:
             rule, _, fix = record["problem"].partition("; ")
             return fail("rank devices", f"rank {record['rank']} on {record['host']}: {rule}", fix)
-    owners = ranks_by(ranks, "uuid")
-    if shared := "; ".join(f"{names} share {uuid}" for (uuid,), names in owners.items() if uuid and "," in names):
+    owners = ranks_by(ranks, "uuid").items()
+    if shared := "; ".join(f"{names} share {uuid}" for (uuid,), names in owners if uuid and "," in names):
         fix = "start one rank per GPU: torchrun --nproc-per-node gpu, or srun --gpus-per-task=1"
-        if backend == "gloo":
-            return warn("rank devices", shared, fix)
-        return fail("rank devices", f"{shared}, which NCCL refuses", f"{fix}; or train with --backend gloo")
+        return warn("rank devices", shared, fix) if backend == "gloo" else fail(
+            "rank devices", f"{shared}, which NCCL refuses", f"{fix}; or train with --backend gloo")
     hosts = {record["host"] for record in ranks}
     kinds = ", ".join(sorted({str(record["device"]).partition(":")[0] for record in ranks}))
     return ok("rank devices", f"{len(ranks)} ranks on {len(hosts)} host{'s' * (len(hosts) > 1)} ({kinds}), none shared")
@@ -88,11 +87,10 @@ def rank_devices_finding(ranks: list[dict[str, Any]], backend: str) -> Finding:
 
 def ranks_by(ranks: list[dict[str, Any]], *names: str) -> dict[tuple[Any, ...], str]:
     """The values of these fields -> `ranks 0, 2`, those whose records hold them."""
-    found: dict[tuple[Any, ...], str] = {}
+    found: dict[tuple[Any, ...], list[str]] = {}
     for record in ranks:
-        values = tuple(record[name] for name in names)
-        found[values] = f"{found[values]}, {record['rank']}" if values in found else f"ranks {record['rank']}"
-    return found
+        found.setdefault(tuple(record[name] for name in names), []).append(str(record["rank"]))
+    return {values: f"ranks {', '.join(numbers)}" for values, numbers in found.items()}
 
 
 def code_finding(ranks: list[dict[str, Any]]) -> Finding:
@@ -111,7 +109,7 @@ def clocks_finding(world: World, ranks: list[dict[str, Any]]) -> Finding:
         barrier(world)
         times = gather(world, time.time())
         spreads.append(max(times) - min(times))
-    bad = min(spreads) > SKEW_SECONDS and len({record["host"] for record in ranks}) > 1
+    bad = min(spreads) > 1 and len({record["host"] for record in ranks}) > 1  # people compare lines of different nodes
     return warn_if(bad, "clocks", f"at most {min(spreads) * 1000:.1f} ms apart",
                    "let every node keep its time by NTP (chronyc tracking)")
 
