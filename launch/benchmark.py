@@ -7,6 +7,7 @@
 Set-ups with their options, what benchmark.json holds, and exit codes: docs/reference.md.
 """
 
+import json
 import shlex
 import signal
 import sys
@@ -18,12 +19,10 @@ from typing import Annotated, Any, Literal
 if not __package__:
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-from launch.bench.charts import draw
 from launch.bench.pipeline import benchmark_pipeline
-from launch.bench.runs import Job, calibrate, plan, run_job, run_rounds
-from launch.bench.setups import everything, parse_setup, this_machine, why_not
+from launch.bench.runs import Job, calibrate, everything, parse_setup, plan, run_job, run_rounds, this_machine, why_not
 from launch.bench.summary import measured, summarise, warnings_of
-from launch.bench.table import FORMAT, check_output_dir, comparison, page, read_results, write_json
+from launch.bench.table import FORMAT, check_output_dir, comparison, draw, page, read_results
 from launch.command_line import nearest, run
 from launch.errors import UsageError, say, to_stderr
 from launch.files import ROOT, replace_file
@@ -120,9 +119,8 @@ def check(config: BenchmarkConfig) -> None:
 def jobs_of(config: BenchmarkConfig, machine: dict[str, Any]) -> tuple[list[Job], list[dict[str, Any]]]:
     """What will be run, and why the rest cannot be here; UsageError if nothing can, or not the baseline."""
     setups = [parse_setup(text, threads=config.threads) for text in config.setups or everything(machine)]
-    jobs, missing = [], {}
-    for job in plan(setups, batch_size=config.batch_size, scaling=config.scaling,
-                    rank_batch_size=config.rank_batch_size or config.batch_size):
+    jobs, missing, per_device = [], {}, config.rank_batch_size or config.batch_size
+    for job in plan(setups, batch_size=config.batch_size, scaling=config.scaling, rank_batch_size=per_device):
         name, why = job.setup.name, why_not(job.setup, machine, job.batch_size)
         if why is None:
             jobs.append(job)
@@ -145,16 +143,15 @@ def measure_all(config: BenchmarkConfig, jobs: list[Job], results: dict[str, Any
              "--learning-rate", str(config.learning_rate), "--seed", str(config.seed)]
     flags += shlex.split(config.trainer_flags)
     run_one = partial(run_job, trainer=config.trainer, flags=flags, timeout_seconds=config.timeout)
-    cores = results["machine"]["cores"]
+    cores, runs = results["machine"]["cores"], list[dict[str, Any]]()
     wanted = {job.setup.name: job.setup.ranks * job.setup.threads for job in jobs if job.setup.kind == "cpu"}
-    crowded = [f"{name}: {number} threads on {cores} cores; they take turns"
-               for name, number in wanted.items() if number > cores]
-    runs: list[dict[str, Any]] = []
 
     def update() -> None:
         results.update(summarise(jobs, runs, baseline=config.baseline), runs=runs)
-        results["warnings"] = crowded + warnings_of(results["rows"], rounds=config.rounds)
-        write_json(results, config.output_dir / "benchmark.json")
+        results["warnings"] = [*(f"{name}: {number} threads on {cores} cores; they take turns"
+                                 for name, number in wanted.items() if number > cores),
+                               *warnings_of(results["rows"], rounds=config.rounds)]
+        replace_file(config.output_dir / "benchmark.json", json.dumps(results, indent=1).encode() + b"\n")
 
     try:
         warmup, steps = calibrate(jobs, steps=config.steps, warmup_steps=config.warmup_steps, seconds=config.seconds,

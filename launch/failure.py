@@ -91,8 +91,7 @@ class JobFailure:
         for waited in moments(LINGER_SECONDS):
             last = self.heartbeats.last()
             silent = self.heartbeats.silent_since(before) if waited > LINGER_SECONDS / 2 else []
-            others = set(range(self.launch.world_size)) - {self.launch.rank, *silent}
-            if all(rank in last and last[rank][2] == "left" for rank in others):
+            if {*range(1, self.launch.world_size)} <= {*silent, *(rank for rank in last if last[rank][2] == "left")}:
                 return
 
     def follow(self) -> None:

@@ -78,11 +78,6 @@ def git_commit() -> str | None:
         return None
 
 
-def gpu_uuid(index: int) -> str:
-    """The GPU's own name, the same in every process, as nvidia-smi -L prints it."""
-    return f"GPU-{torch.cuda.get_device_properties(index).uuid}"
-
-
 def processor() -> str:
     """The processor's own name, or just `CPU` where /proc does not tell."""
     with contextlib.suppress(OSError):

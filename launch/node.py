@@ -34,7 +34,14 @@ CUT_OFF_SECONDS = 30  # without ranks and without a way to the rendezvous: a swi
 
 def main() -> int:
     """Wait for the other nodes, start torchrun, pass on the first stop signal, and return torchrun's exit code."""
-    options = parse()
+    parser = argparse.ArgumentParser(description="Start torchrun on one node of several.")
+    parser.add_argument("--nodes", required=True, help="how many nodes, or the range 1:2 for an elastic run")
+    parser.add_argument("--rendezvous", required=True, help="HOST:PORT at which the nodes meet")
+    parser.add_argument("--id", required=True, help="names this start of the job; a restart needs another")
+    parser.add_argument("--me", default=os.environ.get("SLURMD_NODENAME", socket.gethostname()),
+                        help="this node's name, if not Slurm's")
+    parser.add_argument("command", nargs=argparse.REMAINDER, help="torchrun's flags, the trainer and its flags")
+    options = parser.parse_args()
     host, _, port = options.rendezvous.rpartition(":")
     node = int(os.environ.get("SLURM_NODEID", "0"))
     address = address_among([host, host_names(os.environ.get("SLURM_STEP_NODELIST") or host)[0 if node else -1]])
@@ -58,23 +65,9 @@ def main() -> int:
         f"--nnodes={options.nodes}", "--rdzv-backend=c10d", f"--rdzv-endpoint={options.rendezvous}",
         f"--rdzv-id={options.id}", f"--local-addr={address}",
         f"--rdzv-conf=is_host={str(is_host).lower()},join_timeout={5 * ARRIVAL_SECONDS},last_call_timeout=15"]
-    words = [sys.executable, "-m", "torch.distributed.run", *rendezvous, signals_flag(), *options.command]
-    return supervise(words, environment_for(options.command), host, int(port))
-
-
-def parse() -> argparse.Namespace:
-    """The command line; what follows `--` is torchrun's."""
-    parser = argparse.ArgumentParser(description="Start torchrun on one node of several.")
-    parser.add_argument("--nodes", required=True, help="how many nodes, or the range 1:2 for an elastic run")
-    parser.add_argument("--rendezvous", required=True, help="HOST:PORT at which the nodes meet")
-    parser.add_argument("--id", required=True, help="names this start of the job; a restart needs another")
-    parser.add_argument("--me", default=os.environ.get("SLURMD_NODENAME", socket.gethostname()),
-                        help="this node's name, if not Slurm's")
-    parser.add_argument("command", nargs=argparse.REMAINDER, help="torchrun's flags, the trainer and its flags")
-    options = parser.parse_args()
-    if options.command[:1] == ["--"]:
-        del options.command[0]
-    return options
+    command = options.command[1:] if options.command[:1] == ["--"] else options.command
+    words = [sys.executable, "-m", "torch.distributed.run", *rendezvous, signals_flag(), *command]
+    return supervise(words, environment_for(command), host, int(port))
 
 
 def environment_for(words: list[str]) -> dict[str, str]:

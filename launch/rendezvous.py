@@ -67,11 +67,8 @@ def take_place(store: dist.Store, launch: Launch, wait_seconds: float) -> dist.S
     job = json.dumps([launch.world_size, os.environ.get("TORCHELASTIC_RUN_ID", step)])  # the same on all of its ranks
     pause = 0.01 * max(1.0, launch.world_size / 16)  # what the store must serve does not grow with W
     looks = moments(wait_seconds, pause=pause, patience=STOP_SECONDS)
-    return dist.PrefixStore((open_roll if launch.rank == 0 else enter_roll)(rolls, launch, job, looks), rolls)
-
-
-def open_roll(rolls: dist.Store, launch: Launch, job: str, looks: Iterator[float]) -> str:
-    """Rank 0's part: a roll for this round, closed with a token once every rank has its place."""
+    if launch.rank > 0:
+        return dist.PrefixStore(enter_roll(rolls, launch, job, looks), rolls)
     roll = dist.PrefixStore(str(rolls.add("open", 1)), rolls)
     roll.set("job", job)
     roll.add("place/0", 1)
@@ -79,13 +76,13 @@ def open_roll(rolls: dist.Store, launch: Launch, job: str, looks: Iterator[float
     for _ in looks:
         if roll.check(places):
             roll.set("token", token := secrets.token_hex(8))
-            return token
+            return dist.PrefixStore(token, rolls)
     missing = [place.rpartition("/")[2] for place in places if not roll.check([place])]
     raise RuntimeError(f"missing: rank {', '.join(missing[:8])}")
 
 
 def enter_roll(rolls: dist.Store, launch: Launch, job: str, looks: Iterator[float]) -> str:
-    """Another rank's part: the token, once the roll in which it has a place is full."""
+    """The token that rank 0 sets, once the roll in which this rank has a place is full."""
     number, refused = b"", "rank 0 did not come"
     for _ in looks:
         if rolls.check(["open"]) and (latest := rolls.get("open")) != number:

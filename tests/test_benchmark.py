@@ -6,11 +6,9 @@ from typing import Any
 
 import pytest
 
-from launch.bench.charts import curves_of, draw
-from launch.bench.runs import Job, error_in, plan, rotated
-from launch.bench.setups import command, everything, parse_setup, powers_up_to, why_not
+from launch.bench.runs import Job, command, error_in, everything, parse_setup, plan, powers_up_to, rotated, why_not
 from launch.bench.summary import summarise, warnings_of
-from launch.bench.table import as_table, comparison, differences, judgement, page, speed_cells
+from launch.bench.table import as_table, comparison, curves_of, differences, draw, judgement, page, speed_cells
 from launch.errors import UsageError
 
 LAPTOP = {"cores": 4, "gpus": []}

@@ -7,8 +7,7 @@ from typing import Any
 
 import pytest
 
-from launch.bench.runs import plan, run_job
-from launch.bench.setups import parse_setup
+from launch.bench.runs import parse_setup, plan, run_job
 from launch.bench.summary import is_busy
 from tests.helpers.processes import PROGRAMS, execute
 

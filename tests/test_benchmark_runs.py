@@ -10,8 +10,7 @@ from typing import Any
 
 import pytest
 
-from launch.bench.runs import plan
-from launch.bench.setups import parse_setup
+from launch.bench.runs import parse_setup, plan
 from launch.bench.summary import summarise
 from launch.errors import UsageError
 from tests.helpers.hooks import gradients_apart

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from launch.bench.setups import parse_setup
+from launch.bench.runs import parse_setup
 from launch.benchmark import BenchmarkConfig, check
 from launch.command_line import parse
 from launch.doctor import DoctorConfig

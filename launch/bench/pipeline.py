@@ -12,9 +12,8 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from launch.bench.runs import Job, error_in, rotated, run_job
-from launch.bench.setups import parse_setup, this_machine
-from launch.bench.table import Cells, as_table, write_json
+from launch.bench.runs import Job, error_in, parse_setup, rotated, run_job, this_machine
+from launch.bench.table import Cells, as_table
 from launch.errors import UsageError, say, to_stderr
 from launch.files import ROOT, replace_file
 from launch.launcher import usable_cores
@@ -88,7 +87,7 @@ def benchmark_pipeline(output_dir: Path, *, rounds: int, seconds: float, batch_s
     results = {"format": 1, "batch_size": batch_size, "machine": this_machine(), "rows": rows, "errors": errors}
     cells = [[*left, *right] for left, right in zip(pipeline_cells(rows), peer_cells(rates), strict=True)]
     page = f"# Input pipeline\n\n{work}, batch {batch_size}, one thread per process\n\n{as_table(cells)}\n"
-    write_json(results, output_dir / "pipeline.json")
+    replace_file(output_dir / "pipeline.json", json.dumps(results, indent=1).encode() + b"\n")
     replace_file(output_dir / "pipeline.md", page.encode())
     say(f"\n{page}\nwritten to {output_dir}/pipeline.json, .md")
     return 130 if errors[-1:] == ["stopped by Ctrl-C"] else int(bool(errors))

@@ -1,25 +1,136 @@
-"""Running the commands: which set-up when, one process tree each, and the error of one that fails."""
+"""What can be compared, as docs/reference.md explains it; the command of each set-up, when it runs, and its errors."""
 
 import contextlib
 import os
+import platform
+import re
 import signal
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from tqdm import tqdm
 
-from launch.bench.setups import Setup, command, environment
-from launch.errors import to_stderr
-from launch.files import read_object
+from launch.command_line import nearest
+from launch.errors import UsageError, to_stderr
+from launch.files import ROOT, read_object
+from launch.launcher import usable_cores
+from launch.machine import processor
+from launch.rules import AtLeast, check_number
 
-FEWEST_STEPS, MOST_STEPS = 10, 2000
-STOP_SECONDS = 10  # for a process tree to leave after SIGTERM
+COUNT = AtLeast(1, most=1024)  # devices of a set-up, threads of a rank
+OPTIONS: dict[str, dict[str, Any]] = {
+    "bf16": {"precision": "bf16"}, "fp16": {"precision": "fp16"}, "channels-last": {"channels_last": True},
+    "compile": {"compile": True}, "gloo": {"gloo": True}}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Setup:
+    """One column of the comparison."""
+
+    name: str
+    kind: str  # cpu, gpu, dp or ddp
+    devices: int  # ranks, or GPUs of a DataParallel
+    precision: str = "fp32"
+    compile: bool = False
+    channels_last: bool = False
+    gloo: bool = False
+    threads: int = 1  # per rank
+
+    @property
+    def ranks(self) -> int:
+        """Processes."""
+        return 1 if self.kind in ("gpu", "dp") else self.devices
+
+    @property
+    def launched(self) -> bool:
+        """Whether torchrun starts it."""
+        return self.kind == "ddp" or self.ranks > 1
+
+
+def this_machine() -> dict[str, Any]:
+    """What a benchmark's figures hold for: what this process may use."""
+    names = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
+    return {"host": platform.node(), "processor": processor(), "cores": usable_cores(),
+            "gpus": names if torch.cuda.is_available() else [], "torch": str(torch.__version__)}
+
+
+def parse_setup(text: str, *, threads: int = 1) -> Setup:
+    """`ddp:2+bf16` as a Setup, `threads` per rank unless it has `+threads=T`; UsageError for anything unknown."""
+    head, *options = text.split("+")
+    match = re.fullmatch(r"(cpu|gpu(?=:1$)|dp|ddp):([1-9]\d*)", head)
+    if match is None:
+        raise UsageError(f"--setups {text}: unknown; must be cpu:N, dp:N, ddp:N or gpu:1, with options such as +bf16"
+                         f"{nearest(head.partition(':')[0], ('cpu', 'gpu', 'dp', 'ddp'))}")
+    check_number(f"--setups {text}: {match[1]}", devices := int(match[2][:20]), COUNT)
+    setup = Setup(name=text, kind=match[1], devices=devices, threads=threads)
+    for option in options:
+        if count := re.fullmatch(r"threads=([1-9]\d*)", option):
+            setup = replace(setup, threads=int(count[1][:20]))
+            check_number(f"--setups {text}: threads", setup.threads, COUNT)
+        elif option in OPTIONS:
+            setup = replace(setup, **OPTIONS[option])
+        else:
+            raise UsageError(f"--setups {text}: no option {option!r}; choose from {', '.join(OPTIONS)}, threads=2"
+                             f"{nearest(option, OPTIONS)}")
+    if setup.gloo and setup.kind != "ddp":
+        raise UsageError(f"--setups {text}: +gloo is for ddp:N; leave it out")
+    return setup
+
+
+def everything(machine: dict[str, Any]) -> list[str]:
+    """All that this machine has, and what it lacks of one GPU and two, to be shown as not run."""
+    several = [count for count in powers_up_to(len(machine["gpus"])) if count > 1] or [2]
+    return [*(f"cpu:{count}" for count in powers_up_to(machine["cores"])), "gpu:1",
+            *(f"{kind}:{count}" for kind in ("dp", "ddp") for count in several)]
+
+
+def powers_up_to(most: int) -> list[int]:
+    """1, 2, 4, … and `most` itself."""
+    return sorted({2**exponent for exponent in range(most.bit_length())} | ({most} - {0}))
+
+
+def why_not(setup: Setup, machine: dict[str, Any], batch_size: int) -> str | None:
+    """Why this machine cannot run it at that global batch, or None if it can."""
+    num_gpus, needed, kind = len(machine["gpus"]), 1 if setup.gloo else setup.devices, setup.kind
+    reasons = {
+        f"needs {needed} GPU{'s' * (needed > 1)}, this machine has {num_gpus or 'none'}":
+            kind != "cpu" and num_gpus < needed,
+        "DataParallel has nothing to split on one GPU": kind == "dp" and setup.devices < 2,
+        "DataParallel's copies of a compiled model would all run the original": kind == "dp" and setup.compile,
+        "fp16 on a CPU is no faster than fp32: use bf16": kind == "cpu" and setup.precision == "fp16",
+        f"a global batch of {batch_size} does not divide over {setup.devices} ranks": batch_size % setup.devices > 0}
+    return next((reason for reason, is_so in reasons.items() if is_so), None)
+
+
+def command(setup: Setup, trainer: str, flags: list[str]) -> list[str]:
+    """The command line: the trainer under python, or under torchrun."""
+    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={setup.ranks}"]
+    parallel = "dp" if setup.kind == "dp" else "ddp" if setup.launched else "none"
+    return [sys.executable, *(torchrun if setup.launched else []), str(ROOT / "trainers" / f"{trainer}.py"), *flags,
+            "--device", "cpu" if setup.kind == "cpu" else "cuda", "--parallel", parallel,
+            "--backend", "gloo" if setup.gloo or setup.kind == "cpu" else "auto", "--precision", setup.precision,
+            "--compile" if setup.compile else "--no-compile",
+            "--channels-last" if setup.channels_last else "--no-channels-last", "--threads", str(setup.threads)]
+
+
+def environment(setup: Setup) -> dict[str, str]:
+    """This environment for the command: no launcher's variables, and for DataParallel just its GPUs."""
+    launchers = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    kept = {name: value for name, value in os.environ.items()
+            if name not in launchers and not name.startswith(("TORCHELASTIC_", "SLURM_"))}
+    if setup.launched:
+        kept.setdefault("OMP_NUM_THREADS", str(setup.threads))  # else torchrun prints a box; ranks go by --threads
+    if setup.kind == "dp":
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(setup.devices)))
+        kept["CUDA_VISIBLE_DEVICES"] = ",".join(visible.split(",")[: setup.devices])
+    return kept
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,7 +191,7 @@ def execute(words: list[str], variables: dict[str, str], log: Path, timeout_seco
                 with contextlib.suppress(ProcessLookupError, subprocess.TimeoutExpired):
                     if process.poll() is None:
                         os.killpg(process.pid, number)
-                        process.wait(timeout=STOP_SECONDS)
+                        process.wait(timeout=10)
     return None if code == 0 else f"exit code {code}: {error_in(log.read_text(errors='replace'))}"
 
 
@@ -99,8 +210,7 @@ def calibrate(jobs: list[Job], *, steps: int | None, warmup_steps: int | None, s
     if steps is None:
         to_stderr("calibrating: how many steps to time")
         figures = next(filter(None, (run(job, steps="3:10")["benchmark"] for job in jobs)), None)
-        wanted = round(seconds * figures["steps"] / figures["seconds"]) if figures else FEWEST_STEPS
-        steps = max(FEWEST_STEPS, min(MOST_STEPS, wanted))
+        steps = max(10, min(2000, round(seconds * figures["steps"] / figures["seconds"]) if figures else 10))
     return (max(5, steps // 5) if warmup_steps is None else warmup_steps), steps
 
 
@@ -116,11 +226,9 @@ def run_rounds(jobs: list[Job], *, rounds: int, steps: str, run: Callable[..., d
             result = {**run(job, steps=steps), "round": number}
             if result["error"]:
                 failed.add(job.key)
-                ended = f"failed ({result['error']})"
-            else:
-                rate = result["benchmark"]["samples_per_second"]
-                ended = f"{rate:,.0f} samples/s, {result['wall_seconds']:.0f} s in all"
             if result["error"] or bar.disable:
                 bar.clear()
+                rate, seconds = (result["benchmark"] or {}).get("samples_per_second"), result["wall_seconds"]
+                ended = f"{rate:,.0f} samples/s, {seconds:.0f} s in all" if rate else f"failed ({result['error']})"
                 to_stderr(f"round {number + 1} of {rounds}, {job.setup.name}, batch {job.batch_size}: {ended}")
             yield result

@@ -4,8 +4,7 @@ import math
 from statistics import median
 from typing import Any
 
-from launch.bench.runs import Job
-from launch.bench.setups import Setup
+from launch.bench.runs import Job, Setup
 
 STEP_PHASES = ("data", "forward_backward", "communication", "optimizer")
 QUEUED_SHARE = 0.05  # of the time a thread was ready to run, another had its core: another rank's, or

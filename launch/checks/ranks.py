@@ -16,7 +16,7 @@ from launch.checks.finding import Finding, fail, ok, warn, warn_if
 from launch.errors import DeviceError, DistributedError, user_line
 from launch.files import ROOT
 from launch.launcher import Launch, choose_threads
-from launch.machine import choose_backend, choose_device, git_commit, gpu_uuid
+from launch.machine import choose_backend, choose_device, git_commit
 from launch.process_group import World, barrier, gather, process_group, time_all_reduce
 
 BUCKET_BYTES = 25 * 2**20  # what DistributedDataParallel sends at once by default (bucket_cap_mb)
@@ -42,16 +42,16 @@ def ranks_findings(launch: Launch, mine: list[Finding], *, device: str, backend:
 
 def rank_record(launch: Launch, device: str) -> dict[str, Any]:
     """What the other ranks need to know about this one; `device` is None where it would get none."""
-    chosen, problem = None, None
+    record: dict[str, Any] = {
+        "rank": launch.rank, "local_rank": launch.local_rank, "host": socket.gethostname(), "pid": os.getpid(),
+        "threads": choose_threads(launch), "torch": torch.__version__, "code": code_hash(), "commit": git_commit(),
+        "device": None, "uuid": None, "problem": None}
     try:
         chosen = choose_device(device, launch)
     except DeviceError as error:
-        problem = str(error)
-    return {
-        "rank": launch.rank, "local_rank": launch.local_rank, "host": socket.gethostname(), "pid": os.getpid(),
-        "threads": choose_threads(launch), "torch": torch.__version__, "code": code_hash(), "commit": git_commit(),
-        "device": str(chosen) if chosen else None, "problem": problem,
-        "uuid": gpu_uuid(chosen.index) if chosen and chosen.type == "cuda" else None}
+        return {**record, "problem": str(error)}
+    uuid = f"GPU-{torch.cuda.get_device_properties(chosen).uuid}" if chosen.type == "cuda" else None
+    return {**record, "device": str(chosen), "uuid": uuid}
 
 
 def code_hash() -> str:

@@ -22,8 +22,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
-from launch.bench.runs import plan, rotated, run_job  # noqa: E402  the path is set first
-from launch.bench.setups import environment, parse_setup  # noqa: E402
+from launch.bench.runs import environment, parse_setup, plan, rotated, run_job  # noqa: E402  path set first
 from launch.bench.table import as_table  # noqa: E402
 
 HERE = ROOT / "tests" / "performance"
