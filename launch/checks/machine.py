@@ -8,14 +8,17 @@ import socket
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from functools import partial
 from importlib import metadata
 from pathlib import Path
+from typing import Literal
 
 import torch
 import torch.cuda.nccl as cuda_nccl
 import torch.distributed as dist
 
-from launch.checks.finding import Finding, fail, ok, warn, warn_if
 from launch.files import ROOT, replace_file
 from launch.launcher import Launch, choose_threads, threads_per_rank, usable_cores
 from launch.machine import free_shared_memory, processor
@@ -31,14 +34,35 @@ SHOWN_VARIABLES = (  # an allow-list: tokens and passwords live in the environme
     "OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES", "GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME", "NCCL_DEBUG")
 
 
+@dataclass(frozen=True)
+class Finding:
+    """One line of the page."""
+
+    check: str
+    state: Literal["OK", "WARN", "FAIL"] = field(kw_only=True)
+    text: str
+    fix: str = ""  # what to do about it; empty for OK
+    host: str = ""  # where it was found; empty for the machine of rank 0, and for what concerns the job
+
+
+ok = partial(Finding, state="OK")
+warn = partial(Finding, state="WARN")  # works, but slowly, or not for long
+fail = partial(Finding, state="FAIL")  # training would not start, or would lose something
+
+
+def warn_if(bad: bool, check: str, text: str, fix: str) -> Finding:
+    """One of the two."""
+    return warn(check, text, fix) if bad else ok(check, text)
+
+
 def job_findings(launch: Launch) -> list[Finding]:
     """Which launcher's variables would be followed, those that are set, this machine's name, the port."""
     alone = launch.launcher == "none"
     chosen = {"torchrun": "torchrun", "slurm": "srun", "none": "none, one process"}[launch.launcher]
-    text = (f"{chosen}: rank {launch.rank} of {launch.world_size}"
-            f"{'' if alone else f', meeting at {launch.address}:{launch.port}'}")
+    place = "" if alone else f", meeting at {launch.address}:{launch.port}"
     shown = [f"{name}={os.environ[name]}" for name in SHOWN_VARIABLES if name in os.environ]
-    return [warn_if(alone and "SLURM_JOB_ID" in os.environ, "launcher", text,
+    return [warn_if(alone and "SLURM_JOB_ID" in os.environ, "launcher",
+                    f"{chosen}: rank {launch.rank} of {launch.world_size}{place}",
                     "this is a Slurm job: start the ranks with srun, or with torchrun"),
             ok("variables", " ".join(shown) or "none of torchrun's or Slurm's is set"),
             signals_finding(), address_finding(launch), port_finding(launch)]
@@ -71,13 +95,11 @@ def port_finding(launch: Launch) -> Finding:
     """Whether the port at which ranks meet is free, as long as nobody of this job has opened it."""
     if launch.launcher != "none":
         return ok("port", f"{launch.port}: this job's")
-    with socket.socket(socket.AF_INET6 if socket.has_ipv6 else socket.AF_INET, socket.SOCK_STREAM) as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind(("", launch.port))
-        except OSError as error:
-            return warn("port", f"{launch.port}: {error.strerror}",
-                        "torchrun --standalone picks a free one; over several nodes set --rdzv-endpoint HOST:PORT")
+    try:
+        socket.create_server(("", launch.port)).close()
+    except OSError as error:
+        return warn("port", f"{launch.port}: {os.strerror(error.errno or 0)}",
+                    "torchrun --standalone picks a free one; over several nodes set --rdzv-endpoint HOST:PORT")
     return ok("port", f"{launch.port} is free")
 
 
@@ -113,28 +135,23 @@ def as_numbers(version: str) -> tuple[int, ...]:
     return tuple(int(part) for part in re.findall(r"\d+", version.partition("+")[0])[:3])
 
 
-def device_findings() -> list[Finding]:
-    """Every visible GPU, or why there is none."""
-    if torch.cuda.is_available():
-        return [gpu_finding(index) for index in range(torch.cuda.device_count())]
-    if Path("/dev/nvidiactl").exists():
-        return [fail("devices", f"an NVIDIA driver is loaded, but torch {torch.__version__} finds no CUDA device",
-                     "update the driver, or install the torch build for it; see CUDA_VISIBLE_DEVICES too")]
-    return [ok("devices", f"{processor()}; no GPU, training runs on the CPU")]
-
-
-def gpu_finding(index: int) -> Finding:
-    """One GPU: name, UUID, free memory, and whether a kernel runs on it."""
-    name = f"gpu {index}"
-    try:
-        properties = torch.cuda.get_device_properties(index)
-        free_bytes, total_bytes = torch.cuda.mem_get_info(index)
-        assert torch.ones(8, device=f"cuda:{index}").sum().item() == 8
-    except (RuntimeError, AssertionError) as error:
-        return fail(name, f"no kernel runs on it ({str(error).splitlines()[0][:100]})",
-                    "install a torch build for this GPU and driver, or hide it with CUDA_VISIBLE_DEVICES")
-    text = f"{properties.name}, GPU-{properties.uuid}, {free_bytes / GIB:.1f} of {total_bytes / GIB:.1f} GiB free"
-    return warn_if(free_bytes < total_bytes / 2, name, text, "another process holds its memory: see nvidia-smi")
+def device_findings() -> Iterator[Finding]:
+    """Every visible GPU (name, UUID, free memory, and whether a kernel runs on it), or why there is none."""
+    for index in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
+        try:
+            device = torch.cuda.get_device_properties(index)
+            free, total = (num_bytes / GIB for num_bytes in torch.cuda.mem_get_info(index))
+            assert torch.ones(8, device=f"cuda:{index}").sum().item() == 8
+            text = f"{device.name}, GPU-{device.uuid}, {free:.1f} of {total:.1f} GiB free"
+            yield warn_if(free < total / 2, f"gpu {index}", text, "another process holds its memory: see nvidia-smi")
+        except (RuntimeError, AssertionError) as error:
+            yield fail(f"gpu {index}", f"no kernel runs on it ({str(error).splitlines()[0][:100]})",
+                       "install a torch build for this GPU and driver, or hide it with CUDA_VISIBLE_DEVICES")
+    if not torch.cuda.is_available():
+        yield (fail("devices", f"an NVIDIA driver is loaded, but torch {torch.__version__} finds no CUDA device",
+                    "update the driver, or install the torch build for it; see CUDA_VISIBLE_DEVICES too")
+               if Path("/dev/nvidiactl").exists() else
+               ok("devices", f"{processor()}; no GPU, training runs on the CPU"))
 
 
 def backends_finding() -> Finding:
