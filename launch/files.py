@@ -70,11 +70,10 @@ def writing(path: Path) -> Iterator[None]:
 
 def remedy(error: OSError) -> str:
     """What a user can do about what a file system refused."""
-    remedies = {
-        "free some space": (errno.ENOSPC, errno.EDQUOT, errno.EFBIG),
-        "make it readable and writable": (errno.EACCES, errno.EPERM, errno.EROFS),
-        "move away what has that name": (errno.EISDIR, errno.ENOTDIR, errno.EEXIST, errno.ENOTEMPTY),
-        "move it back if it was moved while in use": (errno.ENOENT,)}
+    remedies = {"free some space": (errno.ENOSPC, errno.EDQUOT, errno.EFBIG),
+                "make it readable and writable": (errno.EACCES, errno.EPERM, errno.EROFS),
+                "move away what has that name": (errno.EISDIR, errno.ENOTDIR, errno.EEXIST, errno.ENOTEMPTY),
+                "move it back if it was moved while in use": (errno.ENOENT,)}
     return next((text for text, numbers in remedies.items() if error.errno in numbers), "check the disk")
 
 

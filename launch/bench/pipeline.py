@@ -37,17 +37,17 @@ def photo_variants(data_dir: Path, folder: Path, batch_size: int) -> dict[str, M
     peers = ["torchvision", *(["timm"] if find_spec("timm") else [])]
     packs = {"a pack, short side 256, quality 90": ["--resize", "256", "--quality", "90"],
              "a raw pack, 256": ["--raw", "256"]}
-    commands = {f"{peer}, a folder": (f"{peer}:1", data_dir) for peer in [*peers, "ours"]}
+    measure = partial(images_per_second, batch_size=batch_size)
+    measures: dict[str, Measure] = {f"{peer}, a folder": partial(measure, f"{peer}:1", data_dir=data_dir)
+                                    for peer in [*peers, "ours"]}
     for number, (name, flags) in enumerate(packs.items()):
         to_stderr(f"packing {name}")
         words = [sys.executable, str(ROOT / "datasets" / "pack.py"), "--data-dir", str(data_dir), *flags]
         done = subprocess.run([*words, "--out", str(folder / str(number))], capture_output=True, text=True)
         if done.returncode:
             raise UsageError(f"--data-dir {data_dir}: cannot be packed ({error_in(done.stderr)}); correct that first")
-        commands[f"ours, {name}"] = "ours:1", folder / str(number)
-    commands |= {f"{peer}, {TRAINED}": (f"{peer}:2+network", data_dir) for peer in peers}
-    measures: dict[str, Measure] = {name: partial(images_per_second, variant, batch_size=batch_size, data_dir=where)
-                                    for name, (variant, where) in commands.items()}
+        measures[f"ours, {name}"] = partial(measure, "ours:1", data_dir=folder / str(number))
+    measures |= {f"{peer}, {TRAINED}": partial(measure, f"{peer}:2+network", data_dir=data_dir) for peer in peers}
     return {**measures, f"ours, {TRAINED}": partial(trained_per_second, data_dir, batch_size)}
 
 
@@ -70,16 +70,15 @@ def benchmark_pipeline(output_dir: Path, *, rounds: int, seconds: float, batch_s
         each: dict[str, Measure] = photo_variants(data_dir, Path(folder), batch_size) if data_dir else {
             name: partial(images_per_second, name, batch_size=batch_size) for name in variants(usable_cores())}
         try:
-            for turn in range(rounds * len(each)):
-                number, place = divmod(turn, len(each))
-                name = rotated(list(each), number)[place]
+            turns = [(number, name) for number in range(rounds) for name in rotated(list(each), number)]
+            for number, name in turns:
                 rate = each[name](seconds=seconds)
+                shown = rate if isinstance(rate, str) else f"{rate:,.0f} images/s"
+                to_stderr(f"round {number + 1} of {rounds}, {name}: {shown}")
                 if isinstance(rate, str):
                     errors.append(f"{name}: {rate}")
                 else:
                     rates.setdefault(name, {})[number] = rate
-                shown = rate if isinstance(rate, str) else f"{rate:,.0f} images/s"
-                to_stderr(f"round {number + 1} of {rounds}, {name}: {shown}")
         except KeyboardInterrupt:
             to_stderr("stopped: finished runs are kept")
             errors.append("stopped by Ctrl-C")
