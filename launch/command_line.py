@@ -159,20 +159,13 @@ def grouped_help(text: str, config_class: type, *, width: int) -> str:
         title = next((titles[name] for name in names if name in titles), own)
         groups[title].append((head + body[len(head):] if len(head) < HELP_COLUMN else f"{head}\n{body}").rstrip())
     parts = [f"{title}:\n" + "\n".join(blocks) for title, blocks in groups.items() if blocks]
-    shown = examples(sys.modules[config_class.__module__].__doc__ or "", width)
-    return "\n\n".join([*usage.split("\n\n")[:2], *parts, shown]) + "\n"
-
-
-def examples(docstring: str, width: int) -> str:
-    """The first two commands of a module's docstring, what each is for above it."""
-    commands = re.findall(r"^    ((?:python|torchrun) .*)$", docstring.replace("\\\n", ""), re.MULTILINE)
-    lines = ["Examples:"]
-    for command in commands[:2]:
+    examples, docstring = ["Examples:"], (sys.modules[config_class.__module__].__doc__ or "").replace("\\\n", "")
+    for command in re.findall(r"^    ((?:python|torchrun) .*)$", docstring, re.MULTILINE)[:2]:
         words, _, purpose = command.partition("  ")
         wrapped = textwrap.wrap(" ".join(words.split()), width - 4, break_on_hyphens=False, subsequent_indent="    ")
         purpose = purpose.strip().removeprefix("#").strip()
-        lines += [f"  # {purpose}"] * bool(purpose) + ["  " + " \\\n  ".join(wrapped)]
-    return "\n".join(lines)
+        examples += [f"  # {purpose}"] * bool(purpose) + ["  " + " \\\n  ".join(wrapped)]
+    return "\n\n".join([*usage.split("\n\n")[:2], *parts, "\n".join(examples)]) + "\n"
 
 
 def plain_text(boxed: str) -> str:

@@ -86,7 +86,11 @@ def read_launch(environ: Mapping[str, str] = os.environ) -> Launch:
 def read_slurm(environ: Mapping[str, str]) -> Launch:
     """Rank and world size of a task that srun started. The port lies below the ephemeral range, by job id."""
     world_size = int(environ.get("SLURM_STEP_NUM_TASKS") or environ["SLURM_NTASKS"])
-    tasks = per_node_counts(environ.get("SLURM_STEP_TASKS_PER_NODE", str(world_size)))
+    tasks = []
+    for part in (counts := environ.get("SLURM_STEP_TASKS_PER_NODE", str(world_size))).split(","):
+        if (match := re.fullmatch(r"(\d+)(?:\(x(\d+)\))?", part.strip())) is None:
+            raise ValueError(f"{counts!r} is no list of tasks per node")
+        tasks += [int(match[1])] * min(int(match[2] or 1), MOST_HOSTS)  # `2(x3),1` is 2, 2, 2, 1
     node, job_id = int(environ.get("SLURM_NODEID", "0")), int(environ.get("SLURM_JOB_ID", "0"))
     hosts = host_names(environ.get("SLURM_STEP_NODELIST", "localhost"))
     if not 0 <= node < len(tasks) or len(hosts) != len(tasks) > 1:
@@ -96,17 +100,6 @@ def read_slurm(environ: Mapping[str, str]) -> Launch:
     return Launch(launcher="slurm", rank=int(environ["SLURM_PROCID"]), local_rank=int(environ["SLURM_LOCALID"]),
                   world_size=world_size, local_world_size=tasks[node], address=environ.get("MASTER_ADDR") or hosts[0],
                   port=int(environ.get("MASTER_PORT") or 10000 + job_id % 20000), peer=hosts[0 if node else -1])
-
-
-def per_node_counts(text: str) -> list[int]:
-    """Slurm's `2(x3),1` as [2, 2, 2, 1]."""
-    counts = []
-    for part in text.split(","):
-        match = re.fullmatch(r"(\d+)(?:\(x(\d+)\))?", part.strip())
-        if match is None:
-            raise ValueError(f"{text!r} is no list of tasks per node")
-        counts += [int(match[1])] * min(int(match[2] or 1), MOST_HOSTS)
-    return counts
 
 
 def host_names(node_list: str) -> list[str]:

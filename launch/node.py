@@ -10,6 +10,7 @@ can reach; a stop signal that comes again does not interrupt the ranks' saving; 
 import argparse
 import errno
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -66,17 +67,11 @@ def main() -> int:
         f"--rdzv-id={options.id}", f"--local-addr={address}",
         f"--rdzv-conf=is_host={str(is_host).lower()},join_timeout={5 * ARRIVAL_SECONDS},last_call_timeout=15"]
     command = options.command[1:] if options.command[:1] == ["--"] else options.command
+    ranks = re.search(r"--nproc[-_]per[-_]node[ =](\d+)(?= |$)", " ".join(command))  # not `gpu`, which torchrun counts
+    if ranks and int(ranks[1]) > 1:  # what the ranks would choose: torchrun prints a box where it is unset
+        os.environ.setdefault("OMP_NUM_THREADS", str(threads_per_rank(int(ranks[1]))))
     words = [sys.executable, "-m", "torch.distributed.run", *rendezvous, signals_flag(), *command]
-    return supervise(words, environment_for(command), host, int(port))
-
-
-def environment_for(words: list[str]) -> dict[str, str]:
-    """This environment, with the threads per rank that the ranks would choose: torchrun prints a box where unset."""
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument("--nproc-per-node", "--nproc_per_node", default="1")
-    ranks = parser.parse_known_args(words)[0].nproc_per_node  # a number, or `gpu` or the like, which torchrun counts
-    chosen = {"OMP_NUM_THREADS": str(threads_per_rank(int(ranks)))} if ranks.isdecimal() and int(ranks) > 1 else {}
-    return {**chosen, **os.environ}
+    return supervise(words, host, int(port))
 
 
 def wait_as_host(port: int, *, num_nodes: int, token: str) -> None:
@@ -130,7 +125,7 @@ def read_line(connection: socket.socket) -> str:
         return ""
 
 
-def supervise(command: list[str], environment: dict[str, str], host: str, port: int) -> int:
+def supervise(command: list[str], host: str, port: int) -> int:
     """Run torchrun to its end, or until this node has been cut off from the rendezvous and has no ranks any more."""
     passed_on: list[int] = []
     process: subprocess.Popen[bytes] | None = None
@@ -142,7 +137,7 @@ def supervise(command: list[str], environment: dict[str, str], host: str, port: 
 
     for number in stop_signals():
         signal.signal(number, handle)
-    process = subprocess.Popen(command, env=environment)
+    process = subprocess.Popen(command)
     if passed_on:
         process.send_signal(passed_on[0])  # it came before there was anything to pass it on to
     useful_at = time.monotonic()
