@@ -1,10 +1,8 @@
-"""What is each set-up worth for my model on this machine? Times the real commands and lays the results side by side.
+"""What is each set-up worth for my model on this machine? Times the real commands; docs/reference.md tells the rest.
 
     python launch/benchmark.py                                            # everything this machine has
     python launch/benchmark.py --model resnet18 --batch-size 512 --setups cpu:1 cpu:2 gpu:1 dp:8 ddp:2 ddp:8+bf16
     python launch/benchmark.py --pipeline --data-dir photos               # images/s of ways to load photographs
-
-Set-ups with their options, what benchmark.json holds, and exit codes: docs/reference.md.
 """
 
 import json

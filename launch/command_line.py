@@ -1,7 +1,4 @@
-"""From a config dataclass to flags, checked numbers and --help; from an error to one line and an exit code.
-
-A trainer ends with `run(main, CifarConfig, recipes=RECIPES)`.
-"""
+"""From a config dataclass to flags, checked numbers and --help; from an error to one line and an exit code."""
 
 import argparse
 import contextlib
@@ -184,8 +181,7 @@ def run(main: Callable[[Any], Any], config_class: type, *,
         recipes: Mapping[str, Mapping[str, Any]] | None = None, prints_results: bool = False) -> NoReturn:
     """Parse the flags, call `main`, exit: with the code that it returns, 0 for anything else, or that of its error.
 
-    What reaches this function was found before the ranks met, by all alike, so rank 0 speaks. With `prints_results`,
-    as of one process alone, whatever its environment says, stdout waits for its reader, however slow that is.
+    `prints_results`: it is one process, whatever its environment says, and stdout waits for a reader, however slow.
     """
     gc.freeze()  # what was imported stays, and need not be looked through again: 0.14 s each time
     gc.enable()
@@ -196,7 +192,7 @@ def run(main: Callable[[Any], Any], config_class: type, *,
 
 
 def in_one_line(call: Callable[[], Any], *, is_alone: bool = False) -> Any:
-    """What `call` returns; a stop, or a user's error, ends the process as `run` says. `is_alone`: whatever its rank."""
+    """What `call` returns; a stop or user's error ends the process: all found it before they met, and rank 0 speaks."""
     try:
         return call()
     except Stopped:

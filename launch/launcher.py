@@ -1,7 +1,4 @@
-"""What the launcher says about this process: torchrun's variables, Slurm's under srun, or none. torch is not imported.
-
-torchrun's win over Slurm's, since torchrun is often itself started by srun.
-"""
+"""What the launcher says about this process: torchrun's variables, Slurm's under srun, or none. Without torch."""
 
 import contextlib
 import os
@@ -47,23 +44,20 @@ class Launch:
 
 
 def read_launch(environ: Mapping[str, str] = os.environ) -> Launch:
-    """Rank and world size from torchrun's variables, else from srun's, else one process; UsageError for wrong ones.
-
-    Outside a step (SLURM_STEP_ID), in a batch script, Slurm's describe the whole job: ranks that nobody starts.
-    """
+    """Rank and world size from torchrun's variables, else from srun's, else one process; UsageError for wrong ones."""
     launch = Launch()
     try:
         for name in ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT"):
             if int(environ.get(name, "0")) < 0:
                 raise ValueError(f"{name}={environ[name]} is below 0")
-        if "RANK" in environ and "WORLD_SIZE" in environ:
+        if "RANK" in environ and "WORLD_SIZE" in environ:  # torchrun is often itself started by srun
             launch = Launch(
                 launcher="torchrun", rank=int(environ["RANK"]), world_size=int(environ["WORLD_SIZE"]),
                 local_rank=int(environ.get("LOCAL_RANK", environ["RANK"])),
                 local_world_size=int(environ.get("LOCAL_WORLD_SIZE", environ["WORLD_SIZE"])),
                 address=environ.get("MASTER_ADDR") or "localhost", port=int(environ.get("MASTER_PORT", "29500")),
                 torchrun_hosts_store=environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True")
-        elif "SLURM_PROCID" in environ and "SLURM_STEP_ID" in environ:
+        elif "SLURM_PROCID" in environ and "SLURM_STEP_ID" in environ:  # in no step, nobody starts the job's ranks
             launch = read_slurm(environ)
         elif environ.get("WORLD_SIZE", "1") != "1":
             raise ValueError(f"WORLD_SIZE={environ['WORLD_SIZE']} is set without RANK")

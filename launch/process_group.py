@@ -1,9 +1,4 @@
-"""This process's rank and device, and the group it trains in: a World, from torchrun's variables, Slurm's, or neither.
-
-    with process_group("auto", timeout_seconds=300) as world:
-        ...                                  # world.rank, world.world_size, world.device
-
-"""
+"""This process's rank and device, and the group it trains in: a World, by torchrun's variables, Slurm's, or neither."""
 
 import contextlib
 import time
@@ -52,10 +47,7 @@ class World(Launch):
 @contextlib.contextmanager
 def process_group(backend: str = "auto", *, device: str = "auto", timeout_seconds: float = 300,
                   threads: int | None = None, deterministic: bool = False) -> Iterator[World]:
-    """Join the other ranks for the length of a `with` block; DistributedError if they do not all arrive in a minute.
-
-    An error inside the block ends every rank: the one that fails first prints it, the others exit quietly.
-    """
+    """Join the other ranks for a `with` block, whose errors end all; DistributedError if not all come in a minute."""
     launch = read_launch()
     failure = JobFailure(launch)
     watchdog = Watchdog(failure, timeout_seconds=timeout_seconds)

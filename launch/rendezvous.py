@@ -58,10 +58,7 @@ def wait_for_port(launch: Launch, wait_seconds: float) -> None:
 
 
 def take_place(store: dist.Store, launch: Launch, wait_seconds: float) -> dist.Store:
-    """The part of the store that is this job's alone, once each of its ranks has taken its place in this round's roll.
-
-    Later keys lie under rank 0's random token, where no other job can write. RuntimeError if some ranks do not come.
-    """
+    """This job's part of the store, by rank 0's token, once its round's roll is full; RuntimeError if it is not."""
     rolls = dist.PrefixStore("trainers", store)
     step = f"{os.environ.get('SLURM_JOB_ID')}.{os.environ.get('SLURM_STEP_ID')}" if launch.launcher == "slurm" else ""
     job = json.dumps([launch.world_size, os.environ.get("TORCHELASTIC_RUN_ID", step)])  # the same on all of its ranks

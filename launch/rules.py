@@ -1,8 +1,4 @@
-"""The range of a number stands beside its field, and one function holds every config to it.
-
-    clip_grad_norm: Annotated[float | None, Above(0)] = None
-    class_weights: Annotated[tuple[float, ...], AtLeast(0)] = ()        # for each of them
-"""
+"""The range of a number stands beside its field, as in `Annotated[float, Above(0)]`; one function checks them all."""
 
 from collections.abc import Iterator
 from dataclasses import KW_ONLY, dataclass, fields

@@ -1,8 +1,4 @@
-"""A stop that loses nothing: a signal sets a flag, and all ranks agree on the step at which they stop.
-
-SIGTERM, SIGUSR1 and SIGUSR2 are what Slurm, torchrun, Kubernetes and Grid Engine send, SIGXCPU comes at a limit on CPU
-time, SIGHUP from a terminal that closes; SIGINT is Ctrl-C and SIGQUIT Ctrl-\\.
-"""
+"""A stop that loses nothing: a signal sets a flag, and all ranks agree on the step at which they stop."""
 
 import atexit
 import contextlib
@@ -145,10 +141,7 @@ def signals_flag() -> str:
 
 
 class StopAgreement:
-    """Tells all ranks of a stop at the same step, for one small all_reduce every half second rather than every step.
-
-    From the slowest rank's time per step all compute the same number of steps until the next: none votes alone.
-    """
+    """Tells all ranks of a stop at the same step, by a small all_reduce about every half second: all agree when."""
 
     def __init__(self, world_size: int) -> None:
         self.world_size = world_size
