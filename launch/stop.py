@@ -157,11 +157,10 @@ class StopAgreement:
         slowest = (time.monotonic() - self._since) / max(1, self._steps_since)  # seconds per step
         stop, worst = bool(request), bad_steps
         if self.world_size > 1:
-            import torch  # not at the top: handlers are installed before torch is imported
-            import torch.distributed as dist
+            import torch.distributed  # not at the top: handlers are installed before torch is imported
 
             votes = torch.tensor([stop, slowest, worst], dtype=torch.float64)
-            dist.all_reduce(votes, op=dist.ReduceOp.MAX)
+            torch.distributed.all_reduce(votes, op=torch.distributed.ReduceOp.MAX)
             stop, slowest, worst = votes.tolist()
         scale = max(1.0, self.world_size / 64)  # gloo's all_reduce is a ring: its time grows with W, its share must not
         self._steps_between = max(1, int(scale * min(MOST_STEPS, POLL_SECONDS / max(slowest, 1e-6))))

@@ -132,6 +132,5 @@ def peer_cells(rates: Mapping[str, Mapping[int, float]]) -> Cells:
     for name, by_round in rates.items():
         base = rates.get(peers.get(TRAINED in name, ""), {})
         ratios = sorted(rate / base[number] for number, rate in by_round.items() if number in base)
-        text = f"{median(ratios):.2f} ({ratios[0]:.2f} - {ratios[-1]:.2f})" if ratios else ""
-        cells.append([text] * bool(peers))
+        cells.append([f"{median(ratios):.2f} ({ratios[0]:.2f} - {ratios[-1]:.2f})" if ratios else ""] * bool(peers))
     return cells

@@ -105,7 +105,7 @@ def port_finding(launch: Launch) -> Finding:
 
 def machine_findings(launch: Launch, output_dir: Path, *, batch_bytes: int, workers: int) -> list[Finding]:
     """The whole page for this process's machine, in the order in which things go wrong."""
-    return [versions_finding(), *device_findings(), backends_finding(), cores_finding(launch),
+    return [versions_finding(), *device_findings(), cores_finding(launch),
             shared_memory_finding(batch_bytes=batch_bytes, workers=workers * launch.local_world_size),
             output_finding(output_dir)]
 
@@ -136,7 +136,7 @@ def as_numbers(version: str) -> tuple[int, ...]:
 
 
 def device_findings() -> Iterator[Finding]:
-    """Every visible GPU (name, UUID, free memory, and whether a kernel runs on it), or why there is none."""
+    """Every visible GPU (UUID, free memory, whether a kernel runs on it), or why there is none; then gloo and NCCL."""
     for index in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
         try:
             device = torch.cuda.get_device_properties(index)
@@ -147,21 +147,18 @@ def device_findings() -> Iterator[Finding]:
         except (RuntimeError, AssertionError) as error:
             yield fail(f"gpu {index}", f"no kernel runs on it ({str(error).splitlines()[0][:100]})",
                        "install a torch build for this GPU and driver, or hide it with CUDA_VISIBLE_DEVICES")
-    if not torch.cuda.is_available():
-        yield (fail("devices", f"an NVIDIA driver is loaded, but torch {torch.__version__} finds no CUDA device",
-                    "update the driver, or install the torch build for it; see CUDA_VISIBLE_DEVICES too")
-               if Path("/dev/nvidiactl").exists() else
-               ok("devices", f"{processor()}; no GPU, training runs on the CPU"))
-
-
-def backends_finding() -> Finding:
-    """The libraries that average gradients: gloo on CPUs, NCCL between GPUs."""
-    if not dist.is_available() or not dist.is_gloo_available():
-        return fail("backends", "this torch build has no gloo", "install torch from pytorch.org; one process works")
-    if torch.cuda.is_available() and not dist.is_nccl_available():
-        return warn("backends", "gloo; no NCCL in this torch build", "install a CUDA build of torch for --backend nccl")
-    nccl = f", NCCL {'.'.join(map(str, cuda_nccl.version()))}" if torch.cuda.is_available() else ""
-    return ok("backends", f"gloo{nccl}")
+    if not torch.cuda.is_available() and Path("/dev/nvidiactl").exists():
+        yield fail("devices", f"an NVIDIA driver is loaded, but torch {torch.__version__} finds no CUDA device",
+                   "update the driver, or install the torch build for it; see CUDA_VISIBLE_DEVICES too")
+    elif not torch.cuda.is_available():
+        yield ok("devices", f"{processor()}; no GPU, training runs on the CPU")
+    if not dist.is_gloo_available():
+        yield fail("backends", "this torch build has no gloo", "install torch from pytorch.org; one process works")
+    elif torch.cuda.is_available() and not dist.is_nccl_available():
+        yield warn("backends", "gloo; no NCCL in this torch build", "install a CUDA build of torch for --backend nccl")
+    else:
+        nccl = f", NCCL {'.'.join(map(str, cuda_nccl.version()))}" if torch.cuda.is_available() else ""
+        yield ok("backends", f"gloo{nccl}")
 
 
 def cores_finding(launch: Launch) -> Finding:
