@@ -19,7 +19,9 @@ if not __package__:
     if missing:  # nothing below could be imported
         sys.exit(f"FAIL  versions: {sys.executable} has no {', '.join(missing)}; fix: pip install -e {sys.path[0]}")
 
-from launch.checks.machine import Finding, fail, job_findings, machine_findings
+from launch.checks.finding import Finding, fail
+from launch.checks.job import job_findings
+from launch.checks.machine import machine_findings
 from launch.checks.ranks import ranks_findings
 from launch.command_line import run
 from launch.errors import DeviceError, UsageError, say

@@ -1,13 +1,8 @@
-"""What ranks tell each other beside their collectives; and how a job ends badly: one rank prints the error, all leave.
+"""How a job ends badly: torch's errors translated, one rank prints the error's line, all leave."""
 
-A heartbeat is [count, step, phase, host, pid, parent's pid]; `stop`, `failed` and `stuck` are marks any rank may set.
-"""
-
-import json
 import multiprocessing
 import os
 import re
-import signal
 import socket
 import threading
 import time
@@ -21,76 +16,14 @@ import torch.distributed as dist
 
 from launch import errors
 from launch.errors import DeviceError, DistributedError, UsageError, is_users
-from launch.launcher import Launch, parent_of
+from launch.heartbeats import Heartbeats
+from launch.launcher import Launch
 from launch.stop import moments, stop_request
 
 AGREE_SECONDS = 15  # for the ranks to agree on who prints an error, and to print it; the store answers in milliseconds
 LEAVE_SECONDS = 10.0  # for a rank to notice by itself that another has failed, and to end a save
 STALE_SECONDS = 1.3  # a live rank has sent another heartbeat by then
 LINGER_SECONDS = 5.0  # for which the host of the store waits for the others, when all leave
-
-
-class Heartbeats:
-    """One rank's view. Every method may raise RuntimeError, when the store has died with its host."""
-
-    def __init__(self, store: dist.Store, *, rank: int, world_size: int) -> None:
-        self.store = store.clone()  # pyright: ignore[reportAttributeAccessIssue]: a connection of its own
-        self.rank, self.world_size = rank, world_size
-        self._num_sent, self.has_left = 0, False  # has left: of its own will, after an error
-        self._sending = threading.Lock()  # the main thread says that it leaves, while another sends heartbeats
-        self._me = [socket.gethostname(), os.getpid(), os.getppid()]
-
-    def send(self, step: int, phase: str) -> None:
-        """Tell the others that this rank lives, and where it is; `left`, it ends of its own will, is the last."""
-        with self._sending:
-            if not self.has_left:
-                self.has_left = phase == "left"
-                self._num_sent += 1
-                self.store.set(f"beat/{self.rank}", json.dumps([self._num_sent, step, phase, *self._me]))
-
-    def set_mark(self, mark: str) -> bool:
-        """Set a mark, for all ranks; whether none had set it before."""
-        return self.store.add(mark, 1) == 1
-
-    def has_mark(self, mark: str) -> bool:
-        """Whether any rank has set it."""
-        return self.store.check([mark])
-
-    def stuck_rank(self, *, is_me: bool) -> int | None:
-        """The rank that cannot come to the step at which all would stop; with `is_me`, it is this one."""
-        if is_me:
-            self.store.set("stuck", str(self.rank))
-        return int(self.store.get("stuck")) if self.store.check(["stuck"]) else None
-
-    def wait_to_leave(self, seconds: float) -> None:
-        """Until every rank has called this, or its host has gone, since it had seen them all; or for so long."""
-        with suppress(RuntimeError):
-            self.store.add("leaving", 1)
-            for _ in moments(seconds):
-                if self.store.add("leaving", 0) >= self.world_size:
-                    return
-
-    def last(self) -> dict[int, list[Any]]:
-        """The last heartbeat of every rank that has sent one; of none if the store is dead."""
-        with suppress(RuntimeError):
-            known = [rank for rank in range(self.world_size) if self.store.check([f"beat/{rank}"])]
-            return {rank: json.loads(self.store.get(f"beat/{rank}")) for rank in known}
-        return {}
-
-    def silent_since(self, before: dict[int, list[Any]]) -> list[int]:
-        """Other ranks that have sent nothing since `last` gave `before`, and did not leave of their own will."""
-        now = self.last()
-        if not now:
-            return [0] if self.rank else []  # the store's host
-        return [rank for rank in range(self.world_size) if rank != self.rank
-                and (rank not in now or (now[rank] == before.get(rank) and now[rank][2] != "left"))]
-
-    def kill_siblings(self, ranks: Sequence[int]) -> None:
-        """SIGKILL those of the ranks that run on this host under the same launcher: they cannot end by themselves."""
-        for rank, (_, _, _, host, pid, parent) in self.last().items():
-            with suppress(ProcessLookupError, PermissionError):
-                if rank in ranks and host == self._me[0] and parent == self._me[2] == parent_of(pid):
-                    os.kill(pid, signal.SIGKILL)
 
 
 class JobFailure:

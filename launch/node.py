@@ -24,6 +24,7 @@ if not __package__:
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 from launch.errors import DistributedError, to_stderr
+from launch.files import ROOT
 from launch.launcher import host_names, parent_of, threads_per_rank
 from launch.network import address_among, connect_problem, interface_of
 from launch.stop import moments, signals_flag, stop_signals
@@ -70,7 +71,7 @@ def main() -> int:
     ranks = re.search(r"--nproc[-_]per[-_]node[ =](\d+)(?= |$)", " ".join(command))  # not `gpu`, which torchrun counts
     if ranks and int(ranks[1]) > 1:  # what the ranks would choose: torchrun prints a box where it is unset
         os.environ.setdefault("OMP_NUM_THREADS", str(threads_per_rank(int(ranks[1]))))
-    words = [sys.executable, "-m", "torch.distributed.run", *rendezvous, signals_flag(), *command]
+    words = [sys.executable, str(ROOT / "launch" / "torchrun.py"), *rendezvous, signals_flag(), *command]
     return supervise(words, host, int(port))
 
 

@@ -23,8 +23,9 @@ import torch
 import torch.distributed as dist
 
 from launch.errors import EXIT_PREEMPTED, to_stderr
-from launch.failure import Heartbeats, JobFailure
+from launch.failure import JobFailure
 from launch.files import ROOT
+from launch.heartbeats import Heartbeats
 from launch.launcher import Launch
 from launch.machine import free_shared_memory
 from launch.network import library_defaults

@@ -9,7 +9,9 @@ from pathlib import Path
 import pytest
 
 from launch.checks import machine
-from launch.checks.machine import as_numbers, cores_finding, job_findings, ok, port_finding, required_versions, warn
+from launch.checks.finding import ok, warn
+from launch.checks.job import job_findings, port_finding
+from launch.checks.machine import as_numbers, cores_finding, required_versions
 from launch.checks.ranks import gathered, rank_devices_finding
 from launch.launcher import Launch, usable_cores
 from tests.helpers.processes import PROGRAMS, ROOT, Ended, execute

@@ -10,7 +10,7 @@ import pytest
 from launch.bench.runs import command, parse_setup
 from launch.bench.runs import environment as benchmark_environment
 from launch.bench.runs import execute as run_benchmarked
-from launch.checks.machine import signals_finding
+from launch.checks.job import signals_finding
 from launch.launcher import threads_per_rank
 from launch.stop import signals_flag
 from tests.helpers.processes import PROGRAMS, ROOT, Ended, execute

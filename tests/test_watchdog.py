@@ -7,7 +7,8 @@ from datetime import timedelta
 import pytest
 import torch.distributed as dist
 
-from launch.failure import Heartbeats, JobFailure
+from launch.failure import JobFailure
+from launch.heartbeats import Heartbeats
 from launch.launcher import Launch, parent_of
 from launch.watchdog import Watchdog
 from tests.helpers.server import free_port

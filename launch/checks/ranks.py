@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from launch.checks.machine import Finding, fail, ok, warn, warn_if
+from launch.checks.finding import Finding, fail, ok, warn, warn_if
 from launch.errors import DeviceError, DistributedError, user_line
 from launch.files import ROOT
 from launch.launcher import Launch, choose_threads
