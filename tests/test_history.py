@@ -9,8 +9,7 @@ import torch
 from tests.helpers.comparing import run_in
 from tests.helpers.hooks import at, send
 from tests.helpers.processes import metrics, newest_checkpoint, read_json
-from trainers.engine.history import History
-from trainers.engine.metrics import Evaluation
+from trainers.engine.metrics import Evaluation, History
 
 
 def evaluation(*, loss: float, correct: int | None) -> Evaluation:

@@ -3,7 +3,7 @@
 import math
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -13,7 +13,7 @@ from launch.errors import UsageError
 from tests.helpers.comparing import run_in
 from tests.helpers.processes import metrics
 from trainers.engine.config import TrainConfig
-from trainers.engine.schedule import SCHEDULES, schedule
+from trainers.engine.schedule import ScheduleName, schedule
 
 STEPS = 200
 
@@ -99,7 +99,7 @@ def test_the_warm_up_rises_linearly_and_then_lays_the_curve_over_the_rest() -> N
     assert found[20:] == pytest.approx([0.5 * (1 + math.cos(math.pi * step / 180)) for step in range(180)])
 
 
-@pytest.mark.parametrize("name", SCHEDULES)
+@pytest.mark.parametrize("name", get_args(ScheduleName))
 @pytest.mark.parametrize("total_steps", [1, 2, 3, 7])
 def test_every_curve_stays_within_zero_and_one_in_short_runs_and_past_the_end(name: str, total_steps: int) -> None:
     multiplier = schedule(name, total_steps=total_steps, warmup_steps=2)  # pyright: ignore[reportArgumentType]

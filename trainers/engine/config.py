@@ -1,8 +1,7 @@
-"""The flags that every trainer shares. A trainer's own config inherits from TrainConfig and adds its own.
+"""The flags that every trainer shares; its own config inherits from TrainConfig and adds others.
+Each field is a flag, its docstring the help, None means off. A number's range (launch/rules.py) stands beside it."""
 
-Each field is a flag, its docstring the help, None means off. A number's range (launch/rules.py) stands beside it.
-"""
-
+import importlib.util
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -17,7 +16,7 @@ from launch.rules import LARGEST, MOST_SECONDS, Above, AtLeast, check_numbers
 from trainers.engine.parallel import ParallelName
 from trainers.engine.precision import PrecisionName
 from trainers.engine.schedule import ScheduleFlags
-from trainers.engine.trackers.tracker import TrackerName, check_installed
+from trainers.engine.trackers.tracker import TrackerName
 from trainers.engine.user_code import check_loss, check_optimizer, is_reference, options_in
 
 # A resumed run may differ in these: they change where, how long and how fast it runs, not what is learned.
@@ -26,8 +25,7 @@ MAY_CHANGE = frozenset({
     "parallel", "find_unused_parameters", "compile", "compile_mode", "channels_last", "workers", "threads", "onednn",
     "deterministic", "eval_every", "checkpoint_every", "keep_checkpoints", "resume", "evaluate", "timeout",
     "tensorboard", "init_from", "config", "dry_run", "patience", "pictures", "log_gradients", "show_batch", "profile",
-    "save_weights", "cache", "cache_dir", "skip_bad",  # of image_folder.py: how images are read, what is forgiven
-})
+    "save_weights", "cache", "cache_dir", "skip_bad"})  # of image_folder.py: how images are read, what is forgiven
 
 Statistics = tuple[tuple[float, ...], tuple[float, ...]]  # mean and std per channel, in units of the full range [0, 1]
 IMAGENET: Statistics = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))  # torchvision's weights expect these
@@ -36,23 +34,19 @@ IMAGENET: Statistics = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))  # torchvi
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig(ScheduleFlags):
     """Flags shared by all trainers."""
-
-    TITLES: ClassVar = {
+    TITLES: ClassVar = {  # the groups of --help, each by its first flag
         "data_dir": "Data", "model": "Model", "optimizer": "Optimization", "device": "Distribution",
-        "output_dir": "Saving and resuming", "eval_every": "Reporting",
-    }
-    """The groups of --help, each by its first flag."""
+        "output_dir": "Saving and resuming", "eval_every": "Reporting"}
+    # What a recipe sets of its own model, or loss, and leaves alone where --model names another, --loss FILE.py:NAME.
     OF_A_MODEL: ClassVar = ("width", "channels", "hidden", "dropout", "model_options", "freeze")
-    """What a recipe sets of its own model, and leaves alone where --model names another."""
-    OF_A_LOSS: ClassVar = ("label_smoothing", "class_weights")  # and where --loss is FILE.py:NAME
+    OF_A_LOSS: ClassVar = ("label_smoothing", "class_weights")
 
     recipe: str = "default"
     """Named set of defaults, which other flags override."""
     config: Path | None = None
     """Flags from a file, JSON such as a run's config.json, or YAML: over the recipe's, below those given here."""
-    given: Annotated[tuple[str, ...], tyro.conf.Suppress] = ()
-    in_file: Annotated[tuple[str, ...], tyro.conf.Suppress] = ()
-    """No flags: the names of those on the command line, and of those in --config (command_line.parse)."""
+    given: Annotated[tuple[str, ...], tyro.conf.Suppress] = ()  # no flag: the names of those on the command line
+    in_file: Annotated[tuple[str, ...], tyro.conf.Suppress] = ()  # and of those in --config (command_line.parse)
 
     data_dir: Path = Path("data")
     """Folder of the data sets, torchvision's root."""
@@ -91,8 +85,7 @@ class TrainConfig(ScheduleFlags):
     """Keep images and convolutions in NHWC memory order."""
 
     optimizer: str = "sgd"
-    """sgd, adam, adamw, rmsprop, muon (matrices and filters; AdamW for the rest), timm/NAME such as timm/lamb, or
-    FILE.py:NAME: one of yours."""
+    """sgd, adam, adamw, rmsprop, muon (matrices and filters; AdamW for the rest), timm/NAME, or FILE.py:NAME: yours."""
     optimizer_options: tuple[str, ...] = ()
     """key=value ...: further arguments of the optimizer."""
     momentum: Annotated[float, AtLeast(0, below=1)] = 0.9
@@ -207,8 +200,8 @@ class TrainConfig(ScheduleFlags):
 
     def num_workers(self, *, decodes: bool = False) -> int:
         """--workers; by default none, or where images are decoded what the cores of the node leave to each rank."""
-        launch = read_launch()
-        return self.workers if self.workers is not None else default_workers(launch.local_world_size) if decodes else 0
+        default = default_workers(read_launch().local_world_size) if decodes else 0
+        return default if self.workers is None else self.workers
 
     def trackers(self) -> list[TrackerName]:
         """The names of all trackers that are asked for, once each."""
@@ -217,11 +210,13 @@ class TrainConfig(ScheduleFlags):
     def check(self) -> None:
         """Raise UsageError for what cannot work, before any rank waits for another. `open_run` calls it."""
         check_numbers(self)  # of a config that no command line made
-        check_installed(self.trackers())
-        if self.measure is not None:
-            measured_steps(self.measure)
-        if self.profile is not None:
-            measured_steps(self.profile, flag="--profile", form="STEP:STEPS")
+        for name in self.trackers():
+            if getattr(importlib.util.find_spec(name), "origin", None) is None:  # an empty folder of that name is none
+                extra = "" if name == "tensorboard" else f"[{name}]"
+                raise UsageError(f"--track {name}: not installed; pip install -e .{extra}")
+        for flag, form in (("measure", "WARMUP:STEPS"), ("profile", "STEP:STEPS")):
+            if (text := getattr(self, flag)) is not None:
+                measured_steps(text, flag=f"--{flag}", form=form)
         check_optimizer(self)
         for flag in ("metric", "transform"):
             if (text := getattr(self, flag, None)) is not None and not is_reference(text):
@@ -242,12 +237,10 @@ class TrainConfig(ScheduleFlags):
 @dataclass(frozen=True, kw_only=True)
 class ImageConfig(TrainConfig):
     """Flags shared by the trainers of image classifiers."""
-
     TITLES: ClassVar = {"normalize": "Data"}
     OLD_SPELLINGS: ClassVar = {  # of flags without a value
         "--normalize": ("--normalize", "dataset"), "--no-normalize": ("--normalize", "none"),
-        "--half-statistics": ("--normalize", "half"), "--no-half-statistics": ("--normalize", "dataset"),
-    }
+        "--half-statistics": ("--normalize", "half"), "--no-half-statistics": ("--normalize", "dataset")}
 
     loss: str = "cross-entropy"
     """cross-entropy, bce (each class against the rest), or FILE.py:NAME: yours, of (outputs, targets)."""

@@ -1,8 +1,6 @@
 """What checkpoints record of the data: the names of the classes and, where it is files, their names, sizes and times.
-
 Those cost a look at each file, minutes for 200,000 of them on a shared file system. So rank 0 takes them in a thread
-while training begins; they are in the first checkpoint, and a run that resumes compares them before its next.
-"""
+while training begins; they are in the first checkpoint, and a run that resumes compares them before its next."""
 
 import json
 from collections.abc import Mapping
@@ -15,15 +13,13 @@ from trainers.engine.once_per_node import in_thread
 
 
 class DataRecord:
-    """The training set of one run, `None` where nothing is trained: anything with a `fingerprint()`. One of files also
-    has `sizes_and_times()` by name, and takes these for its fingerprint."""
+    """The training set of one run, None or anything with a `fingerprint()`; of files, of their `sizes_and_times()`."""
 
     def __init__(self, world: World, dataset: Any, class_names: tuple[str, ...] = ()) -> None:
         self.world, self.dataset, self.class_names = world, dataset, class_names
         self.has_files = hasattr(dataset, "sizes_and_times")  # whose fingerprint is None until they were looked at
         self.fingerprint: str | None = None if dataset is None or self.has_files else dataset.fingerprint()
-        self._files: dict[str, list[int]] = {}
-        self._text = "{}"
+        self._files, self._text = dict[str, list[int]](), "{}"
         self._before: tuple[Mapping[str, Any], Path] | None = None
         self._looking = in_thread(self._look) if self.has_files and world.is_main else iter(())
         next(self._looking, None)  # starts it
@@ -40,12 +36,10 @@ class DataRecord:
         """Remember a checkpoint for `settle`; raises CheckpointError if its classes have other names."""
         self._before = state, source
         if (was := saved_class_names(state)) not in ((), self.class_names):
-            renamed = ", ".join(sorted({*was} ^ {*self.class_names})[:5])
-            raise self._refused(f"its classes have other names ({renamed})")
+            raise self._refused(f"its classes have other names ({', '.join(sorted({*was} ^ {*self.class_names})[:5])})")
 
     def settle(self) -> None:
-        """Before the first save: have the files looked at; CheckpointError on all ranks if one is new, gone or of
-        another size than in the checkpoint. A collective, once."""
+        """Before the first save: CheckpointError if a file is new, gone or of another size. A collective."""
         if self.has_files:
             self.has_files = False
             from_main(self.world, self._compare)
@@ -58,7 +52,11 @@ class DataRecord:
             num_seen = len(self._files)
         if self._before is None:
             return
-        state, was = self._before[0], saved_files(self._before[0])
+        state = self._before[0]
+        try:  # the size and time of each file; none in a checkpoint of before they were recorded
+            was = {name: [int(size), int(time)] for name, (size, time) in json.loads(state.get("files", "{}")).items()}
+        except (ValueError, TypeError, AttributeError):
+            was = {}
         for name in sorted({*was, *self._files}) if was else ():
             before, now = (files.get(name, ["absent"])[0] for files in (was, self._files))
             if before != now:  # -1 of one that cannot be read
@@ -73,15 +71,6 @@ class DataRecord:
         assert self._before is not None
         return CheckpointError(f"{self._before[1]}: does not fit this run: {difference}; use the data it was made "
                                f"with, or another --run-name")
-
-
-def saved_files(state: Mapping[str, Any]) -> dict[str, Any]:
-    """Size and time of each file in a checkpoint; none in one of before they were recorded."""
-    try:
-        files = json.loads(state.get("files", "{}"))
-        return {name: [int(size), int(time)] for name, (size, time) in files.items()}
-    except (ValueError, TypeError, AttributeError):
-        return {}
 
 
 def saved_class_names(state: Mapping[str, Any]) -> tuple[str, ...]:

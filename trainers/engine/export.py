@@ -1,10 +1,6 @@
 """A trained network as a program that runs without this code: torch.export, and ONNX if its packages are installed.
-
-    program = torch.export.load("model.pt2").module()     # in Python; AOTInductor compiles it for C++
-    program(images)                                       # float32 (B, C, H, W), normalised; any B
-
-Each file is read back and run on random images, and its outputs must be the model's.
-"""
+`torch.export.load("model.pt2").module()` takes normalised float32 images (B, C, H, W), any B. Each file is read back
+and run on random images, and its outputs must be the model's."""
 
 import contextlib
 import copy
@@ -23,9 +19,8 @@ TOLERANCE = 1e-4  # relative to the largest output; kernels of another library a
 
 
 def export(model: nn.Module, path: Path, *, image_shape: tuple[int, int, int]) -> list[str]:
-    """Write `path` with the suffix .pt2 and, where onnx and onnxscript are installed, with .onnx, for (C, H, W) images;
-    one line per file. UsageError if one cannot be written, CheckpointError if a program's outputs are not the
-    model's."""
+    """Write `path` with the suffix .pt2 and, with onnx and onnxscript, .onnx, for (C, H, W) images; one line per file.
+    UsageError if one cannot be written, CheckpointError if a program's outputs are not the model's."""
     model = copy.deepcopy(model).cpu().eval()
     images = torch.randn(3, *image_shape, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
@@ -36,21 +31,16 @@ def export(model: nn.Module, path: Path, *, image_shape: tuple[int, int, int]) -
     missing = [name for name in ("onnx", "onnxscript") if importlib.util.find_spec(name) is None]
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        return [write_program(program, path.with_suffix(".pt2"), images, expected),
+        torch.export.save(program, buffer := io.BytesIO())  # to a path it has no clean error, if that cannot be written
+        path.with_suffix(".pt2").write_bytes(buffer.getvalue())
+        loaded = torch.export.load(path.with_suffix(".pt2")).module()
+        with torch.no_grad():
+            outputs = torch.cat([loaded(images[:2]), loaded(images[2:])])  # other batch sizes than it was traced with
+        return [compared(path.with_suffix(".pt2"), outputs, expected),
                 f"no ONNX: {' and '.join(missing)} not installed" if missing else
                 write_onnx(program, path.with_suffix(".onnx"), images, expected)]
     except OSError as error:
         raise UsageError(f"--export {path}: cannot be written ({error.strerror}); choose a folder that can") from None
-
-
-def write_program(program: torch.export.ExportedProgram, path: Path, images: Tensor, expected: Tensor) -> str:
-    """Save, load and run a torch.export program."""
-    torch.export.save(program, buffer := io.BytesIO())  # to a path it has no clean error, if that cannot be written
-    path.write_bytes(buffer.getvalue())
-    loaded = torch.export.load(path).module()
-    with torch.no_grad():
-        outputs = torch.cat([loaded(images[:2]), loaded(images[2:])])  # other batch sizes than it was traced with
-    return compared(path, outputs, expected)
 
 
 def write_onnx(program: torch.export.ExportedProgram, path: Path, images: Tensor, expected: Tensor) -> str:
@@ -63,10 +53,9 @@ def write_onnx(program: torch.export.ExportedProgram, path: Path, images: Tensor
                               external_data=False, verbose=False)
     finally:
         logging.disable(logging.NOTSET)
-    if importlib.util.find_spec("onnxruntime") is not None:
-        session = importlib.import_module("onnxruntime").InferenceSession(str(path), providers=["CPUExecutionProvider"])
-    else:
-        session = importlib.import_module("onnx.reference").ReferenceEvaluator(str(path))
+    session = (importlib.import_module("onnx.reference").ReferenceEvaluator(str(path))
+               if importlib.util.find_spec("onnxruntime") is None else
+               importlib.import_module("onnxruntime").InferenceSession(str(path), providers=["CPUExecutionProvider"]))
     return compared(path, torch.from_numpy(session.run(None, {"images": images.numpy()})[0]), expected)
 
 

@@ -1,11 +1,7 @@
-"""What one set-up is worth, measured inside a real run: `--measure WARMUP:STEPS`, which launch/benchmark.py passes.
-
-And `--dry-run`: whether a run would work, and what it would take; and `--profile STEP:STEPS`: what steps are made of.
-
-The window is timed on the loop that trains (votes, reports and all); only then is the step split into phases, since
-that needs a wait for the device at every phase. Communication is what gradient averaging adds to forward and backward:
-windows with and without it alternate, and waiting for the slowest rank is part of it.
-"""
+"""`--measure WARMUP:STEPS`: what a set-up is worth, for launch/benchmark.py; `--dry-run`: what a run would take; and
+`--profile STEP:STEPS`. The window is timed on the loop that trains (votes, reports and all), then some steps are split
+into phases, which needs waits for the device. Communication is what gradient averaging adds to forward and backward:
+windows with and without it alternate, and waiting for the slowest rank is part of it."""
 
 import os
 import resource
@@ -36,8 +32,7 @@ from trainers.engine.task import TrainBatches, apply
 from trainers.engine.trainer import Trainer
 
 MOST_PHASE_STEPS = 40  # steps split into phases: half of them with gradient averaging, half without
-MATRIX_SIZE = {"cpu": 1024, "cuda": 8192}
-MATRIX_SECONDS = 0.3
+MATRIX_SIZE, MATRIX_SECONDS = {"cpu": 1024, "cuda": 8192}, 0.3
 DRY_STEPS = 3  # timed, after the first
 
 
@@ -62,12 +57,10 @@ def write_measurement(trainer: Trainer, train: TrainBatches, steps: str) -> dict
     result = {"benchmark": {
         "warmup_steps": warmup, "steps": timed, "batch_size": train.global_batch_size, "seconds": slowest,
         "samples_per_second": timed * train.global_batch_size / slowest, "loss": loss, "weights_moved": moved,
-        "flops_per_sample": flops,
-        "world_size": world.world_size, "threads_per_rank": world.threads, "device": world.device.type,
-        "backend": world.backend, "batch_norm": any(  # then the loss depends on how a batch is split over ranks
+        "flops_per_sample": flops, "world_size": world.world_size, "threads_per_rank": world.threads,
+        "device": world.device.type, "backend": world.backend, "batch_norm": any(
             isinstance(module, nn.modules.batchnorm._BatchNorm) for module in trainer.train_step.model.modules()),
-        **{name: [rank[name] for rank in ranks] for name in ranks[0] if name != "seconds"},
-    }}
+        **{name: [rank[name] for rank in ranks] for name in ranks[0] if name != "seconds"}}}
     trainer.folder.write_json("result.json", result)
     trainer.folder.write_status("DONE", step=trainer.step, epoch=trainer.epoch)
     return result
@@ -93,13 +86,12 @@ def dry_run(trainer: Trainer, train: TrainBatches, config: TrainConfig) -> dict[
     num_files, num_steps = config.keep_checkpoints + 2, config.total_steps(train.steps_per_epoch)  # best, unfinished
     if world.is_main:
         free = shutil.disk_usage(trainer.folder.path).free
-        say("\n".join([
-            f"memory     {memory / 2**20:,.0f} MiB at most, per rank",
+        say(f"memory     {memory / 2**20:,.0f} MiB at most, per rank\n"
             f"files      checkpoints of {num_bytes / 2**20:,.1f} MiB, up to {num_files} of them; "
-            f"{free / 2**20:,.0f} MiB are free",
+            f"{free / 2**20:,.0f} MiB are free\n"
             f"time       about {num_steps * step_seconds:,.0f} s: {num_steps:,} steps of {step_seconds:.3g} s, "
-            f"without evaluations",
-            f"dry run    {DRY_STEPS + 1} steps, a save and a load worked; nothing is kept"]))
+            f"without evaluations\n"
+            f"dry run    {DRY_STEPS + 1} steps, a save and a load worked; nothing is kept")
     return {"memory_bytes": memory, "checkpoint_bytes": num_bytes, "step_seconds": step_seconds}
 
 
@@ -116,9 +108,8 @@ class PhaseClock:
     """Is told of the phases of a step in the watchdog's place, and adds up the seconds between them."""
 
     def __init__(self, device: torch.device) -> None:
-        self.device = device
+        self.device, self._phase, self._since = device, "start", time.perf_counter()
         self.seconds: dict[str, float] = {}
-        self._phase, self._since = "start", time.perf_counter()
 
     def mark(self, phase: str, step: int | None = None) -> None:
         """A phase begins; on a GPU the work of the one before is waited for."""
@@ -129,8 +120,7 @@ class PhaseClock:
 
 
 def time_phases(trainer: Trainer, train: TrainBatches, steps: int) -> dict[str, float | None]:
-    """Seconds per step of this rank in each phase. Communication is None for a single process, and for DataParallel,
-    which copies weights and gradients inside forward and backward."""
+    """Seconds per step of this rank in each phase; communication is None for one process and inside DataParallel."""
     model, world = trainer.train_step.model, trainer.world
     synced, alone = PhaseClock(world.device), PhaseClock(world.device)
     part = max(1, min(steps, MOST_PHASE_STEPS) // 4)
@@ -150,19 +140,16 @@ def time_phases(trainer: Trainer, train: TrainBatches, steps: int) -> dict[str, 
         return sum(clock.seconds.get(phase, 0.0) for clock in clocks for phase in phases) / (2 * part * len(clocks))
 
     gradients, bare = per_step("forward", "backward"), per_step("forward", "backward", clocks=[alone])
-    return {
-        "data_seconds": per_step("data"), "forward_backward_seconds": min(bare, gradients) if averages else gradients,
-        "communication_seconds": max(0.0, gradients - bare) if averages else None,
-        "optimizer_seconds": per_step("optimizer"),
-    }
+    return {"data_seconds": per_step("data"), "optimizer_seconds": per_step("optimizer"),
+            "forward_backward_seconds": min(bare, gradients) if averages else gradients,
+            "communication_seconds": max(0.0, gradients - bare) if averages else None}
 
 
 class Profile:
     """Is told of the phases of a step in the watchdog's place, and records the steps from `first` to before `end`."""
 
     def __init__(self, trainer: Trainer, first: int, end: int) -> None:
-        self.trainer, self.first, self.end = trainer, first, end
-        self.on_gpu = trainer.world.device.type == "cuda"
+        self.trainer, self.first, self.end, self.on_gpu = trainer, first, end, trainer.world.device.type == "cuda"
         self.profiler: torch.profiler.profile | None = None
         self.is_recording, self._phase = False, ExitStack()  # the range that the trace shows
 
@@ -187,12 +174,11 @@ class Profile:
             return
         self.is_recording = False
         self._phase.close()
-        world, folder = self.trainer.world, self.trainer.folder
         with self.trainer.report.optional("--profile"):
             self.profiler.stop()
-            if world.is_main:
-                folder.ownership.check()
-            place = folder.path / "profile" / f"rank-{world.rank}"
+            if self.trainer.world.is_main:
+                self.trainer.folder.ownership.check()
+            place = self.trainer.folder.path / "profile" / f"rank-{self.trainer.world.rank}"
             place.parent.mkdir(exist_ok=True)
             self.profiler.export_chrome_trace(f"{place}.pt.trace.json")
             if self.on_gpu:
@@ -235,8 +221,7 @@ def flops_per_sample(trainer: Trainer, train: TrainBatches) -> float:
     step = trainer.train_step
     inputs, targets = step.to_device(*next(train.batches(trainer.epoch, trainer.samples_consumed)))
     with FlopCounterMode(display=False) as counter:
-        outputs = apply(step.network.forward, inputs)  # .forward: what torch.compile made is opaque
-        step.task.loss(outputs, targets).backward()
+        step.task.loss(apply(step.network.forward, inputs), targets).backward()  # not what torch.compile made of it
     step.optimizer.zero_grad(set_to_none=True)
     return counter.get_total_flops() / num_samples(targets)
 

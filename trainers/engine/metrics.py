@@ -1,12 +1,10 @@
-"""Loss and accuracy over all ranks, counted exactly: sums stay on the device until a line is reported.
-
-Training keeps three numbers since the epoch began. Evaluation keeps a confusion matrix and a loss sum, which ONE
-all_reduce adds over the ranks; accuracy, per-class accuracy and the plot come from that matrix, and its total is the
-number of test samples. Of many thousand classes only two columns are kept, wrong and right: the matrix of 21,841
-classes is 3.8 GB. A task without classes has a loss only.
-"""
+"""Loss and accuracy over all ranks, counted exactly: sums stay on the device until a line is reported. Evaluation keeps
+a confusion matrix and a loss sum, which ONE all_reduce adds over the ranks; accuracy, per-class accuracy and the plot
+come from that matrix, and its total is the number of test samples. Of many thousand classes only two columns are kept,
+wrong and right: the matrix of 21,841 classes is 3.8 GB."""
 
 import math
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -18,11 +16,14 @@ from torch import Tensor, nn
 from launch.errors import UsageError
 from launch.process_group import World, gather
 from launch.stop import Stopped, StopRequest
+from trainers.engine.parallel import synchronize
 
 MOST_MATRIX_CLASSES = 2000  # a matrix of 32 MB
 
 BestName = Literal["accuracy", "top5", "loss"]
 TOP = 5
+MOST_WAIT = 0.2  # share of training that may pass in waits for data without a warning
+FEW_SECONDS = 1.0  # of waiting, which nobody minds
 
 
 def all_reduce_sum(values: Tensor, world: World) -> Tensor:
@@ -59,17 +60,15 @@ class TrainingSums:
 
     def collect(self) -> None:
         """Fetch what waits: one wait for the device."""
-        if not self._waiting:
-            return
-        losses, corrects, sizes = zip(*self._waiting, strict=True)
-        self._waiting = []
-        losses = torch.stack(losses).tolist()
-        corrects = torch.stack(corrects).tolist() if self.classification else [0] * len(losses)
-        for loss, correct, size in zip(losses, corrects, sizes, strict=True):
-            self.loss += loss * size
-            self.correct += correct
-            self.samples += size
-            self.bad_steps = 0 if math.isfinite(loss) else self.bad_steps + 1
+        if self._waiting:
+            losses, corrects, sizes = zip(*self._waiting, strict=True)
+            self._waiting = []
+            corrects = torch.stack(corrects).tolist() if self.classification else [0] * len(losses)
+            for loss, correct, size in zip(torch.stack(losses).tolist(), corrects, sizes, strict=True):
+                self.loss += loss * size
+                self.correct += correct
+                self.samples += size
+                self.bad_steps = 0 if math.isfinite(loss) else self.bad_steps + 1
 
     def reset(self) -> None:
         """An epoch starts."""
@@ -100,7 +99,6 @@ class TrainingSums:
 @dataclass(frozen=True, kw_only=True)
 class Evaluation:
     """What one pass over a test set gives, the same on every rank."""
-
     loss: float
     num_samples: int
     confusion_matrix: list[list[int]] | None = None  # true classes by predicted ones; None without, or with too many
@@ -111,11 +109,10 @@ class Evaluation:
     @property
     def class_counts(self) -> list[tuple[int, int]] | None:
         """Of each class, the samples predicted right and all."""
-        if self.wrong_and_right is not None:
-            return [(right, wrong + right) for wrong, right in self.wrong_and_right]
-        if self.confusion_matrix is None:
-            return None
-        return [(row[label], sum(row)) for label, row in enumerate(self.confusion_matrix)]
+        if self.confusion_matrix is not None:
+            return [(row[label], sum(row)) for label, row in enumerate(self.confusion_matrix)]
+        pairs = self.wrong_and_right
+        return None if pairs is None else [(right, wrong + right) for wrong, right in pairs]
 
     @property
     def accuracy(self) -> float | None:
@@ -125,17 +122,12 @@ class Evaluation:
     @property
     def per_class_accuracy(self) -> list[float | None] | None:
         """Of each class, the share predicted right; None for a class without samples."""
-        if (counts := self.class_counts) is None:
-            return None
-        return [right / samples if samples else None for right, samples in counts]
+        counts = self.class_counts
+        return None if counts is None else [right / samples if samples else None for right, samples in counts]
 
     def summary(self) -> dict[str, float | None]:
         """The figures by which evaluations are compared."""
         return {"accuracy": self.accuracy, "accuracy_top5": self.accuracy_top5, "loss": self.loss}
-
-    def is_better_than(self, best: Mapping[str, float | None] | None, *, by: BestName) -> bool:
-        """Whether this is the first evaluation, or beats the best so far: higher, or of a loss lower."""
-        return best is None or score(self.summary(), by) > score(best, by)
 
 
 def score(figures: Mapping[str, float | None], by: BestName) -> float:
@@ -153,7 +145,7 @@ class EvaluationSums:
                  metrics: Mapping[str, Callable[[Tensor, Tensor], Any]] | None = None) -> None:
         self.num_classes, self.metrics = num_classes or 0, metrics or {}
         self.num_columns = self.num_classes if self.num_classes <= MOST_MATRIX_CLASSES else 2
-        self.kept: list[tuple[Tensor, Tensor]] = []  # this rank's outputs and targets, where metrics need all
+        self._kept: list[tuple[Tensor, Tensor]] = []  # this rank's outputs and targets, where metrics need all
         self.sums = torch.zeros(3 + self.num_classes * self.num_columns + 1, dtype=torch.float64, device=device)
 
     def update(self, loss: Tensor, outputs: Tensor, targets: Tensor) -> None:
@@ -161,7 +153,7 @@ class EvaluationSums:
         self.sums[0] += loss.detach() * num_samples(targets)
         self.sums[1] += num_samples(targets)
         if self.metrics:
-            self.kept.append((outputs.detach().cpu(), targets.cpu()))
+            self._kept.append((outputs.detach().cpu(), targets.cpu()))
         if self.num_classes:
             predicted = outputs.argmax(1)
             if self.num_classes > TOP:
@@ -178,15 +170,13 @@ class EvaluationSums:
             raise Stopped(stop.reason)
         loss, samples, top5 = sums[:3].tolist()
         rows = sums[3:-1].long().view(self.num_classes, -1).tolist() if self.num_classes else None
-        has_matrix = self.num_columns == self.num_classes
-        return Evaluation(loss=loss / max(samples, 1), num_samples=int(samples),
+        kind = "confusion_matrix" if self.num_columns == self.num_classes else "wrong_and_right"
+        return Evaluation(loss=loss / max(samples, 1), num_samples=int(samples), **{kind: rows},
                           accuracy_top5=top5 / max(samples, 1) if self.num_classes > TOP else None,
-                          confusion_matrix=rows if has_matrix else None, wrong_and_right=None if has_matrix else rows,
-                          metrics=self.whole_metrics(world) if self.metrics else {})
+                          metrics=self._whole_metrics(world) if self.metrics else {})
 
-    def whole_metrics(self, world: World) -> dict[str, float]:
-        """Each metric of all outputs and targets, in the order of the test set; the same on every rank."""
-        ranks = gather(world, [torch.cat(part) for part in zip(*self.kept, strict=True)])
+    def _whole_metrics(self, world: World) -> dict[str, float]:  # in the order of the test set, the same on every rank
+        ranks = gather(world, [torch.cat(part) for part in zip(*self._kept, strict=True)])
         order = torch.cat([torch.arange(len(part[0])) * world.world_size + rank
                            for rank, part in enumerate(ranks) if part]).argsort()
         outputs, targets = (torch.cat([part[place] for part in ranks if part])[order] for place in (0, 1))
@@ -195,8 +185,7 @@ class EvaluationSums:
             value = metric(outputs, targets)
             for key, number in (value if isinstance(value, Mapping) else {name: value}).items():
                 if not isinstance(number, int | float | Tensor) or torch.as_tensor(number).numel() != 1:
-                    raise UsageError(f"--metric {name}: gives {type(number).__name__}, not a number; return one, or a "
-                                     f"dict of several by name")
+                    raise UsageError(f"--metric {name}: gives {type(number).__name__}, no number; return one or a dict")
                 found[key] = float(number)
         return found
 
@@ -207,3 +196,80 @@ def sync_buffers(model: nn.Module, world: World) -> None:
         world.watchdog.mark("reduce")
         for buffer in model.buffers():
             dist.broadcast(buffer, src=0)
+
+
+class History:
+    """Empty at the start, or as a checkpoint left it. The same on every rank, but for the seconds."""
+
+    def __init__(self) -> None:
+        self.epochs: list[dict[str, Any]] = []  # of each, also if cut short: step, seconds, loss and accuracy by split
+        self.best: dict[str, Any] | None = None  # accuracy, accuracy_top5, loss and step of the best evaluation
+        self.train_seconds = 0.0  # of all steps: no evaluation, checkpoint or report is in it
+        self.warm_up_seconds = 0.0  # of this process, before its first step: compilation, choice of kernels
+        self.data_wait_seconds = 0.0  # of the steps, what this rank has waited for data
+        self.data_wait_share: float | None = None  # of the rank that has waited longest, after an epoch
+        self.samples_here = 0  # over all ranks, that this process has taken part in training on
+        self._has_warned, self._running_since = False, 0.0
+        self._lap = (0, 0.0)  # samples and seconds at the last report
+
+    def start_clock(self) -> None:
+        """Steps begin."""
+        self._running_since = time.perf_counter()
+
+    def end_warm_up(self, device: torch.device) -> None:
+        """What has passed was no step; the clock runs from now."""
+        synchronize(device)
+        self.warm_up_seconds = time.perf_counter() - self._running_since
+        self.start_clock()
+
+    def pause_clock(self, device: torch.device) -> None:
+        """Wait for the device and add what has passed; the clock runs on from now."""
+        synchronize(device)
+        self.train_seconds += time.perf_counter() - self._running_since
+        self.start_clock()
+
+    def lap_samples_per_second(self) -> float:
+        """The speed since this was last asked for."""
+        samples, seconds = self._lap
+        self._lap = (self.samples_here, self.train_seconds)
+        return (self.samples_here - samples) / max(self.train_seconds - seconds, 1e-9)
+
+    def has_recorded(self, step: int) -> bool:
+        """Whether the epoch that ends at this step, complete or cut short, is recorded."""
+        return bool(self.epochs) and self.epochs[-1]["step"] == step
+
+    def record(self, *, epoch: int, step: int, train_loss: float, train_accuracy: float | None,
+               evaluation: Evaluation | None, split: str = "test", by: BestName = "accuracy") -> bool:
+        """Add the line of an epoch, evaluated on a split; returns whether that is the best so far, by such a figure."""
+        figures = evaluation.summary() if evaluation is not None else {}
+        self.epochs.append({
+            "epoch": epoch, "step": step, "train_loss": train_loss, "train_accuracy": train_accuracy,
+            f"{split}_loss": figures.get("loss"), f"{split}_accuracy": figures.get("accuracy"),
+            "seconds": self.train_seconds})
+        is_best = evaluation is not None and (self.best is None or score(figures, by) > score(self.best, by))
+        if is_best:
+            self.best = {**figures, "step": step}
+        return is_best
+
+    def evaluations_since_best(self, split: str) -> int:
+        """How many evaluations have followed the best one."""
+        best = self.best["step"] if self.best is not None else 0
+        return sum(line["step"] > best and line.get(f"{split}_loss") is not None for line in self.epochs)
+
+    def record_wait(self, seconds: float, remedy: str) -> str | None:
+        """Keep what the slowest rank has waited; returns a warning, once, if there is a remedy for that much."""
+        self.data_wait_share = share = seconds / self.train_seconds
+        if not remedy or share <= MOST_WAIT or seconds < FEW_SECONDS or self._has_warned:
+            return None
+        self._has_warned = True
+        return f"WARNING data: training has waited for data for {100 * share:.0f} % of its time; {remedy}"
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint keeps, beside the best."""
+        return {name: getattr(self, name) for name in ("epochs", "train_seconds", "data_wait_seconds")}
+
+    def load_state(self, state: Mapping[str, Any], *, best: dict[str, Any] | None) -> None:
+        """Resume from a checkpoint."""
+        self.epochs, self.best, self.train_seconds = state["epochs"], best, state["train_seconds"]
+        self.data_wait_seconds = state.get("data_wait_seconds", 0.0)
+        self._lap = (0, self.train_seconds)

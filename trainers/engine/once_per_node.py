@@ -1,7 +1,5 @@
 """Long work that one rank of each node does before training, while the others wait: downloads, folders, packs, caches.
-
-    once_per_node(world, lambda: cifar.download(data_dir))     # a function: it runs in a thread
-    once_per_node(world, fill(packing), folder=cache_dir)      # a generator: it runs here, a bit at a time
+A function runs in a thread, a generator here, a bit at a time: `once_per_node(world, fill(packing), folder=cache_dir)`.
 """
 
 import contextlib
@@ -24,19 +22,15 @@ STILL = object()  # in place of a step of one that has not moved
 
 def once_per_node(world: World, work: Callable[[], object] | Generator[Any], *,
                   folder: Path | None = None, stop: StopRequest | None = None) -> None:
-    """Run `work` to its end on local rank 0 of every node; returns on all ranks together.
-
-    With a `folder`, on one rank of all those that see it: a file system may be shared by nodes. The ranks exchange how
-    far they are twice a second: so the collective timeout need not allow for the whole work, a stop is noticed while it
-    runs, and an error of one rank is raised on all. After a stop a generator is closed; a function is left to end with
-    the process, so it must keep what it writes in a temporary folder until it is whole.
-    """
+    """Run `work` to its end on local rank 0 of every node; returns on all ranks together. With a `folder`, on one rank
+    of all those that see it: a file system may be shared by nodes. The ranks exchange how far they are twice a second:
+    so a stop is noticed while it runs, and an error of one rank is raised on all. After a stop a generator is closed; a
+    function is left to end with the process, so it must keep what it writes in a temporary folder until it is whole."""
     stop = stop_request() if stop is None else stop
     steps = work if isinstance(work, Generator) else in_thread(work)
     done = not does_it(world, folder)
     while True:
-        error: Exception | None = None
-        until = time.monotonic() + SLICE_SECONDS
+        error, until = None, time.monotonic() + SLICE_SECONDS
         try:
             while not done and time.monotonic() < until:
                 step = next(steps, DONE)
@@ -82,8 +76,7 @@ def does_it(world: World, folder: Path | None) -> bool:
 
 def in_thread(work: Callable[[], object]) -> Generator[object]:
     """Run a function in a thread; yields while it lives, STILL where it waits, and raises what it raised."""
-    errors: list[BaseException] = []
-    switches = ""
+    errors, switches = [], ""
 
     def run() -> None:
         try:
@@ -97,5 +90,5 @@ def in_thread(work: Callable[[], object]) -> Generator[object]:
         thread.join(SLICE_SECONDS / 5)
         before, switches = switches, context_switches(thread.native_id or 0)
         yield STILL if switches and switches == before else None
-    if errors:
-        raise errors[0]
+    for error in errors:
+        raise error

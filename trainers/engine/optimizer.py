@@ -1,8 +1,8 @@
 """torch's optimizers, from flags; each group remembers its peak rate as `initial_lr`, which the schedule scales."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from fnmatch import fnmatchcase
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -10,15 +10,13 @@ from torch.optim import Optimizer
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from launch.errors import UsageError, first_line
+from trainers.engine.config import TrainConfig
 from trainers.engine.user_code import TIMM, Reference, is_reference, options_in, timm_library
-
-if TYPE_CHECKING:
-    from trainers.engine.config import TrainConfig
 
 NORMS = (nn.modules.batchnorm._BatchNorm, nn.LayerNorm, nn.GroupNorm)
 
 
-def build_optimizer(model: nn.Module, config: "TrainConfig") -> "Optimizer | MuonWithAdamW":
+def build_optimizer(model: nn.Module, config: TrainConfig) -> "Optimizer | MuonWithAdamW":
     """The optimizer of the parameters that are trained; UsageError for options that it does not take."""
     options, name = options_in(config.optimizer_options, "--optimizer-options"), config.optimizer
     groups = parameter_groups(model, config)
@@ -27,7 +25,10 @@ def build_optimizer(model: nn.Module, config: "TrainConfig") -> "Optimizer | Muo
     common: dict[str, Any] = {**rates, **options}
     try:
         if is_reference(name):
-            optimizer = own_optimizer(name, groups, {**rates, "momentum": config.momentum, **flags}, options)
+            ours = {**rates, "momentum": config.momentum, **flags}  # given where its signature has them
+            optimizer = Reference("--optimizer", name).make(ours, groups, options=options)
+            if not isinstance(optimizer, Optimizer):
+                raise UsageError(f"--optimizer {name}: makes {type(optimizer).__name__}, not an optimizer; return one")
         elif name.startswith(TIMM):
             make = timm_library("--optimizer", "timm.optim").create_optimizer_v2
             optimizer = make(groups, name.removeprefix(TIMM), **{"momentum": config.momentum, **flags, **common})
@@ -37,120 +38,76 @@ def build_optimizer(model: nn.Module, config: "TrainConfig") -> "Optimizer | Muo
             rule = {"sgd": torch.optim.SGD, "adam": torch.optim.Adam, "adamw": torch.optim.AdamW}.get(name)
             momentum = {} if name in ("adam", "adamw") else {"momentum": config.momentum}
             nesterov = {"nesterov": config.nesterov and config.momentum > 0} if name == "sgd" else {}
-            kernel = {"fused": True} if rule is not None and fused_works(model) else {"foreach": True}
+            one_kernel = {parameter.device.type for parameter in model.parameters()} in ({"cpu"}, {"cuda"})
+            kernel = {"fused": True} if rule is not None and one_kernel else {"foreach": True}
             optimizer = (rule or torch.optim.RMSprop)(groups, **common, **flags, **momentum, **nesterov, **kernel)
     except (TypeError, ValueError, AssertionError, ImportError) as error:
         if not options and not name.startswith(TIMM):
             raise
-        flag = " ".join(["--optimizer-options", *options])
-        raise UsageError(f"{flag if options else f'--optimizer {name}'}: not of {name} ({first_line(error)}); leave "
-                         f"out or correct what it does not take") from None
+        flag = f"--optimizer-options {' '.join(options)}" if options else f"--optimizer {name}"
+        raise UsageError(f"{flag}: not of {name} ({first_line(error)}); leave out or correct what it does not take"
+                         ) from None
     for group in optimizer.param_groups:
         group.setdefault("initial_lr", group["lr"])
     return optimizer
 
 
-def own_optimizer(name: str, groups: list[dict[str, Any]], flags: dict[str, Any], options: dict[str, Any]) -> Optimizer:
-    """The user's, of groups of parameters and of those of our flags that its signature has."""
-    optimizer = Reference("--optimizer", name).make(flags, groups, options=options)
-    if not isinstance(optimizer, Optimizer):
-        raise UsageError(f"--optimizer {name}: makes {type(optimizer).__name__}, not an optimizer; return "
-                         f"a torch.optim.Optimizer")
-    return optimizer
-
-
-def parameter_groups(model: nn.Module, config: "TrainConfig") -> list[dict[str, Any]]:
-    """All trained parameters, those with the same learning rate and weight decay together.
-
-    The biases of norms may learn at a rate of their own; their weight decay is divided by the same factor, so that the
-    pull towards zero stays what it is. UsageError for a pattern of `--no-decay` that matches nothing.
-    """
+def parameter_groups(model: nn.Module, config: TrainConfig) -> list[dict[str, Any]]:
+    """All trained parameters, those of one learning rate and weight decay together. The biases of norms may learn at a
+    rate of their own; their decay is divided by the same factor, so that the pull towards zero stays what it is."""
     scale, decay = config.norm_bias_lr_scale, config.weight_decay
     norms = [module for module in model.modules() if isinstance(module, NORMS)]
     norm_biases = {id(norm.bias) for norm in norms if norm.bias is not None} if scale != 1.0 else set()
-    undecayed = without_decay(model, norms, config.no_decay)
+    of_norms = {id(parameter) for norm in norms for parameter in norm.parameters(recurse=False)}
+    words = {"norm": [name for name, parameter in model.named_parameters() if id(parameter) in of_norms],
+             "bias": [name for name, _ in model.named_parameters() if name.rpartition(".")[2] == "bias"]}
+    undecayed = {name for pattern in config.no_decay
+                 for name in (words[pattern] if pattern in words else matching(model, pattern, flag="--no-decay"))}
     layers = layer_numbers(model) if config.layer_decay != 1.0 else {}
     last = max(layers.values(), default=0)
-    settings = [(1.0, decay), *([(scale, decay / scale)] if scale != 1.0 else [])]  # first, as in checkpoints
-    groups: dict[tuple[float, float], list[nn.Parameter]] = {setting: [] for setting in settings}
+    groups: dict[tuple[float, float], list[nn.Parameter]] = {(1.0, decay): [], (scale, decay / scale): []}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             own = scale if id(parameter) in norm_biases else 1.0
             rate = own * config.layer_decay ** (last - layers.get(name, last))
             groups.setdefault((rate, 0.0 if name in undecayed else decay / own), []).append(parameter)
     if len(groups) == 1:
-        return [{"params": groups[settings[0]]}]
+        return [{"params": groups[1.0, decay]}]
     return [{"params": parameters, "lr": config.learning_rate * rate, "weight_decay": its_decay}
             for (rate, its_decay), parameters in groups.items()]
 
 
-def without_decay(model: nn.Module, norms: Sequence[nn.Module], patterns: tuple[str, ...]) -> set[str]:
-    """The names of parameters that `--no-decay` leaves alone: `norm`, `bias`, and patterns as of `--freeze`."""
-    of_norms = {id(parameter) for norm in norms for parameter in norm.parameters(recurse=False)}
-    chosen: set[str] = set()
-    for pattern in patterns:
-        if pattern == "norm":
-            chosen |= {name for name, parameter in model.named_parameters() if id(parameter) in of_norms}
-        elif pattern == "bias":
-            chosen |= {name for name, _ in model.named_parameters() if name.rpartition(".")[2] == "bias"}
-        else:
-            chosen |= set(matching(model, pattern, flag="--no-decay"))
-    return chosen
-
-
 def layer_numbers(model: nn.Module) -> dict[str, int]:
-    """The layer of each parameter by its name, counted from the inputs; timm's models know theirs.
-
-    Otherwise each child of the model is a layer, but a Sequential or ModuleList, and what holds one directly below the
-    model, counts as many as it has children.
-    """
+    """The layer of each parameter by its name, counted from the inputs; timm's models know theirs. Else each child is a
+    layer, but a Sequential or ModuleList, and what holds one directly below the model, is as many as its children."""
     if hasattr(model, "group_matcher"):
         from timm.models import group_parameters  # pyright: ignore[reportMissingImports]
 
         return group_parameters(model, model.group_matcher(coarse=False), reverse=True)  # pyright: ignore
     containers = (nn.Sequential, nn.ModuleList)
-    names: list[str] = []
 
-    def walk(module: nn.Module, prefix: str, depth: int) -> None:
+    def layers_in(module: nn.Module, prefix: str = "") -> Iterator[str]:
         for name, child in module.named_children():
-            opened = isinstance(child, containers) or (
-                depth == 0 and any(isinstance(inner, containers) for inner in child.children()))
-            if opened:
-                walk(child, f"{prefix}{name}.", depth + 1)
+            if isinstance(child, containers) or (
+                    not prefix and any(isinstance(inner, containers) for inner in child.children())):
+                yield from layers_in(child, f"{prefix}{name}.")
             elif any(True for _ in child.parameters()):
-                names.append(f"{prefix}{name}.")
+                yield f"{prefix}{name}."
 
-    walk(model, "", 0)
-    numbers = {name: number for number, name in enumerate(names)}
-    return {parameter: next((numbers[layer] for layer in names if parameter.startswith(layer)), 0)
+    layers = list(layers_in(model))
+    return {parameter: next((number for number, layer in enumerate(layers) if parameter.startswith(layer)), 0)
             for parameter, _ in model.named_parameters()}
 
 
-def fused_works(model: nn.Module) -> bool:
-    """Whether one kernel can update all parameters: floats, all on the CPU or all on a GPU."""
-    devices = {parameter.device.type for parameter in model.parameters()}
-    return devices <= {"cpu"} or devices <= {"cuda"}
-
-
-def is_matrix(parameter: nn.Parameter) -> bool:
-    """Whether a parameter is a matrix, or filters that flatten to one; a row or column alone is a vector."""
-    return parameter.ndim >= 2 and 1 < len(parameter) < parameter.numel()
-
-
 def as_matrix(tensor: Tensor, like: Tensor) -> Tensor:
-    """Filters (O, I, ...) as a matrix (O, I * ...), its columns in the order in which `like` holds them in memory.
-
-    A tensor laid out as `like`, channels_last too, is not copied. Muon's update does not depend on the columns' order.
-    """
-    order = sorted(range(1, like.ndim), key=like.stride, reverse=True)
-    return tensor.permute(0, *order).flatten(1)
+    """Filters (O, I, ...) as a matrix (O, I * ...), its columns in the order in which `like` holds them in memory, so
+    that one laid out as `like` is not copied. Muon's update does not depend on the columns' order."""
+    return tensor.permute(0, *sorted(range(1, like.ndim), key=like.stride, reverse=True)).flatten(1)
 
 
 class FilterMuon(torch.optim.Muon):
     """torch's Muon, which takes matrices only, for filters too: flattened, as cifar10-airbench and timm do.
-
-    `normalize`: before each step every weight is scaled to the norm that as many orthonormal rows have.
-    """
+    `normalize`: before each step every weight is scaled to the norm that as many orthonormal rows have."""
 
     def __init__(self, groups: list[dict[str, Any]], *, normalize: bool = False, **options: Any) -> None:
         self.normalizes = normalize
@@ -180,20 +137,19 @@ class FilterMuon(torch.optim.Muon):
 
 
 class MuonWithAdamW:
-    """Muon for weight matrices and filters and AdamW for everything else, stepped and saved as one.
-
-    Muon's rates are matched to AdamW's (adjust_lr_fn), so one learning rate serves both. With `sgd`, its options such
-    as lr and momentum, Muon takes filters alone, as options such as ns_steps say, and SGD with momentum the rest, as in
-    cifar10-airbench.
-    """
+    """Muon for weight matrices and filters and AdamW for everything else, stepped and saved as one. Muon's rates are
+    matched to AdamW's (adjust_lr_fn), so one learning rate serves both. With `sgd`, its options such as lr and
+    momentum, Muon takes filters alone, and SGD with momentum the rest, as in cifar10-airbench."""
 
     def __init__(self, groups: list[dict[str, Any]], *, momentum: float, adams: Mapping[str, Any] | None = None,
                  sgd: Mapping[str, Any] | None = None, lr: float, weight_decay: float, **options: Any) -> None:
+        def is_matrix(each: nn.Parameter) -> bool:  # or filters that flatten to one; a row or column alone is a vector
+            return each.ndim >= (2 if sgd is None else 3) and 1 < len(each) < each.numel()
+
         def chosen(matrices: bool, rate: float = lr) -> list[dict[str, Any]]:
             """The groups with only their matrices, or with only the rest; those left empty are dropped."""
-            parts = [{**group, "lr": group.get("lr", lr) * (rate / lr if lr else 1), "params": [
-                each for each in group["params"] if (is_matrix(each) and (sgd is None or each.ndim > 2)) is matrices]}
-                     for group in groups]
+            parts = [{**group, "lr": group.get("lr", lr) * (rate / lr if lr else 1),
+                      "params": [each for each in group["params"] if is_matrix(each) is matrices]} for group in groups]
             return [part for part in parts if part["params"]]
 
         sgd = None if sgd is None else dict(sgd)  # TypeError for anything else
@@ -203,12 +159,10 @@ class MuonWithAdamW:
             how = {"adjust_lr_fn": "match_rms_adamw" if sgd is None else "original", **common, **options}
             self.parts.append(FilterMuon(matrices, momentum=momentum, **how))
         if others := chosen(False, (sgd or common).get("lr", lr)):
-            if sgd is not None:
-                how = {"momentum": 0.9, "nesterov": True, "fused": True, **common, **sgd}
-                self.parts.append(torch.optim.SGD(others, **how))
-            else:
-                self.parts.append(torch.optim.AdamW(others, **common, **options, **(adams or {}),
-                                                    fused=others[0]["params"][0].is_cuda or None))
+            self.parts.append(
+                torch.optim.AdamW(others, **common, **options, **(adams or {}),
+                                  fused=others[0]["params"][0].is_cuda or None) if sgd is None else
+                torch.optim.SGD(others, **{"momentum": 0.9, "nesterov": True, "fused": True, **common, **sgd}))
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:
@@ -240,7 +194,6 @@ def ema_average(decay: float, *, warmup_steps: int) -> Callable[[Any, Any, Any],
     def average(averaged: Any, current: Any, num_averaged: Any) -> None:
         steps = int(num_averaged)
         get_ema_multi_avg_fn(min(decay, (1 + steps) / (warmup_steps + steps)))(averaged, current, num_averaged)
-
     return average if warmup_steps else get_ema_multi_avg_fn(decay)
 
 
@@ -266,9 +219,8 @@ class MovingAverage(AveragedModel):
 
 def freeze(model: nn.Module, patterns: tuple[str, ...]) -> None:
     """Stop training what a pattern matches: call it before wrapping. UsageError if one matches no parameter."""
-    for pattern in patterns:
-        for name in matching(model, pattern, flag="--freeze"):
-            model.get_parameter(name).requires_grad_(False)
+    for name in (name for pattern in patterns for name in matching(model, pattern, flag="--freeze")):
+        model.get_parameter(name).requires_grad_(False)
 
 
 def matching(model: nn.Module, pattern: str, *, flag: str) -> list[str]:

@@ -3,17 +3,17 @@
 import contextlib
 import inspect
 import itertools
-from collections.abc import Callable, Iterator
-from typing import Any, Literal
+from collections.abc import Iterator
+from typing import Literal
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from launch.errors import UsageError
 from launch.process_group import World
-from trainers.engine.task import Batch
+from trainers.engine.task import Batch, Loss
 
 ParallelName = Literal["auto", "none", "dp", "ddp"]
 COMM_HOOKS = {"bf16": default_hooks.bf16_compress_hook, "fp16": default_hooks.fp16_compress_hook}
@@ -30,8 +30,7 @@ def choose_parallel(name: ParallelName, world: World, *, num_gpus: int) -> tuple
         raise UsageError("--parallel ddp: no launcher started this process; use torchrun --standalone "
                          "--nproc_per_node=N, or --parallel none")
     if name != "ddp" and world.world_size > 1:
-        raise UsageError(f"--parallel {name}: {world.world_size} ranks would train apart; use --parallel ddp, or one "
-                         f"process")
+        raise UsageError(f"--parallel {name}: {world.world_size} ranks would train apart; use ddp, or one process")
     if name == "dp" and (world.device.type != "cuda" or num_gpus < 2):
         found = "one GPU" if world.device.type == "cuda" else "no GPU"
         return "none", f"DataParallel has nothing to split on {found}; training as --parallel none"
@@ -46,10 +45,9 @@ def parallelize(model: nn.Module, parallel: Literal["none", "dp", "ddp"], world:
         return DataParallel(model)
     if parallel == "none" or not any(parameter.requires_grad for parameter in model.parameters()):
         return model
-    arguments: dict[str, Any] = {BUFFERS_ARGUMENT: False}
     wrapped = DistributedDataParallel(
         model, device_ids=[world.device.index] if world.device.type == "cuda" else None, gradient_as_bucket_view=True,
-        find_unused_parameters=find_unused_parameters, **arguments)
+        find_unused_parameters=find_unused_parameters, **{BUFFERS_ARGUMENT: False})  # pyright: ignore
     if comm_hook != "none":
         wrapped.register_comm_hook(state=None, hook=COMM_HOOKS[comm_hook])
     return wrapped
@@ -60,37 +58,34 @@ def unwrap(model: nn.Module) -> nn.Module:
     return model.module if isinstance(model, DataParallel | DistributedDataParallel) else model
 
 
-def parallel_name(model: nn.Module) -> Literal["none", "dp", "ddp"]:
-    """How a model was wrapped."""
-    return "ddp" if isinstance(model, DistributedDataParallel) else "dp" if isinstance(model, DataParallel) else "none"
-
-
 def gradient_sync(model: nn.Module, *, last: bool) -> contextlib.AbstractContextManager[object]:
     """The context of one micro-batch: DDP averages gradients on the last one only (`no_sync` on the others)."""
     return model.no_sync() if isinstance(model, DistributedDataParallel) and not last else contextlib.nullcontext()
 
 
-def warmed_up(model: nn.Module, world: World, batches: Iterator[Batch], *, loss: Callable[..., Tensor]
-              ) -> Iterator[Batch]:
+def warmed_up(model: nn.Module, world: World, batches: Iterator[Batch], *, loss: Loss) -> Iterator[Batch]:
     """Run forward and backward once where that prepares something: torch.compile's kernels, cuDNN's choice, or DDP's
-    layout of the gradients.
-
-    DDP lays them out in the order in which they first arrived, and over three or more ranks that decides in which order
-    they are added up: the first step of a resumed run would differ in the last bits. The model and its gradients are
-    left as they were; the batches returned include the first one.
-    """
+    layout of gradients: as they first arrived, by which three or more ranks add them up, so that a resumed run's first
+    step would differ in the last bits. The model is left as it was; the batches returned include the first one."""
     prepares = (world.device.type == "cuda" or unwrap(model)._compiled_call_impl is not None
                 or (isinstance(model, DistributedDataParallel) and world.world_size > 2))
     first = next(batches, None) if prepares else None
     if first is None:
         return batches
-    before = [buffer.clone() for buffer in model.buffers()]  # BatchNorm's running statistics
-    loss(*first).backward()
-    model.zero_grad(set_to_none=True)
+    with buffers_kept(model):
+        loss(*first).backward()
+    model.zero_grad()
+    return itertools.chain([first], batches)
+
+
+@contextlib.contextmanager
+def buffers_kept(model: nn.Module) -> Iterator[None]:
+    """Put a model's buffers, such as BatchNorm's running statistics, back to what they were before the block."""
+    before = [buffer.clone() for buffer in model.buffers()]
+    yield
     with torch.no_grad():
         for buffer, value in zip(model.buffers(), before, strict=True):
             buffer.copy_(value)
-    return itertools.chain([first], batches)
 
 
 def num_parameters(model: nn.Module) -> int:

@@ -18,8 +18,7 @@ class Precision:
     def __init__(self, name: PrecisionName, device: torch.device) -> None:
         if name == "fp16" and device.type == "cpu":
             raise UsageError("--precision fp16: on a CPU it is 30 times slower than fp32 (measured); use bf16")
-        self.name = name
-        self.device_type = device.type
+        self.name, self.device_type = name, device.type
         self.scaler = torch.amp.GradScaler(device.type, enabled=name == "fp16")
         self._num_skipped = torch.zeros((), device=device)  # counted on the device, which a step does not wait for
 
@@ -30,9 +29,8 @@ class Precision:
 
     def autocast(self) -> contextlib.AbstractContextManager[object]:
         """The context of the forward pass and the loss."""
-        if self.name == "fp32":
-            return contextlib.nullcontext()
-        return torch.autocast(self.device_type, dtype=DTYPES[self.name])
+        return contextlib.nullcontext() if self.name == "fp32" else torch.autocast(
+            self.device_type, dtype=DTYPES[self.name])
 
     def backward(self, loss: Tensor) -> None:
         """Add the gradients of a loss, scaled up where fp16 would round small ones to zero."""
@@ -42,15 +40,13 @@ class Precision:
         """Update the weights; in fp16 a step whose gradients overflowed is skipped, and the scale lowered."""
         self.scaler.step(optimizer)
         if self.scaler.is_enabled():
-            overflows = self.scaler._found_inf_per_device(optimizer).values()  # of one device; the next call clears it
-            self._num_skipped += sum(overflows)
+            self._num_skipped += sum(self.scaler._found_inf_per_device(optimizer).values())  # of this call
             self.scaler.update()
 
     def state_dict(self) -> dict[str, Any]:
         """The scaler's state and the number of skipped steps; empty without a scaler."""
-        if not self.scaler.is_enabled():
-            return {}
-        return {**self.scaler.state_dict(), "num_skipped_steps": self.num_skipped_steps}
+        state = self.scaler.state_dict()
+        return state and {**state, "num_skipped_steps": self.num_skipped_steps}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """The inverse."""

@@ -10,7 +10,6 @@ from launch.errors import printable
 
 class Prediction(NamedTuple):
     """The probabilities that the network gives to the classes of one image."""
-
     image: str
     probabilities: dict[str, float]  # by the names of all classes, in the network's order
     true_class: str | None = None

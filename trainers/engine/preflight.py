@@ -1,7 +1,5 @@
 """The network, tried on blank inputs of the real size: once in eval mode and, before training, once in train mode.
-
-Inputs that are dicts or tuples of tensors are taken as they are: lengths and indices among them must fit each other.
-"""
+Inputs that are dicts or tuples of tensors are taken as they are: lengths and indices among them must fit each other."""
 
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -11,6 +9,7 @@ from torch import Tensor
 
 from launch.errors import UsageError, first_line, is_users
 from launch.failure import translated
+from trainers.engine.parallel import buffers_kept
 from trainers.engine.step import TrainStep
 from trainers.engine.task import Batch, apply
 from trainers.engine.user_code import is_reference
@@ -30,12 +29,9 @@ def tried_first(step: TrainStep, batches: Iterator[Batch], flags: Mapping[str, A
 def try_network(step: TrainStep, batch: Batch, flags: Mapping[str, Any]) -> None:
     """Raises as above. Buffers and random generators are left as they were. A compiled model is tried as written."""
     inputs, single = batch[0], isinstance(batch[0], Tensor)
-    if single:
-        inputs = torch.zeros_like(inputs[:ENOUGH_SAMPLES], device=step.world.device)
-    else:
-        inputs, _ = step.to_device(inputs, ())
+    inputs = (torch.zeros_like(inputs[:ENOUGH_SAMPLES], device=step.world.device) if single else
+              step.to_device(inputs, ())[0])
     network, size = step.network, " x ".join(map(str, inputs.shape[1:])) if single else f"a {type(inputs).__name__}"
-    before = [buffer.clone() for buffer in network.buffers()]  # BatchNorm's running statistics
     devices = [step.world.device] if step.world.device.type == "cuda" else []
 
     def attempt(set_mode: Callable[[], object], explain: Callable[[str], str]) -> None:
@@ -51,12 +47,11 @@ def try_network(step: TrainStep, batch: Batch, flags: Mapping[str, Any]) -> None
     model, remedy = f"--model {flags.get('model')}:", "choose a model for this size"
     if flags.get("evaluate") is not None:
         model, remedy = f"--evaluate {flags['evaluate']}: its network", "use the trainer and size that made it"
-    attempt(network.eval, lambda reason: f"{model} cannot take inputs of {size} ({reason}); {remedy}")
-    if flags.get("evaluate") is None:
-        attempt(step.train_mode, lambda reason: few_samples(reason, flags) if single and len(inputs) == 1 else
-                f"{model} fails in training on inputs of {size} ({reason}); choose another")
-    for buffer, value in zip(network.buffers(), before, strict=True):
-        buffer.copy_(value)
+    with buffers_kept(network):
+        attempt(network.eval, lambda reason: f"{model} cannot take inputs of {size} ({reason}); {remedy}")
+        if flags.get("evaluate") is None:
+            attempt(step.train_mode, lambda reason: few_samples(reason, flags) if single and len(inputs) == 1 else
+                    f"{model} fails in training on inputs of {size} ({reason}); choose another")
 
 
 def few_samples(reason: str, flags: Mapping[str, Any]) -> str:

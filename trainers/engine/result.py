@@ -15,10 +15,9 @@ from launch.errors import printable, say
 from trainers.engine.checkpoints.snapshot import hash_tensors
 from trainers.engine.config import Statistics, TrainConfig
 from trainers.engine.metrics import Evaluation
-from trainers.engine.parallel import num_parameters, parallel_name
+from trainers.engine.parallel import num_parameters
 from trainers.engine.run import pictures
-from trainers.engine.run.folder import RunFolder
-from trainers.engine.step import TrainStep
+from trainers.engine.run.folder import OUT_OF_PATIENCE, RunFolder
 from trainers.engine.task import Batch, EvaluationBatches, TrainBatches
 from trainers.engine.trainer import Trainer
 
@@ -28,50 +27,51 @@ MOST_SHOWN_CLASSES, ENDS = 20, 5  # up to which the terminal shows every class, 
 
 def summary(config: TrainConfig, trainer: Trainer, train: TrainBatches, where: str) -> str:
     """What will run, before step 1: the batch arithmetic most of all."""
-    world, step = trainer.world, trainer.train_step
+    world, step, per_epoch = trainer.world, trainer.train_step, train.steps_per_epoch
     num_trained = sum(parameter.numel() for parameter in step.trained)
-    return "\n".join([
-        f"run        {trainer.folder.path} ({where})",
-        f"world      {world.world_size} x {world.device.type}, {world.threads} threads each, backend {world.backend}, "
-        f"launched by {world.launcher}",
-        f"batch      {config.batch_size} = {config.rank_batch_size()} per rank x {world.world_size} ranks x "
-        f"{config.accumulation_steps} accumulation",
-        f"steps      {config.total_steps(train.steps_per_epoch)} = {train.steps_per_epoch} per epoch, {config.epochs} "
-        f"epochs" + (f", at most {config.max_steps}" if config.max_steps else ""),
-        f"model      {config.model}, {num_parameters(step.network):,} parameters, {num_trained:,} trained, "
-        f"{config.precision}",
-    ])
+    limit = f", at most {config.max_steps}" if config.max_steps else ""
+    return (f"run        {trainer.folder.path} ({where})\n"
+            f"world      {world.world_size} x {world.device.type}, {world.threads} threads each, "
+            f"backend {world.backend}, launched by {world.launcher}\n"
+            f"batch      {config.batch_size} = {config.rank_batch_size()} per rank x {world.world_size} ranks x "
+            f"{config.accumulation_steps} accumulation\n"
+            f"steps      {config.total_steps(per_epoch)} = {per_epoch} per epoch, {config.epochs} epochs{limit}\n"
+            f"model      {config.model}, {num_parameters(step.network):,} parameters, {num_trained:,} trained, "
+            f"{config.precision}")
 
 
 def finish(trainer: Trainer, evaluation: Evaluation, class_names: tuple[str, ...], *, split: str, batch_size: int,
            total_seconds: float, save_weights: bool) -> dict[str, Any]:
-    """Write result.json, print the accuracy per class, and return what was written."""
+    """Write result.json, returned here, and DONE, with a reason if that was early; print the accuracy per class."""
     world, folder, step = trainer.world, trainer.folder, trainer.train_step
     seconds = trainer.history.train_seconds
     result = {
         "accuracy": evaluation.accuracy, "per_class_accuracy": evaluation.per_class_accuracy,
         "confusion_matrix": write_matrix(folder, evaluation.confusion_matrix), "loss": evaluation.loss,
         "num_samples": evaluation.num_samples, "split": split, "accuracy_top5": evaluation.accuracy_top5,
-        **evaluation.metrics,
-        "class_names": list(class_names), "train_seconds": seconds, "total_seconds": total_seconds,
-        "warm_up_seconds": trainer.history.warm_up_seconds,
+        **evaluation.metrics, "class_names": list(class_names), "train_seconds": seconds,
+        "total_seconds": total_seconds, "warm_up_seconds": trainer.history.warm_up_seconds,
         "samples_per_second": trainer.step * batch_size / seconds if seconds else None,
-        "data_wait_share": trainer.history.data_wait_share,
-        "world_size": world.world_size, "device": str(world.device), "precision": step.precision.name,
-        "parallel": parallel_name(step.model), "num_parameters": num_parameters(step.network),
+        "data_wait_share": trainer.history.data_wait_share, "world_size": world.world_size,
+        "device": str(world.device), "precision": step.precision.name, "num_parameters": num_parameters(step.network),
+        "parallel": {"DistributedDataParallel": "ddp", "DataParallel": "dp"}.get(type(step.model).__name__, "none"),
         "weights_sha256": hash_tensors(sorted(step.network.state_dict().items())),  # equal exactly when every bit is
-        "peak_memory_bytes": peak_memory_bytes(world.device),
-        "steps": trainer.step, "num_skipped_steps": step.precision.num_skipped_steps, "best": trainer.history.best,
-        "num_checkpoints": trainer.checkpointer.num_saves,  # of this process, and what training waited for them
-        "checkpoint_wait_seconds": trainer.checkpointer.wait_seconds,
-    }
+        "peak_memory_bytes": peak_memory_bytes(world.device), "steps": trainer.step, "best": trainer.history.best,
+        "num_skipped_steps": step.precision.num_skipped_steps, "num_checkpoints": trainer.checkpointer.num_saves,
+        "checkpoint_wait_seconds": trainer.checkpointer.wait_seconds}  # of this process, as the number of checkpoints
     folder.write_json("result.json", result)
     if save_weights and world.is_main:
         weights = {name: tensor.detach().cpu() for name, tensor in step.evaluated_model.state_dict().items()}
         torch.save(weights, buffer := io.BytesIO())  # of the CPU, to be read anywhere
         folder.write_bytes("weights.pt", buffer.getvalue())
+    ended, reason = result_text(evaluation, class_names, folder.path, split), ""
+    if trainer.out_of_patience:
+        best = (trainer.history.best or {}).get("step")
+        reason = f"{OUT_OF_PATIENCE} {trainer.options.patience}: no evaluation since step {best} was better"
+        ended += f"\nended by {reason}"
     if world.is_main:
-        say(result_text(evaluation, class_names, folder.path, split))
+        say(ended)
+    folder.write_status("DONE", step=trainer.step, epoch=trainer.epoch, reason=reason)
     return result
 
 
@@ -84,19 +84,30 @@ def write_matrix(folder: RunFolder, matrix: list[list[int]] | None) -> list[list
     return None
 
 
+@torch.no_grad()
 def draw_result(trainer: Trainer, evaluation: Evaluation, class_names: tuple[str, ...], *, steps_per_epoch: int,
                 test: EvaluationBatches, statistics: Statistics | None) -> None:
     """The pictures of a finished run, on rank 0, once all else is written; after an evaluation only, without curves."""
-    report = trainer.report
+    report, step = trainer.report, trainer.train_step
     report.curves(trainer.history.epochs, steps_per_epoch=steps_per_epoch, always=True)
-    report.confusion_matrix(evaluation, class_names)
+    if report.draws and evaluation.confusion_matrix is not None and evaluation.accuracy is not None:
+        title = f"{100 * evaluation.accuracy:.2f} % of {evaluation.num_samples} test samples"
+        with report.optional("--pictures"):
+            png = pictures.confusion_matrix(evaluation.confusion_matrix, class_names, title=title)
+            trainer.folder.write_bytes("confusion_matrix.png", png)
     if report.draws and statistics is not None:
         with report.optional("--pictures"):
             trainer.world.watchdog.mark("evaluation data")
             first = next(iter(test), None)  # of rank 0's share; none if no image of it can be read
             trainer.world.watchdog.mark("pictures")
             if first is not None:
-                draw_predictions(trainer.folder, trainer.train_step, first, statistics, class_names)
+                inputs, targets = (tensor[: pictures.MOST_IMAGES] for tensor in first)
+                with step.precision.autocast():
+                    labels = step.evaluated_model.eval()(inputs.to(step.world.device)).argmax(1)
+                true, predicted = ([class_names[int(label)] for label in each] for each in (targets, labels))
+                images = pictures.denormalize(inputs.float().cpu(), *statistics)
+                png = pictures.predictions(images, true, predicted, title="test images, as predicted")
+                trainer.folder.write_bytes("predictions.png", png)
 
 
 def result_text(evaluation: Evaluation, class_names: tuple[str, ...], path: Path, split: str = "test") -> str:
@@ -106,25 +117,21 @@ def result_text(evaluation: Evaluation, class_names: tuple[str, ...], path: Path
     lines = [f"{split} {accuracy or f'loss {evaluation.loss:.6f}'} over {evaluation.num_samples} samples{top5}"]
     lines += [f"  {name} {value:.6g}" for name, value in evaluation.metrics.items()]
     shares = list(zip(map(printable, class_names), evaluation.per_class_accuracy or [], strict=False))
-    if len(shares) <= MOST_SHOWN_CLASSES:
-        lines += [class_line(*share) for share in shares]
-    else:
-        ranked = sorted((share for share in shares if share[1] is not None), key=lambda share: share[1] or 0.0)
-        lines += [f"worst and best of {len(shares):,} classes:", *(class_line(*share) for share in ranked[:ENDS]),
-                  "  ...", *(class_line(*share) for share in ranked[max(ENDS, len(ranked) - ENDS) :])]
-    return "\n".join([*lines, f"results in {path}"])
-
-
-def class_line(name: str, share: float | None) -> str:
-    """One class of the summary; None where it has no samples."""
-    return f"  {name:<12} {100 * share:6.2f} %" if share is not None else f"  {name:<12}   none"
+    are_many = len(shares) > MOST_SHOWN_CLASSES
+    if are_many:
+        lines.append(f"worst and best of {len(shares):,} classes:")
+        shares = sorted((share for share in shares if share[1] is not None), key=lambda share: share[1] or 0.0)
+    classes = [f"  {name:<12} {100 * share:6.2f} %" if share is not None else f"  {name:<12}   none"
+               for name, share in shares]
+    if are_many:
+        classes[ENDS : max(ENDS, len(classes) - ENDS)] = ["  ..."]
+    return "\n".join([*lines, *classes, f"results in {path}"])
 
 
 def peak_memory_bytes(device: torch.device) -> int:
     """Most memory that torch held on the GPU, or that this process held on the CPU, so far."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else used
 
 
 def draw_first_batch(folder: RunFolder, batch: Batch, statistics: Statistics, class_names: Sequence[str]) -> None:
@@ -142,18 +149,3 @@ def label_text(target: Tensor, class_names: Sequence[str]) -> str:
         return class_names[int(target)]
     shares, labels = (part.tolist() for part in target.topk(2))
     return "\n".join(f"{class_names[label]} {share:.0%}" for share, label in zip(shares, labels, strict=True) if share)
-
-
-@torch.no_grad()
-def draw_predictions(folder: RunFolder, step: TrainStep, batch: Batch, statistics: Statistics,
-                     class_names: Sequence[str]) -> None:
-    """predictions.png: test images with predicted and true labels. Rank 0 only; no collective."""
-    model = step.evaluated_model.eval()
-    inputs, targets = (tensor[: pictures.MOST_IMAGES] for tensor in batch)
-    with step.precision.autocast():
-        labels = model(inputs.to(step.world.device)).argmax(1)
-    true = [class_names[int(label)] for label in targets]
-    predicted = [class_names[int(label)] for label in labels]
-    images = pictures.denormalize(inputs.float().cpu(), *statistics)
-    png = pictures.predictions(images, true, predicted, title="test images, as predicted")
-    folder.write_bytes("predictions.png", png)

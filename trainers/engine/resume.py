@@ -19,8 +19,7 @@ from trainers.engine.checkpoints.weights import load_weights
 from trainers.engine.config import ImageConfig, TrainConfig
 from trainers.engine.data_record import saved_class_names
 from trainers.engine.optimizer import MovingAverage
-from trainers.engine.run.card import CARD_FILE, read_card
-from trainers.engine.run.folder import RunFolder
+from trainers.engine.run.folder import CARD_FILE, RunFolder, read_card
 from trainers.engine.run.ownership import is_restart_of
 from trainers.engine.step import TrainStep
 from trainers.engine.trainer import Run, Trainer
@@ -33,24 +32,24 @@ MOMENTS = ("momentum_buffer", "exp_avg", "exp_avg_sq", "square_avg")  # of optim
 
 def choose_checkpoint(resume: str, folder: RunFolder,
                       unfit: Callable[[dict[str, Any]], str | None] = lambda state: None) -> Path | None:
-    """What to resume from, by `--resume` and by what is on disk; None for the start. Rank 0 only.
-
-    Tidies up what killed saves left, and renames damaged files, so that retention does not count them. Files that are
-    `unfit` for the run count as damaged, unless all are: then the flags are not those that they were made with.
-    Raises CheckpointError if there are checkpoints and none is whole: starting over silently would lose the run.
-    """
+    """What to resume from, by `--resume` and by what is on disk; None for the start. Rank 0 only. Tidies up what killed
+    saves left, and renames damaged files, so that retention does not count them. Files that are `unfit` for the run are
+    damaged too, unless all are: then the flags are others. CheckpointError if there are some and none is whole."""
     check_fence = folder.ownership.check
     sweep(folder.checkpoints, check_fence=check_fence)
     damaged, newest, state = newest_good(folder.checkpoints, unfit=unfit)
     if state is None and damaged:
         damaged, newest, state = newest_good(folder.checkpoints)
-    if not is_meant(resume, state):
+    continues = resume == "auto"
+    if state is not None and not continues:  # a restart of the same job, or the same PATH again, resumes where it was
+        continues = (is_restart_of(state["fingerprint"], job_identity()) if resume == "never" else
+                     state["config"].get("resume") == resume)
+    if not continues:
         return start_over(resume, folder)
-    if state is None and damaged:
-        path, reason = next(iter(damaged.items()))
-        raise CheckpointError(f"{path}: {reason}, and of {len(damaged)} checkpoints none is whole; use --resume never "
-                              f"to start over, or another --run-name")
     if state is None:
+        for path, reason in damaged.items():
+            raise CheckpointError(f"{path}: {reason}, and of {len(damaged)} checkpoints none is whole; use --resume "
+                                  f"never to start over, or another --run-name")
         if uncommitted := sorted(folder.checkpoints.glob("step-*.pt")):
             to_stderr(f"WARNING checkpoint: {uncommitted[-1]}: has no manifest, so was never finished; starting over")
         return None
@@ -61,16 +60,6 @@ def choose_checkpoint(resume: str, folder: RunFolder,
     if (state["best"] or {}).get("step") == state["step"]:
         give_name(newest, "best", check_fence=check_fence)  # a kill between its two links
     return newest
-
-
-def is_meant(resume: str, state: Mapping[str, Any] | None) -> bool:
-    """Whether `--resume` means the run's own newest checkpoint: `never` and PATH say how a run starts, but the same job
-    restarted, or the same PATH given again, resumes where it was."""
-    if resume == "auto" or state is None:
-        return resume == "auto"
-    if resume == "never":
-        return is_restart_of(state["fingerprint"], job_identity())
-    return state["config"].get("resume") == resume
 
 
 def start_over(resume: str, folder: RunFolder) -> Path | None:
@@ -86,36 +75,39 @@ def start_over(resume: str, folder: RunFolder) -> Path | None:
 
 
 def find_evaluated(config: TrainConfig, *, named: bool) -> tuple[dict[str, Any] | None, tuple[str, ...] | None, Any]:
-    """What `--evaluate` names, where that is a checkpoint: its state, its classes, and the config as it was trained. Of
-    a file of weights no state, and the rest if it lies in the folder of a run. Of a library's, `named`, the flags
-    stand."""
+    """The state that `--evaluate` names, its classes, and the config as it was trained. Of a file of weights no state,
+    and the rest if it lies in the folder of a run. Of a library's, `named`, the flags stand."""
     path = config.evaluate
     if path is None or named:
         return None, None, config
     if path.is_file() and not is_checkpoint(path):
-        run = path.absolute().parent
+        run, names = path.absolute().parent, None
         with contextlib.suppress(CheckpointError):
             card, saved = read_card(run), read_object(run / "config.json")
+            names = card.class_names if card.kind == "classes" else None
             config = as_trained(config, saved) if saved else config
-            return None, card.class_names if card.kind == "classes" else None, config
-        return None, None, config
+        return None, names, config
     state = load_or_fail(path)
-    known = known_classes(state, path) if isinstance(config, ImageConfig) else saved_class_names(state) or None
-    return state, known, as_trained(config, state["config"])
+    names = saved_class_names(state)
+    for folder in (path.absolute().parent.parent, path.absolute().parent) if isinstance(config, ImageConfig) else ():
+        with contextlib.suppress(CheckpointError):
+            names = names or read_card(folder).class_names
+    if not names and isinstance(config, ImageConfig) and launched_rank() == 0:
+        to_stderr(f"WARNING checkpoint: {path}: holds no names of classes and lies in no run folder with {CARD_FILE}; "
+                  f"they are taken to be those of --data-dir, in sorted order")
+    return state, names or None, as_trained(config, state["config"])
 
 
 def load_evaluated(config: TrainConfig, run: Run, trainer: Trainer) -> None:
-    """Put what `--evaluate` names into the trainer, where the model was not built with it. A collective. Of a
-    checkpoint the weights, their moving average if it has one, and the position; flags need not agree."""
+    """Put what `--evaluate` names into the trainer, if it is not there; of a checkpoint its position. A collective."""
     path, train_step, state = config.evaluate, trainer.train_step, run.evaluated
     assert path is not None
     train_step.ema = None
     if state is not None:
         check_fits(state, train_step.network, path)
-        train_step.network.load_state_dict(state["model"])
         if state["ema"] is not None:
             train_step.ema = MovingAverage(train_step.network, decay=1.0)
-            train_step.ema.module.load_state_dict(state["ema"])
+        train_step.load_weights(state)
         trainer.step, trainer.epoch, trainer.history.best = state["step"], state["epoch"], state["best"]
         return check_same_on_all_ranks(trainer, path)
     taken = load_weights(train_step.network, path, flag="--evaluate") if path.exists() else f"weights {path}"
@@ -127,44 +119,22 @@ def load_evaluated(config: TrainConfig, run: Run, trainer: Trainer) -> None:
 
 
 def as_trained(config: Any, saved: Mapping[str, Any]) -> Any:
-    """The config of an evaluation with the preprocessing that a saved one trained the weights with. What is given on
-    the command line stands, and one line says so; UsageError for another normalisation."""
+    """An evaluation's config with a saved one's preprocessing; flags given stand, or are refused."""
     saved = {"mean": (), "std": (), **TrainConfig.translated(saved)}
     saved = {name: tuple(value) if isinstance(value, list) else value for name, value in saved.items()}
     if saved.get("pretrained") is not None:
         saved["pretrained"] = Path(saved["pretrained"])
     names = [name for name in PREPROCESSING if name in saved and hasattr(config, name)]
     trained: Any = replace(config, **{name: saved[name] for name in names})
-    for name in set(names) & set(config.given):
+    given = set(names) & set(config.given)
+    for name in given:
         now, was = (each.size() if name == "image_size" else getattr(each, name) for each in (config, trained))
         line = f"--{name.replace('_', '-')} {now}: the weights were trained with {was}"
         if now != was and name in NORMALIZATION:
             raise UsageError(f"{line}; leave the flag out")
         if now != was and launched_rank() == 0:
             say(f"evaluate   {line}")
-    return replace(trained, **{name: getattr(config, name) for name in set(names) & set(config.given)})
-
-
-def known_classes(state: Mapping[str, Any], path: Path) -> tuple[str, ...] | None:
-    """The classes that a checkpoint's outputs stand for, from itself or model.json of its run; else None, said once."""
-    names = saved_class_names(state)
-    for folder in (path.absolute().parent.parent, path.absolute().parent):
-        with contextlib.suppress(CheckpointError):
-            names = names or read_card(folder).class_names
-    if not names and launched_rank() == 0:
-        to_stderr(f"WARNING checkpoint: {path}: holds no names of classes and lies in no run folder with {CARD_FILE}; "
-                  f"they are taken to be those of --data-dir, in sorted order")
-    return names or None
-
-
-def load_best(trainer: Trainer) -> None:
-    """Put best.pt's weights, and their moving average, into the trainer, which stays where it is; raises as above."""
-    path, train_step = trainer.folder.checkpoints / "best.pt", trainer.train_step
-    state = load_or_fail(path)
-    train_step.network.load_state_dict(state["model"])
-    if train_step.ema is not None:
-        train_step.ema.module.load_state_dict(state["ema"])
-    check_same_on_all_ranks(trainer, path)
+    return replace(trained, **{name: getattr(config, name) for name in given})
 
 
 def check_same_on_all_ranks(trainer: Trainer, source: Path) -> None:
@@ -177,11 +147,10 @@ def check_same_on_all_ranks(trainer: Trainer, source: Path) -> None:
 
 def unlike_run(state: Mapping[str, Any], train_step: TrainStep) -> str | None:
     """The path of the first part of a state that what is trained cannot continue from; None if there is none."""
-    live, optimizer = train_step.state(), train_step.optimizer
+    live, optimizer, memory = train_step.state(), train_step.optimizer, state["optimizer"]
     if name := unlike(state, {part: live[part] for part in ("model", "ema", "optimizer") if live[part] is not None}):
         return name
-    saved_parts = state["optimizer"].get("parts", [state["optimizer"]])
-    for saved, part in zip(saved_parts, getattr(optimizer, "parts", [optimizer]), strict=False):
+    for saved, part in zip(memory.get("parts", [memory]), getattr(optimizer, "parts", [optimizer]), strict=False):
         if not type(part).__module__.startswith(("torch.", "trainers.")):
             continue  # timm's and people's own remember what they like
         parameters = dict(enumerate(parameter for group in part.param_groups for parameter in group["params"]))
@@ -204,11 +173,8 @@ def is_memory_of(parameter: Tensor, entry: Any) -> bool:
 def resume(config: TrainConfig, trainer: Trainer, *, steps_per_epoch: int) -> str:
     """Put the trainer where the run was, or at the weights of `--init-from`; returns a sentence for the summary."""
     world, folder = trainer.world, trainer.folder
-    def choose() -> Path | None:
-        with writing(folder.checkpoints):
-            return choose_checkpoint(config.resume, folder, lambda state: unlike_run(state, trainer.train_step))
-
-    source = from_main(world, choose)
+    source = from_main(world, writing(folder.checkpoints)(lambda: choose_checkpoint(
+        config.resume, folder, lambda state: unlike_run(state, trainer.train_step))))
     if source is None:
         from_main(world, lambda: folder.truncate_metrics(-1, evaluated=False))
         if config.init_from is None:
@@ -228,7 +194,10 @@ def resume(config: TrainConfig, trainer: Trainer, *, steps_per_epoch: int) -> st
     except (KeyError, RuntimeError, TypeError, ValueError) as error:  # as an optimizer refuses another's state
         raise CheckpointError(f"{source}: does not fit this run: {first_line(error)}; use the flags and the version of "
                               f"this code that it was made with, or another --run-name") from None
-    if world.is_main and (changed := changed_files(state["fingerprint"], trainer.fingerprint)):
+    then, now = (each.get("user_code", {}) for each in (state["fingerprint"], trainer.fingerprint))
+    then = {Path(path).name: sha256 for path, sha256 in then.items()}
+    changed = [path for path, sha256 in now.items() if then.get(Path(path).name, sha256) != sha256]
+    if changed and world.is_main:
         to_stderr(f"WARNING checkpoint: {', '.join(changed)}: changed since {source.name} was written; the run "
                   f"continues with what is there now")
     check_same_on_all_ranks(trainer, source)
@@ -237,12 +206,6 @@ def resume(config: TrainConfig, trainer: Trainer, *, steps_per_epoch: int) -> st
     evaluated = trainer.history.has_recorded(trainer.step)
     from_main(world, lambda: folder.truncate_metrics(trainer.step, evaluated=evaluated))
     return f"from {source.name}, step {trainer.step}, epoch {trainer.epoch}"
-
-
-def changed_files(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """Those of the user's own files, by name, whose content is no longer what a checkpoint was made with."""
-    then = {Path(path).name: sha256 for path, sha256 in before.get("user_code", {}).items()}
-    return [path for path, sha256 in now.get("user_code", {}).items() if then.get(Path(path).name, sha256) != sha256]
 
 
 def say_other_rate(config: TrainConfig, trainer: Trainer, saved: Mapping[str, Any], steps_per_epoch: int) -> None:

@@ -1,10 +1,5 @@
-"""The learning rate as a function of the step: multipliers of each parameter group's own peak rate.
-
-    for group in optimizer.param_groups:
-        group["lr"] = group["initial_lr"] * multiplier(step)
-
-A pure function needs no state in a checkpoint, and a run resumed at step k has exactly the rate of one never stopped.
-"""
+"""The learning rate as a function of the step: multipliers of each parameter group's own peak rate. A pure function
+needs no state in a checkpoint, and a run resumed at step k has exactly the rate of one never stopped."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -20,60 +15,35 @@ ScheduleName = Literal["constant", "linear", "step", "cosine", "onecycle"]
 START, PEAK_AT, END = 0.2, 0.23, 0.07  # of onecycle: cifar10-airbench's triangle
 
 
-def constant(step: int, total_steps: int) -> float:
-    """1 throughout."""
-    return 1.0
-
-
-def linear(step: int, total_steps: int) -> float:
-    """A straight line from 1 to 0."""
-    return 1 - min(1.0, step / total_steps)
-
-
-def step_decay(step: int, total_steps: int) -> float:
-    """1, then a tenth from half of the run on, then a hundredth from three quarters (He et al., 2015)."""
-    return 0.1 ** ((2 * step >= total_steps) + (4 * step >= 3 * total_steps))
-
-
-def cosine(step: int, total_steps: int) -> float:
-    """Half a cosine wave from 1 to 0 (Loshchilov and Hutter, 2016)."""
-    return 0.5 * (1 + math.cos(math.pi * min(1.0, step / total_steps)))
-
-
-def onecycle(step: int, total_steps: int) -> float:
-    """A triangle: from 0.2 up to 1 at 23 % of the run, then down to 0.07 at its end."""
+def curve(name: ScheduleName, step: int, total_steps: int) -> float:
+    """The share of the peak rate at a step: linear from 1 to 0, cosine by half a wave (Loshchilov and Hutter, 2016),
+    step a tenth at half and at three quarters (He et al., 2015), onecycle from 0.2 to 1 at 23 %, then to 0.07."""
+    if name == "linear":
+        return 1 - min(1.0, step / total_steps)
+    if name == "step":
+        return 0.1 ** ((2 * step >= total_steps) + (4 * step >= 3 * total_steps))
+    if name == "cosine":
+        return 0.5 * (1 + math.cos(math.pi * min(1.0, step / total_steps)))
+    if name == "constant":
+        return 1.0
     peak = max(1.0, PEAK_AT * total_steps)
     if step < peak:
         return START + (1 - START) * step / peak
     return 1 + (END - 1) * min(1.0, (step - peak) / max(1.0, total_steps - peak))
 
 
-SCHEDULES: dict[str, Callable[[int, int], float]] = {
-    "constant": constant, "linear": linear, "step": step_decay, "cosine": cosine, "onecycle": onecycle,
-}
-
-
 def schedule(name: ScheduleName, *, total_steps: int, warmup_steps: int = 0, milestones: Sequence[int] = (),
              floor: float | None = None) -> Callable[[int], float]:
-    """step -> multiplier. The warm-up rises linearly to 1 over its steps, and the curve is laid over the rest.
-
-    Args:
-        name: the curve.
-        total_steps: of the whole run, warm-up included.
-        warmup_steps: of the rise.
-        milestones: steps of the run, of which each divides the rate by ten: in place of `step`'s own.
-        floor: the lowest share of the peak: where linear, cosine and onecycle end, and below which step does not fall.
-    """
-    curve = SCHEDULES[name]
+    """step -> multiplier. The warm-up rises linearly to 1 over its steps, and the curve is laid over the rest of
+    `total_steps`. Each of the `milestones`, in steps, divides the rate by ten, in place of `step`'s own. `floor` is the
+    lowest share of the peak: where linear, cosine and onecycle end, and below which step does not fall."""
     remaining = max(1, total_steps - warmup_steps)
 
     def multiplier(step: int) -> float:
         if step < warmup_steps:
             return (step + 1) / warmup_steps
-        if milestones:
-            value = 0.1 ** sum(step >= milestone for milestone in milestones)
-        else:
-            value = curve(step - warmup_steps, remaining)
+        value = (0.1 ** sum(step >= milestone for milestone in milestones) if milestones else
+                 curve(name, step - warmup_steps, remaining))
         if floor is None:
             return value
         if name in ("linear", "cosine"):
@@ -81,14 +51,12 @@ def schedule(name: ScheduleName, *, total_steps: int, warmup_steps: int = 0, mil
         if name == "onecycle" and step - warmup_steps >= PEAK_AT * remaining:
             return 1 - (1 - floor) * (1 - value) / (1 - END)
         return max(floor, value)
-
     return multiplier
 
 
 @dataclass(frozen=True, kw_only=True)
 class ScheduleFlags:
     """The flags of a run's length and learning rate."""
-
     TITLES: ClassVar = {"epochs": "Optimization"}
 
     epochs: Annotated[int, AtLeast(1)] = 10
@@ -126,8 +94,7 @@ class ScheduleFlags:
 
     def rate_curve(self, steps_per_epoch: int) -> Callable[[int], float]:
         """step -> share of the peak learning rate, over the whole run."""
-        return schedule(
-            self.schedule, total_steps=self.total_steps(steps_per_epoch),
-            warmup_steps=self.warmup_steps or round(self.warmup_epochs * steps_per_epoch),
-            milestones=[epoch * steps_per_epoch for epoch in self.milestones],
-            floor=None if self.min_lr is None or not self.learning_rate else self.min_lr / self.learning_rate)
+        floor = None if self.min_lr is None or not self.learning_rate else self.min_lr / self.learning_rate
+        return schedule(self.schedule, total_steps=self.total_steps(steps_per_epoch), floor=floor,
+                        warmup_steps=self.warmup_steps or round(self.warmup_epochs * steps_per_epoch),
+                        milestones=[epoch * steps_per_epoch for epoch in self.milestones])

@@ -1,12 +1,5 @@
-"""From a config and a data set to a finished run: the wiring that all trainers share.
-
-    @entry_point
-    def main(config):
-        with open_run(config, "cifar") as run:          # joins the ranks, owns runs/<name>/
-            train, test = load_data(config, run.world)
-            ...
-            return train_classifier(config, run, model, class_names, (images.mean, images.std), *loaders, fingerprint)
-"""
+"""From a config and a data set to a finished run, the wiring that all trainers share: in a `main` that is an
+`entry_point`, `with open_run(config, "cifar") as run:` and then `return train_classifier(config, run, model, ...)`."""
 
 import contextlib
 import functools
@@ -26,6 +19,7 @@ from launch.failure import translated
 from launch.launcher import job_identity, too_many_threads
 from launch.process_group import World, from_main, process_group
 from launch.stop import Stopped, signals_caught
+from trainers.engine.checkpoints.load import load_or_fail
 from trainers.engine.checkpoints.save import Checkpointer
 from trainers.engine.config import ImageConfig, Statistics, TrainConfig
 from trainers.engine.data_record import DataRecord
@@ -35,9 +29,8 @@ from trainers.engine.optimizer import MovingAverage, build_optimizer, freeze
 from trainers.engine.parallel import choose_parallel, parallelize
 from trainers.engine.precision import Precision
 from trainers.engine.result import draw_first_batch, draw_result, finish, summary
-from trainers.engine.resume import find_evaluated, load_best, load_evaluated, resume
-from trainers.engine.run.card import CARD_FILE, ModelCard
-from trainers.engine.run.folder import OUT_OF_PATIENCE, RunFolder
+from trainers.engine.resume import check_same_on_all_ranks, find_evaluated, load_evaluated, resume
+from trainers.engine.run.folder import CARD_FILE, ModelCard, RunFolder
 from trainers.engine.run.ownership import check_run_name, unnamed_run
 from trainers.engine.run.report import Report
 from trainers.engine.step import StepOptions, TrainStep
@@ -75,8 +68,8 @@ def to_plain(config: TrainConfig) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def open_run(config: TrainConfig, trainer: str, *, named: bool = False) -> Iterator[Run]:
-    """Catch signals, join the other ranks and own the run folder, for the length of a `with` block. However that ends,
-    status.json says how. Weights that are `named` are no file. Raises UsageError, before any rank waits for another."""
+    """Catch signals, join the other ranks and own the run folder, for the length of a `with` block; status.json says
+    how that ends. Weights that are `named` are no file. UsageError for flags that cannot work; AlreadyDone."""
     config.check()
     check_run_name(config.run_name)
     torch.backends.mkldnn.enabled = config.onednn
@@ -93,7 +86,15 @@ def open_run(config: TrainConfig, trainer: str, *, named: bool = False) -> Itera
             state, known, config = find_evaluated(config, named=named)
             if config.evaluate is not None:
                 files |= load_all(config)  # the transform that the weights were trained with
-            begin(config, folder, world, files)
+            facts = {"world_size": world.world_size, "device": str(world.device), "threads_per_rank": world.threads,
+                     "launcher": world.launcher, "backend": world.backend, "user_code": files}
+            if not from_main(world, lambda: folder.begin(to_plain(config), world=facts)):
+                result = folder.read_json("result.json") or {}
+                if world.is_main:
+                    say(f"{folder.path} is DONE (accuracy {result.get('accuracy')}); raise --epochs to continue")
+                raise AlreadyDone(result)
+            if world.is_main and (warning := too_many_threads(world, world.threads)):
+                to_stderr(warning)
             with blaming(references(config)):
                 yield Run(trainer=trainer, world=world, folder=folder, stop=stop, config=config, evaluated=state,
                           known=known, user_code=files)
@@ -107,39 +108,24 @@ def open_run(config: TrainConfig, trainer: str, *, named: bool = False) -> Itera
             folder.release()
 
 
-def begin(config: TrainConfig, folder: RunFolder, world: World, files: dict[str, str]) -> None:
-    """Record what is asked for, and on what it runs. AlreadyDone as above; UsageError for flags that alter the run."""
-    facts = {"world_size": world.world_size, "device": str(world.device), "threads_per_rank": world.threads,
-             "launcher": world.launcher, "backend": world.backend, "user_code": files}
-    if not from_main(world, lambda: folder.begin(to_plain(config), world=facts)):
-        result = folder.read_json("result.json") or {}
-        if world.is_main:
-            say(f"{folder.path} is DONE (accuracy {result.get('accuracy')}); raise --epochs to continue")
-        raise AlreadyDone(result)
-    if world.is_main and (warning := too_many_threads(world, world.threads)):
-        to_stderr(warning)
-
-
 def build_trainer(config: TrainConfig, run: Run, model: nn.Module, task: Task, *, steps_per_epoch: int,
                   data: DataRecord, split: Literal["test", "validation"]) -> Trainer:
     """A model and all that trains it, evaluated on a split. Raises UsageError as build_step does."""
-    num_classes = task.num_classes or 0
+    world, num_classes = run.world, task.num_classes or 0
     if num_classes <= {"top5": TOP, "accuracy": 0}.get(config.best or "loss", -1):
         raise UsageError(f"--best {config.best}: the data has {num_classes or 'no'} classes; use --best loss")
-    world = run.world
     fingerprint = {"dataset": None if data.has_files else data.fingerprint, "global_batch_size": config.batch_size,
                    "world_size": world.world_size, "threads": world.threads, "torch": str(torch.__version__),
                    "decoder": getattr(data.dataset, "decoder", None), **job_identity(),
                    **({"user_code": run.user_code} if run.user_code else {})}
     tracked = TrackedRun(run.folder.path, project=run.trainer, config=to_plain(config))
-    return Trainer(
-        build_step(config, model, task, world, steps_per_epoch=steps_per_epoch), run,
-        checkpointer=Checkpointer(run.folder, keep=config.keep_checkpoints),
-        report=Report(run.folder, pictures=config.pictures,
-                      trackers=[TrackerThread(name, tracked) for name in config.trackers()]),
-        options=LoopOptions(split=split, best=config.best or "accuracy", **{name: getattr(config, name) for name in (
-            "eval_every", "checkpoint_every", "max_bad_steps", "log_gradients", "patience")}),
-        config=to_plain(config), fingerprint=fingerprint, data=data)
+    trackers = [TrackerThread(name, tracked) for name in config.trackers()]
+    options = LoopOptions(split=split, best=config.best or "accuracy", **{name: getattr(config, name) for name in (
+        "eval_every", "checkpoint_every", "max_bad_steps", "log_gradients", "patience")})
+    return Trainer(build_step(config, model, task, world, steps_per_epoch=steps_per_epoch), run, options=options,
+                   checkpointer=Checkpointer(run.folder, keep=config.keep_checkpoints), config=to_plain(config),
+                   report=Report(run.folder, pictures=config.pictures, trackers=trackers), fingerprint=fingerprint,
+                   data=data)
 
 
 def build_step(config: TrainConfig, model: nn.Module, task: Task, world: World, *, steps_per_epoch: int) -> TrainStep:
@@ -166,22 +152,20 @@ def build_step(config: TrainConfig, model: nn.Module, task: Task, world: World, 
         model.compile(mode=config.compile_mode)
     wrapped = parallelize(model, parallel, world, comm_hook=config.comm_hook,
                           find_unused_parameters=config.find_unused_parameters)
-    names = ("seed", "accumulation_steps", "clip_grad_norm", "channels_last")
-    return TrainStep(wrapped, optimizer, task, world, precision=precision, ema=ema,
-                     schedule=config.rate_curve(steps_per_epoch),
-                     options=StepOptions(**{name: getattr(config, name) for name in names}))
+    options = StepOptions(seed=config.seed, accumulation_steps=config.accumulation_steps,
+                          clip_grad_norm=config.clip_grad_norm, channels_last=config.channels_last)
+    return TrainStep(wrapped, optimizer, task, world, precision=precision, ema=ema, options=options,
+                     schedule=config.rate_curve(steps_per_epoch))
 
 
 def train_classifier(config: ImageConfig, run: Run, model: nn.Module, class_names: tuple[str, ...],
-                     statistics: Statistics, train: TrainBatches | None = None,
-                     test: EvaluationBatches | None = None, dataset: Any = None,
-                     validation: EvaluationBatches | None = None) -> dict[str, Any]:
+                     statistics: Statistics, train: TrainBatches = None, test: EvaluationBatches | None = None,
+                     dataset: Any = None, validation: EvaluationBatches | None = None) -> dict[str, Any]:
     """A classifier of images, from its parts to the end of the run; returns its result. Writes model.json first."""
-    mean, std = statistics
     options = {name: value for name, value in config.network().items() if value is not None}
     card = ModelCard(
-        trainer=run.trainer, model=absolute(options.pop("name")), options=options, class_names=class_names, mean=mean,
-        std=std, image_size=(config.size(), config.size()), user_code=run.user_code,
+        trainer=run.trainer, model=absolute(options.pop("name")), options=options, class_names=class_names,
+        mean=statistics[0], std=statistics[1], image_size=(config.size(), config.size()), user_code=run.user_code,
         transform=absolute(config.transform) if config.transform else None,
         **{name: getattr(config, name) for name in ("fit", "resize_size", "interpolation") if hasattr(config, name)})
     run.folder.write_json(CARD_FILE, asdict(card))
@@ -192,29 +176,18 @@ def train_classifier(config: ImageConfig, run: Run, model: nn.Module, class_name
                        class_names=class_names, statistics=statistics)
 
 
-def chosen_splits(run: Run, test: EvaluationBatches | None, validation: EvaluationBatches | None
-                  ) -> tuple[Literal["test", "validation"], EvaluationBatches, EvaluationBatches | None]:
-    """What training is evaluated on, by name, and what is evaluated once at its end, if that is something else.
-    A run of before there were three splits called the validation split its test set, and keeps doing so."""
-    evaluated = test if validation is None else validation
-    assert evaluated is not None
-    if validation is None or from_main(run.world, run.folder.first_evaluated_split) == "test":
-        return "test", evaluated, None
-    return "validation", evaluated, test
-
-
 def train_model(config: TrainConfig, run: Run, model: nn.Module, task: Task, train: TrainBatches | None = None,
                 test: EvaluationBatches | None = None, *, dataset: Any, validation: EvaluationBatches | None = None,
                 class_names: tuple[str, ...] = (), statistics: Statistics | None = None) -> dict[str, Any]:
-    """Resume, train, evaluate, and write down how it ended; with `--evaluate PATH`, load that and train nothing.
-
-    Of a validation and a test split, the former chooses best.pt, with whose weights the latter is evaluated once, at
-    the end. Returns what result.json holds. Pictures are drawn with the `statistics` that normalised the images. The
-    training set, `dataset`, and `train` are None where nothing is trained.
-    """
+    """Resume, train, evaluate, and write down how it ended; returns what result.json holds. With `--evaluate` nothing
+    is trained. A validation split chooses best.pt, with whose weights the test split is then evaluated once."""
     began = time.perf_counter()
     steps_per_epoch = train.steps_per_epoch if train is not None else 1
-    split, evaluated, at_the_end = chosen_splits(run, test, validation)
+    split, evaluated, at_the_end = "test", test if validation is None else validation, None
+    assert evaluated is not None
+    # a run of before there were three splits called the validation split its test set, and keeps doing so
+    if validation is not None and from_main(run.world, run.folder.first_evaluated_split) != "test":
+        split, at_the_end = "validation", test
     trainer = build_trainer(config, run, model, task, steps_per_epoch=steps_per_epoch, split=split,
                             data=DataRecord(run.world, dataset, class_names))
     with trainer.report:
@@ -236,24 +209,14 @@ def train_model(config: TrainConfig, run: Run, model: nn.Module, task: Task, tra
                     return write_measurement(trainer, train, config.measure)
                 trainer.fit(train, evaluated, last_step=config.total_steps(train.steps_per_epoch))
             if at_the_end is not None:
-                load_best(trainer)
+                best = run.folder.checkpoints / "best.pt"
+                trainer.train_step.load_weights(load_or_fail(best))
+                check_same_on_all_ranks(trainer, best)
         if at_the_end is not None:
             split, evaluated, trainer.last_evaluation = "test", at_the_end, None
         evaluation = trainer.last_evaluation or trainer.evaluate(evaluated)
         result = finish(trainer, evaluation, class_names, split=split, batch_size=config.batch_size,
                         save_weights=config.save_weights, total_seconds=time.perf_counter() - began)
-        write_done(trainer)
         draw_result(trainer, evaluation, class_names, test=evaluated, statistics=statistics,
                     steps_per_epoch=steps_per_epoch)
     return result
-
-
-def write_done(trainer: Trainer) -> None:
-    """DONE, and why if that was before the last step."""
-    reason = ""
-    if trainer.out_of_patience:
-        best = (trainer.history.best or {}).get("step")
-        reason = f"{OUT_OF_PATIENCE} {trainer.options.patience}: no evaluation since step {best} was better"
-        if trainer.world.is_main:
-            say(f"ended by {reason}")
-    trainer.folder.write_status("DONE", step=trainer.step, epoch=trainer.epoch, reason=reason)

@@ -1,21 +1,20 @@
-"""One optimizer step, and one evaluation: what happens to a batch between the loader and the next batch.
+"""One optimizer step, and one evaluation: what happens to a batch between the loader and the next batch. Dropout
+depends on (seed, step, rank) alone, so that a resumed run repeats it and no random state is saved."""
 
-    train_step = TrainStep(model, optimizer, task, world, precision=..., schedule=..., options=StepOptions(seed=0))
-    train_step(batches, step=0, before_update=lambda: None)       # the next accumulation_steps micro-batches
-    evaluation = train_step.evaluate(test, stop)                  # every sample of the test set once
-"""
-
+import hashlib
+import random
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DataParallel
 
 from launch.process_group import World
 from launch.stop import StopRequest
-from trainers.engine.dropout import default_generators, seed_dropout, seed_own_code
 from trainers.engine.metrics import Evaluation, EvaluationSums, TrainingSums, sync_buffers
 from trainers.engine.optimizer import MovingAverage
 from trainers.engine.parallel import gradient_sync, unwrap
@@ -26,9 +25,7 @@ from trainers.engine.task import Batch, EvaluationBatches, Task, apply, map_tens
 @dataclass(frozen=True, kw_only=True)
 class StepOptions:
     """Numbers that a step needs."""
-
-    seed: int
-    """Of dropout."""
+    seed: int  # of dropout
     accumulation_steps: int = 1
     clip_grad_norm: float | None = None
     channels_last: bool = False
@@ -36,9 +33,7 @@ class StepOptions:
 
 class DataWait:
     """Adds up how long steps wait for their batches; of a process without its first batch, which starts the workers.
-
-    By the clock of what waits: a GPU has work queued while the host reads, so its own events are asked.
-    """
+    By the clock of what waits: a GPU has work queued while the host reads, so its own events are asked."""
 
     def __init__(self, device: torch.device) -> None:
         self.on_gpu, self._spans, self._num_seen = device.type == "cuda", [], 0
@@ -71,16 +66,15 @@ class TrainStep:
                  schedule: Callable[[int], float], options: StepOptions, ema: MovingAverage | None = None) -> None:
         self.model, self.optimizer, self.task, self.world = model, optimizer, task, world
         self.precision, self.schedule, self.options, self.ema = precision, schedule, options, ema
-        self.mark: Callable[[str, int], None] = world.watchdog.mark
-        """Is told of the phases of a step as they start, to notice a hang; or to measure them."""
+        self.mark: Callable[[str, int], None] = world.watchdog.mark  # is told of phases, to notice a hang, or for times
         self.trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        self.data_wait = DataWait(world.device)
+        self.data_wait, self.sums = DataWait(world.device), TrainingSums(classification=task.num_classes is not None)
         self._side_stream = torch.cuda.Stream(world.device) if world.device.type == "cuda" else None
-        self.sums = TrainingSums(classification=task.num_classes is not None)
         self.gradient_norms: dict[str, Tensor] = {}
-        self.is_under_way = False
-        """Whether a step was begun and not ended, as where a stop interrupts a wait for data: no state to save."""
-        self._frozen_norms = [module for module in model.modules() if is_frozen_norm(module)]
+        self.is_under_way = False  # begun and not ended, as where a stop interrupts a wait for data: no state to save
+        self._frozen_norms = [
+            module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)
+            and {parameter.requires_grad for parameter in module.parameters(recurse=False)} == {False}]
         self._memory_format = torch.channels_last if options.channels_last else torch.contiguous_format
         self._dropout_generators = default_generators(model, world.device)
 
@@ -94,24 +88,14 @@ class TrainStep:
         """The network that is evaluated: the moving average of the weights, if one is kept."""
         return self.ema.module if self.ema is not None else self.network
 
-    @property
-    def learning_rate(self) -> float:
-        """Of the last step, for the first group of parameters."""
-        return self.optimizer.param_groups[0]["lr"]
-
     def __call__(self, batches: Iterator[Batch], *, step: int, before_update: Callable[[], None],
                  watch_gradients: bool = False) -> None:
         """One optimizer update from the next `accumulation_steps` micro-batches. Nothing in it waits for the device.
-
-        Args:
-            batches: (inputs, targets) of this rank, one micro-batch after the other.
-            step: completed steps, which key dropout and the learning rate.
-            before_update: called when the gradients are there and before the weights change.
-            watch_gradients: keep the norm of each layer's gradient in `gradient_norms`.
-        """
+        The steps so far key dropout and the rate; `before_update` is called once the gradients are there."""
         mark, options = self.mark, self.options
         first = seed_dropout(self._dropout_generators, seed=options.seed, step=step, rank=self.world.rank)
-        self._set_learning_rate(step)
+        for group in self.optimizer.param_groups:
+            group["lr"] = group["initial_lr"] * self.schedule(step)
         for micro_step in range(options.accumulation_steps):
             mark("data", step)
             with self.data_wait:
@@ -153,11 +137,10 @@ class TrainStep:
 
     def to_device(self, inputs: Any, targets: Any) -> Batch:
         """A batch where the model is, images in its memory order."""
-        device = self.world.device
-        return (map_tensors(lambda tensor: tensor.to(
-                    device, memory_format=self._memory_format if tensor.ndim == 4 else torch.preserve_format,
-                    non_blocking=True), inputs),
-                map_tensors(lambda tensor: tensor.to(device, non_blocking=True), targets))
+        def moved(tensor: Tensor, memory_format: torch.memory_format = torch.preserve_format) -> Tensor:
+            return tensor.to(self.world.device, non_blocking=True, memory_format=memory_format)
+        return (map_tensors(lambda each: moved(each, self._memory_format) if each.ndim == 4 else moved(each), inputs),
+                map_tensors(moved, targets))
 
     def forward(self, inputs: Any, targets: Any) -> tuple[Tensor, Tensor]:
         """The logits and the loss of a batch on the device."""
@@ -167,16 +150,12 @@ class TrainStep:
 
     @torch.no_grad()
     def evaluate(self, test: EvaluationBatches, stop: StopRequest) -> Evaluation:
-        """Count every sample of the test set once, over all ranks.
-
-        Through the unwrapped model, or its moving average, with rank 0's buffers. No collective inside the loop, so
-        ranks may have different numbers of batches. Raises Stopped on every rank, if any was asked to stop.
-        """
+        """Count every sample of the test set once, over all ranks, through the unwrapped model or its moving average,
+        with rank 0's buffers. No collective in the loop: ranks may have more batches than others. Raises Stopped."""
         if self.task.is_own:
             seed_own_code(seed_dropout(self._dropout_generators, seed=self.options.seed, step=-1, rank=self.world.rank))
-        model = self.evaluated_model
+        model = self.evaluated_model.eval()
         sync_buffers(model, self.world)
-        model.eval()
         sums = EvaluationSums(self.world.device, num_classes=self.task.num_classes, metrics=self.task.metrics)
         self.world.watchdog.mark("evaluation data")
         for number, (inputs, targets) in enumerate(test):
@@ -188,8 +167,7 @@ class TrainStep:
             inputs, targets = self.to_device(inputs, targets)
             with self.precision.autocast():
                 outputs = apply(model, inputs)
-            if isinstance(outputs, Tensor):
-                outputs = outputs.float()
+            outputs = outputs.float() if isinstance(outputs, Tensor) else outputs
             sums.update(self.task.test_loss(outputs, targets), self.task.logits(outputs), targets)
             self.world.watchdog.mark("evaluation data")
         self.world.watchdog.mark("reduce")
@@ -203,32 +181,47 @@ class TrainStep:
         for module in self._frozen_norms:
             module.eval()  # frozen BatchNorm neither normalises by the batch nor follows it
 
-    def _set_learning_rate(self, step: int) -> None:
-        multiplier = self.schedule(step)
-        for group in self.optimizer.param_groups:
-            group["lr"] = group["initial_lr"] * multiplier
-
     def state(self) -> dict[str, Any]:
         """Its part of a checkpoint; tensors are the live ones."""
         return {"model": self.network.state_dict(keep_vars=True), "optimizer": self.optimizer.state_dict(),
-                "scaler": self.precision.state_dict(),
-                "ema": self.ema.module.state_dict() if self.ema is not None else None}
+                "scaler": self.precision.state_dict(), "ema": self.ema.module.state_dict() if self.ema else None}
 
-    def load_state(self, state: dict[str, Any]) -> None:
-        """Continue from a checkpoint's state, which was checked to fit."""
+    def load_weights(self, state: Mapping[str, Any]) -> None:
+        """Take the weights of a checkpoint's state, which was checked to fit, and their moving average."""
         self.network.load_state_dict(state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.precision.load_state_dict(state["scaler"])
         if self.ema is not None and state["ema"] is not None:
             self.ema.module.load_state_dict(state["ema"])
             self.ema.num_updates = state["step"]  # 0 would start the average again
 
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Continue from a checkpoint's state, which was checked to fit."""
+        self.load_weights(state)
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.precision.load_state_dict(state["scaler"])
 
-def is_frozen_norm(module: nn.Module) -> bool:
-    """Whether this is a BatchNorm none of whose parameters is trained, as `--freeze` leaves it."""
-    parameters = list(module.parameters(recurse=False))
-    return (isinstance(module, nn.modules.batchnorm._BatchNorm) and bool(parameters)
-            and not any(parameter.requires_grad for parameter in parameters))
+
+def default_generators(model: nn.Module, device: torch.device) -> list[torch.Generator]:
+    """Those that dropout takes numbers from: the device's, or with DataParallel that of every GPU that runs a copy.
+    Seeding them alone costs 1 us, torch.manual_seed 100."""
+    if device.type == "cuda":
+        copies = model.device_ids if isinstance(model, DataParallel) else [device.index]
+        return [torch.cuda.default_generators[index] for index in copies]
+    return [torch.default_generator]
+
+
+def seed_dropout(generators: list[torch.Generator], *, seed: int, step: int, rank: int) -> int:
+    """Put the generators where this step of this rank begins; the copies of DataParallel get different numbers. Returns
+    the first seed, from which people's own networks and losses get those of Python's and numpy's generators."""
+    first = int.from_bytes(hashlib.blake2b(f"{seed} {step} {rank}".encode(), digest_size=7).digest(), "big")
+    for copy, generator in enumerate(generators):
+        generator.manual_seed(first + copy)
+    return first
+
+
+def seed_own_code(first: int) -> None:
+    """Python's and numpy's own generators, from which people's networks and losses may draw; 7 us."""
+    random.seed(first)
+    np.random.seed(first % 2**32)
 
 
 def gradient_norms(model: nn.Module) -> dict[str, Tensor]:

@@ -1,9 +1,9 @@
 """What a trainer is given: the loss, and training and evaluation batches."""
 
 import functools
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Annotated, Any, ClassVar, Protocol, cast
+from typing import Annotated, Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -17,35 +17,14 @@ Batch = tuple[Any, Any]  # inputs and targets: tensors, or dicts and tuples of t
 Loss = Callable[[Any, Any], Tensor]  # (outputs, targets) -> mean over the batch
 Metric = Callable[[Tensor, Tensor], Any]  # (logits, targets) of the whole test set -> a number, or several by name
 EvaluationBatches = Iterable[Batch]  # this rank's share of a test set
-
-
-class TrainBatches(Protocol):
-    """What `fit` trains on: datasets.loaders.TrainLoader and its like."""
-
-    @property
-    def steps_per_epoch(self) -> int:
-        """Optimizer steps in one epoch."""
-        ...
-
-    @property
-    def global_batch_size(self) -> int:
-        """Samples that all ranks together consume in one optimizer step."""
-        ...
-
-    def batches(self, epoch: int, samples_consumed: int) -> Iterator[Batch]:
-        """This rank's micro-batches from that position to the end of the epoch."""
-        ...
-
-
-def samples_per_epoch(train: TrainBatches) -> int:
-    """Samples that all ranks together consume in one epoch; the incomplete last global batch is left out."""
-    return train.steps_per_epoch * train.global_batch_size
+# datasets.loaders.TrainLoader and its like: steps_per_epoch, global_batch_size (samples that all ranks together consume
+# in one step) and batches(epoch, samples_consumed), this rank's micro-batches from that position to the epoch's end
+TrainBatches = Any
 
 
 @dataclass(frozen=True, kw_only=True)
 class MixingFlags:
     """Flags of the trainers that can mix samples in pairs, so that targets become shares of labels."""
-
     TITLES: ClassVar = {"mixup": "Data"}
 
     mixup: Annotated[float | None, Above(0, such_as=0.2)] = None
@@ -74,17 +53,12 @@ class MixingFlags:
 @dataclass(kw_only=True)
 class Task:
     """What is learned: the loss to minimise, the loss to report on the test set, and the number of classes."""
-
     loss: Loss
     test_loss: Loss
-    num_classes: int | None
-    """None where there are none: then only the loss is reported."""
-    logits: Callable[[Any], Tensor] = field(default_factory=lambda: logits_of)
-    """Of what the model returns."""
-    metrics: dict[str, Metric] = field(default_factory=dict)
-    """Further figures of an evaluation, by name."""
-    is_own: bool = False
-    """Whether the network or the loss may be people's own."""
+    num_classes: int | None  # None where there are none: then only the loss is reported
+    logits: Callable[[Any], Tensor] = field(default_factory=lambda: logits_of)  # of what the model returns
+    metrics: dict[str, Metric] = field(default_factory=dict)  # further figures of an evaluation, by name
+    is_own: bool = False  # whether the network or the loss may be people's own
 
 
 def logits_of(outputs: Any) -> Tensor:
@@ -93,9 +67,8 @@ def logits_of(outputs: Any) -> Tensor:
         return outputs
     if isinstance(found := getattr(outputs, "logits", None), Tensor):
         return found
-    parts = outputs if isinstance(outputs, list | tuple) else ()
-    if isinstance(outputs, Mapping):
-        parts = [outputs[name] for name in ("logits", "out") if name in outputs] or list(outputs.values())
+    parts = ([outputs[name] for name in ("logits", "out") if name in outputs] or list(outputs.values())
+             if isinstance(outputs, Mapping) else outputs if isinstance(outputs, list | tuple) else ())
     if parts:
         return logits_of(parts[0])
     raise UsageError(f"--model: returns {type(outputs).__name__}, in which no logits are found; return a tensor, or "
@@ -132,17 +105,17 @@ def with_own_code(task: Task, found: Sequence[Reference], device: torch.device, 
                   metric: Metric | None = None) -> Task:
     """The task with the loss, the metric and the `logits` of people's files, or of the program that called us."""
     own = {each.flag: each for each in found}
-    logits = own["--model"].extra("logits") if "--model" in own else None
-    logits = cast(Callable[[Any], Tensor], logits) if callable(logits) else logits_of
+    logits: Any = own["--model"].extra("logits") if "--model" in own else None
+    logits, name, metrics = logits if callable(logits) else logits_of, "loss", dict(task.metrics)
     if "--loss" in own:
-        loss = function_of(own["--loss"], device, task.num_classes)
+        loss, name = function_of(own["--loss"], device, task.num_classes), f"--loss {own['--loss'].text}"
     if "--metric" in own:
-        metric = function_of(own["--metric"], torch.device("cpu"), task.num_classes)
-    name = f"--loss {own['--loss'].text}" if "--loss" in own else "loss"
-    losses = [on_logits(each, logits, task.num_classes) if loss is None else UserLoss(loss, name)
-              for each in (task.loss, task.test_loss)]
-    named = {} if metric is None else {own["--metric"].name if "--metric" in own else "metric": metric}
-    return replace(task, loss=losses[0], test_loss=losses[1], logits=logits, metrics={**task.metrics, **named},
+        metrics[own["--metric"].name] = function_of(own["--metric"], torch.device("cpu"), task.num_classes)
+    elif metric is not None:
+        metrics["metric"] = metric
+    trained, reported = (on_logits(each, logits, task.num_classes) if loss is None else UserLoss(loss, name)
+                         for each in (task.loss, task.test_loss))
+    return replace(task, loss=trained, test_loss=reported, logits=logits, metrics=metrics,
                    is_own=task.is_own or bool(found))
 
 
@@ -154,7 +127,6 @@ def on_logits(loss: Loss, logits: Callable[[Any], Tensor], num_classes: int | No
             raise UsageError(f"--model: gives logits of shape {tuple(found.shape)} for {num_classes} classes; give it "
                              f"as many outputs")
         return loss(found, targets)
-
     return loss_of
 
 
@@ -176,11 +148,7 @@ def apply(model: Callable[..., Any], inputs: Any) -> Any:
 
 def classification_task(class_names: tuple[str, ...], device: torch.device, *, loss: str = "cross-entropy",
                         label_smoothing: float = 0.0, class_weights: tuple[float, ...] = ()) -> Task:
-    """Cross-entropy or bce by `--label-smoothing` and `--class-weights` to train, without either to report.
-
-    Raises:
-        UsageError: if there are not as many class weights as classes.
-    """
+    """Cross-entropy or bce, trained by these options, reported without; UsageError for another number of weights."""
     if len(class_weights) not in (0, len(class_names)):
         raise UsageError(f"--class-weights {' '.join(map(str, class_weights))}: {len(class_weights)} weights for "
                          f"{len(class_names)} classes; give one for each of {', '.join(class_names)}")
@@ -192,12 +160,9 @@ def classification_task(class_names: tuple[str, ...], device: torch.device, *, l
 
 def weighted_cross_entropy(outputs: Tensor, targets: Tensor, *, weights: Tensor, label_smoothing: float = 0.0
                            ) -> Tensor:
-    """The mean over the batch of each sample's cross-entropy times the weight of its class; logits (B, C), labels (B,).
-
-    Of mixed targets, shares (B, C), each label's counts by its weight. torch's own CrossEntropyLoss(weight=...)
-    divides by the sum of the batch's weights instead. That sum differs between ranks, so the average of their gradients
-    would not be the gradient of the whole batch.
-    """
+    """The mean over the batch of each sample's cross-entropy times the weight of its class; logits (B, C), labels (B,)
+    or shares (B, C). torch's own CrossEntropyLoss(weight=...) divides by the sum of the batch's weights instead, which
+    differs between ranks: the average of their gradients would not be the gradient of the whole batch."""
     return F.cross_entropy(outputs, targets, weight=weights, label_smoothing=label_smoothing, reduction="none").mean()
 
 

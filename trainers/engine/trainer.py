@@ -1,10 +1,8 @@
 """The training loop: epochs, votes, reports, saves. It is given objects and knows no flags, data sets or networks.
-
 A position is (step, epoch, samples consumed in the epoch). Everything else that a resumed run needs is in
-`state()`; random choices are keyed by position, so none of their state is saved.
-"""
+`state()`; random choices are keyed by position, so none of their state is saved."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -13,14 +11,13 @@ from launch.process_group import World, from_main, gather
 from launch.stop import StopAgreement, Stopped, StopRequest
 from trainers.engine.checkpoints.save import Checkpointer
 from trainers.engine.data_record import DataRecord
-from trainers.engine.history import History
-from trainers.engine.metrics import BestName, Evaluation
+from trainers.engine.metrics import BestName, Evaluation, History
 from trainers.engine.parallel import warmed_up
 from trainers.engine.preflight import tried_first
 from trainers.engine.run.folder import RunFolder
 from trainers.engine.run.report import Progress, Report, epoch_text
 from trainers.engine.step import TrainStep
-from trainers.engine.task import Batch, EvaluationBatches, TrainBatches, samples_per_epoch
+from trainers.engine.task import EvaluationBatches, TrainBatches
 
 REPORTS_PER_EPOCH = 10  # at fixed steps, so that a resumed run writes the same lines
 
@@ -28,7 +25,6 @@ REPORTS_PER_EPOCH = 10  # at fixed steps, so that a resumed run writes the same 
 @dataclass(frozen=True, kw_only=True)
 class Run:
     """One run, on this rank: what trains, with which ranks, into which folder, and whether it was asked to stop."""
-
     trainer: str  # its file name without .py
     world: World
     folder: RunFolder
@@ -42,7 +38,6 @@ class Run:
 @dataclass(frozen=True, kw_only=True)
 class LoopOptions:
     """When the loop does something besides training, and when it gives up."""
-
     eval_every: int  # epochs; the last one is always evaluated
     checkpoint_every: int | None  # steps; None: after every epoch
     max_bad_steps: int  # in a row, with a loss that is not finite
@@ -102,15 +97,15 @@ class Trainer:
     @property
     def out_of_patience(self) -> bool:
         """Whether the last `patience` evaluations were no better than one before; the same on every rank."""
-        since_best = self.history.evaluations_since_best(self.options.split)
-        return self.options.patience is not None and since_best >= self.options.patience
+        patience = self.options.patience
+        return patience is not None and self.history.evaluations_since_best(self.options.split) >= patience
 
     def train_epoch(self, train: TrainBatches, last_step: int, progress: Progress, *,
                     checkpoint_every: int | None = None) -> None:
         """The rest of the epoch, or up to `last_step`; raises Stopped on every rank at the same step."""
+        step = self.train_step
         if self.stop and self.world.world_size == 1:
             raise self._stopped()
-        step = self.train_step
         step.train_mode()
         interval = max(1, train.steps_per_epoch // REPORTS_PER_EPOCH)
         batches = train.batches(self.epoch, self.samples_consumed)
@@ -120,11 +115,17 @@ class Trainer:
             batches = warmed_up(step.model, self.world, batches,
                                 loss=lambda *batch: step.forward(*step.to_device(*batch))[1])
             self.history.end_warm_up(self.world.device)
-        while self.samples_consumed < samples_per_epoch(train) and self.step < last_step:
+        while self.samples_consumed < train.steps_per_epoch * train.global_batch_size and self.step < last_step:
             step_in_epoch = self.samples_consumed // train.global_batch_size + 1
             ends = step_in_epoch == train.steps_per_epoch or self.step + 1 == last_step
             report_due = ends or step_in_epoch % interval == 0
-            self._take_step(batches, train.global_batch_size, watch_gradients=self.options.log_gradients and report_due)
+            self.train_step(batches, step=self.step, before_update=self.checkpointer.finish_copy,
+                            watch_gradients=self.options.log_gradients and report_due)
+            if self.history.samples_here == 0 and self.world.is_main:
+                self.checkpointer.prepare(self.state([]))  # the optimizer has its state now
+            self.step += 1
+            self.samples_consumed += train.global_batch_size
+            self.history.samples_here += train.global_batch_size
             if report_due:
                 self._report(progress, last_step)
             progress.advance()
@@ -136,29 +137,18 @@ class Trainer:
                 self.history.start_clock()
         self.history.pause_clock(self.world.device)
 
-    def _take_step(self, batches: Iterator[Batch], num_samples: int, *, watch_gradients: bool) -> None:
-        """One optimizer step, and the position after it."""
-        is_first_of_process = self.history.samples_here == 0
-        self.train_step(batches, step=self.step, before_update=self.checkpointer.finish_copy,
-                        watch_gradients=watch_gradients)
-        if is_first_of_process and self.world.is_main:
-            self.checkpointer.prepare(self.state([]))  # the optimizer has its state now
-        self.step += 1
-        self.samples_consumed += num_samples
-        self.history.samples_here += num_samples
-
     def finish_epoch(self, train: TrainBatches) -> None:
         """Move to the next epoch if this one is complete, and was not cut short by the last step."""
-        if self.samples_consumed >= samples_per_epoch(train):
+        if self.samples_consumed >= train.steps_per_epoch * train.global_batch_size:
             self.epoch, self.samples_consumed = self.epoch + 1, 0
             self.sums.reset()
 
     def evaluate(self, test: EvaluationBatches) -> Evaluation:
         """As TrainStep.evaluate; Stopped says at which step. Where nothing was trained the network is tried first."""
-        untried = self.config.get("evaluate") is not None
         try:
-            batches = tried_first(self.train_step, iter(test), self.config) if untried else test
-            return self.train_step.evaluate(batches, self.stop)
+            if self.config.get("evaluate") is not None:
+                test = tried_first(self.train_step, iter(test), self.config)
+            return self.train_step.evaluate(test, self.stop)
         except Stopped:
             raise self._stopped() from None
 
@@ -166,8 +156,7 @@ class Trainer:
         return Stopped(self.stop.reason, step=self.step, epoch=self.epoch)
 
     def _vote(self, last_step: int) -> None:
-        """Agree with the other ranks on whether to continue; all raise Stopped, if any was asked to stop, or
-        NumericError, if one has counted too many bad steps, or the last step is bad."""
+        """Agree with the other ranks on whether to continue; all raise Stopped, or NumericError for bad steps."""
         self.world.watchdog.mark("reduce")
         self.sums.collect()  # a wait for the device, twice a second
         try:
@@ -194,9 +183,8 @@ class Trainer:
         """One line of metrics.jsonl: loss, accuracy and perhaps accuracy_top5 at the present position."""
         line: dict[str, Any] = {
             "split": split, "step": self.step, "epoch": self.epoch, **figures,
-            "learning_rate": self.train_step.learning_rate, "samples_per_second": speed,
-            "seconds": self.history.train_seconds,
-        }
+            "learning_rate": self.train_step.optimizer.param_groups[0]["lr"], "samples_per_second": speed,
+            "seconds": self.history.train_seconds}
         if split == "train" and self.train_step.gradient_norms:
             line["gradient_norms"] = {name: norm.item() for name, norm in self.train_step.gradient_norms.items()}
         self.report.line(line)
@@ -217,18 +205,17 @@ class Trainer:
         return is_best
 
     def _save(self, *, is_best: bool = False) -> None:
-        """Hand the state to the checkpointer, on rank 0; collecting it is collective. Once per step, and not while the
-        loss is not finite: that would push the last good checkpoint out."""
+        """Hand the state to the checkpointer, once per step; collective. Not while the loss is not finite: that would
+        push the last good checkpoint out."""
         if (self.step == self.saved_step and not is_best) or self.train_step.is_under_way:
             return
         self.world.watchdog.mark("checkpoint")
         running = self.sums.of_all_ranks(self.world)
-        if any(bad_steps for _, _, _, bad_steps in running):
-            return
-        self.data.settle()
-        self.saved_step = self.step
-        if self.world.is_main:
-            self.checkpointer.save(self.state(running), is_best=is_best)
+        if not any(bad_steps for _, _, _, bad_steps in running):
+            self.data.settle()
+            self.saved_step = self.step
+            if self.world.is_main:
+                self.checkpointer.save(self.state(running), is_best=is_best)
 
     def state(self, running: list[list[float]]) -> dict[str, Any]:
         """Everything a checkpoint holds; tensors are the live ones."""
@@ -236,8 +223,7 @@ class Trainer:
             **self.train_step.state(), "step": self.step, "epoch": self.epoch,
             "samples_consumed": self.samples_consumed, "best": self.history.best,
             "history": {**self.history.state(), "running": running}, "config": self.config,
-            "fingerprint": {**self.fingerprint, "dataset": self.data.fingerprint}, "format": 1, **self.data.state(),
-        }
+            "fingerprint": {**self.fingerprint, "dataset": self.data.fingerprint}, "format": 1, **self.data.state()}
 
     def load_state(self, state: dict[str, Any]) -> None:
         """Continue from a checkpoint's state, which was checked to fit."""

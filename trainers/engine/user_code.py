@@ -1,10 +1,6 @@
 """People's own code, named `FILE.py:NAME` by a flag: a class, a function or a ready object in a file of theirs.
-
-    network = Reference("--model", "my.py:Net").make({"num_classes": 10}, options={"depth": 3})
-
 The file is run once in each process that needs it, after `--seed` is set, and finds its neighbours. Whatever goes wrong
-in it, whenever, is one line: `--model my.py:Net: my.py line 12: ValueError: message`.
-"""
+in it, whenever, is one line: `--model my.py:Net: my.py line 12: ValueError: message`."""
 
 import ast
 import contextlib
@@ -48,7 +44,6 @@ def is_reference(text: Any) -> bool:
 @dataclass(frozen=True)
 class Reference:
     """Something in a file of the user's. Small enough to be sent to a worker, which runs the file itself."""
-
     flag: str
     text: str  # FILE.py:NAME
 
@@ -64,7 +59,7 @@ class Reference:
 
     def module(self) -> ModuleType:
         """The file, run; the first time in this process only. UsageError if there is none, or it fails."""
-        path, folder = self.path, str(self.path.parent)
+        path = self.path
         known = f"users_{path.stem}_{hashlib.sha256(str(path).encode()).hexdigest()[:8]}"
         if known in sys.modules:
             return sys.modules[known]
@@ -73,8 +68,8 @@ class Reference:
         except OSError as error:
             raise UsageError(f"{self.flag} {self.text}: no such file ({error.strerror}); give the path of one that "
                              f"defines {self.name}") from None
-        if folder not in sys.path:
-            sys.path.insert(1, folder)  # behind our own packages
+        if str(path.parent) not in sys.path:
+            sys.path.insert(1, str(path.parent))  # behind our own packages
         module = sys.modules[known] = ModuleType(known)
         module.__file__, module.__dict__["__sha256__"] = str(path), hashlib.sha256(source).hexdigest()
         try:
@@ -89,16 +84,15 @@ class Reference:
         """The object itself; UsageError if the file has none of that name."""
         found = vars(self.module())
         if self.name not in found:
-            own = [name for name, value in found.items() if not name.startswith("_")
-                   and getattr(value, "__module__", None) == found["__name__"]]
+            own = ", ".join(name for name, value in found.items() if not name.startswith("_")
+                            and getattr(value, "__module__", None) == found["__name__"])
             raise UsageError(f"{self.flag} {self.text}: the file has no {self.name}; it has "
-                             f"{', '.join(own) or 'no function or class of its own'}")
+                             f"{own or 'no function or class of its own'}")
         return found[self.name]
 
     def make(self, offered: Mapping[str, Any], *positional: Any, options: Mapping[str, Any] | None = None) -> Any:
         """Call it with what its signature asks for of `offered`, and with all options; UsageError if that fails."""
-        made = self.find()
-        with blaming([self], made):
+        with blaming([self], made := self.find()):
             return call(made, offered, *positional, options=options, name=self)
 
     def extra(self, name: str) -> Any:
@@ -114,9 +108,9 @@ class Reference:
     def is_theirs(self, filename: str) -> bool:
         """Whether a line of code is the user's: of this file, or of a neighbour that no package brought."""
         path, own = Path(filename), self.path
-        foreign = (Path(sys.prefix), Path(sys.base_prefix), *(OURS if own.is_relative_to(ROOT) else (ROOT,)))
+        foreign = (sys.prefix, sys.base_prefix, *(OURS if own.is_relative_to(ROOT) else (ROOT,)))
         return path == own or (path.is_relative_to(own.parent) and "site-packages" not in path.parts
-                               and not any(path.is_relative_to(folder) for folder in foreign))
+                               and not any(map(path.is_relative_to, foreign)))
 
 
 def call(made: Any, offered: Mapping[str, Any], *positional: Any, options: Mapping[str, Any] | None = None,
@@ -225,15 +219,11 @@ def fault(error: BaseException, known: list[Reference], made: Any = None) -> str
     given = {str(each.path): each.text.rpartition(":")[0] for each in known}
     where = f"{given.get(lines[-1][0], Path(lines[-1][0]).name)} line {lines[-1][1]}: " if lines else ""
     message = error.msg if isinstance(error, SyntaxError) else str(error)
-    return f"{where}{type(error).__name__}: {message}{shadowed(error)}"
-
-
-def shadowed(error: BaseException) -> str:
-    """The way out where a file wants another `datasets` than ours, as Hugging Face's users and timm's hfds do."""
-    if not isinstance(error, ImportError | AttributeError) or not re.search(r"'datasets\b", str(error)):
-        return ""
-    return ("; `datasets` is a folder of this project here, not Hugging Face's package: export once, in a script of "
-            "its own, to Parquet (load_dataset(...).to_parquet(FILE)), then datasets/pack.py, or write an image folder")
+    if isinstance(error, ImportError | AttributeError) and re.search(r"'datasets\b", message):
+        message += ("; `datasets` is a folder of this project here, not Hugging Face's package: export once, in a "
+                    "script of its own, to Parquet (load_dataset(...).to_parquet(FILE)), then datasets/pack.py, or "
+                    "write an image folder")
+    return f"{where}{type(error).__name__}: {message}"
 
 
 def options_in(words: Iterable[str], flag: str) -> dict[str, Any]:
@@ -243,10 +233,9 @@ def options_in(words: Iterable[str], flag: str) -> dict[str, Any]:
         name, equals, value = word.partition("=")
         if not equals or not name.isidentifier():
             raise UsageError(f"{flag} {word}: must be key=value, such as depth=3")
-        try:
+        options[name] = value
+        with contextlib.suppress(ValueError, SyntaxError, MemoryError, RecursionError):
             options[name] = ast.literal_eval(value)
-        except (ValueError, SyntaxError, MemoryError, RecursionError):
-            options[name] = value
     return options
 
 

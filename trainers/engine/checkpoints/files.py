@@ -1,7 +1,5 @@
 """The files of the checkpoint folder: their names, which of them count, which are kept and which are removed.
-
-A checkpoint is `step-00000400.pt` with its manifest `step-00000400.json`; without the manifest it does not count.
-"""
+A checkpoint is `step-00000400.pt` with its manifest `step-00000400.json`; without the manifest it does not count."""
 
 import os
 import re
@@ -50,14 +48,6 @@ def give_name(path: Path, stem: str, *, check_fence: Callable[[], None] = no_che
                 shutil.copyfile(file, temporary)
         temporary.unlink(missing_ok=True)  # where both already were one file, a rename leaves both names
     sync_folder(path.parent)
-
-
-def keep_earlier(path: Path, *, check_fence: Callable[[], None] = no_check) -> None:
-    """Before a step is saved again: its earlier file stays, as `step-N-earlier`, until the new one is committed."""
-    if path.exists() and manifest_path(path).exists():
-        give_name(path, f"{path.stem}-earlier", check_fence=check_fence)
-    check_fence()
-    manifest_path(path).unlink(missing_ok=True)
 
 
 def prune(folder: Path, *, keep: int, check_fence: Callable[[], None] = no_check) -> None:

@@ -1,10 +1,7 @@
-"""Loading a checkpoint: everything is checked before it is used, and a damaged file costs one warning.
-
-Order of checks: manifest, size, sha256 (torch.load itself verifies no CRC), torch.load with weights_only=True, that
-every tensor is dense, finite and all in the file, that each entry looks like what saving writes, and that the manifest
-is the one that saving this state would write. Then, against the run that resumes: names, shapes and dtypes, optimizer,
-data set and global batch.
-"""
+"""Loading a checkpoint: everything is checked before it is used, and a damaged file costs one warning. First manifest,
+size and sha256 (torch.load itself verifies no CRC), then that every tensor is dense, finite and all in the file, that
+each entry looks like what saving writes, and that the manifest is the one that saving this state would write. Then,
+against the run that resumes: names, shapes and dtypes, optimizer, data set and global batch."""
 
 import json
 import math
@@ -26,8 +23,7 @@ PATTERN: dict[str, Any] = {  # what saving writes; 0 stands for any number from 
     "format": 0, "model": {...: Tensor}, "optimizer": {}, "scaler": {...: NUMBER}, "ema": {...: Tensor}, "step": 0,
     "epoch": 0, "samples_consumed": 0, "best": {"step": 0, ...: NUMBER},
     "history": {"epochs": [{"step": 0, ...: NUMBER}, ...], "running": [[NUMBER, ...], ...], "train_seconds": 0.0},
-    "config": {"epochs": NUMBER, "max_steps": NUMBER}, "fingerprint": {},
-}
+    "config": {"epochs": NUMBER, "max_steps": NUMBER}, "fingerprint": {}}
 
 
 class Damaged(Exception):
@@ -53,13 +49,13 @@ def load_verified(path: Path) -> dict[str, Any]:
         check_state(state)
         if manifest(state, size=size, sha256=sha256) != written:
             raise Damaged("its manifest describes another state")
+        return state
     except (Damaged, MemoryError):
         raise
     except PermissionError as error:
         raise CheckpointError(f"{error.filename}: cannot be read ({error.strerror}); make it readable") from None
     except Exception as error:  # a damaged manifest or pickle raises anything
         raise Damaged(f"cannot be read ({first_line(error)})") from None
-    return state
 
 
 def check_state(state: Any) -> None:
@@ -110,7 +106,6 @@ def unlike(saved: Any, pattern: Any, name: str = "") -> str | None:
 
 class Newest(NamedTuple):
     """What a folder of checkpoints holds."""
-
     damaged: dict[Path, str]  # what is wrong with each newer one, newest first
     path: Path = Path()
     state: dict[str, Any] | None = None  # of the newest that passes every check; None if there is none
@@ -118,8 +113,7 @@ class Newest(NamedTuple):
 
 def newest_good(folder: Path, *, try_best: bool = False,
                 unfit: Callable[[dict[str, Any]], str | None] = lambda state: None) -> Newest:
-    """The newest checkpoint that passes every check, or best.pt with `try_best`; and those tried before.
-    `unfit` names a part of a state that the run cannot resume from; such a checkpoint counts as damaged."""
+    """The newest checkpoint that passes all checks and is not `unfit`, or best.pt with `try_best`; and those before."""
     damaged: dict[Path, str] = {}
     best = [folder / "best.pt"] if try_best and (folder / "best.pt").exists() else []
     for path in [*best, *reversed(committed(folder))]:
@@ -153,8 +147,7 @@ def load_or_fail(path: Path) -> dict[str, Any]:
     try:
         return load_verified(path)
     except Damaged as damage:
-        raise CheckpointError(f"{path}: {damage}; use another checkpoint, or --init-from if only its weights are "
-                              f"wanted") from None
+        raise CheckpointError(f"{path}: {damage}; use another, or --init-from for its weights alone") from None
 
 
 def check_fits(state: Mapping[str, Any], model: nn.Module, source: Path, *, config: Mapping[str, Any] | None = None,

@@ -1,9 +1,6 @@
-"""Checkpoints that are whole or absent, written in the background; load.py reads them.
-
-Training hands over its state on rank 0; a thread writes a snapshot of it to a temporary file, fsyncs that, reads it
-back, renames it, fsyncs the folder, and then commits it by writing its manifest the same way. A file without a manifest
-was never finished. Nothing here is collective: the trainer collects what the other ranks add to the state.
-"""
+"""Checkpoints that are whole or absent, written in the background; load.py reads them. Training hands over its state on
+rank 0; a thread writes a snapshot of it to a temporary file, fsyncs that, reads it back, renames it, fsyncs the folder,
+and then commits it by writing its manifest the same way. A file without a manifest was never finished."""
 
 import hashlib
 import json
@@ -20,20 +17,18 @@ import torch
 
 from launch.errors import CheckpointError, NumericError
 from launch.files import no_check, replace_file, replacing, sync_folder, writing
-from trainers.engine.checkpoints.files import checkpoint_path, give_name, keep_earlier, manifest_path, prune
+from trainers.engine.checkpoints.files import checkpoint_path, give_name, manifest_path, prune
 from trainers.engine.checkpoints.snapshot import Snapshot, not_finite, tensors_in
 from trainers.engine.run.folder import RunFolder
 
 FORMAT = 1
-READ_BYTES = 1 << 22
 
 
 class Checkpointer:
     """Writes the checkpoints of one run, one at a time, and counts what training waited for them."""
 
     def __init__(self, folder: RunFolder, *, keep: int) -> None:
-        self.folder, self.keep = folder, keep
-        self.num_saves, self.wait_seconds = 0, 0.0
+        self.folder, self.keep, self.num_saves, self.wait_seconds = folder, keep, 0, 0.0
         self._snapshot, self._copied = Snapshot(), threading.Event()
         self._copied.set()
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
@@ -49,7 +44,13 @@ class Checkpointer:
         self.join()
         began = time.perf_counter()
         self.folder.ownership.check()
-        check_free_space(self.folder.checkpoints, state)
+        place = self.folder.checkpoints
+        needed = sum(tensor.nbytes for _, tensor in tensors_in(state)) * 1.02 + 2**20  # 1 % more at 100 kB per tensor
+        with writing(place):
+            free = shutil.disk_usage(place).free
+        if free < needed:
+            raise CheckpointError(f"{place}: a checkpoint needs {needed / 2**20:.0f} MiB and {free / 2**20:.0f} MiB "
+                                  f"are free; free some space, then start the same command again")
         self._snapshot.begin(state)
         self._copied.clear()
         self._under_way = self._thread.submit(self._copy_and_write, is_best)
@@ -81,21 +82,21 @@ class Checkpointer:
             self._snapshot.copy_rest()
         finally:
             self._copied.set()
-        self._snapshot.wait_for_gpu()
-        check_fence = self.folder.ownership.check
-        with writing(self.folder.checkpoints):
-            path = write_checkpoint(self.folder.checkpoints, self._snapshot.tree, check_fence=check_fence,
+        if self._snapshot.queued is not None:
+            self._snapshot.queued.synchronize()
+        check_fence, place = self.folder.ownership.check, self.folder.checkpoints
+        with writing(place):
+            path = write_checkpoint(place, self._snapshot.tree, check_fence=check_fence,
                                     sync_metrics=self.folder.sync_metrics)
             if is_best:
                 give_name(path, "best", check_fence=check_fence)
-            prune(self.folder.checkpoints, keep=self.keep, check_fence=check_fence)
+            prune(place, keep=self.keep, check_fence=check_fence)
 
 
 def write_checkpoint(folder: Path, state: Mapping[str, Any], *, check_fence: Callable[[], None] = no_check,
                      sync_metrics: Callable[[], None] = lambda: None) -> Path:
-    """Write one checkpoint durably and return its path. The manifest, written last, is the commit point; what was
-    reported up to this step is then on the disk too, by `sync_metrics`. CheckpointError if what is read back differs,
-    NumericError if a tensor is not finite: no run could resume from it."""
+    """Write one checkpoint durably and return its path; the manifest, written last, commits it. CheckpointError
+    if what is read back differs, NumericError if a tensor is not finite: no run could resume from it."""
     if name := not_finite(state):
         raise NumericError(f"step {state['step']}: {name} is not finite, so it was not saved; lower --learning-rate or "
                            f"set --clip-grad-norm; the last good checkpoint is kept")
@@ -113,7 +114,10 @@ def write_checkpoint(folder: Path, state: Mapping[str, Any], *, check_fence: Cal
         digest = writer.sha256.hexdigest()
         if file_sha256(temporary) != digest:
             raise CheckpointError(f"{temporary}: differs from what was written; check the disk")
-        keep_earlier(path, check_fence=check_fence)
+        if path.exists() and manifest_path(path).exists():  # saved before: that stays until the new one is committed
+            give_name(path, f"{path.stem}-earlier", check_fence=check_fence)
+        check_fence()
+        manifest_path(path).unlink(missing_ok=True)
     sync_folder(folder)
     sync_metrics()
     replace_file(manifest_path(path), manifest(state, size=path.stat().st_size, sha256=digest), durable=True,
@@ -155,17 +159,6 @@ def file_sha256(path: Path) -> str:
     """The hash of a file's content."""
     digest = hashlib.sha256()
     with open(path, "rb") as file:
-        while block := file.read(READ_BYTES):
+        while block := file.read(2**22):
             digest.update(block)
     return digest.hexdigest()
-
-
-def check_free_space(folder: Path, state: Any) -> None:
-    """Raise CheckpointError if the file would not fit, before anything is copied."""
-    num_bytes = sum(tensor.nbytes for _, tensor in tensors_in(state))
-    needed = num_bytes * 1.02 + 2**20  # the archive's own share is about 1 % at 100 kB per tensor
-    with writing(folder):
-        free = shutil.disk_usage(folder).free
-    if free < needed:
-        raise CheckpointError(f"{folder}: a checkpoint needs {needed / 2**20:.0f} MiB and {free / 2**20:.0f} MiB are "
-                              f"free; free some space, then start the same command again")

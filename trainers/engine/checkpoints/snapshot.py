@@ -1,11 +1,7 @@
-"""A copy of the training state that a thread can write to disk while training continues.
-
-The memory is kept from save to save: fresh memory costs a page fault for every 4 KiB, several times the copy itself.
-Parameters, their moving average and the optimizer's state change in the optimizer step only, so on a CPU they are
-copied by the thread during the next forward and backward pass, and training waits before that step if it must.
-Buffers, such as BatchNorm's, change in the forward pass and are copied at once. A GPU's tensors are queued into pinned
-memory in stream order, which nothing later can overtake, and the thread waits for the stream.
-"""
+"""A copy of the training state that a thread can write to disk while training continues. What only the optimizer step
+changes is, on a CPU, copied by the thread during the next forward and backward pass; buffers, such as BatchNorm's, at
+once. A GPU's tensors are queued into pinned memory in stream order, and the thread waits for the stream. The memory is
+kept from save to save: fresh memory costs a page fault for every 4 KiB, several times the copy itself."""
 
 import ctypes
 import hashlib
@@ -26,7 +22,7 @@ class Snapshot:
     def __init__(self) -> None:
         self.tree: dict[str, Any] = {}
         self._pending: list[Pair] = []
-        self._queued: torch.cuda.Event | None = None
+        self.queued: torch.cuda.Event | None = None  # comes once the copies that `begin` queued have arrived
 
     def allocate(self, state: Mapping[str, Any]) -> None:
         """Get the memory for a state like this one, without reading its tensors."""
@@ -37,32 +33,27 @@ class Snapshot:
 
     def begin(self, state: Mapping[str, Any]) -> None:
         """Copy what the next forward pass may change, and remember the rest for `copy_rest`."""
-        self._pending, self._queued, tree = [], None, {}
+        self._pending, self.queued, tree = [], None, {}
         for name, child in state.items():
             pairs: list[Pair] = []
             tree[name] = mirror(child, self.tree.get(name), pairs)
             for target, source in pairs:
                 if source.is_cuda:
                     target.copy_(source.detach(), non_blocking=True)
-                    self._queued = self._queued or torch.cuda.Event()
+                    self.queued = self.queued or torch.cuda.Event()
                 elif name in CHANGED_BY_STEP or isinstance(source, nn.Parameter):
                     self._pending.append((target, source))
                 else:
                     copy(target, source)
         self.tree = tree
-        if self._queued is not None:
-            self._queued.record()
+        if self.queued is not None:
+            self.queued.record()
 
     def copy_rest(self) -> None:
         """Copy what changes in the optimizer step; may run in another thread than `begin`, before that step."""
         for target, source in self._pending:
             copy(target, source)
         self._pending = []
-
-    def wait_for_gpu(self) -> None:
-        """Wait until the copies that `begin` queued have arrived."""
-        if self._queued is not None:
-            self._queued.synchronize()
 
 
 def mirror(tree: Any, known: Any, pairs: list[Pair]) -> Any:
@@ -83,13 +74,11 @@ def mirror(tree: Any, known: Any, pairs: list[Pair]) -> Any:
 
 def copy(target: Tensor, source: Tensor) -> None:
     """Copy on this thread alone, without the GIL: torch's own copy starts threads for each tensor and waits for the
-    slowest, 30 times longer on a busy machine (measured). With equal strides both hold the same numbers in the same
-    order."""
-    source = source.detach()
+    slowest, 30 times longer on a busy machine (measured)."""
     if source.device.type == "cpu" and target.stride() == source.stride():
         ctypes.memmove(target.data_ptr(), source.data_ptr(), source.nbytes)
     else:
-        target.copy_(source)
+        target.copy_(source.detach())
 
 
 def tensors_in(tree: Any, name: str = "") -> Iterator[tuple[str, Tensor]]:
@@ -117,11 +106,9 @@ def strange_kind(name: str, tensor: Tensor, *, complex_too: bool = True) -> str 
     """A sentence about a tensor that is no plain array of real numbers, or claims more of them than it holds."""
     kind = ("a meta" if tensor.is_meta else "a quantized" if tensor.is_quantized else "a nested" if tensor.is_nested
             else "a complex" if complex_too and tensor.is_complex() else None)
-    if kind is not None:
-        return f"{name} is {kind} tensor ({tensor.dtype})"
-    if tensor.layout is torch.strided and tensor.nbytes > tensor.untyped_storage().nbytes():
-        return f"{name} is expanded: {tensor.nbytes:,} bytes from {tensor.untyped_storage().nbytes():,}"
-    return None
+    if kind is None and tensor.layout is torch.strided and tensor.nbytes > (held := tensor.untyped_storage().nbytes()):
+        return f"{name} is expanded: {tensor.nbytes:,} bytes from {held:,}"
+    return kind and f"{name} is {kind} tensor ({tensor.dtype})"
 
 
 def not_finite(tree: Any) -> str | None:
@@ -129,9 +116,8 @@ def not_finite(tree: Any) -> str | None:
     for name, tensor in tensors_in(tree):
         if tensor.layout is not torch.strided:
             return name
-        if tensor.is_floating_point() or tensor.is_complex():
-            flat = tensor.reshape(-1)
-            parts = (part.float() if part.itemsize == 1 else part for part in flat.split(SERIAL_ELEMENTS))
-            if not all(torch.isfinite(part).all() for part in parts):  # not every 8-bit float knows isfinite
+        if tensor.is_floating_point() or tensor.is_complex():  # and not every 8-bit float knows isfinite
+            parts = tensor.reshape(-1).split(SERIAL_ELEMENTS)
+            if not all(torch.isfinite(part.float() if part.itemsize == 1 else part).all() for part in parts):
                 return name
     return None

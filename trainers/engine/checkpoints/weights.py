@@ -1,16 +1,7 @@
-"""`--init-from PATH` and `--pretrained PATH`: weights of a file made elsewhere, or here.
-
-    torchvision's references   {"model": ..., "model_ema": ..., "args": argparse.Namespace}
-    timm                       {"state_dict": ..., "state_dict_ema": ..., "args": argparse.Namespace}
-    pytorch/examples           {"state_dict": ...} with "module." before every name, or {"MODEL_STATE": ...}
-    Lightning                  {"state_dict": ...} with the attribute's name, such as "model.", before every name
-    ours                       {"model": ..., "ema": ...}
-    a plain state_dict         {name: tensor}, torch.save's or safetensors
-
-Where a file holds a moving average of the weights, that is taken, as timm does: it is what was evaluated. Archives and
-older pickles of torch.save and safetensors are read. No code from a file is run, and what torch.load does not check is:
-the CRC of every record of an archive, and that no record claims to be larger than the file.
-"""
+"""`--init-from PATH` and `--pretrained PATH`: weights of a file of ours, torchvision's references, timm, Lightning or
+pytorch/examples, or a plain state_dict: torch.save's archives and older pickles, and safetensors. A moving average of
+the weights is taken where there is one, as timm does: it is what was evaluated. No code from a file is run, and what
+torch.load does not check is: each record's CRC, and that none claims to be larger than the file."""
 
 import argparse
 import pickle
@@ -34,13 +25,11 @@ AUXILIARY = ("aux1.", "aux2.", "AuxLogits.")  # heads that GoogLeNet and Incepti
 PARTS = ("ema", "state_dict_ema", "model_ema", "params_ema", "model", "state_dict", "model_state_dict", "model_state",
          "MODEL_STATE", "net", "network", "module", "params", "weights", "state", "checkpoint")
 MOST_WRAPPERS = 3
-HEAD_BYTES = 512
 MARKED_AS_FOLDER = 0x10  # one flipped bit of an archive's directory; torch then takes what its memory holds for weights
 NO_WEIGHTS = {  # what downloads leave in the place of a file of weights, by its beginning
     r"(\ufeff|\s|<\?xml[^>]*>|<!--.*?-->)*<((!doctype )?(html|head|body|title|meta|script)|!--(?!.*-->))":
         "is an HTML page; download the file itself, not the page about it",
-    r"version https://git-lfs": "is a Git LFS pointer; fetch the file itself with git lfs pull",
-}
+    r"version https://git-lfs": "is a Git LFS pointer; fetch the file itself with git lfs pull"}
 NUMPY_SCALARS = [*((np.float64(0).__reduce__()[0], f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")),
                  np.dtype, *(type(np.dtype(code)) for code in "?bBhHiIlLqQefdUS")]
 PLAIN_TYPES = [argparse.Namespace, *NUMPY_SCALARS]  # the flags and scores in torchvision's and timm's files
@@ -49,12 +38,11 @@ PLAIN_TYPES = [argparse.Namespace, *NUMPY_SCALARS]  # the flags and scores in to
 def read_weights_file(path: Path, source: str) -> Any:
     """The content of a file of weights, on the CPU; CheckpointError if that is more than tensors and plain values."""
     try:
-        if not path.exists():
-            raise CheckpointError(f"{source}: no such file; give the path of a file of weights")
         if not path.is_file():
-            raise CheckpointError(f"{source}: is no regular file; give the path of a file of weights")
+            reason = "is no regular file" if path.exists() else "no such file"
+            raise CheckpointError(f"{source}: {reason}; give the path of a file of weights")
         with open(path, "rb") as file:
-            head = file.read(HEAD_BYTES)
+            head = file.read(512)
         for beginning, message in NO_WEIGHTS.items():
             if re.match(beginning, head.decode(errors="replace"), re.IGNORECASE | re.DOTALL):
                 raise CheckpointError(f"{source}: {message}")
@@ -99,13 +87,12 @@ def check_archive(path: Path, source: str) -> None:
 
 
 def load_weights(model: nn.Module, path: Path, *, flag: str, new_head: bool = False) -> str:
-    """Put the weights of a file, named by `flag`, into a model; returns what was taken: `weights in net.pt (ema)`. With
-    `new_head` the model keeps its own last layer, where the file's has another size. CheckpointError if they do not
-    fit."""
+    """Put a file's weights into a model, `new_head`: but for a last layer of another size; returns what was taken, such
+    as `weights in net.pt (ema)`. CheckpointError, which names `flag`, if they do not fit."""
     source = f"{flag} {path}"
     part, saved = weights_in(read_weights_file(path, source), source)
-    name = f"weights in {path}" + (f" ({part})" if part else "")
-    return put_weights(model, saved, name, source=source, new_head=new_head)
+    taken = f"weights in {path} ({part})" if part else f"weights in {path}"
+    return put_weights(model, saved, taken, source=source, new_head=new_head)
 
 
 def put_weights(model: nn.Module, saved: dict[str, Tensor], taken: str, *, source: str, new_head: bool) -> str:
@@ -115,14 +102,13 @@ def put_weights(model: nn.Module, saved: dict[str, Tensor], taken: str, *, sourc
     for name, tensor in saved.items():
         if kind := strange_kind(name, tensor, complex_too=name not in current or not current[name].is_complex()):
             raise CheckpointError(f"{source}: {kind}; save a state_dict() of plain tensors")
-    weights = {name: value for name, value in saved.items() if name in current or not name.startswith(AUXILIARY)}
-    for name, value in current.items():
-        if name.endswith("num_batches_tracked"):  # files from before BatchNorm counted its batches lack it
-            weights.setdefault(name, value)
+    # files from before BatchNorm counted its batches lack these
+    weights = {name: value for name, value in current.items() if name.endswith("num_batches_tracked")}
+    weights |= {name: value for name, value in saved.items() if name in current or not name.startswith(AUXILIARY)}
     taken += f", names without {prefix}" if prefix else ""
     if new_head:
         taken += replace_head(weights, model)
-    if differences := model_differences(weights, current, compare_dtypes=False):
+    if differences := model_differences(weights, current, dtypes=False):
         classes = "" if new_head else ", with as many classes"
         raise CheckpointError(f"{source}: does not fit the model: {first_three(differences)}; choose the --model it "
                               f"was made with{classes}")
@@ -134,9 +120,8 @@ def put_weights(model: nn.Module, saved: dict[str, Tensor], taken: str, *, sourc
 
 def replace_head(weights: dict[str, Tensor], model: nn.Module) -> str:
     """Where the last layer has another size in a file's weights, put the model's own there; says whether it did."""
-    current = model.state_dict()
     layer = list(dict(model.named_parameters()))[-1].rpartition(".")[0]  # the one that holds the last parameter
-    own = {name: value for name, value in current.items() if name.rpartition(".")[0] == layer}
+    own = {name: value for name, value in model.state_dict().items() if name.rpartition(".")[0] == layer}
     for name, value in own.items():
         if name in weights and weights[name].ndim == value.ndim and weights[name].shape != value.shape:
             before = len(weights[name])
@@ -149,13 +134,13 @@ def weights_in(content: Any, source: str) -> tuple[str, dict[str, Tensor]]:
     """The part of a file's content that holds the weights, and these by the names that an unwrapped model gives."""
     part, found = next(parts_with_weights(content), ("", None))
     if found is None:
-        odd = [f"{name} is a {type(value).__name__}, no tensor" for name, value in
-               (content.items() if isinstance(content, Mapping) else ()) if not isinstance(value, Tensor)]
-        if odd and len(odd) < len(content):
+        named = content if isinstance(content, Mapping) else {type(content).__name__: content}
+        odd = [f"{name} is a {type(value).__name__}, no tensor" for name, value in named.items()
+               if not isinstance(value, Tensor)]
+        if odd and len(odd) < len(named):
             raise CheckpointError(f"{source}: {first_three(odd)}; save a state_dict() of plain tensors")
-        held = ", ".join(map(str, list(content)[:4])) if isinstance(content, Mapping) else type(content).__name__
-        raise CheckpointError(f"{source}: holds {held or 'nothing'}, not weights by name; save the model's "
-                              f"state_dict()")
+        held = ", ".join(map(str, list(named)[:4])) or "nothing"
+        raise CheckpointError(f"{source}: holds {held}, not weights by name; save the model's state_dict()")
     return part, {str(name).replace("_orig_mod.", ""): value  # torch.compile puts it before the names of a module
                   for name, value in found.items() if name != "n_averaged"}  # AveragedModel's counter
 
@@ -172,14 +157,11 @@ def parts_with_weights(content: Any, part: str = "") -> Iterator[tuple[str, Mapp
 
 
 def without_prefix(saved: dict[str, Tensor], current: Mapping[str, Tensor]) -> tuple[str, dict[str, Tensor]]:
-    """The weights without what a wrapper put before all of their names, and that prefix; empty where names fit as is.
-    Of all prefixes that leave the name of some parameter of the model, the one that leaves the most of them."""
-    def number_known(prefix: str) -> int:
-        return sum(name.removeprefix(prefix) in current for name in saved)
-
+    """The prefix, of all names alike, without which most of them are the model's, and the weights without it."""
     first = min(saved, key=len, default="")
     prefixes = sorted({first.removesuffix(name) for name in current if first.endswith(name)})
-    best = max(["", *(each for each in prefixes if all(name.startswith(each) for name in saved))], key=number_known)
+    best = max(["", *(each for each in prefixes if all(name.startswith(each) for name in saved))],
+               key=lambda prefix: sum(name.removeprefix(prefix) in current for name in saved))
     return best, {name.removeprefix(best): value for name, value in saved.items()}
 
 
@@ -188,16 +170,13 @@ def first_three(differences: list[str]) -> str:
     return "; ".join(differences[:3]) + (f" and {len(differences) - 3} more" if len(differences) > 3 else "")
 
 
-def model_differences(saved: Mapping[str, Tensor], current: Mapping[str, Tensor], *,
-                      compare_dtypes: bool = True) -> list[str]:
+def model_differences(saved: Mapping[str, Tensor], current: Mapping[str, Tensor], *, dtypes: bool = True) -> list[str]:
     """Sentences about names, shapes and dtypes that differ."""
     differences = [f"{name} is not in the checkpoint" for name in current if name not in saved]
     differences += [f"{name} is not in the model" for name in saved if name not in current]
-    for name in current:
-        if name in saved and saved[name].shape != current[name].shape:
-            differences.append(f"{name} is {tuple(saved[name].shape)} in the checkpoint and "
-                               f"{tuple(current[name].shape)} in the model")
-        elif name in saved and saved[name].dtype != current[name].dtype and (
-                compare_dtypes or current[name].is_floating_point() > saved[name].is_floating_point()):
-            differences.append(f"{name} is {saved[name].dtype} in the checkpoint and {current[name].dtype} here")
+    for name, was, now in [(name, saved[name], value) for name, value in current.items() if name in saved]:
+        if was.shape != now.shape:
+            differences.append(f"{name} is {tuple(was.shape)} in the checkpoint and {tuple(now.shape)} in the model")
+        elif was.dtype != now.dtype and (dtypes or now.is_floating_point() > was.is_floating_point()):
+            differences.append(f"{name} is {was.dtype} in the checkpoint and {now.dtype} here")
     return differences

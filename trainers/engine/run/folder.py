@@ -1,16 +1,14 @@
-"""The run folder `runs/<name>/`: the config, status, metrics and results of a run.
-
-Rank 0 alone writes, only while it owns the folder (ownership.py), and every file but metrics.jsonl is replaced in one
-step, so that a reader never sees half of one.
-"""
+"""The run folder `runs/<name>/`: the config, status, metrics and results of a run. Rank 0 alone writes, only while it
+owns the folder (ownership.py), and every file but metrics.jsonl is replaced in one step: no reader sees half of one."""
 
 import contextlib
 import errno
 import json
 import os
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from launch.errors import CheckpointError, UsageError, say, user_line
 from launch.files import read_object, replace_file, sync_folder, writing
@@ -19,6 +17,8 @@ from trainers.engine.checkpoints.files import committed, step_of
 from trainers.engine.config import MAY_CHANGE
 from trainers.engine.run.ownership import Ownership, output_dir_writable, read_config
 
+CARD_FILE = "model.json"  # what must be known to use a run's weights, written by the image trainers
+LARGEST = 1e5  # of the numbers in it
 OUT_OF_PATIENCE = "--patience"  # how the reason of a run begins that it ended
 
 
@@ -26,9 +26,7 @@ class RunFolder:
     """Rank 0's view of its run; on other ranks every method that writes does nothing."""
 
     def __init__(self, path: Path, *, is_main: bool) -> None:
-        self.path = path
-        self.checkpoints = path / "checkpoints"
-        self.is_main = is_main
+        self.path, self.checkpoints, self.is_main = path, path / "checkpoints", is_main
         self.ownership = Ownership(path)
         self.beat, self.release = self.ownership.beat, self.ownership.release
         self._synced_inode: int | None = None  # of the metrics.jsonl whose name is on the disk
@@ -80,13 +78,12 @@ class RunFolder:
 
     def failed(self, cause: Exception | str, *, step: int) -> None:
         """FAILED and why; not if this process never started the run, or has lost it, or the disk is full."""
-        if not self._is_under_way():
-            return
-        before_step, epoch = self.position()
         if isinstance(cause, Exception):
             cause = user_line(cause) or f"{type(cause).__name__}: {cause}"
-        with contextlib.suppress(CheckpointError):
-            self.write_status("FAILED", step=max(step, before_step), epoch=epoch, reason=cause)
+        if self._is_under_way():
+            before_step, epoch = self.position()
+            with contextlib.suppress(CheckpointError):
+                self.write_status("FAILED", step=max(step, before_step), epoch=epoch, reason=cause)
 
     def preempted(self, reason: str, *, epoch: int = 0) -> None:
         """PREEMPTED and why, at the last checkpoint; nothing is said of this process's end after that."""
@@ -107,25 +104,22 @@ class RunFolder:
     def sync_metrics(self) -> None:
         """Put metrics.jsonl on the disk, and its name once it was made or replaced."""
         path = self.path / "metrics.jsonl"
-        if not path.is_file():
-            return
-        with open(path, "rb") as file:
-            os.fsync(file.fileno())
-            inode = os.fstat(file.fileno()).st_ino
-        if inode != self._synced_inode:
-            sync_folder(self.path)
-            sync_folder(self.path.parent)
-            self._synced_inode = inode
+        if path.is_file():
+            with open(path, "rb") as file:
+                os.fsync(file.fileno())
+            if (inode := path.stat().st_ino) != self._synced_inode:
+                sync_folder(self.path)
+                sync_folder(self.path.parent)
+                self._synced_inode = inode
 
     def truncate_metrics(self, step: int, *, evaluated: bool) -> None:
-        """Drop the lines that a run resumed at `step` will write again, and a half-written one; of the evaluation at
-        that step too, unless it was `evaluated` before the checkpoint was made."""
+        """Drop lines that a run resumed at `step` writes again: of its evaluation too, unless `evaluated` before."""
         def stays(text: str) -> bool:
             try:
                 line = json.loads(text)
                 return line["step"] < step or (line["step"] == step and (evaluated or line["split"] == "train"))
-            except (ValueError, KeyError, TypeError, RecursionError):
-                return False  # cut off in the middle by a kill
+            except (ValueError, KeyError, TypeError, RecursionError):  # cut off in the middle by a kill
+                return False
 
         if self.is_main and (self.path / "metrics.jsonl").exists():
             with self._writing("metrics.jsonl") as path:
@@ -149,8 +143,8 @@ class RunFolder:
                 self.checkpoints.mkdir(exist_ok=True)
 
     def begin(self, config: Mapping[str, Any], *, world: Mapping[str, Any]) -> bool:
-        """Record the config; False if the run is DONE and it asks for no more. Call through `from_main`. UsageError for
-        flags that alter the run, and for an evaluation alone, whose result would replace that of the run."""
+        """Record the config; False if the run is DONE and it asks for no more. UsageError for flags that alter the run,
+        and for an evaluation alone, whose result would replace that of the run."""
         before, status = read_config(self.path), self.read_json("status.json") or {}
         is_done, is_empty = status.get("state") == "DONE", not committed(self.checkpoints)
         has_progress = not is_empty  # without, nothing is altered by other flags
@@ -160,9 +154,14 @@ class RunFolder:
             raise UsageError(f"--evaluate {config['evaluate']}: {self.path} holds a training run, whose result this "
                              f"would replace; give the evaluation another --run-name")
         if has_progress and before is not None and config.get("resume") != "never":
-            check_unchanged(self.path, config, before)
-            if is_done and not asks_for_more(config, before, status):
-                return False
+            if changed := [f"--{name.replace('_', '-')} {value} (was {before[name]})" for name, value in config.items()
+                           if name not in MAY_CHANGE and value != before.get(name, value)]:
+                raise UsageError(f"{', '.join(changed[:3])}: would alter the run in {self.path}; use the flags it was "
+                                 f"started with, or another --run-name")
+            limits = ("patience",) if str(status.get("reason")).startswith(OUT_OF_PATIENCE) else ("epochs", "max_steps")
+            given = [name for name in limits if isinstance(before.get(name), int)]
+            if is_done and not any(config.get(name) is None or config[name] > before[name] for name in given):
+                return False  # none was raised, or taken away
             if is_done and config.get("resume") == "auto" and is_empty:
                 raise CheckpointError(f"{self.path}: is DONE and its checkpoints are gone, so it cannot continue; use "
                                       f"--resume never to start over, or another --run-name")
@@ -174,22 +173,65 @@ class RunFolder:
         return True
 
 
-def check_unchanged(run: Path, config: Mapping[str, Any], before: Mapping[str, Any]) -> None:
-    """UsageError for flags that alter the run and differ from those that it was started with."""
-    changed = [f"--{name.replace('_', '-')} {value} (was {before[name]})" for name, value in config.items()
-               if name not in MAY_CHANGE and value != before.get(name, value)]
-    if changed:
-        raise UsageError(f"{', '.join(changed[:3])}: would alter the run in {run}; use the flags it was started with, "
-                         f"or another --run-name")
-
-
-def asks_for_more(config: Mapping[str, Any], before: Mapping[str, Any], status: Mapping[str, Any]) -> bool:
-    """Whether the limit that ended the run was raised, or taken away (None is no limit)."""
-    names = ("patience",) if str(status.get("reason")).startswith(OUT_OF_PATIENCE) else ("epochs", "max_steps")
-    limits = [(config.get(name), before.get(name)) for name in names]
-    return any(isinstance(then, int) and (now is None or now > then) for now, then in limits)
-
-
 def finite(content: Mapping[str, Any]) -> dict[str, Any]:
     """The content as JSON holds it, with null in the place of NaN and infinity, which it does not know."""
     return json.loads(json.dumps(content), parse_constant=lambda name: None)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelCard:
+    """How to build the network of a run, and what its inputs are."""
+    trainer: str  # its file name without .py
+    model: str  # its name, for models.build
+    class_names: tuple[str, ...]  # of the outputs, whatever their kind
+    mean: tuple[float, ...]  # per channel, in units of the full range [0, 1], as std
+    std: tuple[float, ...]
+    image_size: tuple[int, int]  # height and width
+    options: dict[str, Any] = field(default_factory=dict)  # further arguments of models.build, such as the width
+    kind: Literal["classes", "labels", "numbers"] = "classes"  # what the outputs are
+    transform: str | None = None  # FILE.py:NAME of a transform of the user's
+    user_code: dict[str, str] = field(default_factory=dict)  # the sha256 of each of the user's files, by path
+    fit: Literal["squash", "crop", "squash-crop"] = "squash"  # this and the next two as datasets/images/read.py has it
+    resize_size: int | None = None
+    interpolation: Literal["bilinear", "bicubic"] | None = None
+
+    def __post_init__(self) -> None:
+        """Raise ValueError for what a damaged or edited file may hold."""
+        own = self.trainer == "custom"  # whose inputs may be images of any number of channels, or none
+        blank = own and (self.mean, self.std, self.image_size) == ((), (), (0, 0))
+        for name, is_good in (
+            ("trainer", isinstance(self.trainer, str) and self.trainer.isidentifier()),
+            ("model", isinstance(self.model, str)),
+            ("class_names", are_all(self.class_names, str) and len({*self.class_names}) == len(self.class_names)),
+            ("mean", blank or (are_all(self.mean, (int, float)) and (own or len(self.mean) in (1, 3)))),
+            ("std", blank or (are_all(self.std, (int, float), above=0) and len(self.std) == len(self.mean))),
+            ("image_size", blank or (are_all(self.image_size, int, above=0) and len(self.image_size) == 2)),
+            ("options", isinstance(self.options, dict)), ("user_code", isinstance(self.user_code, dict)),
+            ("kind", self.kind in ("classes", "labels", "numbers")),
+            ("transform", isinstance(self.transform, str | None)),
+            ("fit", self.fit in ("squash", "crop", "squash-crop")),
+            ("resize_size", self.resize_size is None or are_all((self.resize_size,), int, above=0)),
+            ("interpolation", self.interpolation in (None, "bilinear", "bicubic")),
+        ):
+            if not is_good:
+                raise ValueError(f"{name} cannot be {getattr(self, name)!r:.100}")
+
+
+def are_all(values: object, kind: type | tuple[type, ...], *, above: float = -LARGEST) -> bool:
+    """Whether it is a tuple of such values, not empty, and numbers among them within limits."""
+    return isinstance(values, tuple) and len(values) > 0 and all(
+        isinstance(value, kind) and (isinstance(value, str) or above < value < LARGEST) for value in values)
+
+
+def read_card(run: Path) -> ModelCard:
+    """The card of a run; raises CheckpointError if it is missing or damaged."""
+    if not run.is_dir():
+        raise CheckpointError(f"--run {run}: no such folder; give one that a trainer made, such as runs/NAME")
+    saved = read_object(run / CARD_FILE) or {}
+    values: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in saved.items()}
+    try:
+        return ModelCard(**values)
+    except (TypeError, ValueError) as error:
+        reason = f" ({str(error).removeprefix('ModelCard.__init__() ')})" if saved else ""
+        raise CheckpointError(f"--run {run}: has no readable {CARD_FILE}{reason}; only runs of the image trainers do, "
+                              f"from the moment they start training") from None

@@ -1,11 +1,7 @@
-"""Who may write to a run folder: one live process, and of two incarnations of a job the later one.
-
-`lock` is locked by the owner as long as it lives. `owner.json` says who it is and holds the fencing token: a number
-that every new owner raises, and a random word. A process that was cut off while its job restarted elsewhere, or whose
-folder was deleted, does not find its own token there, and writes nothing more. `heartbeat.json` shows that the owner is
-alive where the file lock does not reach: to other hosts, and on file systems without locks; it is a file of its own so
-that a late heartbeat of an old owner cannot undo the claim of a new one.
-"""
+"""Who may write to a run folder: one live process, and of two incarnations of a job the later one. The owner locks
+`lock`; `owner.json` holds its fencing token, a number that every new owner raises and a random word: who does not find
+its own there writes nothing more. `heartbeat.json` shows that it lives where the lock does not reach, on other hosts or
+without locks: a file of its own, so that a late heartbeat of an old owner cannot undo the claim of a new one."""
 
 import contextlib
 import errno
@@ -37,11 +33,10 @@ class Ownership:
     """One process's claim on a folder."""
 
     def __init__(self, path: Path) -> None:
-        self.path = path
+        self.path, self._beat_at = path, 0.0
         self.incarnation, self._word = 0, ""  # the fencing token; 0 while nothing is claimed
         self._lock_file: Any = None
         self._writing = threading.Lock()  # the watchdog's thread beats while the main thread may release
-        self._beat_at = 0.0
 
     def claim(self) -> None:
         """Own the folder, which exists; CheckpointError if another live process does, OSError if it is read-only."""
@@ -52,8 +47,8 @@ class Ownership:
         except OSError as error:  # None: the file system has no locks
             locked = False if error.errno in (errno.EAGAIN, errno.EACCES) else None
         previous = read_object(self.path / "owner.json") or {}  # after the lock: its holder may just have written it
-        mine = this_process()
-        if not replaces(previous, mine) and (locked is False or still_beats(self.path, previous, locked=bool(locked))):
+        if not replaces(previous, this_process()) and (
+                locked is False or still_beats(self.path, previous, locked=bool(locked))):
             raise CheckpointError(f"{self.path}: in use by pid {previous.get('pid')} on {previous.get('host')}; "
                                   f"wait for it, or choose another --run-name")
         self.incarnation, self._word = incarnation_of(previous) + 1, secrets.token_hex(8)
@@ -66,13 +61,12 @@ class Ownership:
     def beat(self) -> None:
         """Show other hosts that the owner is alive, at most every two seconds; called from the watchdog's thread."""
         with self._writing:
-            if not self.incarnation or time.monotonic() - self._beat_at < BEAT_SECONDS:
-                return
-            self._beat_at = time.monotonic()  # never twice the same
-            text = json.dumps({"incarnation": self.incarnation, "beat_at": self._beat_at})
-            with contextlib.suppress(OSError):  # a full disk is noticed by whoever writes something that matters
-                if self.holds():
-                    replace_file(self.path / "heartbeat.json", (text + "\n").encode())
+            if self.incarnation and time.monotonic() - self._beat_at >= BEAT_SECONDS:
+                self._beat_at = time.monotonic()  # never twice the same
+                text = json.dumps({"incarnation": self.incarnation, "beat_at": self._beat_at}) + "\n"
+                with contextlib.suppress(OSError):  # a full disk is noticed by whoever writes something that matters
+                    if self.holds():
+                        replace_file(self.path / "heartbeat.json", text.encode())
 
     def holds(self) -> bool:
         """Whether owner.json holds this claim's own token. A claim that is missing or damaged is lost."""
@@ -98,27 +92,22 @@ class Ownership:
             self.incarnation = 0
             if self._lock_file is not None:
                 self._lock_file.close()
-                self._lock_file = None
 
 
 def check_run_name(name: str | None) -> None:
     """UsageError for what cannot be the name of one folder in `--output-dir`."""
     text = name or ""
-    is_odd = text in (".", "..") or re.search(r"[/\x00-\x1f\x7f]", text)
-    if is_odd or len(text.encode(errors="surrogatepass")) > MOST_NAME_BYTES:
+    too_long = len(text.encode(errors="surrogatepass")) > MOST_NAME_BYTES
+    if too_long or text in (".", "..") or re.search(r"[/\x00-\x1f\x7f]", text):
         shown = printable(text if len(text) <= 60 else f"{text[:60]}... ({len(text)} characters)")
         raise UsageError(f"--run-name {shown}: must name one folder: no / or control characters, not .., at most "
                          f"{MOST_NAME_BYTES} bytes; say with --output-dir where the folder is to lie")
 
 
 def unnamed_run(output_dir: Path, trainer: str, recipe: str, config: Mapping[str, Any] | None = None) -> str:
-    """The name of the run folder where the user gave none: trainer, recipe and an id. Rank 0 only.
-
-    `--rdzv-id` makes the same name in every start of the job; so does a Slurm job, for a command with the same flags:
-    the folder is found by its config.json, and commands with others get `2-`, `3-` ... before the job's id. Else the id
-    is the present time, with `-2`, `-3` ... where that folder is another launcher's; a restart finds its own by
-    owner.json.
-    """
+    """The name of a run folder without `--run-name`: trainer, recipe and an id. `--rdzv-id` makes one name in every
+    start of the job; so does a Slurm job, for a command with the same flags, by config.json: others get `2-` ... before
+    the id. Else it is the time, with `-2` ... where a folder is another launcher's; a restart knows its owner.json."""
     kind, given = (re.sub(r"[^A-Za-z0-9._-]", "_", part) for part in (f"{trainer}-{recipe}", given_run_id() or ""))
     launcher = launcher_identity()
     if given and slurm_job() is None:
@@ -126,16 +115,13 @@ def unnamed_run(output_dir: Path, trainer: str, recipe: str, config: Mapping[str
     for folder in output_dir.glob(f"{kind}-*") if launcher is not None and not given else ():
         if (read_object(folder / "owner.json") or {}).get("launcher") == launcher:
             return folder.name
-    first = f"{kind}-{given or now()}"
+    first, config = f"{kind}-{given or now()}", config or {}
     others = (f"{kind}-{number}-{given}" if given else f"{first}-{number}" for number in itertools.count(2))
-    config = config or {}
     content = {"owner.json": {"incarnation": 0, "launcher": launcher}, **({"config.json": config} if given else {})}
     with output_dir_writable(output_dir):
         output_dir.mkdir(parents=True, exist_ok=True)
-        for name in itertools.chain([first], others):
-            if (given and has_flags(output_dir / name, config)) or created(output_dir / name, content):
-                return name
-    raise AssertionError("there is always another number")
+        return next(name for name in itertools.chain([first], others)
+                    if (given and has_flags(output_dir / name, config)) or created(output_dir / name, content))
 
 
 def read_config(folder: Path) -> dict[str, Any] | None:
@@ -194,18 +180,17 @@ def incarnation_of(owner: Mapping[str, Any]) -> int:
 
 def is_restart_of(previous: Mapping[str, Any], mine: Mapping[str, Any]) -> bool:
     """Whether both go by the same job's name, and this is a later start of it. Two launchers may have one name."""
-    restart = previous.get("restart")
-    return (mine["job"] is not None and previous.get("job") == mine["job"] and isinstance(restart, int)
-            and mine["restart"] > restart)
+    return (mine["job"] is not None and previous.get("job") == mine["job"]
+            and isinstance(previous.get("restart"), int) and mine["restart"] > previous["restart"])
 
 
 def replaces(previous: Mapping[str, Any], mine: Mapping[str, Any]) -> bool:
-    """Whether this is certainly the same job, started again, so that the earlier incarnation is dead or cut off: Slurm
-    has queued it again, or the same torchrun has restarted its ranks, and not a second one of its id, or of its job."""
-    if not is_restart_of(previous, mine):
-        return False
-    launcher, requeued = mine["launcher"] or {}, mine["restart"] // REQUEUE > previous["restart"] // REQUEUE
-    return requeued or (launcher.get("started") is not None and launcher == previous.get("launcher"))
+    """Whether this is certainly the same job, started again, so that the earlier incarnation is dead or cut off: queued
+    again by Slurm, or restarted by the same torchrun, and not a second one of its id, or of its job."""
+    launcher = mine["launcher"] or {}
+    return is_restart_of(previous, mine) and (
+        mine["restart"] // REQUEUE > previous["restart"] // REQUEUE
+        or (launcher.get("started") is not None and launcher == previous.get("launcher")))
 
 
 def still_beats(path: Path, previous: Mapping[str, Any], *, locked: bool) -> bool:

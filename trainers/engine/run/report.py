@@ -1,9 +1,7 @@
-"""What a run prints and leaves for people: lines of metrics.jsonl, which trackers get too, pictures, and a bar.
-
-On rank 0 only, and outside the timed steps. Drawing is paced: it may take a twentieth of the run's time, so that
-short epochs are not slowed by their own picture; the last one is always drawn. Only the lines are needed: of pictures
-and trackers the first failure is a warning, others are silent, and the run continues.
-"""
+"""What a run prints and leaves for people: lines of metrics.jsonl, which trackers get too, pictures, and a bar. On rank
+0 only, and outside the timed steps. Drawing may take a twentieth of the run's time, so that short epochs are not slowed
+by their own picture; the last one is always drawn. Only the lines are needed: of pictures and trackers the first
+failure is a warning, others are silent, and the run continues."""
 
 import contextlib
 import sys
@@ -15,12 +13,10 @@ from tqdm import tqdm
 
 from launch.errors import first_line, to_stderr
 from launch.stop import Stopped
-from trainers.engine.metrics import Evaluation
 from trainers.engine.run import pictures
 from trainers.engine.run.folder import RunFolder
 from trainers.engine.trackers.tracker import TrackerThread
 
-FIRST_COST_SECONDS = 1.0  # of the first drawing, which imports matplotlib
 SHARE = 0.05  # of the run's time that drawing may take
 LINE_SECONDS = 10.0  # between two plain lines
 CLOSE_SECONDS = {"DONE": 20.0, "PREEMPTED": 5.0, "FAILED": 5.0}  # for all trackers together
@@ -31,7 +27,7 @@ class Report:
 
     def __init__(self, folder: RunFolder, *, pictures: bool = True, trackers: Sequence[TrackerThread] = ()) -> None:
         self.folder, self.draws, self.trackers = folder, pictures and folder.is_main, trackers if folder.is_main else ()
-        self._drawn_at, self._cost_seconds = time.monotonic(), FIRST_COST_SECONDS
+        self._drawn_at, self._cost_seconds = time.monotonic(), 1.0  # of the first drawing, which imports matplotlib
         self._failed: set[str] = set()
 
     @contextlib.contextmanager
@@ -52,23 +48,13 @@ class Report:
 
     def curves(self, epochs: Sequence[dict[str, Any]], *, steps_per_epoch: int, always: bool = False) -> None:
         """Draw curves.png, if it is time to or `always`."""
-        waited = time.monotonic() - self._drawn_at
-        if not self.draws or not epochs or not (always or waited * SHARE >= self._cost_seconds):
-            return
         began = time.monotonic()
-        with self.optional("--pictures"):
-            png = pictures.curves(epochs, steps_per_epoch=steps_per_epoch, title=self.folder.path.name)
-            self.folder.write_bytes("curves.png", png)
-        self._drawn_at = time.monotonic()
-        self._cost_seconds = self._drawn_at - began
-
-    def confusion_matrix(self, evaluation: Evaluation, class_names: Sequence[str]) -> None:
-        """Draw confusion_matrix.png, where there are classes."""
-        if self.draws and evaluation.confusion_matrix is not None and evaluation.accuracy is not None:
-            title = f"{100 * evaluation.accuracy:.2f} % of {evaluation.num_samples} test samples"
+        if self.draws and epochs and (always or (began - self._drawn_at) * SHARE >= self._cost_seconds):
             with self.optional("--pictures"):
-                png = pictures.confusion_matrix(evaluation.confusion_matrix, class_names, title=title)
-                self.folder.write_bytes("confusion_matrix.png", png)
+                png = pictures.curves(epochs, steps_per_epoch=steps_per_epoch, title=self.folder.path.name)
+                self.folder.write_bytes("curves.png", png)
+            self._drawn_at = time.monotonic()
+            self._cost_seconds = self._drawn_at - began
 
     def __enter__(self) -> "Report":
         return self
@@ -85,10 +71,8 @@ class Progress:
     """Steps done, with the latest loss, accuracy and speed; redrawn by time, not at every step."""
 
     def __init__(self, *, shown: bool, total_steps: int, step: int) -> None:
-        self.shown, self.total_steps, self.step = shown, total_steps, step
-        self.figures = ""
-        self._printed_at = time.monotonic()
-        self._bar = None
+        self.shown, self.total_steps, self.step, self.figures = shown, total_steps, step, ""
+        self._printed_at, self._bar = time.monotonic(), None
         if shown and sys.stderr is not None and sys.stderr.isatty():
             self._bar = tqdm(total=total_steps, initial=step, unit="step", mininterval=0.5, dynamic_ncols=True)
 
@@ -105,11 +89,10 @@ class Progress:
                      seconds_left: float) -> None:
         """Show these beside the number of steps from now on."""
         percent = f"  accuracy {100 * accuracy:.2f} %" if accuracy is not None else ""
-        self.figures = f"  loss {loss:.4f}{percent}  {samples_per_second:,.0f} samples/s"
+        figures = f"  loss {loss:.4f}{percent}  {samples_per_second:,.0f} samples/s"
+        self.figures = f"{figures}  ETA {seconds_left:.0f} s"
         if self._bar is not None:
-            self._bar.set_postfix_str(self.figures.strip(), refresh=False)
-        else:
-            self.figures += f"  ETA {seconds_left:.0f} s"
+            self._bar.set_postfix_str(figures.strip(), refresh=False)
 
     def line_above(self, text: str) -> None:
         """Print a line above the bar."""

@@ -1,7 +1,5 @@
-"""MLflow: the server at MLFLOW_TRACKING_URI; or mlruns/ beside the run folders, if none is named or can be reached.
-
-    MLFLOW_ALLOW_FILE_STORE=true mlflow ui --backend-store-uri runs/mlruns
-"""
+"""MLflow: the server at MLFLOW_TRACKING_URI; or mlruns/ beside the run folders, if none is named or can be reached, for
+`MLFLOW_ALLOW_FILE_STORE=true mlflow ui --backend-store-uri runs/mlruns`."""
 
 import importlib
 import time
@@ -36,5 +34,4 @@ def start(run: TrackedRun) -> Tracker:
     def log(step: int, values: Mapping[str, float]) -> None:
         now, metric = int(1000 * time.time()), mlflow.entities.Metric
         client.log_batch(number, [metric(name, value, now, step) for name, value in values.items()])
-
     return Tracker(f"{where} {number}", log, finish=lambda state: client.set_terminated(number, STATES[state]))

@@ -18,5 +18,4 @@ def start(run: TrackedRun) -> Tracker:
         for name, value in values.items():
             writer.add_scalar(name, value, step)
         writer.flush()
-
     return Tracker(id=run.path.name, log=log, finish=lambda state: writer.close())

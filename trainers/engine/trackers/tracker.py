@@ -1,21 +1,17 @@
-"""The protocol of experiment trackers, and the thread that each gets: one that fails or hangs costs one WARNING.
-
-A tracker gets each line of metrics.jsonl once, by the record that trackers/NAME.json keeps of what it has had: a
-resumed run continues as the same tracked run.
-"""
+"""The protocol of experiment trackers, and the thread that each gets: one that fails or hangs costs one WARNING. Each
+line of metrics.jsonl is told once, by the record in trackers/NAME.json: a resumed run continues as the same one."""
 
 import importlib
-import importlib.util
 import json
 import queue
 import threading
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from itertools import chain
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from launch.errors import UsageError, first_line, to_stderr
+from launch.errors import first_line, to_stderr
 from launch.files import read_object, replace_file
 
 TrackerName = Literal["wandb", "mlflow", "trackio", "tensorboard"]
@@ -25,7 +21,6 @@ START_SECONDS = 5.0  # that training waits for a tracker to start, so that its i
 
 class TrackedRun(NamedTuple):
     """A run to follow: its folder, the trainer, all flags, and the id in the tracker if it was followed before."""
-
     path: Path
     project: str
     config: Mapping[str, Any]
@@ -34,7 +29,6 @@ class TrackedRun(NamedTuple):
 
 class Tracker(NamedTuple):
     """What `start(TrackedRun)` of each file here returns; an error in a function is told in one WARNING."""
-
     id: str
     log: Callable[[int, Mapping[str, float]], object]  # a step, and values by names such as train/loss
     finish: Callable[[str], object]  # the process ends, with the run DONE, PREEMPTED or FAILED
@@ -106,11 +100,3 @@ def values_of(line: Mapping[str, Any]) -> dict[str, float]:
     values = {f"{line['split']}/{name}": line[name] for name in SCALARS
               if line.get(name) is not None and (name != "learning_rate" or line["split"] == "train")}
     return values | {f"gradient_norm/{name}": norm for name, norm in line.get("gradient_norms", {}).items()}
-
-
-def check_installed(names: Iterable[TrackerName]) -> None:
-    """UsageError for a tracker whose package is not installed; a folder of its name without code is none."""
-    for name in names:
-        found = importlib.util.find_spec(name)
-        if found is None or found.origin is None:
-            raise UsageError(f"--track {name}: not installed; pip install -e .[{name}]".replace("[tensorboard]", ""))

@@ -27,5 +27,4 @@ def start(run: TrackedRun) -> Tracker:
         with contextlib.redirect_stdout(io.StringIO()):
             following.finish()
         check()
-
     return Tracker(name, log=lambda step, values: (following.log(dict(values), step=step), check()), finish=finish)

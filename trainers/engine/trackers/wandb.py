@@ -1,7 +1,5 @@
-"""Weights & Biases: online with a key and a server that can be reached, else files in the run folder.
-
-    wandb sync runs/NAME/trackers/wandb/offline-run-*
-"""
+"""Weights & Biases: online with a key and a server that can be reached, else files in the run folder, for
+`wandb sync runs/NAME/trackers/wandb/offline-run-*`."""
 
 import importlib
 import shutil
@@ -37,7 +35,6 @@ def start(run: TrackedRun) -> Tracker:
     def finish(state: str) -> None:
         following.finish(exit_code=0 if state == "DONE" else 1)
         mark.unlink(missing_ok=True)
-
     return Tracker(number, log, finish, forgets=mode == "offline")
 
 
