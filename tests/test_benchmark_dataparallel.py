@@ -12,8 +12,8 @@ from launch.process_group import World
 from tests.helpers.processes import TINY, read_json
 from tests.helpers.server import run
 from trainers.engine.config import TrainConfig
+from trainers.engine.dropout import default_generators
 from trainers.engine.parallel import choose_parallel, gradient_sync, parallelize, unwrap
-from trainers.engine.step import default_generators
 
 GPU = World(device=torch.device("cuda", 0))
 

@@ -16,7 +16,7 @@ from launch import launcher
 from launch.process_group import World
 from tests.helpers.images import Noted, write_tree
 from trainers.engine.config import TrainConfig
-from trainers.engine.metrics import History
+from trainers.engine.history import History
 from trainers.engine.step import DataWait, TrainStep
 from trainers.image_folder import ImageFolderConfig, build_loaders
 

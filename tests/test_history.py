@@ -9,7 +9,8 @@ import torch
 from tests.helpers.comparing import run_in
 from tests.helpers.hooks import at, send
 from tests.helpers.processes import metrics, newest_checkpoint, read_json
-from trainers.engine.metrics import Evaluation, History
+from trainers.engine.history import History
+from trainers.engine.metrics import Evaluation
 
 
 def evaluation(*, loss: float, correct: int | None) -> Evaluation:

@@ -26,7 +26,8 @@ from trainers.engine.checkpoints.files import checkpoint_path, committed, manife
 from trainers.engine.checkpoints.load import load_or_fail, newest_good
 from trainers.engine.checkpoints.save import file_sha256, manifest, write_checkpoint
 from trainers.engine.config import TrainConfig
-from trainers.engine.metrics import History, TrainingSums
+from trainers.engine.history import History
+from trainers.engine.metrics import TrainingSums
 from trainers.engine.optimizer import build_optimizer
 from trainers.engine.resume import choose_checkpoint, unlike_run
 from trainers.engine.run.folder import RunFolder

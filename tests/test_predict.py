@@ -24,7 +24,7 @@ from tests.helpers.processes import TINY, environment, execute, read_json, wait_
 from trainers import models
 from trainers.engine import export
 from trainers.engine.checkpoints.load import load_verified
-from trainers.engine.run.folder import ModelCard
+from trainers.engine.run.card import ModelCard
 from trainers.predict import PredictConfig, load_model, main
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -14,7 +14,8 @@ from tests.helpers.processes import metrics, read_json
 from tests.helpers.server import run
 from trainers.engine.checkpoints.load import load_or_fail
 from trainers.engine.checkpoints.snapshot import hash_tensors
-from trainers.engine.metrics import Evaluation, EvaluationSums, History
+from trainers.engine.history import History
+from trainers.engine.metrics import Evaluation, EvaluationSums
 
 pytestmark = pytest.mark.timeout(120)
 THREE = ("--validation-fraction", "0.2")

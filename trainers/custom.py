@@ -40,7 +40,7 @@ from launch.rules import AtLeast
 from trainers import models
 from trainers.engine import user_code
 from trainers.engine.config import TrainConfig
-from trainers.engine.run.folder import CARD_FILE, ModelCard
+from trainers.engine.run.card import CARD_FILE, ModelCard
 from trainers.engine.session import entry_point, open_run, train_model
 from trainers.engine.task import Loss, Metric, MixingFlags, Task, classification_task, with_own_code
 from trainers.engine.trainer import Run

@@ -43,7 +43,7 @@ from trainers.engine.checkpoints.load import check_fits, load_or_fail, newest_go
 from trainers.engine.data_record import saved_class_names
 from trainers.engine.export import export
 from trainers.engine.predictions import Prediction, as_json, as_lines
-from trainers.engine.run.folder import CARD_FILE, ModelCard, read_card
+from trainers.engine.run.card import CARD_FILE, ModelCard, read_card
 from trainers.engine.run.pictures import MOST_IMAGES, predictions
 from trainers.engine.task import apply, logits_of, map_tensors
 from trainers.engine.user_code import Reference, blaming, is_reference, made_again

@@ -4,7 +4,6 @@ come from that matrix, and its total is the number of test samples. Of many thou
 wrong and right: the matrix of 21,841 classes is 3.8 GB."""
 
 import math
-import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -16,14 +15,11 @@ from torch import Tensor, nn
 from launch.errors import UsageError
 from launch.process_group import World, gather
 from launch.stop import Stopped, StopRequest
-from trainers.engine.parallel import synchronize
 
 MOST_MATRIX_CLASSES = 2000  # a matrix of 32 MB
 
 BestName = Literal["accuracy", "top5", "loss"]
 TOP = 5
-MOST_WAIT = 0.2  # share of training that may pass in waits for data without a warning
-FEW_SECONDS = 1.0  # of waiting, which nobody minds
 
 
 def all_reduce_sum(values: Tensor, world: World) -> Tensor:
@@ -196,80 +192,3 @@ def sync_buffers(model: nn.Module, world: World) -> None:
         world.watchdog.mark("reduce")
         for buffer in model.buffers():
             dist.broadcast(buffer, src=0)
-
-
-class History:
-    """Empty at the start, or as a checkpoint left it. The same on every rank, but for the seconds."""
-
-    def __init__(self) -> None:
-        self.epochs: list[dict[str, Any]] = []  # of each, also if cut short: step, seconds, loss and accuracy by split
-        self.best: dict[str, Any] | None = None  # accuracy, accuracy_top5, loss and step of the best evaluation
-        self.train_seconds = 0.0  # of all steps: no evaluation, checkpoint or report is in it
-        self.warm_up_seconds = 0.0  # of this process, before its first step: compilation, choice of kernels
-        self.data_wait_seconds = 0.0  # of the steps, what this rank has waited for data
-        self.data_wait_share: float | None = None  # of the rank that has waited longest, after an epoch
-        self.samples_here = 0  # over all ranks, that this process has taken part in training on
-        self._has_warned, self._running_since = False, 0.0
-        self._lap = (0, 0.0)  # samples and seconds at the last report
-
-    def start_clock(self) -> None:
-        """Steps begin."""
-        self._running_since = time.perf_counter()
-
-    def end_warm_up(self, device: torch.device) -> None:
-        """What has passed was no step; the clock runs from now."""
-        synchronize(device)
-        self.warm_up_seconds = time.perf_counter() - self._running_since
-        self.start_clock()
-
-    def pause_clock(self, device: torch.device) -> None:
-        """Wait for the device and add what has passed; the clock runs on from now."""
-        synchronize(device)
-        self.train_seconds += time.perf_counter() - self._running_since
-        self.start_clock()
-
-    def lap_samples_per_second(self) -> float:
-        """The speed since this was last asked for."""
-        samples, seconds = self._lap
-        self._lap = (self.samples_here, self.train_seconds)
-        return (self.samples_here - samples) / max(self.train_seconds - seconds, 1e-9)
-
-    def has_recorded(self, step: int) -> bool:
-        """Whether the epoch that ends at this step, complete or cut short, is recorded."""
-        return bool(self.epochs) and self.epochs[-1]["step"] == step
-
-    def record(self, *, epoch: int, step: int, train_loss: float, train_accuracy: float | None,
-               evaluation: Evaluation | None, split: str = "test", by: BestName = "accuracy") -> bool:
-        """Add the line of an epoch, evaluated on a split; returns whether that is the best so far, by such a figure."""
-        figures = evaluation.summary() if evaluation is not None else {}
-        self.epochs.append({
-            "epoch": epoch, "step": step, "train_loss": train_loss, "train_accuracy": train_accuracy,
-            f"{split}_loss": figures.get("loss"), f"{split}_accuracy": figures.get("accuracy"),
-            "seconds": self.train_seconds})
-        is_best = evaluation is not None and (self.best is None or score(figures, by) > score(self.best, by))
-        if is_best:
-            self.best = {**figures, "step": step}
-        return is_best
-
-    def evaluations_since_best(self, split: str) -> int:
-        """How many evaluations have followed the best one."""
-        best = self.best["step"] if self.best is not None else 0
-        return sum(line["step"] > best and line.get(f"{split}_loss") is not None for line in self.epochs)
-
-    def record_wait(self, seconds: float, remedy: str) -> str | None:
-        """Keep what the slowest rank has waited; returns a warning, once, if there is a remedy for that much."""
-        self.data_wait_share = share = seconds / self.train_seconds
-        if not remedy or share <= MOST_WAIT or seconds < FEW_SECONDS or self._has_warned:
-            return None
-        self._has_warned = True
-        return f"WARNING data: training has waited for data for {100 * share:.0f} % of its time; {remedy}"
-
-    def state(self) -> dict[str, Any]:
-        """What a checkpoint keeps, beside the best."""
-        return {name: getattr(self, name) for name in ("epochs", "train_seconds", "data_wait_seconds")}
-
-    def load_state(self, state: Mapping[str, Any], *, best: dict[str, Any] | None) -> None:
-        """Resume from a checkpoint."""
-        self.epochs, self.best, self.train_seconds = state["epochs"], best, state["train_seconds"]
-        self.data_wait_seconds = state.get("data_wait_seconds", 0.0)
-        self._lap = (0, self.train_seconds)

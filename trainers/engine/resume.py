@@ -19,7 +19,8 @@ from trainers.engine.checkpoints.weights import load_weights
 from trainers.engine.config import ImageConfig, TrainConfig
 from trainers.engine.data_record import saved_class_names
 from trainers.engine.optimizer import MovingAverage
-from trainers.engine.run.folder import CARD_FILE, RunFolder, read_card
+from trainers.engine.run.card import CARD_FILE, read_card
+from trainers.engine.run.folder import RunFolder
 from trainers.engine.run.ownership import is_restart_of
 from trainers.engine.step import TrainStep
 from trainers.engine.trainer import Run, Trainer

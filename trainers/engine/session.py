@@ -30,7 +30,8 @@ from trainers.engine.parallel import choose_parallel, parallelize
 from trainers.engine.precision import Precision
 from trainers.engine.result import draw_first_batch, draw_result, finish, summary
 from trainers.engine.resume import check_same_on_all_ranks, find_evaluated, load_evaluated, resume
-from trainers.engine.run.folder import CARD_FILE, ModelCard, RunFolder
+from trainers.engine.run.card import CARD_FILE, ModelCard
+from trainers.engine.run.folder import RunFolder
 from trainers.engine.run.ownership import check_run_name, unnamed_run
 from trainers.engine.run.report import Report
 from trainers.engine.step import StepOptions, TrainStep

@@ -11,7 +11,8 @@ from launch.process_group import World, from_main, gather
 from launch.stop import StopAgreement, Stopped, StopRequest
 from trainers.engine.checkpoints.save import Checkpointer
 from trainers.engine.data_record import DataRecord
-from trainers.engine.metrics import BestName, Evaluation, History
+from trainers.engine.history import History
+from trainers.engine.metrics import BestName, Evaluation
 from trainers.engine.parallel import warmed_up
 from trainers.engine.preflight import tried_first
 from trainers.engine.run.folder import RunFolder
