@@ -83,7 +83,7 @@ def test_training_waits_far_less_than_for_a_plain_save(tmp_path: Path):
     assert statistics.median(waited) < 0.25 * statistics.median(plain)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_training_waits_at_most_10_ms_for_96_mebibytes(tmp_path: Path):
     waited, plain, mebibytes = measure(tmp_path, layers=LAYERS, repeats=15)
     show(waited, plain, mebibytes)
@@ -91,7 +91,7 @@ def test_training_waits_at_most_10_ms_for_96_mebibytes(tmp_path: Path):
     assert statistics.median(waited) <= MOST_SECONDS
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_training_waits_at_most_3_and_a_half_percent_of_a_run_at_the_default_interval(tmp_path: Path):
     finished = run("cifar", "--dataset", "synthetic", "--epochs", 3, "--threads", 1, "--no-pictures", "--output-dir",
                      tmp_path, "--run-name", "run", timeout=280, launcher="python")

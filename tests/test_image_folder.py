@@ -207,7 +207,7 @@ def test_an_image_size_that_a_network_cannot_take_is_a_usage_error():
         build_model(config, 2, World())
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.timeout(280)
 def test_the_cheat_sheet_network_tells_cats_from_dogs(cats_dogs: Path, tmp_path: Path):
     finished = run("image_folder", "--data-dir", cats_dogs, "--cache", "--cache-dir", tmp_path / "cache",

@@ -52,7 +52,8 @@ class NamedWeights:
                     self.download()
             except Exception as error:  # urllib's, httpx's and the hub's own share no base
                 raise DataError(f"{self.what}: is not cached and cannot be fetched ({first_line(error)}); run it once "
-                                f"with a network, or set TORCH_HOME or HF_HOME to a folder that has it") from None
+                                f"where there is a network, or set TORCH_HOME or HF_HOME to a folder that has it"
+                                ) from None
         if (path := self.file()) is not None:
             read_weights_file(path, f"{self.what}: {path}")
 
