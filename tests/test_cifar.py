@@ -163,6 +163,7 @@ def test_the_quickstart_network_climbs_over_its_epochs(tmp_path: Path) -> None:
     assert accuracies[-1] > 0.95
 
 
+@pytest.mark.slow
 def test_the_means_and_deviations_are_those_of_the_training_images(cifar10: Path) -> None:
     train_set, test_set = cifar.load(cifar10)
     values = train_set.inputs.double() / 255

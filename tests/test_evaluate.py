@@ -75,6 +75,7 @@ def test_three_ranks_evaluate_some_classes_without_a_training_set_by_name(traine
     assert "evaluate " not in whole[0].out
 
 
+@pytest.mark.slow
 def test_what_is_given_stands_and_is_said_but_for_another_normalisation(trained: Path, tree: Path, tmp_path: Path):
     ended, _ = evaluate(best(trained), tree, tmp_path / "a", "--image-size", "32", "--fit", "squash", "--normalize",
                         "half")
@@ -97,6 +98,7 @@ def test_a_checkpoint_of_another_network_is_one_line_without_the_name_of_another
     assert ended.errors[0].endswith("more; use the flags and data it was made with")
 
 
+@pytest.mark.slow
 def test_a_checkpoint_of_before_takes_its_classes_from_its_run_and_alone_by_position_with_one_warning(
         trained: Path, tree: Path, tmp_path: Path):
     state = load_verified(best(trained))
@@ -117,6 +119,7 @@ def test_a_checkpoint_of_before_takes_its_classes_from_its_run_and_alone_by_posi
     assert result["accuracy"] == read_json(trained / "result.json")["best"]["accuracy"]
 
 
+@pytest.mark.slow
 def test_weights_beside_a_run_are_evaluated_with_its_preprocessing_and_classes(trained: Path, tree: Path,
                                                                                 tmp_path: Path):
     data = only_test(tree, tmp_path / "some", "ring", "bars")

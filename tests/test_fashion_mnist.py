@@ -31,6 +31,7 @@ def test_two_ranks_reach_the_weights_of_one_after_twenty_steps(tmp_path: Path, r
     assert largest_difference(one["model"], two["model"]) < 1e-5
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(240)
 def test_softmax_regression_says_and_holds_the_books_figures(
     fashion_mnist_data: Path, tmp_path: Path

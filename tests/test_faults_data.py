@@ -86,6 +86,7 @@ def without_record(folder: Path) -> None:
         write_checkpoint(path.parent, state)
 
 
+@pytest.mark.slow
 def test_a_checkpoint_of_before_is_compared_by_its_fingerprint(spoilt: Path, tmp_path: Path) -> None:
     without_record(spoilt)
     other = Path(shutil.copytree(spoilt, tmp_path / "other"))

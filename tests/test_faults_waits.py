@@ -53,6 +53,7 @@ FAULTS = [
 ]
 
 
+@pytest.mark.slow
 def test_where_shared_memory_is_small_batches_take_another_way(tmp_path: Path) -> None:
     flags = ["--data-dir", image_tree(tmp_path / "images"), "--batch-size", "60"]
     expected = run_in(tmp_path / "room", *flags, trainer="image_folder")

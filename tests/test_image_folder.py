@@ -56,6 +56,7 @@ def fingerprint_of(run: Path) -> tuple[Any, ...]:
             [state["momentum_buffer"].double().sum().item() for state in momentum], metrics(run))
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(240)
 def test_two_workers_give_the_weights_of_none_even_when_the_run_is_stopped_mid_epoch(reference: Path, tree: Path,
                                                                                      tmp_path: Path):
