@@ -160,7 +160,8 @@ def test_a_name_is_evaluated_from_the_librarys_cache_without_network(tmp_path: P
     assert ended.out.count("1,000 of the data, in sorted order") == 1
 
 
-@pytest.mark.parametrize("library", [pytest.param("torchvision", marks=pytest.mark.slow), "timm"])
+@pytest.mark.slow
+@pytest.mark.parametrize("library", ["torchvision", "timm"])
 def test_training_from_a_name_replaces_the_head_and_takes_the_preprocessing(tmp_path: Path, library: str):
     data, variables = write_tree(tmp_path / "data"), no_network(tmp_path)
     torch.manual_seed(0)
