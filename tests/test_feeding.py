@@ -1,5 +1,6 @@
 """How batches reach the steps: workers by default, shared memory, a side stream, and how long steps wait for them."""
 
+import gc
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, ClassVar
@@ -11,6 +12,7 @@ from torch import nn
 from datasets import image_folder, pack
 from datasets.images import packed
 from datasets.images.loaders import Decoder, Decoding, Key
+from datasets.images.workers import HEADER, MOST_SLOTS, slots_of_workers
 from datasets.pack import PackConfig
 from launch import launcher
 from launch.process_group import World
@@ -64,8 +66,55 @@ def test_a_batch_of_a_worker_is_written_into_shared_memory_once(tmp_path: Path) 
     decoder = Decoder(Noted(Decoding(splits={"train": train}, size=24)), workers=1)
     shared, batch = next(decoder.decode("train", [torch.arange(12)], 0))
     assert shared  # as it was made, not by a copy on its way here
-    assert batch.images.is_shared()
+    assert batch.images.data_ptr() - HEADER in {memory.ctypes.data for memory in slots_of_workers.values()}
     assert torch.equal(batch.images, Decoding(splits={"train": train}, size=24)[BATCH].images)  # type: ignore
+
+
+@pytest.mark.parametrize("held", [1, 3, 40])
+def test_memory_is_used_again_and_never_while_somebody_holds_a_batch_in_it(held: int, tmp_path: Path) -> None:
+    folder = write_tree(tmp_path / "images")
+    sorted(folder.rglob("train/*/*"))[5].write_bytes(b"no image")  # of its batches a copy is sent, without it
+    train, _ = image_folder.load(folder)
+    assert train is not None
+    decoding = Decoding(splits={"train": train, "test": train}, size=24, smallest_area=0.3)
+    keys = [Key("test" if epoch % 5 == 4 else "train", list(range(start, start + 4 + epoch % 2)), epoch)
+            for epoch in range(20) for start in (0, 4, 7)]
+    keys = [key for key in keys if key.split == "test" or not set(key.samples) & unreadable(train)]
+    expected = [decoding[key].images.clone() for key in keys]  # type: ignore
+    decoder, batches, places = Decoder(decoding, workers=2), [], set()
+    for number, batch in enumerate(decoder.batches(keys)):
+        batches.append((number, batch.images))
+        places.add(batch.images.data_ptr())
+        for earlier, images in batches:
+            assert torch.equal(images, expected[earlier])
+        del batches[: len(batches) - held]
+    pids = {process.pid for process in decoder.processes}
+    kept = [memory for (pid, _), memory in slots_of_workers.items() if pid in pids]
+    assert 0 < len(kept) <= 2 * MOST_SLOTS
+    if held == 1:
+        assert len(places) < len(keys) / 2
+    del batch, batches, images  # pyright: ignore
+    assert not any(memory[0] for memory in kept)
+
+
+def unreadable(train: Any) -> set[int]:
+    return {sample for sample in range(len(train)) if Path(train.path(sample)).read_bytes() == b"no image"}
+
+
+def test_a_decoder_that_is_dropped_ends_its_workers_and_forgets_their_memory(tmp_path: Path) -> None:
+    train, _ = image_folder.load(write_tree(tmp_path / "images"))
+    assert train is not None
+    before = set(slots_of_workers)
+    decoder = Decoder(Decoding(splits={"train": train}, size=24), workers=2)
+    list(decoder.decode("train", [torch.arange(6)] * 4, 0))
+    processes = decoder.processes
+    assert set(slots_of_workers) - before
+    del decoder
+    gc.collect()
+    for process in processes:
+        process.join(20)
+        assert not process.is_alive()
+    assert not {pid for pid, _ in slots_of_workers} & {process.pid for process in processes}
 
 
 def test_threads_alter_no_pixel_of_a_pack(tmp_path: Path) -> None:

@@ -4,9 +4,8 @@ A worker is sent what to decode together with the key of its random choices (epo
 any number of workers gives the same bits, from any position in any epoch, and one pool serves all loaders."""
 
 import atexit
-import contextlib
-import math
 import multiprocessing
+import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -23,7 +22,7 @@ from datasets.errors import DataError
 from datasets.images.packed import ImageSource
 from datasets.images.read import BadImage, FitName, InterpolationName, random_window, to_square
 from datasets.images.unreadable import BadImages
-from datasets.images.workers import WorkerStart, blocked_signals, worker_context
+from datasets.images.workers import WorkerStart, blocked_signals, empty_batch, end_workers, worker_context
 from datasets.loaders import Batch, sent
 
 Bad = list[tuple[str, str]]  # path and reason of each unreadable image
@@ -129,15 +128,6 @@ class FromMemory(Dataset[DecodedBatch]):
         return DecodedBatch(self.keyed(self.images[key.samples], key.samples, key.epoch), key.samples, key.samples, [])
 
 
-def empty_batch(*shape: int) -> Tensor:
-    """Room for uint8 images; of a worker in shared memory, if that has room, so that they are not copied there."""
-    if get_worker_info() is not None:
-        with contextlib.suppress(RuntimeError):
-            storage = torch.UntypedStorage._new_shared(math.prod(shape))
-            return torch.empty(0, dtype=torch.uint8).set_(storage, 0, shape)  # pyright: ignore
-    return torch.empty(shape, dtype=torch.uint8)
-
-
 class Decoder:
     """A pool of workers that turns keys into batches, in order; without workers, this process decodes."""
 
@@ -146,7 +136,8 @@ class Decoder:
         self.workers = workers
         self.keys: list[Key] = []  # what to decode next: replaced before each pass
         self.processes: list[BaseProcess] = []
-        workers_end, self.lifeline = multiprocessing.Pipe(duplex=False)
+        workers_end, lifeline = multiprocessing.Pipe(duplex=False)
+        self.end_workers = weakref.finalize(self, end_workers, self.processes, lifeline)
         atexit.register(self.end_workers)  # before multiprocessing waits for workers that an error has left behind
         self.loader = DataLoader(
             decoding, batch_size=None, sampler=self.keys, num_workers=workers, pin_memory=pin_memory,
@@ -178,12 +169,6 @@ class Decoder:
             if not isinstance(error, GeneratorExit):  # a stop, in a wait for a worker that may never answer
                 self.end_workers()
             raise
-
-    def end_workers(self) -> None:
-        """Also those that still start, and would miss the locks that this process takes along."""
-        self.lifeline.close()
-        for process in self.processes:
-            process.kill()
 
 
 def unless_failed(batch: Any) -> Any:
