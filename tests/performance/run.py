@@ -146,7 +146,7 @@ def all_rows() -> dict[str, list[Row]]:
         "4": [bf16("resnet18"), bf16("resnet9")],
         "5": [two_to_one("resnet18", ">= 1.9", batch=128, steps=6, flags=resnet),
               two_to_one("resnet9", ">= 1.9", batch=128, steps=6, flags=resnet.replace("resnet18", "resnet9")),
-              two_to_one("fast", ">= 1.9", batch=512, steps=10, flags=fast, options="+bf16+channels-last"),
+              two_to_one("fast", ">= 1.9", batch=1024, steps=8, flags=fast, options="+bf16+channels-last"),
               two_to_one("net", ">= 1.5", batch=128, steps=300, flags=f"{BLITZ} --onednn")],
         "6": [against_bare("step against a bare loop, batch 128", "<= 1.02", f"{BLITZ} --onednn", batch=128, steps=300),
               against_bare("step against a bare loop, batch 4", "<= 1.06", BLITZ, batch=4, steps=4000, onednn=0)],
