@@ -14,6 +14,8 @@ from torch import nn
 from launch.errors import UsageError
 from tests.helpers.comparing import finished
 from tests.helpers.processes import largest_difference, newest_checkpoint
+from trainers.engine.history import History
+from trainers.engine.metrics import Evaluation
 from trainers.engine.run import pictures, report
 from trainers.engine.run.folder import RunFolder
 from trainers.engine.run.report import Report
@@ -58,6 +60,17 @@ def test_curves_show_losses_and_accuracies_at_the_epochs_they_were_measured(figu
     assert [axes.get_ylabel() for axes in (loss, accuracy)] == ["loss", "accuracy in %"]
     assert {axes.get_xlabel() for axes in (loss, accuracy)} == {"epoch"}
     assert accuracy.get_ylim()[1] <= 100.5
+
+
+def test_curves_show_the_top_5_that_an_epoch_recorded(figures: list[Any]) -> None:
+    history, counts = History(), [[1, 0, 0, 0, 0, 0]] * 6
+    for step, top5 in ((1, 0.75), (2, 1.0)):
+        history.train_seconds += 1
+        history.record(epoch=step, step=step, train_loss=1.0, train_accuracy=0.5,
+                       evaluation=Evaluation(loss=1.0, num_samples=6, confusion_matrix=counts, accuracy_top5=top5))
+    pictures.curves(history.epochs, steps_per_epoch=1)
+    lines = {line.get_label(): list(line.get_ydata()) for line in figures[0].axes[1].get_lines()}
+    assert lines["test accuracy top5"] == [75, 100]
 
 
 def test_curves_without_classes_have_one_panel_and_a_log_scale_for_a_great_range(figures: list[Any]) -> None:

@@ -109,6 +109,19 @@ def test_the_page_of_ten_runs_fits_a_phone_and_a_desk_in_light_and_dark(page: Pa
         assert name in found["text"]
 
 
+def test_the_page_shows_the_top_5_where_a_run_has_it(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run")
+    lines = [json.loads(text) for text in (run / "metrics.jsonl").read_text().splitlines()]
+    (run / "metrics.jsonl").write_text("".join(
+        json.dumps({**line, "accuracy_top5": 0.9} if line["split"] == "test" else line) + "\n" for line in lines))
+    result = json.loads((run / "result.json").read_text())
+    (run / "result.json").write_text(json.dumps({**result, "accuracy_top5": 0.9876}))
+    main(ReportConfig(runs=(run,), out=tmp_path))
+    found = opened(tmp_path / "report.html")
+    assert (found["errors"], found["lines"], found["missing"]) == ([], 5, 0)
+    assert "98.76 %" in found["text"]
+
+
 def test_the_page_of_ten_runs_opens_in_two_seconds_the_start_of_the_browser_included(page: Path) -> None:
     seconds = []
     while len(seconds) < 3 and min(seconds, default=9.0) > 2.0:  # the first start of a browser reads it from the disk

@@ -26,8 +26,8 @@ from launch.errors import UsageError, printable, say
 from launch.files import read_object, replace_file
 
 FILES = ("config", "environment", "result", "status")
-COLUMNS = ("run", "state", "step", "accuracy", "loss", "samples_per_second", "train_seconds", "data_wait_share",
-           "world_size", "device", "model", "batch_size", "learning_rate", "seed", "started")
+COLUMNS = ("run", "state", "step", "accuracy", "accuracy_top5", "loss", "samples_per_second", "train_seconds",
+           "data_wait_share", "world_size", "device", "model", "batch_size", "learning_rate", "seed", "started")
 MOST_POINTS = 300  # of a curve
 PICTURE_SIZE, PICTURE_QUALITY = 800, 60  # pixels and WebP's quality: ten pictures, of noise even, stay below 3 MB
 
@@ -60,7 +60,9 @@ def read_curves(path: Path) -> dict[str, list[dict[str, Any]]]:
         for text in path.read_text(errors="replace").splitlines() if path.is_file() else ():
             with contextlib.suppress(ValueError, KeyError, TypeError, AttributeError, RecursionError):
                 line = json.loads(text)
-                curves[line["split"]].append({name: line[name] for name in ("step", "seconds", "loss", "accuracy")})
+                curves[line["split"]].append({
+                    **{name: line[name] for name in ("step", "seconds", "loss", "accuracy")},
+                    "accuracy_top5": line.get("accuracy_top5")})
     return {split: lines[::len(lines) // MOST_POINTS + 1] + lines[-1:] for split, lines in curves.items()}
 
 

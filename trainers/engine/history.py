@@ -59,7 +59,7 @@ class History:
         figures = evaluation.summary() if evaluation is not None else {}
         self.epochs.append({
             "epoch": epoch, "step": step, "train_loss": train_loss, "train_accuracy": train_accuracy,
-            f"{split}_loss": figures.get("loss"), f"{split}_accuracy": figures.get("accuracy"),
+            **{f"{split}_{name}": figures.get(name) for name in ("loss", "accuracy", "accuracy_top5")},
             "seconds": self.train_seconds})
         is_best = evaluation is not None and (self.best is None or score(figures, by) > score(self.best, by))
         if is_best:

@@ -73,16 +73,17 @@ def curves(epochs: Sequence[dict[str, Any]], *, steps_per_epoch: int, title: str
 
 def draw_lines(axes: Any, places: Sequence[float], epochs: Sequence[dict[str, Any]], name: str, *,
                in_percent: bool = False) -> None:
-    """One line for each split that has values of this name, on a whole-numbered axis of epochs."""
+    """One line for each split that has values of this name, or of its top 5, on a whole-numbered axis of epochs."""
     from matplotlib.ticker import MaxNLocator
 
-    for split, style in STYLES.items():
-        values = [line.get(f"{split}_{name}") for line in epochs]
+    for label, style in ((f"{split}_{name}{top}", {**style, "alpha": opacity}) for split, style in STYLES.items()
+                         for top, opacity in (("", 1.0), ("_top5", 0.5))):
+        values = [line.get(label) for line in epochs]
         known = [(place, 100 * value if in_percent else value) for place, value in zip(places, values, strict=True)
                  if value is not None and math.isfinite(value)]
         if known:
             axes.plot(*zip(*known, strict=True), marker="o" if len(known) <= MOST_MARKERS else None, markersize=3,
-                      label=f"{split} {name}", **style)
+                      label=label.replace("_", " "), **style)
     axes.set(xlabel="epoch", ylabel=f"{name} in %" if in_percent else name,
              xlim=(0, max(1.0, *places) * 1.02 if places else 1.0))
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
