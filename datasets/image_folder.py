@@ -95,21 +95,24 @@ def load(data_dir: Path, *, validation_fraction: float | None = None, seed: int 
     if validation_fraction is not None:
         whole = scan(data_dir / "train" if "train" in folders else data_dir, class_names=known, owner="the checkpoint")
         return split(whole, validation_fraction, seed=seed)
-    test = next((name for name in TEST_NAMES if name in folders), None)
-    if test is None or (train and "train" not in folders):
+    if not {*folders} & {*TEST_NAMES} or (train and "train" not in folders):
         missing = "train/" if train and "train" not in folders else "test/ or val/"
         raise DataError(f"--data-dir {data_dir}: has no {missing} but {some_of(folders) or 'no folder'}; add it, or "
                         f"split one folder of classes with --validation-fraction 0.2")
     training = scan(data_dir / "train") if train or (known is None and "train" in folders) else None
     owner = "the checkpoint" if training is None else "the training split"
     known = training.class_names if training is not None else known
-    return training, shuffled(scan(data_dir / test, class_names=known, owner=owner))
+    return training, load_test(data_dir, known, owner=owner)  # pyright: ignore (there is one)
 
 
-def load_test(data_dir: Path, known: Sequence[str]) -> ImageTree | None:
+def load_test(data_dir: Path, known: Sequence[str] | None, *, owner: str = "the training split") -> ImageTree | None:
     """The test split alone, with the labels of the classes that are known; None where there is no folder of it."""
-    name = next((name for name in TEST_NAMES if name in subfolders(data_dir)), None)
-    return None if name is None else shuffled(scan(data_dir / name, class_names=known, owner="the training split"))
+    names = [name for name in TEST_NAMES if name in subfolders(data_dir)]
+    if not names:
+        return None
+    test = shuffled(scan(data_dir / names[0], class_names=known, owner=owner))
+    test.left_out.update(f"split ({name}/: {names[0]}/ is taken)" for name in names[1:])
+    return test
 
 
 def subfolders(folder: Path) -> list[str]:
@@ -149,13 +152,11 @@ def scan(folder: Path, *, class_names: Sequence[str] | None = None, owner: str =
                      unreadable={str(folder / name): reason for name, reason in sorted(listing.unreadable.items())})
 
 
-def describe(train: Any, test: Any, validation: Any = None) -> str:
-    """What was found in a folder or pack, and what of it is left out, in one line."""
-    found = {"training": train, "validation": validation, "test": test}
-    parts = [f"{len(tree):,} {name} images" + (f" in {len(tree.class_names)} classes" if tree is train else "")
-             for name, tree in found.items() if tree is not None]
-    left_out = sum((tree.left_out for tree in found.values() if tree is not None), Counter[str]())
-    return ", ".join(parts) + describe_left_out(left_out)
+def describe(splits: Mapping[str, Any]) -> str:
+    """What was found in a folder or pack, by split, and what of it is left out, in one line."""
+    parts = [f"{len(tree):,} training images in {len(tree.class_names)} classes" if name == "train" else
+             f"{len(tree):,} {name} images" for name, tree in splits.items()]
+    return ", ".join(parts) + describe_left_out(sum((tree.left_out for tree in splits.values()), Counter[str]()))
 
 
 def split(tree: ImageTree, fraction: float, *, seed: int) -> tuple[ImageTree, ImageTree]:

@@ -42,6 +42,8 @@ from launch.files import replace_file, sync_folder
 from launch.launcher import usable_cores
 from launch.rules import AtLeast
 
+LONGEST_JPEG = 65_500  # pixels of a side that libjpeg writes
+
 
 class BeingPacked(DataError):
     """Another process writes the same pack."""
@@ -162,17 +164,19 @@ class Packing:
 
 
 def smaller(own: Stored, *, side: int, quality: int | None) -> Stored:
-    """An image with its shorter side shrunk to `side`: pixels, or a JPEG of a quality; its own if it was as small."""
+    """An image with its shorter side shrunk to `side`: pixels, or a JPEG of a quality; its own if it was as small, or
+    is still too long for a JPEG."""
     image = pixels(own, shortest_side=2 * side)
     height, width = image.shape[:2]
     scale = min(1.0, side / min(height, width))
+    if quality is not None and (scale == 1 or scale * max(height, width) > LONGEST_JPEG):
+        return own
     if scale < 1:
         image = resize(image, round(scale * height), round(scale * width)).permute(1, 2, 0).contiguous().numpy()
     if quality is None:
         return image
-    buffer = io.BytesIO()
-    Image.fromarray(image).save(buffer, "JPEG", quality=quality)
-    return buffer.getvalue() if scale < 1 else own
+    Image.fromarray(image).save(buffer := io.BytesIO(), "JPEG", quality=quality)
+    return buffer.getvalue()
 
 
 def write_part(path: Path, entries_path: Path, items: Iterable[Item]) -> Iterator[None]:

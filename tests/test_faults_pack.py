@@ -11,6 +11,7 @@ from datasets.images import packed
 from datasets.pack import PackConfig
 from tests.helpers.comparing import run_in
 from tests.helpers.faults import Fault, check, check_lines
+from tests.helpers.hooks import at, delete
 from tests.helpers.images import image_tree
 from tests.helpers.processes import ROOT, execute, read_json, start
 from tests.test_pack import flip_a_byte, same_files, unshuffled, write_tars
@@ -77,3 +78,11 @@ def test_a_flipped_byte_of_a_pack_ends_the_run_by_name_and_is_skipped_where_that
     skipped = run_in(tmp_path, "--data-dir", tmp_path / "a.pack", "--skip-bad", "1", trainer="image_folder", ranks=2)
     check(skipped, Fault(name="flip", ranks=2))
     assert list(read_json(tmp_path / "r" / "bad_images.json")) == [str(name)]
+
+
+def test_a_pack_deleted_while_it_is_trained_from_is_one_line(folder: Path, tmp_path: Path) -> None:
+    pack.main(PackConfig(data_dir=folder, out=tmp_path / "a.pack", images_per_part=1))
+    ended = run_in(tmp_path, "--data-dir", tmp_path / "a.pack", trainer="image_folder",
+                   hook=at(0, "backward", delete(str(tmp_path / "a.pack"))))
+    check(ended, Fault(name="gone", codes=(3,), error=r"ERROR data: .*: not readable as an image \(train-\d+\.bin can"
+                       r"not be read \(.*No such file or directory.*\): copy or pack it again\)"))

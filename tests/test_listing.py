@@ -73,10 +73,11 @@ def test_a_hidden_folder_above_what_was_given_hides_nothing_and_a_named_file_is_
 def test_what_is_left_out_is_counted_by_extension(tree: Path):
     for name in ("train/disc/1.heic", "train/ring/2.HEIC", "test/disc/3.avif", "train/disc/README", "train/x.png"):
         copy_into(tree, name)
-    line = image_folder.describe(*image_folder.load(tree))
+    line = image_folder.describe(dict(zip(("train", "test"), image_folder.load(tree), strict=True)))
     assert line == (f"{NUM_TRAIN} training images in 10 classes, {NUM_TEST} test images; left out: 2 .heic, 1 .avif, "
                     f"1 outside of the class folders, 1 without extension")
-    split = image_folder.describe(*image_folder.load(tree, validation_fraction=0.25))
+    splits = image_folder.load(tree, validation_fraction=0.25)
+    split = image_folder.describe(dict(zip(("train", "test"), splits, strict=True)))
     assert split.endswith("; left out: 2 .heic, 1 outside of the class folders, 1 without extension")
     assert describe_left_out(find_images(tree / "test")[1]) == "; left out: 1 .avif"
 

@@ -98,6 +98,15 @@ def test_resized_images_are_jpegs_with_that_shorter_side_and_small_files_stay_as
                 assert len(coarse[split].read(sample)) < len(content) < len(own)
 
 
+def test_an_image_too_long_for_a_jpeg_keeps_its_own_bytes(tmp_path: Path) -> None:
+    data_dir = write_tree(tmp_path / "images")
+    path = data_dir / "train" / "bars" / "000 long.png"
+    Image.new("L", (80_000, 9)).save(path)
+    train, _ = packs(data_dir, resize=8, quality=90)
+    (sample,) = [sample for sample in range(len(train)) if train.path(sample).name == path.name]
+    assert bytes(train.read(sample)) == path.read_bytes()
+
+
 def write_tars(data_dir: Path, splits: tuple[ImageTree, ImageTree], *, shards: int = 2) -> Path:
     data_dir.mkdir()
     for split, images in zip(("train", "val"), splits, strict=True):
@@ -218,6 +227,37 @@ def test_a_parquet_file_cut_short_or_missing_is_named(share: float, tmp_path: Pa
     path.rename(data_dir / "train-00000-of-00002.parquet")
     with pytest.raises(DataError, match="holds 1 of the 2 files"):
         packs(data_dir)
+
+
+def test_parquet_files_of_one_split_that_name_their_classes_otherwise_are_refused(tmp_path: Path) -> None:
+    train, test = unshuffled(write_tree(tmp_path / "images"))
+    data_dir = write_parquet(tmp_path / "hub", (train, test))
+    turned = replace(train, class_names=train.class_names[::-1])
+    second = write_parquet(tmp_path / "second", (turned, test)) / "train-00000-of-00001.parquet"
+    (data_dir / "train-00000-of-00001.parquet").rename(data_dir / "train-0.parquet")
+    second.rename(data_dir / "train-1.parquet")
+    with pytest.raises(DataError, match=r"train-1\.parquet: names its classes otherwise than .*train-0\.parquet"):
+        packs(data_dir)
+
+
+def test_a_test_split_without_labels_gives_way_to_the_validation_split_and_that_is_said(tmp_path: Path, capfd: Any
+                                                                                       ) -> None:
+    """As ImageNet lies at Hugging Face: the test split's labels are all -1."""
+    train, test = unshuffled(write_tree(tmp_path / "images"))
+    data_dir = write_parquet(tmp_path / "hub", (train, test))
+    (data_dir / "test-00000-of-00001.parquet").rename(data_dir / "validation-00000-of-00001.parquet")
+    unlabelled = write_parquet(tmp_path / "unlabelled", (test, test), label=[-1] * len(test))
+    (unlabelled / "test-00000-of-00001.parquet").rename(data_dir / "test-00000-of-00001.parquet")
+    assert sorted(packs(data_dir)[1].targets.tolist()) == sorted(test.targets.tolist())
+    assert "left out: 1 split (test-00000-of-00001.parquet: no labels)" in capfd.readouterr().out
+
+
+def test_a_second_test_split_is_said_to_be_left_out(tmp_path: Path, capfd: Any) -> None:
+    data_dir = write_tree(tmp_path / "images")
+    shutil.copytree(data_dir / "test", data_dir / "val")
+    assert image_folder.load(data_dir)[1].left_out == {"split (val/: test/ is taken)": 1}
+    packs(data_dir)
+    assert "left out: 1 split (val: another one is taken)" in capfd.readouterr().out
 
 
 def test_other_input_that_cannot_be_packed_is_one_line(tmp_path: Path) -> None:

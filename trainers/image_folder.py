@@ -203,7 +203,7 @@ def build_loaders(config: ImageFolderConfig, splits: dict[str, ImageSource], ima
     """The loader of each split that there is, on this rank; and the training set, for the record."""
     world, bad_images = run.world, remember_bad_images(config, run)
     if world.is_main:
-        say(f"data       {printable(image_folder.describe(*map(splits.get, ('train', 'test', 'validation'))))}")
+        say(f"data       {printable(image_folder.describe(splits))}")
     bad_images.add([item for tree in splits.values() for item in tree.unreadable.items()], log=world.is_main)
     if (own := own_transform(config, decodes=True)) is not None:
         files = {name: in_files(tree, size=config.size(), **config.frame()) for name, tree in splits.items()}

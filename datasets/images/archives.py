@@ -66,15 +66,21 @@ class ArchivedImages:
 
 
 def open_sources(data_dir: Path) -> Sources:
-    """The splits to pack: `train`, and `test` if there is one under any of its names."""
+    """The splits to pack: `train`, and `test` if there is one under any of its names, the first that has labels."""
     for pattern in ("{}", "{}-*.tar", "{}-*.parquet", "data/{}-*.parquet"):  # the last as Hugging Face has it
         train, *tests = (sorted(data_dir.glob(pattern.format(name))) for name in ("train", *TEST_NAMES))
         if train:
             opened: Any = open_archives if pattern != "{}" else lambda folders, names=None: scan(
                 folders[0], class_names=names, owner="the training split")
             sources: Sources = {"train": opened(train)}
-            test = next(filter(None, tests), [])
-            return sources | ({"test": opened(test, sources["train"].class_names)} if test else {})
+            for files in filter(None, tests):
+                test = None if "test" in sources else opened(files, sources["train"].class_names)
+                if test is not None and not (len(test) and (test.targets < 0).all()):
+                    sources["test"] = test
+                else:
+                    reason = "another one is taken" if test is None else "no labels"
+                    sources["train"].left_out[f"split ({files[0].name}: {reason})"] += 1
+            return sources
     raise DataError(f"--data-dir {data_dir}: holds no train/, train-*.tar or train-*.parquet; name another folder")
 
 
@@ -90,27 +96,30 @@ def damage_named(path: Path) -> Iterator[None]:
 
 def open_archives(files: Sequence[Path], class_names: tuple[str, ...] | None = None) -> ArchivedImages:
     """The images of one split, `files` all .tar or all .parquet; DataError for a damaged one, or one without labels.
-    `class_names` are those of the training split; of that itself, by default, the numbers."""
+    `class_names` are those of the training split; of that itself, by default, the numbers. All of a test split may have
+    the label -1, which is none."""
     if (total := re.search(r"-of-(\d+)\.", files[0].name)) and len(files) != int(total[1]):
         raise DataError(f"{files[0].parent}: holds {len(files)} of the {int(total[1])} files like {files[0].name}; "
                         f"download the others")
     left_out: Counter[str] = Counter()
     rows: list[tuple[Path, Row]] = []
-    names: tuple[str, ...] = ()
+    known = class_names or ()
     for file in files:
         with damage_named(file):
             found, names = (list_tar if file.suffix == ".tar" else list_parquet)(file, left_out)
+        if names and known not in ((), names):
+            first = "the training split" if class_names else files[0]
+            raise DataError(f"{file}: names its classes otherwise than {first}; make them the same")
+        known = known or names
         rows += [(file, row) for row in found]
-        known = class_names or names
-        for name, label, *_ in found:
-            if not 0 <= label < (len(known) or MOST_CLASSES):
-                raise DataError(f"{file / name}: its label {label} is none of {len(known) or MOST_CLASSES:,} classes; "
-                                f"number them from 0")
-    if class_names is not None and names not in ((), class_names):
-        raise DataError(f"{files[0]}: names its classes otherwise than the training split; make them the same")
+    lowest = -1 if class_names is not None and {row[1] for _, row in rows} == {-1} else 0
+    for file, (name, label, *_) in rows:
+        if not lowest <= label < (len(known) or MOST_CLASSES):
+            raise DataError(f"{file / name}: its label {label} is none of {len(known) or MOST_CLASSES:,} classes; "
+                            f"number them from 0")
     largest = max((row[1] for _, row in rows), default=-1)
     return ArchivedImages(folder=files[0].parent, rows=rows, left_out=left_out, unreadable={},
-                          class_names=class_names or names or tuple(map(str, range(largest + 1))),
+                          class_names=known or tuple(map(str, range(largest + 1))),
                           read_at=read_tar if files[0].suffix == ".tar" else read_parquet)
 
 
@@ -123,7 +132,8 @@ def list_tar(path: Path, left_out: Counter[str]) -> tuple[list[Row], tuple[str, 
             folder, name = posixpath.split(member.name)
             stem, _, kind = name.partition(".")
             key = posixpath.join(folder, stem)
-            if not member.isfile() or is_hidden(name):
+            if is_hidden(name) or not member.isfile():
+                left_out["hidden" if is_hidden(name) else "links in archives"] += not member.isdir()
                 continue
             if key in (labels if kind == "cls" else images if f".{kind.lower()}" in EXTENSIONS else ()):
                 raise DataError(f"{path}: holds {key}.{kind} twice, or two images of that name; rename one of them")

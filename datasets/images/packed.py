@@ -82,10 +82,13 @@ class PackedImages:
         return torch.tensor([known[name] for name in names])[labels]
 
     def map(self, name: str) -> mmap.mmap:
-        """A file, opened when it is first needed; `damaged` if it was cut short, where reading kills the process."""
+        """A file, opened when it is first needed; `damaged` if it is gone, or cut short: to read it kills a process."""
         if name not in self.maps:
-            with open(self.root / name, "rb") as file:
-                self.maps[name] = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+            try:
+                with open(self.root / name, "rb") as file:
+                    self.maps[name] = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+            except (OSError, ValueError) as error:  # the latter of an empty file
+                raise self.damaged(f"{name} cannot be read ({error})") from None
         if self.maps[name].size() < len(self.maps[name]):
             raise self.damaged(f"{name} was cut short while in use")
         return self.maps[name]
