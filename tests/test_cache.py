@@ -3,7 +3,6 @@
 import os
 import shutil
 import signal
-import threading
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -26,6 +25,7 @@ from launch.stop import Stopped, StopRequest, signals_flag
 from tests.helpers.images import image_loaders, read_image, write_photos, write_tree
 from tests.helpers.processes import metrics, read_json
 from tests.helpers.server import run, start
+from trainers.augment_flags import POLICIES
 from trainers.engine.once_per_node import once_per_node
 from trainers.image_folder import ImageFolderConfig, cache_of, from_cache
 
@@ -75,6 +75,20 @@ def test_training_from_a_cache_sees_the_bits_that_decoding_each_time_sees(flags:
     for (inputs, targets), (other_inputs, other_targets) in pairs:
         assert torch.equal(inputs, other_inputs)
         assert torch.equal(targets, other_targets)
+
+
+@pytest.mark.parametrize("flags", [{"auto_augment": name} for name in POLICIES] + [
+    {"color_jitter": 0.4, "grayscale": 0.3, "blur": 0.5}], ids=str)
+def test_a_policy_sees_of_a_cache_what_it_sees_of_the_files(flags: dict[str, Any], tree: ImageTree, tmp_path: Path
+                                                            ) -> None:
+    images = Augmentation(seed=5, mean=(0.5,) * 3, std=(0.5,) * 3, shift=2, flip="random")
+    keyed = ImageFolderConfig(**flags).keyed(images)
+    assert keyed is not None
+    how: dict[str, Any] = {"images": keyed.rest, "keyed": keyed, "smallest_area": 1.0}
+    of_cache, of_files = (list(image_loaders({"train": source}, workers=workers, **how)["train"].batches(1, 24))
+                          for source, workers in ((cached(tree, tmp_path / "cache"), 1), (tree, 0)))
+    for (inputs, _), (other_inputs, _) in zip(of_cache, of_files, strict=True):
+        assert torch.equal(inputs, other_inputs)
 
 
 def test_random_crops_of_a_cache_are_those_of_the_files_a_little_smaller(tmp_path: Path) -> None:
@@ -285,35 +299,3 @@ def test_a_build_outlasts_the_collective_timeout_and_one_that_is_stopped_continu
     again = run("image_folder", *flags, "--run-name", "stopped", ranks=2)
     assert again.code == 0, again.err
     assert not list((tree / ".cache").glob("*.partial"))
-
-
-def test_of_the_nodes_that_see_one_folder_one_rank_does_the_work(tmp_path: Path,
-                                                                 monkeypatch: pytest.MonkeyPatch) -> None:
-    """Four nodes of one rank each, as threads: two of them share a disk, two have disks of their own."""
-    meeting, values = threading.Barrier(4), {}
-
-    def gather(world: World, value: Any) -> list[Any]:
-        values[world.rank] = value
-        meeting.wait(20)
-        found = [values[rank] for rank in range(4)]
-        meeting.wait(20)
-        return found
-
-    monkeypatch.setattr("trainers.engine.once_per_node.gather", gather)
-    monkeypatch.setattr("trainers.engine.once_per_node.barrier", lambda world: meeting.wait(20))
-    monkeypatch.setattr("trainers.engine.once_per_node.from_main",
-                        lambda world, action: gather(world, action() if world.is_main else None)[0])
-    disks = [tmp_path / name for name in ("shared", "own", "shared", "other")]
-    done: list[int] = []
-
-    def rank(number: int) -> None:
-        once_per_node(World(rank=number, world_size=4), lambda: done.append(number), folder=disks[number] / "cache",
-                      stop=StopRequest())
-
-    threads = [threading.Thread(target=rank, args=(number,)) for number in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(30)
-    assert sorted(done) == [0, 1, 3]
-    assert not [path for disk in disks for path in (disk / "cache").iterdir()]

@@ -16,7 +16,7 @@ from datasets.images.workers import HEADER, MOST_SLOTS, slots_of_workers
 from datasets.pack import PackConfig
 from launch import launcher
 from launch.process_group import World
-from tests.helpers.images import Noted, write_tree
+from tests.helpers.images import PLAIN, Noted, write_tree
 from trainers.engine.config import TrainConfig
 from trainers.engine.history import History
 from trainers.engine.step import DataWait, TrainStep
@@ -52,10 +52,11 @@ def test_packs_of_pixels_and_caches_need_no_worker(tmp_path: Path, monkeypatch: 
     run_of = SimpleNamespace(world=World(), folder=SimpleNamespace(read_json=lambda name: None))
     for module, place, flags, expected in (
             (image_folder, folder, {}, 2), (image_folder, folder, {"cache": True}, 0),
-            (packed, tmp_path / "raw.pack", {}, 0), (packed, tmp_path / "bytes.pack", {}, 2)):
+            (packed, tmp_path / "raw.pack", {}, 0), (packed, tmp_path / "bytes.pack", {}, 2),
+            (packed, tmp_path / "raw.pack", {"auto_augment": "randaugment"}, 2)):
         splits: Any = dict(zip(("train", "test"), module.load(place), strict=True))
         config = ImageFolderConfig(data_dir=place, batch_size=12, **flags)
-        loaders = build_loaders(config, splits, Any, run_of)  # type: ignore
+        loaders = build_loaders(config, splits, PLAIN, run_of)  # type: ignore
         assert asked.pop() == expected
         assert ("--workers from 2" if expected else "--threads") in loaders["train"].remedy
 

@@ -60,10 +60,11 @@ class AugmentFlags(MixingFlags, ImageConfig):
         _, low, high = MAGNITUDES.get(self.auto_augment or "", ("", 0, 30))
         if magnitude is not None and not low <= magnitude <= high:
             raise UsageError(f"{given}: must be from {low} to {high} for {self.auto_augment}")
-        for name in ("vertical_flip", "auto_augment", "color_jitter", "grayscale", "blur", "random_erase"):
-            if self.transform is not None and getattr(self, name):
-                raise UsageError(f"--{name.replace('_', '-')} {getattr(self, name)}: --transform takes the place of "
-                                 f"our augmentation; leave one of the two out")
+        for name in ("vertical_flip", "auto_augment", "color_jitter", "grayscale", "blur", "random_erase",
+                     "random_crop", "train_size", "cache", "skip_bad"):
+            if self.transform is not None and (value := getattr(self, name, None)):
+                raise UsageError(f"--{name.replace('_', '-')}{'' if value is True else f' {value}'}: --transform takes "
+                                 f"the place of it, with each image at full size; leave one of the two out")
 
     def augmentation(self, dataset: Statistics) -> dict[str, Any]:
         """The arguments of Augmentation; `dataset` is what `--normalize dataset` stands for."""

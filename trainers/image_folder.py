@@ -47,7 +47,7 @@ from launch.rules import Above, AtLeast
 from trainers import models
 from trainers.augment_flags import AugmentFlags
 from trainers.engine.config import IMAGENET, Statistics
-from trainers.engine.once_per_node import once_per_node
+from trainers.engine.once_per_node import found_once, once_per_node
 from trainers.engine.session import entry_point, open_run, train_classifier
 from trainers.engine.trainer import Run
 from trainers.engine.user_code import is_reference, own_transform
@@ -132,15 +132,6 @@ class ImageFolderConfig(AugmentFlags):
             raise UsageError(f"--resize-size {self.resize_size}: must be at least the image size of {self.size()}")
         if len(self.mean) != len(self.std) or len(self.mean) not in (0, 3):
             raise UsageError(f"--mean {' '.join(map(str, self.mean))}: must be three numbers, and --std too")
-        if self.transform is not None and self.train_size is not None:
-            raise UsageError(f"--train-size {self.train_size}: --transform takes each image at full size and chooses "
-                             f"its own; leave it out")
-        if self.transform is not None and (self.cache or self.skip_bad or self.random_crop is not None):
-            raise UsageError(f"--transform {self.transform}: takes each image at full size, in the place of --cache, "
-                             f"--skip-bad and --random-crop; leave those out")
-        if self.cache and (self.auto_augment or self.color_jitter or self.grayscale or self.blur):
-            raise UsageError("--cache: gives whole batches, and --auto-augment, --color-jitter, --grayscale and --blur "
-                             "take one image at a time; leave --cache out")
         if self.cache_dir is not None and not self.cache:
             raise UsageError(f"--cache-dir {self.cache_dir}: does nothing alone; add --cache")
 
@@ -148,25 +139,31 @@ class ImageFolderConfig(AugmentFlags):
 def load_data(config: ImageFolderConfig, world: World, known: Sequence[str] | None = None) -> Splits:
     """Training, validation and test split, those that there are: names and labels, no pixels yet.
     For --evaluate one alone, with the classes that the checkpoint knows: the test split, if there is a folder of it."""
-    trains, folder = config.evaluate is None, config.data_dir
+    folder = config.data_dir
     if config.dataset == "synthetic":
         folder = config.data_dir / f"synthetic-images-{config.seed}"
         once_per_node(world, lambda: image_folder.write_synthetic(folder, seed=config.seed))
+    splits = found_once(world, partial(find_splits, config, folder, known), folder=folder, digest=lambda found: "".join(
+        tree.listing_hash() for tree in found.present().values()))
+    if splits is None:
+        raise DataError(f"--data-dir {folder}: the ranks found different files in it; give every node the same folder")
+    if splits.train is not None:
+        BadImages(config.skip_bad).add(splits.train.unreadable.items())  # rather than that there are too few
+        check_size(len(splits.train), config.batch_size)
+    return splits
+
+
+def find_splits(config: ImageFolderConfig, folder: Path, known: Sequence[str] | None) -> Splits:
+    """What `load_data` hands to every rank."""
+    trains = config.evaluate is None
     module = packed if packed.is_pack(folder) else image_folder
     train, evaluated = module.load(folder, validation_fraction=config.validation_fraction, seed=config.seed,
                                    train=trains, known=known)
     train = train if trains else None
-    validation, test = None, evaluated
-    if config.validation_fraction is not None:
-        test = module.load_test(folder, evaluated.class_names)
-        validation = evaluated if trains or test is None else None
-    found = [tree.listing_hash() for tree in (train, validation, test) if tree is not None]
-    if len(set(gather(world, "".join(found)))) > 1:
-        raise DataError(f"--data-dir {folder}: the ranks found different files in it; give every node the same folder")
-    if train is not None:
-        BadImages(config.skip_bad).add(train.unreadable.items())  # rather than that there are too few
-        check_size(len(train), config.batch_size)
-    return Splits(train, validation, test)
+    if config.validation_fraction is None:
+        return Splits(train, None, evaluated)
+    test = module.load_test(folder, evaluated.class_names)
+    return Splits(train, evaluated if trains or test is None else None, test)
 
 
 def build_model(config: ImageFolderConfig, num_classes: int, world: World) -> nn.Module:
@@ -210,11 +207,11 @@ def build_loaders(config: ImageFolderConfig, splits: dict[str, ImageSource], ima
         return {"dataset": splits.get("train"),
                 **transformed_loaders(files, images.normalize, own, **config.batches(), **world.shard)}
     found, keyed = from_cache(config, splits, world) if config.cache else splits, config.keyed(images)
-    is_raw = all(tree.raw for tree in found.values())
+    decodes = not all(tree.raw for tree in found.values())
     decoding = Decoding(splits=found, size=config.size(), **config.frame(), train_size=config.train_size, keyed=keyed,
                         seed=config.seed, smallest_area=config.random_crop or 1.0, skip_bad=config.skip_bad,
                         threads=world.threads)
-    workers = config.num_workers(decodes=not is_raw or keyed is not None)
+    workers = config.num_workers(decodes=decodes or keyed is not None)
     decoder = Decoder(decoding, workers=workers, pin_memory=world.device.type == "cuda", prepare_worker=ignore_signals)
     rest = images if keyed is None else keyed.rest
     loaders = split_loaders(
@@ -222,8 +219,8 @@ def build_loaders(config: ImageFolderConfig, splits: dict[str, ImageSource], ima
          for name, tree in found.items()}, {name: len(tree) for name, tree in found.items()},
         **config.batches(), rank=world.rank, world_size=world.world_size,
         evaluation_batch_size=max(8, min(500, 2**24 // (3 * config.size() ** 2))) if config.cache else 64,
-        remedy="raise --threads" if is_raw else f"raise --workers from {workers}, or add --cache, or train from a pack "
-                                                f"of pixels (python datasets/pack.py --raw 256)")
+        remedy=("raise --threads" if not decodes and keyed is None else f"raise --workers from {workers}") + decodes * (
+            ", or add --cache, or train from a pack of pixels (python datasets/pack.py --raw 256)"))
     train = splits.get("train")
     return {"dataset": train and replace(train, decoder=found["train"].decoder), **loaders}
 

@@ -3,18 +3,20 @@ A function runs in a thread, a generator here, a bit at a time: `once_per_node(w
 """
 
 import contextlib
+import os
 import threading
 import time
 import uuid
 from collections.abc import Callable, Generator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from launch.errors import is_users
 from launch.process_group import World, barrier, from_main, gather
 from launch.stop import Stopped, StopRequest, stop_request
 from launch.watchdog import context_switches
 
+T = TypeVar("T")
 SLICE_SECONDS = 0.5  # between two exchanges of the ranks
 DONE = object()  # in place of a step of a generator that has come to its end
 STILL = object()  # in place of a step of one that has not moved
@@ -72,6 +74,19 @@ def does_it(world: World, folder: Path | None) -> bool:
     if names:
         names[-1].unlink(missing_ok=True)
     return leads
+
+
+def found_once(world: World, find: Callable[[], T], *, folder: Path, digest: Callable[[T], str]) -> T | None:
+    """What `find` finds in a folder, in which nothing is written: by one rank of all those that see it, and handed to
+    every rank by rank 0. None if folders of that name on several file systems differ by `digest`."""
+    place, found = None, list[T]()
+    with contextlib.suppress(OSError):  # which `find` itself will meet
+        status = os.stat(folder)
+        place = status.st_ino, status.st_mtime_ns  # of a copy on another disk they are others
+    leads = gather(world, place).index(place) == world.rank
+    once_per_node(world, lambda: found.append(find()) if leads else None)
+    digests = {each for each in gather(world, digest(*found) if found else None) if each is not None}
+    return from_main(world, lambda: found[0]) if len(digests) == 1 else None
 
 
 def in_thread(work: Callable[[], object]) -> Generator[object]:
