@@ -16,6 +16,7 @@ from tests.helpers.documents import DOCUMENTS, NOT_RUN, ROOT, blocks, commands
 from tests.helpers.images import image_tree
 from tests.helpers.libraries import fill_hub, fill_torch, no_network
 from tests.helpers.server import free_port
+from trainers.engine.run.report import epoch_text
 
 README = ROOT / "README.md"
 EVERY_PAGE = [*DOCUMENTS, ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", ROOT / "tests" / "README.md"]
@@ -55,6 +56,23 @@ def test_the_readme_shows_the_code_as_it_is(file: str) -> None:
     plain = "\n".join(line.strip() for line in code.splitlines())
     shown = ["\n".join(line.strip() for line in block.strip().splitlines()) for block in blocks(README, "python")]
     assert sum(block in plain for block in shown) == 1
+
+
+def test_the_lines_that_quickstart_ends_with_are_shown_as_they_are_printed() -> None:
+    (shown,) = blocks(README, "text")
+    epoch, test, *_ = shown.splitlines()
+    number, *figures = (float(word.replace(",", "")) for word in re.findall(r"[\d.,]+", epoch))
+    names = ("train_loss", "train_accuracy", "test_accuracy", "seconds")
+    line = {"epoch": int(number), **dict(zip(names, figures, strict=False)), "test_loss": 0.0}
+    line |= {name: line[name] / 100 for name in names[1:3]}
+    assert epoch == epoch_text(line, samples_per_second=figures[-1])
+    assert test.startswith(f"test accuracy {figures[2]:.2f} % over 2000 samples, top-5 ")
+
+
+def test_the_readme_counts_the_faults_that_are_rehearsed() -> None:
+    table = (ROOT / "tests" / "README.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| .*`test_\w+\.py::", table, re.MULTILINE)
+    assert f"| faults rehearsed | {len(rows)}, in " in README.read_text(encoding="utf-8")
 
 
 def test_every_page_has_commands_that_are_known() -> None:

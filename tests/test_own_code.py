@@ -413,6 +413,20 @@ IMAGES = """
 """
 
 
+def test_a_metric_whose_name_is_taken_gets_another_and_replaces_nothing(tmp_path: Path) -> None:
+    write(tmp_path, """
+        def scores(outputs, targets):
+            return {"precision": 0.125, "loss": 7.0, "step": -5.0, "f1": 0.25}
+    """)
+    ended = train(tmp_path, *LINEAR, "--metric", "mine.py:scores", "--max-steps", 3)
+    assert ended.codes == [0], ended.err
+    result = read_json(tmp_path / "runs" / "r" / "result.json")
+    assert (result["precision"], result["metric_precision"], result["f1"]) == ("fp32", 0.125, 0.25)
+    assert result["metric_loss"] == 7.0 != result["loss"]
+    line = json.loads((tmp_path / "runs" / "r" / "metrics.jsonl").read_text().splitlines()[-1])
+    assert (line["step"], line["metric_step"], line["loss"]) == (3, -5.0, result["loss"])
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(120)
 @pytest.mark.parametrize("trainer", ["cifar", pytest.param("image_folder", marks=pytest.mark.slow)])

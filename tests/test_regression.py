@@ -9,6 +9,7 @@ from datasets import regression
 from launch.errors import UsageError
 from tests.helpers.comparing import finished
 from tests.helpers.processes import largest_difference, metrics, newest_checkpoint, read_json
+from tests.helpers.server import run
 from trainers.regression import choose_loss, my_mse
 
 D2L = ("--no-pictures", "--max-steps", "20")
@@ -33,6 +34,19 @@ def check_that_nothing_speaks_of_classes(run: Path) -> None:
     assert not (run / "confusion_matrix.png").exists()
     assert not (run / "predictions.png").exists()
     assert read_json(run / "status.json")["state"] == "DONE"
+
+
+@pytest.mark.timeout(60)
+def test_a_run_that_is_done_says_its_figure_and_what_to_raise_and_that_continues(tmp_path: Path) -> None:
+    flags = ["--no-pictures", "--run-name", "r", "--output-dir", tmp_path, "--max-steps"]
+    assert run("regression", *flags, 20).codes == [0]
+    again = run("regression", *flags, 20)
+    loss = read_json(tmp_path / "r" / "result.json")["loss"]
+    assert again.codes == [0]
+    assert again.out == (f"{tmp_path}/r is DONE (loss {loss}); raise --epochs, or the --max-steps or --patience that "
+                         f"ended it, to continue\n")
+    assert run("regression", *flags, 30).codes == [0]
+    assert read_json(tmp_path / "r" / "status.json")["step"] == 30
 
 
 @pytest.mark.timeout(240)

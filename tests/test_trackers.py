@@ -17,12 +17,13 @@ import pytest
 
 from launch.errors import UsageError
 from launch.network import is_reachable
-from tests.helpers.hooks import at, kill, log_connections, send
+from tests.helpers.comparing import run_in
+from tests.helpers.hooks import at, kill, log_connections, packages_from, send
 from tests.helpers.processes import read_json
 from tests.helpers.server import NORMED, run, start
 from trainers.cifar import CifarConfig
 from trainers.engine.config import TrainConfig
-from trainers.engine.trackers.tracker import TrackerName, values_of
+from trainers.engine.trackers.tracker import TrackedRun, TrackerName, values_of
 
 pytestmark = pytest.mark.timeout(120)
 
@@ -155,6 +156,39 @@ def test_no_tracker_asks_another_machine_where_none_can_be_reached(tracked: Path
     assert "127.0.0.1" in hosts  # was tried
     assert not {host for host in hosts if host not in ("127.0.0.1", "::1", "localhost", "None", "")
                 and not host.startswith(("/", "b'"))}  # the sockets of files
+
+
+def test_a_run_continues_with_other_trackers_and_they_get_what_it_has_reported_before(tmp_path: Path) -> None:
+    assert run("cifar", *NORMED, "--max-steps", "3", "--output-dir", tmp_path / "runs").codes == [0]
+    ended = run("cifar", *NORMED, "--max-steps", "6", "--output-dir", tmp_path / "runs", "--track", "tensorboard")
+    assert ended.codes == [0], ended.err
+    assert {3, 6} <= {step for name, step, _ in logged_by_tensorboard(tmp_path) if name == "test/loss"}
+
+
+def test_a_dry_run_tells_no_tracker(tmp_path: Path) -> None:
+    (tmp_path / "trackio").mkdir()
+    (tmp_path / "trackio" / "__init__.py").write_text("raise OSError('was started')")
+    ended = run_in(tmp_path, "--track", "trackio", "--dry-run", hook=packages_from(str(tmp_path)))
+    assert (ended.codes, ended.err) == ([0], "")
+
+
+def test_every_figure_of_a_line_is_told_but_not_its_place() -> None:
+    line = {"split": "test", "step": 3, "epoch": 0, "loss": 0.5, "accuracy": None, "learning_rate": 0.1,
+            "samples_per_second": None, "seconds": 2.0, "f1": 0.25, "metric_precision": 0.75}
+    assert values_of(line) == {"test/loss": 0.5, "test/f1": 0.25, "test/metric_precision": 0.75}
+    assert "train/learning_rate" in values_of({**line, "split": "train"})
+
+
+def test_a_metric_may_have_a_name_that_mlflow_refuses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    need("mlflow")
+    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    start_one = importlib.import_module("trainers.engine.trackers.mlflow").start
+    tracker = start_one(TrackedRun(tmp_path / "runs" / "r", "cifar", {}))
+    tracker.log(3, {"test/f1@0.5 (ß)": 0.25})
+    where, number = tracker.id.split()
+    logged = importlib.import_module("mlflow").MlflowClient(where).get_run(number).data.metrics
+    assert logged == {"test/f1_0.5 _ß_": 0.25}
 
 
 @pytest.mark.slow

@@ -92,6 +92,7 @@ class ImageFolderConfig(AugmentFlags):
     mean: Annotated[tuple[float, ...], AtLeast(0, most=1)] = ()
     """The mean instead of --normalize's, per channel, in units of the full range [0, 1]; with --std."""
     std: Annotated[tuple[float, ...], Above(0, most=1)] = ()
+    """And the standard deviation."""
     random_crop: Annotated[float | None, Above(0, below=1, such_as=0.35)] = None
     """Train on random parts of the images, with at least this share of their area, such as 0.35."""
     cache: bool = False

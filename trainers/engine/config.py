@@ -24,8 +24,8 @@ MAY_CHANGE = frozenset({
     "data_dir", "download", "output_dir", "run_name", "epochs", "max_steps", "accumulation_steps", "device", "backend",
     "parallel", "find_unused_parameters", "compile", "compile_mode", "channels_last", "workers", "threads", "onednn",
     "deterministic", "eval_every", "checkpoint_every", "keep_checkpoints", "resume", "evaluate", "timeout",
-    "tensorboard", "init_from", "config", "dry_run", "patience", "pictures", "log_gradients", "show_batch", "profile",
-    "save_weights", "cache", "cache_dir", "skip_bad"})  # of image_folder.py: how images are read, what is forgiven
+    "tensorboard", "track", "metric", "init_from", "config", "dry_run", "patience", "pictures", "log_gradients",
+    "show_batch", "profile", "save_weights", "cache", "cache_dir", "skip_bad"})  # of image_folder.py
 
 Statistics = tuple[tuple[float, ...], tuple[float, ...]]  # mean and std per channel, in units of the full range [0, 1]
 IMAGENET: Statistics = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))  # torchvision's weights expect these

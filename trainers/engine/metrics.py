@@ -126,6 +126,11 @@ class Evaluation:
         return {"accuracy": self.accuracy, "accuracy_top5": self.accuracy_top5, "loss": self.loss}
 
 
+def with_metrics(figures: Mapping[str, Any], metrics: Mapping[str, float]) -> dict[str, Any]:
+    """The figures and people's metrics; of those one whose name is taken, as `precision`, is `metric_precision`."""
+    return {**figures, **{f"metric_{name}" if name in figures else name: value for name, value in metrics.items()}}
+
+
 def score(figures: Mapping[str, float | None], by: BestName) -> float:
     """A number that grows as an evaluation gets better; without classes that is its loss, negated."""
     value = figures.get({"top5": "accuracy_top5"}.get(by, by))

@@ -14,7 +14,7 @@ from torch import Tensor
 from launch.errors import printable, say
 from trainers.engine.checkpoints.snapshot import hash_tensors
 from trainers.engine.config import Statistics, TrainConfig
-from trainers.engine.metrics import Evaluation
+from trainers.engine.metrics import Evaluation, with_metrics
 from trainers.engine.parallel import num_parameters
 from trainers.engine.run import pictures
 from trainers.engine.run.folder import OUT_OF_PATIENCE, RunFolder
@@ -28,16 +28,15 @@ MOST_SHOWN_CLASSES, ENDS = 20, 5  # up to which the terminal shows every class, 
 def summary(config: TrainConfig, trainer: Trainer, train: TrainBatches, where: str) -> str:
     """What will run, before step 1: the batch arithmetic most of all."""
     world, step, per_epoch = trainer.world, trainer.train_step, train.steps_per_epoch
-    num_trained = sum(parameter.numel() for parameter in step.trained)
     limit = f", at most {config.max_steps}" if config.max_steps else ""
+    launched = f", backend {world.backend}, launched by {world.launcher}" if world.backend else ""
     return (f"run        {trainer.folder.path} ({where})\n"
-            f"world      {world.world_size} x {world.device.type}, {world.threads} threads each, "
-            f"backend {world.backend}, launched by {world.launcher}\n"
+            f"world      {world.world_size} x {world.device.type}, {world.threads} threads each{launched}\n"
             f"batch      {config.batch_size} = {config.rank_batch_size()} per rank x {world.world_size} ranks x "
             f"{config.accumulation_steps} accumulation\n"
             f"steps      {config.total_steps(per_epoch)} = {per_epoch} per epoch, {config.epochs} epochs{limit}\n"
-            f"model      {config.model}, {num_parameters(step.network):,} parameters, {num_trained:,} trained, "
-            f"{config.precision}")
+            f"model      {config.model}, {num_parameters(step.network):,} parameters, "
+            f"{sum(parameter.numel() for parameter in step.trained):,} trained, {config.precision}")
 
 
 def finish(trainer: Trainer, evaluation: Evaluation, class_names: tuple[str, ...], *, split: str, batch_size: int,
@@ -45,12 +44,12 @@ def finish(trainer: Trainer, evaluation: Evaluation, class_names: tuple[str, ...
     """Write result.json, returned here, and DONE, with a reason if that was early; print the accuracy per class."""
     world, folder, step = trainer.world, trainer.folder, trainer.train_step
     seconds = trainer.history.train_seconds
-    result = {
+    result = with_metrics({
         "accuracy": evaluation.accuracy, "per_class_accuracy": evaluation.per_class_accuracy,
         "confusion_matrix": write_matrix(folder, evaluation.confusion_matrix), "loss": evaluation.loss,
         "num_samples": evaluation.num_samples, "split": split, "accuracy_top5": evaluation.accuracy_top5,
-        **evaluation.metrics, "class_names": list(class_names), "train_seconds": seconds,
-        "total_seconds": total_seconds, "warm_up_seconds": trainer.history.warm_up_seconds,
+        "class_names": list(class_names), "train_seconds": seconds, "total_seconds": total_seconds,
+        "warm_up_seconds": trainer.history.warm_up_seconds,
         "samples_per_second": trainer.step * batch_size / seconds if seconds else None,
         "data_wait_share": trainer.history.data_wait_share, "world_size": world.world_size,
         "device": str(world.device), "precision": step.precision.name, "num_parameters": num_parameters(step.network),
@@ -58,7 +57,8 @@ def finish(trainer: Trainer, evaluation: Evaluation, class_names: tuple[str, ...
         "weights_sha256": hash_tensors(sorted(step.network.state_dict().items())),  # equal exactly when every bit is
         "peak_memory_bytes": peak_memory_bytes(world.device), "steps": trainer.step, "best": trainer.history.best,
         "num_skipped_steps": step.precision.num_skipped_steps, "num_checkpoints": trainer.checkpointer.num_saves,
-        "checkpoint_wait_seconds": trainer.checkpointer.wait_seconds}  # of this process, as the number of checkpoints
+        "checkpoint_wait_seconds": trainer.checkpointer.wait_seconds},  # of this process, as the number of checkpoints
+        evaluation.metrics)
     folder.write_json("result.json", result)
     if save_weights and world.is_main:
         weights = {name: tensor.detach().cpu() for name, tensor in step.evaluated_model.state_dict().items()}

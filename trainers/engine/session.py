@@ -92,7 +92,9 @@ def open_run(config: TrainConfig, trainer: str, *, named: bool = False) -> Itera
             if not from_main(world, lambda: folder.begin(to_plain(config), world=facts)):
                 result = folder.read_json("result.json") or {}
                 if world.is_main:
-                    say(f"{folder.path} is DONE (accuracy {result.get('accuracy')}); raise --epochs to continue")
+                    figure = "loss" if result.get("accuracy") is None else "accuracy"
+                    say(f"{folder.path} is DONE ({figure} {result.get(figure)}); raise --epochs, or the --max-steps or "
+                        f"--patience that ended it, to continue")
                 raise AlreadyDone(result)
             if world.is_main and (warning := too_many_threads(world, world.threads)):
                 to_stderr(warning)
@@ -120,7 +122,7 @@ def build_trainer(config: TrainConfig, run: Run, model: nn.Module, task: Task, *
                    "decoder": getattr(data.dataset, "decoder", None), **job_identity(),
                    **({"user_code": run.user_code} if run.user_code else {})}
     tracked = TrackedRun(run.folder.path, project=run.trainer, config=to_plain(config))
-    trackers = [TrackerThread(name, tracked) for name in config.trackers()]
+    trackers = [TrackerThread(name, tracked) for name in config.trackers() if not config.dry_run]
     options = LoopOptions(split=split, best=config.best or "accuracy", **{name: getattr(config, name) for name in (
         "eval_every", "checkpoint_every", "max_bad_steps", "log_gradients", "patience")})
     return Trainer(build_step(config, model, task, world, steps_per_epoch=steps_per_epoch), run, options=options,

@@ -12,7 +12,7 @@ from launch.stop import StopAgreement, Stopped, StopRequest
 from trainers.engine.checkpoints.save import Checkpointer
 from trainers.engine.data_record import DataRecord
 from trainers.engine.history import History
-from trainers.engine.metrics import BestName, Evaluation
+from trainers.engine.metrics import BestName, Evaluation, with_metrics
 from trainers.engine.parallel import warmed_up
 from trainers.engine.preflight import tried_first
 from trainers.engine.run.folder import RunFolder
@@ -175,27 +175,28 @@ class Trainer:
         self.history.data_wait_seconds += self.train_step.data_wait.collect()
         loss, accuracy = self.sums.means(self.world)
         speed = self.history.lap_samples_per_second()
-        self.write_line("train", {"loss": loss, "accuracy": accuracy}, speed)
+        self.write_line("train", {"loss": loss, "accuracy": accuracy}, {}, speed)
         seconds_left = (last_step - self.step) * self.history.train_seconds / max(self.step, 1)
         progress.show_figures(loss=loss, accuracy=accuracy, samples_per_second=speed, seconds_left=seconds_left)
         self.history.start_clock()
 
-    def write_line(self, split: str, figures: Mapping[str, float | None], speed: float | None = None) -> None:
-        """One line of metrics.jsonl: loss, accuracy and perhaps accuracy_top5 at the present position."""
+    def write_line(self, split: str, figures: Mapping[str, float | None], metrics: Mapping[str, float],
+                   speed: float | None = None) -> None:
+        """One line of metrics.jsonl: loss, accuracy, perhaps accuracy_top5, and metrics at the present position."""
         line: dict[str, Any] = {
             "split": split, "step": self.step, "epoch": self.epoch, **figures,
             "learning_rate": self.train_step.optimizer.param_groups[0]["lr"], "samples_per_second": speed,
             "seconds": self.history.train_seconds}
         if split == "train" and self.train_step.gradient_norms:
             line["gradient_norms"] = {name: norm.item() for name, norm in self.train_step.gradient_norms.items()}
-        self.report.line(line)
+        self.report.line(with_metrics(line, metrics))
 
     def _record_epoch(self, train: TrainBatches, progress: Progress) -> bool:
         """Record the epoch and its evaluation, if there was one; returns whether that is the best so far."""
         evaluation = self.last_evaluation
         loss, accuracy = self.sums.means(self.world)
         if evaluation is not None:
-            self.write_line(self.options.split, {**evaluation.summary(), **evaluation.metrics})
+            self.write_line(self.options.split, evaluation.summary(), evaluation.metrics)
         is_best = self.history.record(epoch=self.epoch, step=self.step, train_loss=loss, train_accuracy=accuracy,
                                       evaluation=evaluation, split=self.options.split, by=self.options.best)
         waited = max(gather(self.world, self.history.data_wait_seconds))

@@ -1,7 +1,8 @@
 """MLflow: the server at MLFLOW_TRACKING_URI; or mlruns/ beside the run folders, if none is named or can be reached, for
-`MLFLOW_ALLOW_FILE_STORE=true mlflow ui --backend-store-uri runs/mlruns`."""
+`MLFLOW_ALLOW_FILE_STORE=true mlflow ui --backend-store-uri runs/mlruns`, a command of the whole package mlflow."""
 
 import importlib
+import re
 import time
 from collections.abc import Mapping
 
@@ -33,5 +34,6 @@ def start(run: TrackedRun) -> Tracker:
 
     def log(step: int, values: Mapping[str, float]) -> None:
         now, metric = int(1000 * time.time()), mlflow.entities.Metric
-        client.log_batch(number, [metric(name, value, now, step) for name, value in values.items()])
+        client.log_batch(number, [metric(re.sub(r"[^\w/.\- :]", "_", name), value, now, step)  # what it allows in names
+                                  for name, value in values.items()])
     return Tracker(f"{where} {number}", log, finish=lambda state: client.set_terminated(number, STATES[state]))

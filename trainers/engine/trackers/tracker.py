@@ -15,7 +15,7 @@ from launch.errors import first_line, to_stderr
 from launch.files import read_object, replace_file
 
 TrackerName = Literal["wandb", "mlflow", "trackio", "tensorboard"]
-SCALARS = ("loss", "accuracy", "accuracy_top5", "learning_rate", "samples_per_second")
+PLACES = ("step", "epoch", "seconds")  # the numbers of a line that are no figures to follow
 START_SECONDS = 5.0  # that training waits for a tracker to start, so that its import is not among the timed steps
 
 
@@ -97,6 +97,7 @@ class TrackerThread:
 
 def values_of(line: Mapping[str, Any]) -> dict[str, float]:
     """The numbers of a line of metrics.jsonl, by names such as `train/loss` and `gradient_norm/conv1`."""
-    values = {f"{line['split']}/{name}": line[name] for name in SCALARS
-              if line.get(name) is not None and (name != "learning_rate" or line["split"] == "train")}
+    left_out = PLACES if line["split"] == "train" else (*PLACES, "learning_rate")
+    values: dict[str, float] = {f"{line['split']}/{name}": value for name, value in line.items()
+                                if isinstance(value, int | float) and name not in left_out}
     return values | {f"gradient_norm/{name}": norm for name, norm in line.get("gradient_norms", {}).items()}
