@@ -140,6 +140,19 @@ def test_the_page_is_small_and_loads_nothing(page: Path) -> None:
         assert name not in text
 
 
+def test_ten_runs_with_large_confusion_matrices_and_long_curves_are_small_too(tmp_path: Path) -> None:
+    classes = tuple(f"class {label}" for label in range(200))
+    runs = [make_run(tmp_path / str(number), number=number, classes=classes, epochs=100) for number in range(10)]
+    main(ReportConfig(runs=tuple(runs), out=tmp_path))
+    assert (tmp_path / "report.html").stat().st_size < 3_000_000
+
+
+def test_mlflows_folder_among_the_run_folders_is_no_run(tmp_path: Path) -> None:
+    (tmp_path / "mlruns").mkdir()
+    main(ReportConfig(runs=(make_run(tmp_path / "r"), tmp_path / "mlruns"), out=tmp_path))
+    assert "<title>1 run</title>" in (tmp_path / "report.html").read_text()
+
+
 DAMAGED = {
     "config.json": b"{", "environment.json": b"[]", "status.json": b'{"state": ["x"], "step": {}}',
     "result.json": b'{"class_names": 7, "confusion_matrix": [[1], 2], "per_class_accuracy": {"a": 1}, "loss": "x"}',
@@ -183,6 +196,15 @@ def test_the_table_holds_all_runs_below_a_folder_and_sorts(tmp_path: Path, capsy
     assert table_of(tmp_path / "mlruns", capsys)[0].split()[0] == "run"
     with pytest.raises(UsageError, match=r"--sort acuracy: unknown; .*; did you mean accuracy\?"):
         main(ReportConfig(table=tmp_path, sort="acuracy"))
+
+
+def test_the_loss_of_a_run_that_has_no_result_is_missing_and_not_the_flag(
+        tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = make_run(tmp_path / "r")
+    (run / "config.json").write_text('{"loss": "cross-entropy", "model": "net"}')
+    (run / "result.json").unlink()
+    header, line = (row.split(",") for row in table_of(tmp_path, capsys, csv=True))
+    assert dict(zip(header, line, strict=True))["loss"] == ""
 
 
 def test_the_command_prints_the_path_of_the_page_and_errors_are_one_line(tmp_path: Path) -> None:

@@ -29,7 +29,7 @@ FILES = ("config", "environment", "result", "status")
 COLUMNS = ("run", "state", "step", "accuracy", "accuracy_top5", "loss", "samples_per_second", "train_seconds",
            "data_wait_share", "world_size", "device", "model", "batch_size", "learning_rate", "seed", "started")
 MOST_POINTS = 300  # of a curve
-PICTURE_SIZE, PICTURE_QUALITY = 800, 60  # pixels and WebP's quality: ten pictures, of noise even, stay below 3 MB
+PICTURE_SIZE, PICTURES_SIZE, PICTURE_QUALITY = 800, 2000, 60  # pixels of one, of all in a square, and WebP's quality
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,12 +66,12 @@ def read_curves(path: Path) -> dict[str, list[dict[str, Any]]]:
     return {split: lines[::len(lines) // MOST_POINTS + 1] + lines[-1:] for split, lines in curves.items()}
 
 
-def read_picture(path: Path) -> str | None:
+def read_picture(path: Path, size: int) -> str | None:
     """A picture, made small, as an address that holds it all; None if there is none that can be read."""
     buffer = io.BytesIO()
     try:
         with Image.open(path if path.is_file() else "") as picture:
-            picture.thumbnail((PICTURE_SIZE, PICTURE_SIZE))
+            picture.thumbnail((size, size))
             picture.convert("RGB").save(buffer, "WEBP", quality=PICTURE_QUALITY)
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):  # what Pillow raises for damaged files
         return None
@@ -85,6 +85,7 @@ def table(folder: Path, *, sort: str, as_csv: bool) -> str:
     rows = []
     for path in sorted({file.parent for name in FILES for file in folder.rglob(f"{name}.json")}):
         files = read_run(path)
+        files["config"].pop("loss", None)  # the flag: --loss
         rows.append({key: value for name in FILES for key, value in files[name].items()}
                     | {"run": str(path.relative_to(folder))})
     rows.sort(key=lambda row: order_of(row.get(sort)))
@@ -120,10 +121,11 @@ def main(config: ReportConfig) -> None:
     if not config.runs:
         raise UsageError("no runs given; name run folders, or use --table runs")
     out = config.out / "report.html" if config.out.is_dir() else config.out
+    size = min(PICTURE_SIZE, int(PICTURES_SIZE / len(config.runs) ** 0.5))
     runs = [{**read_run(path), "curves": read_curves(path / "metrics.jsonl"),
-             "picture": read_picture(path / "predictions.png")} for path in config.runs]
-    template = jinja2.Environment(autoescape=True).from_string(Path(__file__).with_suffix(".html").read_text())
-    page = template.render(runs=runs)  # which loads nothing else
+             "picture": read_picture(path / "predictions.png", size)} for path in config.runs if path.name != "mlruns"]
+    template = jinja2.Environment(autoescape=True).from_string(Path(__file__).with_suffix(".html").read_text("utf-8"))
+    page = template.render(runs=runs, data=jinja2.utils.htmlsafe_json_dumps(runs, separators=(",", ":")))
     try:
         replace_file(out, page.encode(errors="replace"))
     except OSError as error:
