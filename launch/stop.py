@@ -10,6 +10,7 @@ import gc
 import math
 import os
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -97,8 +98,9 @@ def catch_signals() -> StopRequest:
 
 def begin_script() -> None:
     """What a script does before it imports torch: catch signals, and collect no garbage until `command_line.run`."""
-    catch_signals()
-    gc.disable()  # imports leave none, and looking for it takes 1.2 of the 3.8 s of torch and torchvision
+    if not hasattr(sys, "ps1"):  # a notebook's %run leaves it its handlers, but for the length of the run itself
+        catch_signals()
+        gc.disable()  # imports leave none, and looking for it takes 1.2 of the 3.8 s of torch and torchvision
 
 
 @contextlib.contextmanager

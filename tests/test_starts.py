@@ -78,6 +78,30 @@ def test_the_doctor_names_the_signals_that_torchrun_would_not_pass_on(
     assert not lost or found.fix == f"start torchrun with {signals_flag()}"
 
 
+def test_in_a_notebook_a_script_prints_into_its_cell_and_leaves_the_notebook_as_it_was() -> None:
+    """IPython's %run: the cell's stdout has the number of the notebook server's own."""
+    program = """
+import io, os, signal, sys
+class Cell(io.StringIO):
+    encoding, errors, fileno = "utf-8", None, lambda self: 1
+sys.ps1, sys.stdout, server = ">>> ", Cell(), sys.stdout
+from launch.stop import begin_script
+begin_script()
+from dataclasses import dataclass
+from launch.command_line import run
+@dataclass
+class Config:
+    "None."
+try:
+    run(lambda config: print("trained"), Config)
+except SystemExit as ended:
+    print("after", ended.code)
+server.write(repr((sys.stdout.getvalue(), signal.getsignal(signal.SIGTERM) == signal.SIG_DFL)))
+"""
+    done = execute([sys.executable, "-c", program], cwd=ROOT)
+    assert done.out == repr(("trained\nafter 0\n", True)), done.err
+
+
 @pytest.mark.parametrize("module", ["launch.errors", "launch.launcher", "launch.stop"])
 def test_what_must_start_fast_imports_neither_torch_nor_tyro(module: str) -> None:
     done = execute([sys.executable, str(PROGRAMS / "slow_imports.py"), module])
