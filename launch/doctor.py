@@ -6,7 +6,6 @@
 
 import importlib.util
 import json
-import os
 import socket
 import sys
 from dataclasses import asdict, dataclass
@@ -27,8 +26,6 @@ from launch.command_line import run
 from launch.errors import DeviceError, UsageError, say
 from launch.launcher import Launch, read_launch
 from launch.rules import MOST_SECONDS, Above, AtLeast
-
-COLORS = {"OK": "\x1b[32m", "WARN": "\x1b[33m", "FAIL": "\x1b[1;31m", "reset": "\x1b[0m"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,18 +67,17 @@ def main(config: DoctorConfig) -> int:
     if launch.rank == 0:
         say(json.dumps({"ok": not failed, "host": socket.gethostname(), "ranks": ranks,
                         "findings": [asdict(finding) for finding in findings]}, indent=2) if config.json else
-            page(findings, ranks, color=sys.stdout.isatty() and "NO_COLOR" not in os.environ))
+            page(findings, ranks))
     return DeviceError.exit_code if failed else 0
 
 
-def page(findings: list[Finding], ranks: list[dict[str, Any]], *, color: bool) -> str:
+def page(findings: list[Finding], ranks: list[dict[str, Any]]) -> str:
     """The findings as lines, each fix under its finding, then where each rank runs and on what, and a summary."""
     lines = [f"doctor on {socket.gethostname()}", ""]
     width = max(len(finding.check) for finding in findings)
     for finding in findings:
-        before, after = (COLORS[finding.state], COLORS["reset"]) if color else ("", "")
         host = f"[{finding.host}] " if finding.host else ""
-        lines.append(f"  {before}{finding.state:4}{after}  {finding.check:{width}}  {host}{finding.text}")
+        lines.append(f"  {finding.state:4}  {finding.check:{width}}  {host}{finding.text}")
         if finding.fix:
             lines.append(f"  {'':4}  {'':{width}}  fix: {finding.fix}")
     if ranks:

@@ -1,8 +1,10 @@
 """The doctor: one page, nothing trained, and every broken thing found with its fix."""
 
+import contextlib
 import json
 import os
 import socket
+import subprocess
 import sys
 from pathlib import Path
 
@@ -14,7 +16,7 @@ from launch.checks.job import job_findings, port_finding
 from launch.checks.machine import as_numbers, cores_finding, required_versions
 from launch.checks.ranks import gathered, rank_devices_finding
 from launch.launcher import Launch, usable_cores
-from tests.helpers.processes import PROGRAMS, ROOT, Ended, execute
+from tests.helpers.processes import PROGRAMS, ROOT, Ended, environment, execute
 
 DOCTOR = str(ROOT / "launch" / "doctor.py")
 
@@ -40,6 +42,23 @@ def test_a_sound_machine_exits_zero_and_nothing_is_left_in_the_output_folder(tmp
     assert "versions" in finished.out
     assert "rename and fsync work" in finished.out
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.timeout(120)
+def test_on_a_terminal_the_page_is_words_without_escapes(tmp_path: Path) -> None:
+    ours, terminal = os.openpty()
+    with open(ours, "rb", buffering=0) as screen:
+        process = subprocess.Popen([sys.executable, DOCTOR, "--device", "cpu", "--output-dir", str(tmp_path)],
+                                   stdout=terminal, env=environment())
+        os.close(terminal)
+        text = b""
+        with contextlib.suppress(OSError):  # as a terminal ends
+            while part := screen.read(4096):
+                text += part
+        assert process.wait(60) == 0
+    assert b"OK    versions" in text
+    assert b"x1b" not in text
+    assert b"\x1b" not in text
 
 
 @pytest.mark.timeout(120)
