@@ -26,6 +26,7 @@ def test_each_rank_leaves_a_trace_of_the_steps_and_the_weights_are_those_without
         ended = run("cifar", *NORMED, "--epochs", "1", *flags, "--output-dir", tmp_path / name, ranks=2)
         assert ended.codes == [0, 0], ended.err
         assert "WARNING" not in ended.err
+        assert not [line for line in ended.err.splitlines() if "ERROR" in line or ".cpp" in line]  # of torch's profiler
     plain, profiled = (read_json(tmp_path / name / "r" / "result.json") for name in ("plain", "profiled"))
     assert plain["weights_sha256"] == profiled["weights_sha256"]
     for rank in range(2):

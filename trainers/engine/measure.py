@@ -18,6 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.flop_counter import FlopCounterMode
 
 from launch.errors import CheckpointError, say, to_stderr
+from launch.network import library_defaults
 from launch.process_group import barrier, from_main, gather
 from trainers.engine.checkpoints.load import load_or_fail
 from trainers.engine.checkpoints.save import write_checkpoint
@@ -162,7 +163,8 @@ class Profile:
         elif self.profiler is None and step >= self.first and phase == "data":
             if self.on_gpu:
                 torch.cuda.memory._record_memory_history(max_entries=100_000)
-            self.profiler = torch.profiler.profile(record_shapes=True, profile_memory=True)
+            library_defaults(KINETO_LOG_LEVEL="99")  # no lines of its own, an ERROR for want of a GPU among them
+            self.profiler = torch.profiler.profile(record_shapes=True)
             self.profiler.start()
             self.is_recording = True
         if self.is_recording:
