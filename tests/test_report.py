@@ -1,8 +1,12 @@
 """trainers/engine/report.py, pictures.py, result.py and losses.py: what a run leaves for people."""
 
+import fcntl
 import functools
 import json
+import os
 import struct
+import sys
+import termios
 from pathlib import Path
 from typing import Any
 
@@ -110,6 +114,18 @@ def test_an_image_grid_shows_the_pixels_it_is_given(figures: list[Any], channels
     assert len(panels) == pictures.MOST_IMAGES
     shown = torch.as_tensor(panels[7].get_images()[0].get_array().copy())
     torch.testing.assert_close(shown.view(5, 5, channels), images[7].permute(1, 2, 0))
+
+
+def test_the_bar_shows_all_figures_on_a_terminal_of_80_columns(monkeypatch: pytest.MonkeyPatch) -> None:
+    ours, terminal = os.openpty()
+    fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))
+    with open(terminal, "w") as stderr, open(ours, "rb", buffering=0) as screen:
+        monkeypatch.setattr(sys, "stderr", stderr)
+        progress = report.Progress(shown=True, total_steps=25_000, step=12_000)
+        progress.show_figures(loss=2.3049, accuracy=0.9999, samples_per_second=2506, seconds_left=100)
+        progress.close()
+        last = screen.read(10_000).decode().strip().rpartition("\r")[2]
+    assert last.endswith(", loss 2.3049  accuracy 99.99 %  2,506 samples/s")
 
 
 def test_drawing_waits_until_it_costs_a_twentieth_of_the_time(

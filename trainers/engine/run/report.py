@@ -19,6 +19,7 @@ from trainers.engine.trackers.tracker import TrackerThread
 
 SHARE = 0.05  # of the run's time that drawing may take
 LINE_SECONDS = 10.0  # between two plain lines
+BAR = "{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} {elapsed}<{remaining}{postfix}"  # all of it in 80 columns
 CLOSE_SECONDS = {"DONE": 20.0, "PREEMPTED": 5.0, "FAILED": 5.0}  # for all trackers together
 
 
@@ -74,7 +75,7 @@ class Progress:
         self.shown, self.total_steps, self.step, self.figures = shown, total_steps, step, ""
         self._printed_at, self._bar = time.monotonic(), None
         if shown and sys.stderr is not None and sys.stderr.isatty():
-            self._bar = tqdm(total=total_steps, initial=step, unit="step", mininterval=0.5, dynamic_ncols=True)
+            self._bar = tqdm(total=total_steps, initial=step, bar_format=BAR, mininterval=0.5, dynamic_ncols=True)
 
     def advance(self) -> None:
         """Count one more step; prints only when it is time to."""
