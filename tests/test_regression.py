@@ -107,9 +107,16 @@ def test_a_loss_file_that_is_not_there_is_named(tmp_path: Path) -> None:
         choose_loss(f"{tmp_path}/nothing.py:loss")
 
 
+@pytest.mark.parametrize(("flag", "value"), [("--label-smoothing", "0.1"), ("--class-weights", "2")])
+def test_flags_of_cross_entropy_alone_are_refused_and_not_ignored(tmp_path: Path, flag: str, value: str) -> None:
+    ended = run("regression", "--max-steps", 1, "--output-dir", tmp_path, flag, value)
+    assert ended.codes == [2]
+    assert "ERROR usage: --loss mse: takes no --label-smoothing or --class-weights" in ended.err
+
+
 @pytest.mark.parametrize("text", ["mae", "mine.py", "mine.py:", ":loss"])
 def test_a_loss_that_is_no_name_and_no_file_is_a_usage_error(text: str) -> None:
-    with pytest.raises(UsageError, match=r"choose mse, my-mse or PATH\.py:FUNCTION"):
+    with pytest.raises(UsageError, match=r"choose mse, my-mse or FILE\.py:NAME"):
         choose_loss(text)
 
 

@@ -24,12 +24,12 @@ from datasets import regression
 from datasets.loaders import evaluation_loader, train_loader
 from datasets.tensors import TensorDataset, ThreeSplits, hold_out
 from launch.command_line import run
-from launch.errors import UsageError, say
+from launch.errors import say
 from trainers import models
 from trainers.engine.config import TrainConfig
 from trainers.engine.session import entry_point, open_run, train_model
 from trainers.engine.task import Loss, Task, UserLoss, function_of, with_own_code
-from trainers.engine.user_code import Reference, blaming, is_reference, options_in, references
+from trainers.engine.user_code import Reference, blaming, check_loss, is_reference, options_in, references
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,7 +43,7 @@ class RegressionConfig(TrainConfig):
     model: str = "linear"
     """linear: one layer with one output. FILE.py:NAME: yours."""
     loss: str = "mse"
-    """mse: torch's. my-mse: the same, written out. PATH.py:FUNCTION: yours, (outputs, targets) to a mean."""
+    """mse: torch's. my-mse: the same, written out. FILE.py:NAME: yours, (outputs, targets) to a mean."""
 
 
 RECIPES: dict[str, dict[str, Any]] = {
@@ -61,12 +61,11 @@ def my_mse(outputs: Tensor, targets: Tensor) -> Tensor:
 LOSSES: dict[str, Loss] = {"mse": nn.MSELoss(), "my-mse": my_mse}
 
 
-def choose_loss(text: str) -> Loss:
+def choose_loss(text: str, *, label_smoothing: float = 0.0, class_weights: tuple[float, ...] = ()) -> Loss:
     """The loss that `--loss` names; one from a file is tried on two samples. UsageError if it cannot be used."""
+    check_loss(text, LOSSES, label_smoothing=label_smoothing, class_weights=class_weights)
     if text in LOSSES:
         return LOSSES[text]
-    if not is_reference(text):
-        raise UsageError(f"--loss {text}: unknown; choose {', '.join(LOSSES)} or PATH.py:FUNCTION")
     reference = Reference("--loss", text)
     loss = UserLoss(function_of(reference, torch.device("cpu")), f"--loss {text}")
     with blaming([reference], loss.function):
@@ -98,7 +97,7 @@ def build_model(config: RegressionConfig, samples: TensorDataset) -> nn.Module:
 
 def build_task(config: RegressionConfig, device: torch.device) -> Task:
     """The loss, and the user's metric."""
-    loss = choose_loss(config.loss)
+    loss = choose_loss(config.loss, label_smoothing=config.label_smoothing, class_weights=config.class_weights)
     own = [each for each in references(config) if each.flag != "--loss"]
     return with_own_code(Task(loss=loss, test_loss=loss, num_classes=None, is_own=config.loss not in LOSSES),
                          own, device)
