@@ -66,8 +66,7 @@ def main(config: DoctorConfig) -> int:
     failed = any(finding.state == "FAIL" for finding in findings)
     if launch.rank == 0:
         say(json.dumps({"ok": not failed, "host": socket.gethostname(), "ranks": ranks,
-                        "findings": [asdict(finding) for finding in findings]}, indent=2) if config.json else
-            page(findings, ranks))
+                        "findings": list(map(asdict, findings))}, indent=2) if config.json else page(findings, ranks))
     return DeviceError.exit_code if failed else 0
 
 

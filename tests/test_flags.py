@@ -11,7 +11,6 @@ import pytest
 from launch.command_line import parse
 from trainers import cifar, custom, fashion_mnist, image_folder, mnist, regression
 from trainers.engine.run.folder import RunFolder
-from trainers.predict import restore_config
 
 CONFIGS = [cifar.CifarConfig, mnist.MnistConfig, fashion_mnist.FashionMnistConfig, image_folder.ImageFolderConfig,
            regression.RegressionConfig, custom.CustomConfig]
@@ -61,7 +60,7 @@ def test_a_run_folder_from_before_is_resumed_and_predicted_from(tmp_path: Path, 
     (tmp_path / "checkpoints").mkdir()
     (tmp_path / "checkpoints" / "step-00000001.json").write_text("{}")
     (tmp_path / "config.json").write_text(json.dumps(saved))
-    assert restore_config(config_class, tmp_path).normalize == now
+    assert parse(config_class, args=["--config", str(tmp_path / "config.json")]).normalize == now
     folder = RunFolder(tmp_path, is_main=True)
     folder.claim()
     try:

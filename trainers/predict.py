@@ -176,7 +176,10 @@ def test_pictures(config: PredictConfig, card: ModelCard, source: Path, bad: dic
     try:
         trainer = importlib.import_module(f"trainers.{card.trainer}")
         load_data = trainer.load_data
-        settings = restore_config(typing.get_type_hints(trainer.main)["config"], config.run)
+        settings = parse(typing.get_type_hints(trainer.main)["config"], args=["--config", f"{config.run}/config.json"])
+    except UsageError as error:
+        raise CheckpointError(f"--run {config.run}: has no readable config.json ({error}); name image files, not "
+                              f"--test-images") from None
     except (ImportError, AttributeError, KeyError):
         raise CheckpointError(f"--run {config.run}: {CARD_FILE}: {card.trainer} is no trainer of images; name image "
                               f"files, not --test-images") from None
@@ -196,15 +199,6 @@ def test_pictures(config: PredictConfig, card: ModelCard, source: Path, bad: dic
         else:
             transform = evaluation_transform(card) or (lambda image: image)
             yield Picture(f"test {sample}", transform(test.inputs[sample]), true_class)
-
-
-def restore_config(config_class: type, run: Path) -> Any:
-    """The config of a run, from its config.json."""
-    try:
-        return parse(config_class, args=["--config", str(run / "config.json")])
-    except UsageError as error:
-        raise CheckpointError(f"--run {run}: has no readable config.json ({error}); name image files, not "
-                              f"--test-images") from None
 
 
 @torch.no_grad()
