@@ -3,6 +3,7 @@
 What is not run is skipped with its reason, never silently left out.
 """
 
+import fcntl
 import os
 import subprocess
 import sys
@@ -15,8 +16,12 @@ from tests.helpers.processes import SHARED
 from tests.helpers.server import common_server
 from tests.helpers.slurm import Cluster, start_cluster
 
-LONGEST = ["test_slurm_faults", "test_slurm_stops", "test_slurm", "test_cifar", "test_resume_exact",
-           "test_resume_elastic", "test_faults_ranks"]
+# Those on Slurm wait most of their time, the others compute: side by side from the beginning.
+LONGEST = ["test_slurm_faults", "test_cifar", "test_slurm_stops", "test_docs", "test_slurm", "test_resume_exact",
+           "test_faults_waits", "test_own_code", "test_faults_torchrun", "test_faults_ranks", "test_named_weights",
+           "test_faults_stop", "test_resume_elastic", "test_checkpoint_crashes", "test_evaluate", "test_mnist",
+           "test_odd_checkpoints", "test_benchmark_runs", "test_image_folder", "test_faults_files", "test_mixing",
+           "test_predict", "test_library", "test_transforms", "test_cache", "test_damaged_data"]
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -49,15 +54,20 @@ def unpack(name: str, folder: Path) -> Path:
     script = SHARED / "data" / "unpack.py"
     if not script.exists():
         pytest.skip(f"needs the real {name}: no {script}")
-    subprocess.run([sys.executable, str(script), "--out", str(folder), "--only", name], check=True, timeout=120,
-                   capture_output=True)
+    with open(folder / "lock", "w") as alone:
+        fcntl.flock(alone, fcntl.LOCK_EX)
+        subprocess.run([sys.executable, str(script), "--out", str(folder), "--only", name], check=True, timeout=120,
+                       capture_output=True)  # what is there already it only checks
     return folder
 
 
 @pytest.fixture(scope="session")
 def real_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """One folder for every real data set that a test asks for."""
-    return tmp_path_factory.mktemp("data")
+    """One folder for every real data set that a test asks for, in whichever of the processes that run side by side."""
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "real-data"
+    folder.mkdir(exist_ok=True)
+    return folder
 
 
 @pytest.fixture(scope="session")
