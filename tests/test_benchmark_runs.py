@@ -14,7 +14,7 @@ from launch.bench.runs import parse_setup, plan
 from launch.bench.summary import summarise
 from launch.errors import UsageError
 from tests.helpers.hooks import gradients_apart
-from tests.helpers.processes import ROOT, TINY, Ended, execute, kill_session, read_json, start
+from tests.helpers.processes import ROOT, TINY, Ended, kill_session, read_json, start
 from tests.helpers.server import run
 from trainers.engine.config import TrainConfig, measured_steps
 
@@ -23,7 +23,7 @@ QUICK = ["--steps", "10", "--warmup-steps", "2", "--rounds", "1", "--batch-size"
 
 
 def benchmark(*flags: Any, timeout: float = 150) -> Ended:
-    return execute([*BENCHMARK, *map(str, flags)], timeout=timeout)
+    return run(BENCHMARK[1], *flags, timeout=timeout)
 
 
 def measured(folder: Path, *flags: Any, ranks: int | None = None) -> dict[str, Any]:

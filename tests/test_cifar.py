@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from datasets import cifar, synthetic
-from tests.helpers.hooks import tell_writes
+from tests.helpers.hooks import small_data, tell_writes
 from tests.helpers.processes import (
     PROGRAMS,
     ROOT,
@@ -112,14 +112,15 @@ def test_accumulation_reaches_the_weights_of_one_batch_and_the_summary_says_its_
     pytest.param(["--model", "mobilenet_v3_small", "--optimizer", "muon"], marks=pytest.mark.slow),
 ], ids=["many", "resnet18", "torchvision"])
 def test_flags_train_on_two_ranks(tmp_path: Path, flags: list[object]) -> None:
-    trained = checked(tmp_path / "run", *TINY, "--max-steps", 3, *flags, ranks=2)
+    trained = checked(tmp_path / "run", *TINY, "--max-steps", 3, *flags, ranks=2, hook=small_data())
     assert read_json(trained / "result.json")["steps"] == 3
 
 
 @pytest.mark.slow
 def test_frozen_layers_stay_and_the_others_move(tmp_path: Path) -> None:
     states = [newest_checkpoint(checked(tmp_path / f"{steps}", *TINY, "--max-steps", steps, "--model", "resnet9",
-                                        "--width", 8, "--freeze", "stem"))["model"] for steps in (1, 3)]
+                                        "--width", 8, "--freeze", "stem", hook=small_data()))["model"]
+              for steps in (1, 3)]
     moved = {name for name in states[0] if not torch.equal(states[0][name], states[1][name])}
     assert moved
     assert not [name for name in moved if name.startswith("stem")]  # its BatchNorm's running statistics too
@@ -157,10 +158,10 @@ def test_synthetic_images_do_not_depend_on_how_many_are_drawn() -> None:
 
 @pytest.mark.slow
 def test_the_quickstart_network_climbs_over_its_epochs(tmp_path: Path) -> None:
-    trained = checked(tmp_path / "climb", "--dataset", "synthetic", "--epochs", 5, "--threads", 1, ranks=2, timeout=300)
+    trained = checked(tmp_path / "climb", "--dataset", "synthetic", "--epochs", 3, "--threads", 1, ranks=2, timeout=300)
     accuracies = [accuracy for split, accuracy in metrics(trained, "split", "accuracy") if split == "test"]
-    assert accuracies[0] < 0.8  # measured: 0.69
-    assert accuracies[-1] > 0.95
+    assert accuracies[0] < 0.8  # measured: 0.68
+    assert accuracies[-1] > 0.95  # measured: 0.969
 
 
 @pytest.mark.slow
@@ -202,7 +203,7 @@ def test_blitz_reaches_the_tutorials_accuracy_in_two_fifths_of_its_time(cifar10:
 
 
 @pytest.mark.parametrize(("flags", "accuracy"), [
-    pytest.param(("--width", 32, "--epochs", 3), 0.865, marks=pytest.mark.slow),  # measured: 0.876
+    pytest.param(("--width", 16, "--epochs", 3), 0.81, marks=pytest.mark.slow),  # measured: 0.825
     pytest.param((), 0.915, marks=pytest.mark.long),  # measured: 0.921 and 0.921
 ])
 @pytest.mark.timeout(1500)

@@ -13,6 +13,7 @@ from torchvision.models import get_model
 
 from launch.command_line import parse
 from launch.errors import CheckpointError, UsageError
+from tests.helpers.hooks import warm_workers
 from tests.helpers.images import FLAGS, NUM_TEST, write_bomb, write_tree
 from tests.helpers.processes import (
     ROOT,
@@ -44,7 +45,7 @@ def flags(tree: Path, folder: Path, name: str) -> list[Any]:
 
 
 def trained(tree: Path, folder: Path, name: str, *more: Any, ranks: int | None = None) -> Path:
-    finished = run("image_folder", *flags(tree, folder, name), *more, ranks=ranks)
+    finished = run("image_folder", *flags(tree, folder, name), *more, ranks=ranks, hook=warm_workers())
     assert finished.code == 0, finished.err
     return folder / name
 

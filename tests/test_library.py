@@ -1,8 +1,7 @@
 """torchrun_trainers: the two examples of README.md, run from anywhere, killed and resumed; and what it says."""
 
-import subprocess
+import signal
 import sys
-import time
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -12,42 +11,31 @@ from torch.utils.data import Dataset
 
 from datasets.samples import Splits
 from launch.errors import UsageError
-from tests.helpers.processes import PROGRAMS, ROOT, environment, execute, newest_checkpoint
-from tests.helpers.server import free_port, variables_of
+from tests.helpers import server
+from tests.helpers.processes import PROGRAMS, ROOT, execute, newest_checkpoint
 from torchrun_trainers import check_workers
 
 EXAMPLES = {"library_train": 20, "library_loop": 40}  # and how many lines each may have
 
 
-def start(name: str, folder: Path, ranks: int) -> list[subprocess.Popen[str]]:
+def start(name: str, folder: Path, ranks: int) -> server.Job:
     """An example as it stands, in a folder of its own; the module is found as an installed one is."""
-    folder.mkdir(exist_ok=True)
-    port = str(free_port())
-    return [subprocess.Popen(
-        [sys.executable, str(PROGRAMS / f"{name}.py")], cwd=folder, text=True, stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT, env=environment(PYTHONPATH=str(ROOT), OMP_NUM_THREADS="1",
-                                                  **({} if ranks == 1 else variables_of(rank, ranks, port))))
-        for rank in range(ranks)]
+    return server.start(str(PROGRAMS / f"{name}.py"), folder=folder, ranks=None if ranks == 1 else ranks,
+                        launcher="python" if ranks == 1 else "fork", PYTHONPATH=str(ROOT), OMP_NUM_THREADS="1")
 
 
-def finish(processes: list[subprocess.Popen[str]]) -> list[str]:
-    texts = [process.communicate(timeout=60)[0] for process in processes]
-    assert [process.returncode for process in processes] == [0] * len(processes), texts
-    return texts
+def finish(name: str, folder: Path, ranks: int) -> None:
+    with start(name, folder, ranks) as job:
+        ended = job.wait()
+    assert ended.codes == [0] * ranks, ended.err
 
 
 def kill_at_a_checkpoint(name: str, folder: Path, ranks: int) -> None:
     """Kill -9 every rank once the second checkpoint is committed."""
-    processes = start(name, folder, ranks)
-    deadline = time.monotonic() + 60
-    while len([*folder.rglob("step-*.json")]) < 2:
-        assert time.monotonic() < deadline
-        assert all(process.poll() is None for process in processes)
-        time.sleep(0.001)
-    for process in processes:
-        process.kill()
-    for process in processes:
-        process.communicate(timeout=10)
+    with start(name, folder, ranks) as job:
+        job.wait_until(lambda: len([*folder.rglob("step-*.json")]) >= 2)
+        job.signal(signal.SIGKILL)
+        assert job.wait(10).codes == [-9] * ranks
 
 
 def weights_in(folder: Path) -> dict[str, Any]:
@@ -67,9 +55,9 @@ def newest_in(folder: Path) -> dict[str, Any]:
 @pytest.mark.parametrize("name", ["library_train", pytest.param("library_loop", marks=pytest.mark.slow)])
 def test_an_example_of_the_readme_killed_and_resumed_ends_as_one_never_killed(tmp_path: Path, name: str,
                                                                               ranks: int) -> None:
-    finish(start(name, tmp_path / "whole", ranks))
+    finish(name, tmp_path / "whole", ranks)
     kill_at_a_checkpoint(name, tmp_path / "killed", ranks)
-    finish(start(name, tmp_path / "killed", ranks))
+    finish(name, tmp_path / "killed", ranks)
     assert weights_in(tmp_path / "killed") == weights_in(tmp_path / "whole")
     assert weights_in(tmp_path / "whole")["step"] == 60
 

@@ -4,7 +4,6 @@ import hashlib
 import json
 import random
 import shutil
-import sys
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -19,14 +18,16 @@ from datasets.keyed_random import Purpose
 from datasets.samples import generators_kept, seed_sample
 from launch.errors import UsageError
 from tests.helpers.comparing import outcome
-from tests.helpers.hooks import at, kill, log_images, small_data
+from tests.helpers.hooks import at, kill, log_images, small_data, warm_workers
 from tests.helpers.images import image_tree
 from tests.helpers.own import LINEAR, train, write
-from tests.helpers.processes import ROOT, execute, read_json
+from tests.helpers.processes import ROOT, read_json
+from tests.helpers.server import run
 from trainers.engine.task import logits_of
 from trainers.engine.user_code import options_in
 
 STEPS = 20
+PREDICT = str(ROOT / "trainers" / "predict.py")
 
 
 def result_of(folder: Path) -> dict[str, Any]:
@@ -51,7 +52,7 @@ def test_a_strangers_file_killed_and_resumed_ends_as_one_never_killed(tmp_path: 
 def test_any_number_of_workers_gives_the_same_bits(tmp_path: Path) -> None:
     found = []
     for workers in (0, 1, 3):
-        ended = train(tmp_path / str(workers), "--workers", workers, "--epochs", 1, ranks=2)
+        ended = train(tmp_path / str(workers), "--workers", workers, "--epochs", 1, ranks=2, hook=warm_workers())
         assert ended.codes == [0, 0], ended.err
         found.append(result_of(tmp_path / str(workers)))
     assert found[0] == found[1] == found[2]
@@ -63,7 +64,8 @@ def test_two_ranks_with_two_workers_killed_at_random_steps_end_as_one_never_kill
     assert train(tmp_path / "whole", ranks=2).codes == [0, 0]
     steps = sorted(random.Random(0).sample(range(1, STEPS), 10))
     for step in steps:
-        assert train(tmp_path / "killed", "--workers", 2, ranks=2, hook=at(step, "backward", kill)).codes == [-9, -9]
+        hook = [warm_workers(), at(step, "backward", kill)]
+        assert train(tmp_path / "killed", "--workers", 2, ranks=2, hook=hook).codes == [-9, -9]
     assert train(tmp_path / "killed", "--workers", 3, ranks=2).codes == [0, 0]
     assert result_of(tmp_path / "killed") == result_of(tmp_path / "whole")
 
@@ -338,8 +340,7 @@ def test_predict_reads_any_input_of_own_data(tmp_path: Path) -> None:
             return Named(*data(24).tensors), Named(*data(9).tensors)""")
     ended = train(tmp_path, *LINEAR)
     assert ended.code == 0, ended.err
-    done = execute([sys.executable, str(ROOT / "trainers" / "predict.py"), "--run", "runs/r", "--test-images", "99",
-                    "--json", "--device", "cpu"], cwd=tmp_path, timeout=60)
+    done = run(PREDICT, "--run", "runs/r", "--test-images", "99", "--json", "--device", "cpu", folder=tmp_path)
     assert done.code == 0, done.err
     found = json.loads(done.out)["predictions"]
     right = [max(each["probabilities"], key=each["probabilities"].get) == each["true_class"] for each in found]
@@ -452,8 +453,8 @@ def test_every_part_of_an_image_trainer_may_be_ones_own(tmp_path: Path, trainer:
     run_folder = tmp_path / "runs-1" / "r"
     assert read_json(run_folder / "model.json")["options"] == {"image_size": 32, "width": 3}
     picture = next(iter((tmp_path / "images").rglob("*.png")), None) or drawn(tmp_path / "one.png")
-    predicted = execute([sys.executable, str(ROOT / "trainers" / "predict.py"), "--run", str(run_folder), str(picture),
-                         "--json", "--export", str(tmp_path / "net.pt2"), "--device", "cpu"], cwd=ROOT, timeout=60)
+    predicted = run(PREDICT, "--run", run_folder, picture, "--json", "--export", tmp_path / "net.pt2", "--device",
+                    "cpu")
     assert predicted.code == 0, predicted.err
     assert len(json.loads(predicted.out)["predictions"]) == 1
     assert (tmp_path / "net.pt2").is_file()

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from tests.helpers.comparing import outcome, run_in
-from tests.helpers.hooks import Hook, at, kill, send
+from tests.helpers.hooks import Hook, at, kill, send, warm_workers
 from tests.helpers.images import image_tree
 
 PHASES = ("data", "forward", "backward", "optimizer")
@@ -85,7 +85,8 @@ def test_a_run_on_decoded_images_killed_at_every_step_in_turn_ends_as_one_never_
     num_resumed = 0
     steps = range(1, STEPS + 1) if workers == 0 else range(ranks, STEPS + 1, 2)  # workers need seconds to start
     for step in steps:
-        killed = run_in(tmp_path, *flags, trainer="image_folder", ranks=ranks, hook=kill_at(step, ranks=ranks))
+        hook = [warm_workers(), kill_at(step, ranks=ranks)]
+        killed = run_in(tmp_path, *flags, trainer="image_folder", ranks=ranks, hook=hook)
         check_killed(killed.codes)
         num_resumed += "(from step-" in killed.out
     assert num_resumed > len(steps) / 2

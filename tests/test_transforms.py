@@ -20,7 +20,7 @@ from datasets.transforms import image_loaders
 from launch.command_line import parse
 from launch.errors import UsageError
 from tests.helpers.comparing import finished, outcome
-from tests.helpers.hooks import at, kill, log_images, small_data
+from tests.helpers.hooks import at, kill, log_images, small_data, warm_workers
 from tests.helpers.images import write_tree
 from tests.helpers.own import write
 from tests.helpers.processes import TINY, metrics, read_json
@@ -207,8 +207,8 @@ def test_a_run_of_every_flag_killed_and_resumed_at_another_number_of_workers_end
         return run("cifar", *words, "--max-steps", 8, *more, **how)
 
     assert trained("whole").code == 0
-    assert trained("killed", "--workers", 1, hook=at(5, "forward", kill)).code == -9
-    assert trained("killed", "--workers", 2).code == 0
+    assert trained("killed", "--workers", 1, hook=[warm_workers(), at(5, "forward", kill)]).code == -9
+    assert trained("killed", "--workers", 2, hook=warm_workers()).code == 0
     assert outcome(tmp_path / "killed" / "runs") == outcome(tmp_path / "whole" / "runs")
 
 
@@ -250,6 +250,6 @@ def test_a_recipe_of_torchvisions_is_tested_as_its_published_weights_are(name: s
 def test_the_strong_recipe_climbs_on_a_cpu_too(cifar10: Path, tmp_path: Path) -> None:
     trained = finished("cifar", tmp_path / "strong", "--data-dir", cifar10, "--recipe", "strong", "--width", 8,
                        "--epochs", 2, "--batch-size", 100, "--lr", 0.1, "--precision", "fp32", "--workers", 1,
-                       "--validation-fraction", 0.8, "--no-pictures", timeout=270)
+                       "--validation-fraction", 0.8, "--no-pictures", timeout=270, hook=warm_workers())
     first, second = (accuracy for split, accuracy in metrics(trained, "split", "accuracy") if split == "validation")
     assert 0.15 < first < second

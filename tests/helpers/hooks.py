@@ -15,9 +15,11 @@ import functools
 import inspect
 import json
 import math
+import multiprocessing.util
 import os
 import shutil
 import signal
+import socket
 import stat
 import struct
 import sys
@@ -442,6 +444,50 @@ def log_images() -> None:
         return original(self, inputs, targets)
 
     TrainStep.to_device = to_device
+
+
+@hook
+def warm_workers() -> None:
+    """Have the server of loader workers be a copy of this process as it is now, which has imported all that they need
+    and is connected to nobody yet, not a new one, which imports it for seconds. For tests not of how workers start.
+    """
+    start, (ours, theirs) = multiprocessing.util.spawnv_passfds, socket.socketpair()
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
+    pid = os.fork()
+    if pid == 0:
+        ours.close()
+        serve_workers(theirs)
+    signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+    def send_command(path: bytes, words: list[str], descriptors: list[int]) -> int:
+        if "forkserver" not in words[-1]:  # the tracker of shared memory
+            return start(path, words, descriptors)
+        blocked = sorted(signal.pthread_sigmask(signal.SIG_BLOCK, []))
+        socket.send_fds(ours, [json.dumps([words[-1], descriptors, blocked]).encode()], descriptors)
+        return pid
+
+    multiprocessing.util.spawnv_passfds = send_command
+
+
+def serve_workers(connection: socket.socket) -> None:
+    """In the copy: wait for what the new process would have been told, and be it. Does not return."""
+    try:
+        for number in signal.valid_signals():
+            if callable(signal.getsignal(number)):
+                signal.signal(number, signal.SIG_DFL)
+        message, received, _, _ = socket.recv_fds(connection, 1 << 16, 8)
+        if message:  # else the trainer has ended without workers
+            command, numbers, blocked = json.loads(message)
+            apart = [fcntl.fcntl(descriptor, fcntl.F_DUPFD, 512) for descriptor in received]
+            for descriptor in (*received, connection.detach()):
+                os.close(descriptor)
+            for descriptor, number in zip(apart, numbers, strict=True):
+                os.dup2(descriptor, number)
+                os.close(descriptor)
+            signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
+            exec(command, {})
+    finally:
+        os._exit(0)
 
 
 @hook

@@ -189,6 +189,7 @@ def start(trainer: str, *flags: Any, folder: Path, ranks: int | None = None, hoo
     """Start a trainer with these flags, in `folder`, which takes its output too.
 
     Args:
+        trainer: the name of one of trainers/, or the path of any script.
         ranks: None for a process that no launcher started, which is not the same as one rank.
         hook: what goes wrong in it; see hooks.py.
         options: of torchrun.
@@ -206,7 +207,7 @@ def start(trainer: str, *flags: Any, folder: Path, ranks: int | None = None, hoo
         hooks.insert(0, small_data())
     if launcher == "fork":
         return Job(fork_ranks(trainer, words, ranks, to_json(hooks), variables, folder, out, err), out, err)
-    script = HOOKED if hooks else ROOT / "trainers" / f"{trainer}.py"
+    script = HOOKED if hooks else trainer if trainer.endswith(".py") else ROOT / "trainers" / f"{trainer}.py"
     alone = [] if any(option.startswith("--rdzv") for option in options) else ["--standalone"]
     launched = [] if launcher == "python" else ["-m", "torch.distributed.run", *alone, f"--nproc-per-node={ranks}",
                                                 *options]
