@@ -34,7 +34,7 @@ from tqdm import tqdm
 from datasets.errors import DataError
 from datasets.images.archives import open_sources
 from datasets.images.packed import ENTRY, FORMAT, RECORD, is_whole, part_name, unfinished
-from datasets.images.read import DECODER, BadImage, Stored, pixels, resize, to_square
+from datasets.images.read import DECODER, BadImage, Stored, pixels, resize
 from datasets.listing import describe_left_out
 from launch.command_line import run
 from launch.errors import UsageError, say, to_stderr
@@ -77,11 +77,6 @@ class PackConfig:
 
 
 Item = tuple[str, int, Stored, int]  # name, label, content, and 64 bits of the SHA-256 of the file's own bytes
-
-
-def fitted(own: Stored, **how: Any) -> Stored:
-    """The pixels that a network sees of an image; see to_square."""
-    return to_square(own, **how).permute(1, 2, 0).contiguous().numpy()
 
 
 @dataclass(frozen=True, kw_only=True)

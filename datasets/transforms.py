@@ -53,11 +53,6 @@ class Transformed(Dataset[Any]):
         return self.transform(self.images.read(sample), **how), self.targets[sample]
 
 
-def in_files(tree: ImageSource, **frame: Any) -> Images:
-    """The images of a folder, decoded one at a time; those that are evaluated are framed as `to_square` does."""
-    return Images(functools.partial(decoded, tree), tree.targets, frame)
-
-
 def decoded(tree: ImageSource, sample: int, **frame: Any) -> Tensor:
     """uint8 (3, H, W) of an image file, at full size by default; DataError if it is unreadable."""
     try:

@@ -49,7 +49,11 @@ def cached(tree: ImageTree, folder: Path, split: str = "train", **flags: Any) ->
 
 
 def place_of(tree: ImageTree, folder: Path, **flags: Any) -> Path:
-    return cache_of(config_of(folder, **flags), "train", tree, folder).out
+    return packing_of(tree, folder, **flags).out
+
+
+def packing_of(tree: ImageTree, folder: Path, **flags: Any) -> Any:
+    return cache_of(config_of(folder, **flags), "train", tree, folder, tree.fingerprint(times=True))
 
 
 def test_a_cache_holds_every_image_as_it_is_decoded(tree: ImageTree, tmp_path: Path) -> None:
@@ -82,7 +86,9 @@ def test_training_from_a_cache_sees_the_bits_that_decoding_each_time_sees(flags:
 def test_a_policy_sees_of_a_cache_what_it_sees_of_the_files(flags: dict[str, Any], tree: ImageTree, tmp_path: Path
                                                             ) -> None:
     images = Augmentation(seed=5, mean=(0.5,) * 3, std=(0.5,) * 3, shift=2, flip="random")
-    keyed = ImageFolderConfig(**flags).keyed(images)
+    config = config_of(tmp_path / "cache", **flags)
+    config.check()
+    keyed = config.keyed(images)
     assert keyed is not None
     how: dict[str, Any] = {"images": keyed.rest, "keyed": keyed, "smallest_area": 1.0}
     of_cache, of_files = (list(image_loaders({"train": source}, workers=workers, **how)["train"].batches(1, 24))
@@ -183,7 +189,7 @@ def test_a_disk_that_is_too_full_or_refuses_is_a_data_error(tree: ImageTree, tmp
 def test_who_finds_a_cache_being_built_waits_for_it_and_continues_where_its_builder_was_stopped(
         tree: ImageTree, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("trainers.image_folder.PART_BYTES", 3 * 24**2 * 10)
-    packing = cache_of(config_of(tmp_path / "cache"), "train", tree, tmp_path / "cache")
+    packing = packing_of(tree, tmp_path / "cache")
     first, second = packing.fill(), packing.fill()
     for _ in range(25):
         next(first)

@@ -13,11 +13,12 @@ import pytest
 
 from datasets import download, image_folder
 from datasets.errors import DataError
+from datasets.image_folder import ImageTree
 from launch.process_group import World
 from launch.stop import Stopped, StopRequest
 from tests.helpers.images import write_tree
 from trainers.engine.once_per_node import once_per_node
-from trainers.image_folder import ImageFolderConfig, load_data
+from trainers.image_folder import ImageFolderConfig, from_cache, load_data
 
 
 def nothing_there(folder: Path) -> None:
@@ -121,6 +122,18 @@ def test_a_folder_is_listed_by_one_rank_of_those_that_see_it_and_every_rank_has_
         assert not errors
         assert {(splits.train.names, *splits.test.targets.tolist()) for splits in found.values()} == {
             (found[0].train.names, *found[0].test.targets.tolist())}
+
+
+def test_files_are_looked_at_for_a_cache_by_one_rank_of_those_that_see_them(
+        four_nodes: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    train, _ = image_folder.load(write_tree(tmp_path / "shared"))
+    assert train is not None
+    looks, look, found = list[Path](), ImageTree.sizes_and_times, dict[int, Any]()
+    monkeypatch.setattr(ImageTree, "sizes_and_times", lambda tree: looks.append(tree.folder) or look(tree))
+    config = ImageFolderConfig(cache=True, cache_dir=tmp_path / "cache", image_size=24)
+    four_nodes(lambda world: found.update({world.rank: from_cache(config, {"train": train}, world)["train"].path(3)}))
+    assert found == dict.fromkeys(range(4), train.path(3))
+    assert len(looks) == 1
 
 
 def test_a_folder_that_one_node_lacks_is_one_error_on_all(four_nodes: Any, tmp_path: Path) -> None:

@@ -33,13 +33,13 @@ from datasets.errors import DataError
 from datasets.images import packed
 from datasets.images.loaders import DecodedImages, Decoder, Decoding
 from datasets.images.packed import ImageSource, PackedImages
-from datasets.images.read import DECODER, FitName, InterpolationName
+from datasets.images.read import DECODER, FitName, InterpolationName, to_square
 from datasets.images.unreadable import BadImages
 from datasets.loaders import check_size, split_loaders
 from datasets.mixing import mixed
-from datasets.pack import Packing, fitted, smaller
+from datasets.pack import Packing, smaller
 from datasets.samples import Splits
-from datasets.transforms import in_files, transformed_loaders
+from datasets.transforms import Images, decoded, transformed_loaders
 from launch.command_line import run
 from launch.errors import UsageError, printable, say, to_stderr
 from launch.process_group import World, from_main, gather
@@ -204,7 +204,8 @@ def build_loaders(config: ImageFolderConfig, splits: dict[str, ImageSource], ima
         say(f"data       {printable(image_folder.describe(splits))}")
     bad_images.add([item for tree in splits.values() for item in tree.unreadable.items()], log=world.is_main)
     if (own := own_transform(config, decodes=True)) is not None:
-        files = {name: in_files(tree, size=config.size(), **config.frame()) for name, tree in splits.items()}
+        files = {name: Images(partial(decoded, tree), tree.targets, {"size": config.size(), **config.frame()})
+                 for name, tree in splits.items()}
         return {"dataset": splits.get("train"),
                 **transformed_loaders(files, images.normalize, own, **config.batches(), **world.shard)}
     found, keyed = from_cache(config, splits, world) if config.cache else splits, config.keyed(images)
@@ -231,7 +232,8 @@ def from_cache(config: ImageFolderConfig, splits: dict[str, ImageSource], world:
     folder = config.cache_dir or config.data_dir / ".cache"
     found: dict[str, ImageSource] = {}
     for split, tree in splits.items():
-        packing = cache_of(config, split, tree, folder)
+        mark = found_once(world, partial(tree.fingerprint, times=True), folder=tree.folder, digest=lambda found: "")
+        packing = cache_of(config, split, tree, folder, mark)
         once_per_node(world, packing.fill(), folder=folder)
         if not packed.is_whole(packing.out):
             raise DataError(f"--cache-dir {folder}: the cache built for this run is gone; choose a folder that every "
@@ -242,17 +244,18 @@ def from_cache(config: ImageFolderConfig, splits: dict[str, ImageSource], world:
     return found
 
 
-def cache_of(config: ImageFolderConfig, split: str, tree: ImageSource, folder: Path) -> Packing:
-    """Pixels of a split: as the network sees them or, to be cropped at random, large enough for that."""
+def cache_of(config: ImageFolderConfig, split: str, tree: ImageSource, folder: Path, mark: str | None) -> Packing:
+    """Pixels of a split, whose files have this mark: as the network sees them or, to be cropped at random, larger."""
     crops, frame = split == "train" and config.random_crop is not None, config.frame()
     size = config.train_size or config.size() if split == "train" else config.size()
     frame["resize_size"] = config.resize_size and round(config.resize_size * size / config.size())
     side = min(math.ceil(size / math.sqrt(config.random_crop or 1)), max(256, size * 8 // 7)) if crops else size
-    how = [packed.FORMAT, tree.fingerprint(times=True), crops or frame, DECODER, torchvision.__version__]
+    how = [packed.FORMAT, mark, crops or frame, DECODER, torchvision.__version__]
     name = f"{split}-{side}px-{hashlib.sha256(repr(how).encode()).hexdigest()[:16]}.pack"
     return Packing(
         sources={split: tree}, out=folder / name, is_cache=True,
-        convert=partial(smaller, side=side, quality=None) if crops else partial(fitted, size=size, **frame),
+        convert=partial(smaller, side=side, quality=None) if crops else lambda own: to_square(
+            own, size=size, **frame).permute(1, 2, 0).contiguous().numpy(),
         head={"raw": side, "fitted": not crops, "class_names": tree.class_names,
               "decoder": f"{tree.decoder or 'pixels'}, cached at {side}" if crops else tree.decoder,
               "images_per_part": max(1, PART_BYTES // (3 * side**2))})
