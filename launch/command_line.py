@@ -68,7 +68,7 @@ def read_flags(path: Path, config_class: type) -> dict[str, Any]:
     """The flags that a file states: a run's config.json, other JSON, or YAML by hand, old spellings translated."""
     kind, read = ("YAML", yaml.safe_load) if path.suffix.lower() in (".yaml", ".yml") else ("JSON", json.loads)
     try:
-        stated = read(path.read_text(encoding="utf-8"))
+        stated = read(path.read_text(encoding="utf-8-sig"))  # with or without a mark of Windows
     except OSError as error:
         raise UsageError(f"--config {path}: cannot be read ({error.strerror}); name a JSON or YAML file") from None
     except (ValueError, RecursionError, yaml.YAMLError) as error:

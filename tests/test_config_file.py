@@ -47,6 +47,15 @@ def test_every_flag_of_a_config_json_is_read_back_as_it_was(tmp_path: Path, modu
     assert (again.run_name, again.resume) == (None, "auto")
 
 
+@pytest.mark.parametrize(("name", "text"), [
+    ("windows.yaml", "\ufeffepochs: 7\r\nrun_name: grün\r\n"),
+    ("windows.json", '\ufeff{"epochs": 7,\r\n"run_name": "grün"}')])
+def test_files_of_a_windows_editor_are_read(tmp_path: Path, name: str, text: str) -> None:
+    (tmp_path / name).write_bytes(text.encode())
+    config = parse(cifar.CifarConfig, recipes=cifar.RECIPES, args=["--config", str(tmp_path / name)])
+    assert (config.epochs, config.run_name) == (7, "grün")
+
+
 def test_old_names_are_accepted_and_a_hand_written_file_may_name_the_run(tmp_path: Path) -> None:
     assert parsed(tmp_path, {"normalize": False}, name="old.json").normalize == "none"
     assert parsed(tmp_path, {"half_statistics": True}, name="old.json").normalize == "half"

@@ -179,6 +179,26 @@ def test_every_figure_of_a_line_is_told_but_not_its_place() -> None:
     assert "train/learning_rate" in values_of({**line, "split": "train"})
 
 
+def test_the_users_own_project_stands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {"MLFLOW_ALLOW_FILE_STORE": "true", "MLFLOW_EXPERIMENT_NAME": "mine", "WANDB_PROJECT": "mine",
+                        "WANDB_MODE": "offline"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    run_here = TrackedRun(tmp_path / "runs" / "r", "cifar", {})
+    (run_here.path / "trackers").mkdir(parents=True)
+    if "mlflow" in INSTALLED:
+        tracker = importlib.import_module("trainers.engine.trackers.mlflow").start(run_here)
+        where, number = tracker.id.split()
+        client = importlib.import_module("mlflow").MlflowClient(where)
+        assert client.get_experiment(client.get_run(number).info.experiment_id).name == "mine"
+    if "wandb" in INSTALLED:
+        importlib.import_module("wandb").teardown()  # its settings are read once
+        importlib.import_module("trainers.engine.trackers.wandb").start(run_here).finish("DONE")
+        (file,) = run_here.path.glob("trackers/wandb/offline-run-*/*.wandb")
+        parse = importlib.import_module("wandb.proto.wandb_internal_pb2").Record.FromString
+        assert {record.run.project for record in map(parse, records(file.read_bytes()))} >= {"mine"}
+
+
 def test_a_metric_may_have_a_name_that_mlflow_refuses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     need("mlflow")
     monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")

@@ -14,7 +14,7 @@ STATES = {"DONE": "FINISHED", "PREEMPTED": "KILLED", "FAILED": "FAILED"}
 
 
 def start(run: TrackedRun) -> Tracker:
-    """One run of the experiment that has the trainer's name, with all flags as its parameters."""
+    """One run of MLFLOW_EXPERIMENT_NAME, or of an experiment of the trainer's name; all flags are its parameters."""
     library_defaults(MLFLOW_DISABLE_TELEMETRY="true", MLFLOW_ALLOW_FILE_STORE="true",
                      MLFLOW_HTTP_REQUEST_MAX_RETRIES="2", MLFLOW_HTTP_REQUEST_TIMEOUT="10")
     mlflow, local = importlib.import_module("mlflow"), (run.path.parent / "mlruns").resolve()
@@ -25,8 +25,9 @@ def start(run: TrackedRun) -> Tracker:
     client = mlflow.MlflowClient(where)
     kept_where, _, number = (run.id or "").rpartition(" ")
     if kept_where != where:
-        known = client.get_experiment_by_name(run.project)
-        experiment = known.experiment_id if known else client.create_experiment(run.project)
+        name = mlflow.environment_variables.MLFLOW_EXPERIMENT_NAME.get() or run.project
+        known = client.get_experiment_by_name(name)
+        experiment = known.experiment_id if known else client.create_experiment(name)
         number = client.create_run(experiment, run_name=run.path.name).info.run_id
         for name, value in run.config.items():
             client.log_param(number, name, str(value)[:500])  # the most that all servers take

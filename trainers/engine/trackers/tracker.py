@@ -15,7 +15,6 @@ from launch.errors import first_line, to_stderr
 from launch.files import read_object, replace_file
 
 TrackerName = Literal["wandb", "mlflow", "trackio", "tensorboard"]
-PLACES = ("step", "epoch", "seconds")  # the numbers of a line that are no figures to follow
 START_SECONDS = 5.0  # that training waits for a tracker to start, so that its import is not among the timed steps
 
 
@@ -97,7 +96,7 @@ class TrackerThread:
 
 def values_of(line: Mapping[str, Any]) -> dict[str, float]:
     """The numbers of a line of metrics.jsonl, by names such as `train/loss` and `gradient_norm/conv1`."""
-    left_out = PLACES if line["split"] == "train" else (*PLACES, "learning_rate")
+    left_out = ["step", "epoch", "seconds", *["learning_rate"] * (line["split"] != "train")]  # no figures to follow
     values: dict[str, float] = {f"{line['split']}/{name}": value for name, value in line.items()
                                 if isinstance(value, int | float) and name not in left_out}
     return values | {f"gradient_norm/{name}": norm for name, norm in line.get("gradient_norms", {}).items()}

@@ -14,15 +14,15 @@ from trainers.engine.trackers.tracker import TrackedRun, Tracker
 
 
 def start(run: TrackedRun) -> Tracker:
-    """One run of the project that has the trainer's name; each split brings its own steps as horizontal axis."""
+    """One run of WANDB_PROJECT, or a project of the trainer's name; each split brings its steps as horizontal axis."""
     library_defaults(WANDB_ERROR_REPORTING="false")
     wandb, folder, number = importlib.import_module("wandb"), run.path / "trackers", run.id or uuid.uuid4().hex[:12]
     mode = choose_mode(wandb, folder)
     for unfinished in folder.glob("wandb/offline-run-*/files/unfinished"):  # of a killed process: wandb-core writes
         shutil.rmtree(unfinished.parents[1])  # 32 KiB at a time, so what it was told is logged again
     following = wandb.init(
-        project=run.project, name=run.path.name, id=number, resume="allow", dir=str(folder), mode=mode,
-        config=dict(run.config), settings=wandb.Settings(silent=True, console="off", finish_timeout=15))
+        project=wandb.setup().settings.project or run.project, name=run.path.name, id=number, resume="allow", mode=mode,
+        dir=str(folder), config={**run.config}, settings=wandb.Settings(silent=True, console="off", finish_timeout=15))
     for split in ("train", "validation", "test"):
         following.define_metric(f"{split}/*", step_metric=f"{split}/step")
     mark = Path(following.dir) / "unfinished"
