@@ -82,12 +82,9 @@ def table(folder: Path, *, sort: str, as_csv: bool) -> str:
     """One line for each run below a folder. UsageError for an unknown column."""
     if sort not in COLUMNS:
         raise UsageError(f"--sort {sort}: unknown; choose {', '.join(COLUMNS)}{nearest(sort, COLUMNS)}")
-    rows = []
-    for path in sorted({file.parent for name in FILES for file in folder.rglob(f"{name}.json")}):
-        files = read_run(path)
-        files["config"].pop("loss", None)  # the flag: --loss
-        rows.append({key: value for name in FILES for key, value in files[name].items()}
-                    | {"run": str(path.relative_to(folder))})
+    runs = [read_run(path) for path in sorted({file.parent for name in FILES for file in folder.rglob(f"{name}.json")})]
+    rows = [{**run["config"], "loss": None, **run["environment"], **run["result"], **run["status"],
+             "run": str(Path(run["name"]).relative_to(folder))} for run in runs]  # the config's loss is a flag
     rows.sort(key=lambda row: order_of(row.get(sort)))
     cells = [[*COLUMNS], *([text_of(row.get(name), exact=as_csv) for name in COLUMNS] for row in rows)]
     if as_csv:
