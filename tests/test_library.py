@@ -1,6 +1,5 @@
 """torchrun_trainers: the two examples of README.md, run from anywhere, killed and resumed; and what it says."""
 
-import signal
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -12,7 +11,7 @@ from torch.utils.data import Dataset
 from datasets.samples import Splits
 from launch.errors import UsageError
 from tests.helpers import server
-from tests.helpers.processes import PROGRAMS, ROOT, execute, newest_checkpoint
+from tests.helpers.processes import PROGRAMS, ROOT, execute, newest_checkpoint, wait_until
 from torchrun_trainers import check_workers
 
 EXAMPLES = {"library_train": 20, "library_loop": 40}  # and how many lines each may have
@@ -31,11 +30,9 @@ def finish(name: str, folder: Path, ranks: int) -> None:
 
 
 def kill_at_a_checkpoint(name: str, folder: Path, ranks: int) -> None:
-    """Kill -9 every rank once the second checkpoint is committed."""
+    """Kill -9 every rank, as a job does at its end, once the second checkpoint is committed."""
     with start(name, folder, ranks) as job:
-        job.wait_until(lambda: len([*folder.rglob("step-*.json")]) >= 2)
-        job.signal(signal.SIGKILL)
-        assert job.wait(10).codes == [-9] * ranks
+        wait_until(lambda: len([*folder.rglob("step-*.json")]) >= 2, 60, lambda: job.text("err"), every=0.001)
 
 
 def weights_in(folder: Path) -> dict[str, Any]:
