@@ -53,13 +53,11 @@ class AugmentFlags(MixingFlags, ImageConfig):
         """The same, and that no flag of augmentation is in vain."""
         super().check()
         self.check_mixing(self.batch_size, 0 if self.evaluate is not None else self.rank_batch_size())
-        magnitude, given = self.augment_magnitude, f"--augment-magnitude {self.augment_magnitude}"
-        if magnitude is not None and self.auto_augment not in MAGNITUDES:
-            raise UsageError(f"{given}: is of --auto-augment randaugment and augmix, not of {self.auto_augment}; use "
-                             f"one of them, or leave it out")
-        _, low, high = MAGNITUDES.get(self.auto_augment or "", ("", 0, 30))
-        if magnitude is not None and not low <= magnitude <= high:
-            raise UsageError(f"{given}: must be from {low} to {high} for {self.auto_augment}")
+        name, low, high = MAGNITUDES.get(self.auto_augment or "", ("", 0, 30))
+        if (magnitude := self.augment_magnitude) is not None and not (name and low <= magnitude <= high):
+            other = f"is of --auto-augment randaugment and augmix, not of {self.auto_augment}; use one, or leave it out"
+            rule = f"must be from {low} to {high} for {self.auto_augment}" if name else other
+            raise UsageError(f"--augment-magnitude {magnitude}: {rule}")
         for name in ("vertical_flip", "auto_augment", "color_jitter", "grayscale", "blur", "random_erase",
                      "random_crop", "train_size", "cache", "skip_bad"):
             if self.transform is not None and (value := getattr(self, name, None)):

@@ -28,6 +28,7 @@ from launch.files import read_object, replace_file
 FILES = ("config", "environment", "result", "status")
 COLUMNS = ("run", "state", "step", "accuracy", "accuracy_top5", "loss", "samples_per_second", "train_seconds",
            "data_wait_share", "world_size", "device", "model", "batch_size", "learning_rate", "seed", "started")
+CURVES = ("step", "seconds", "loss", "accuracy", "accuracy_top5")  # what the page draws of a line of metrics.jsonl
 MOST_POINTS = 300  # of a curve
 PICTURE_SIZE, PICTURES_SIZE, PICTURE_QUALITY = 800, 2000, 60  # pixels of one, of all in a square, and WebP's quality
 
@@ -60,9 +61,7 @@ def read_curves(path: Path) -> dict[str, list[dict[str, Any]]]:
         for text in path.read_text(errors="replace").splitlines() if path.is_file() else ():
             with contextlib.suppress(ValueError, KeyError, TypeError, AttributeError, RecursionError):
                 line = json.loads(text)
-                curves[line["split"]].append({
-                    **{name: line[name] for name in ("step", "seconds", "loss", "accuracy")},
-                    "accuracy_top5": line.get("accuracy_top5")})
+                curves[line["split"]].append({name: line.get(name) for name in CURVES})
     return {split: lines[::len(lines) // MOST_POINTS + 1] + lines[-1:] for split, lines in curves.items()}
 
 

@@ -36,6 +36,7 @@ class ArchivedImages:
 
     folder: Path  # what the names of the images are below
     rows: Sequence[tuple[Path, Row]]
+    targets: Tensor  # int64 (N,)
     class_names: tuple[str, ...]
     left_out: Counter[str]
     unreadable: Mapping[str, str]
@@ -43,11 +44,6 @@ class ArchivedImages:
 
     def __len__(self) -> int:
         return len(self.rows)
-
-    @property
-    def targets(self) -> Tensor:
-        """Labels, int64 (N,)."""
-        return torch.tensor([row[1] for _, row in self.rows], dtype=torch.int64)
 
     def path(self, sample: int) -> Path:
         """The archive, and the name in it."""
@@ -117,9 +113,10 @@ def open_archives(files: Sequence[Path], class_names: tuple[str, ...] | None = N
         if not lowest <= label < (len(known) or MOST_CLASSES):
             raise DataError(f"{file / name}: its label {label} is none of {len(known) or MOST_CLASSES:,} classes; "
                             f"number them from 0")
-    largest = max((row[1] for _, row in rows), default=-1)
+    labels = [row[1] for _, row in rows]
     return ArchivedImages(folder=files[0].parent, rows=rows, left_out=left_out, unreadable={},
-                          class_names=known or tuple(map(str, range(largest + 1))),
+                          targets=torch.tensor(labels, dtype=torch.int64),
+                          class_names=known or tuple(map(str, range(max(labels, default=-1) + 1))),
                           read_at=read_tar if files[0].suffix == ".tar" else read_parquet)
 
 
