@@ -65,6 +65,7 @@ def environment_record() -> dict[str, Any]:
         "gpus": [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())],
         "float32_matmul": torch.get_float32_matmul_precision(), "cudnn_benchmark": torch.backends.cudnn.benchmark,
         "cudnn_tf32": torch.backends.cudnn.allow_tf32, "deterministic": torch.are_deterministic_algorithms_enabled(),
+        **{name: sys.modules[name].__version__ for name in ("torchvision", "numpy", "PIL") if name in sys.modules},
         "started": datetime.now().astimezone().isoformat(timespec="seconds"),
     }
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+import torchvision
 
 from datasets import cifar, synthetic
 from tests.helpers.hooks import small_data, tell_writes
@@ -88,7 +89,8 @@ def test_the_run_folder_holds_what_the_design_says(runs: dict[int, Path]) -> Non
             "config", "fingerprint"} <= state.keys()
     assert not [name for name in state["model"] if name.startswith(("module.", "_orig_mod."))]
     assert read_json(trained / "config.json")["batch_size"] == 60
-    assert read_json(trained / "environment.json")["torch"] == torch.__version__
+    environment = read_json(trained / "environment.json")
+    assert [environment["torch"], environment["torchvision"]] == [torch.__version__, torchvision.__version__]
     assert metrics(trained, "split")[-1] == ("test",)
 
 

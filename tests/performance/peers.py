@@ -155,9 +155,11 @@ PEERS: dict[str, Callable[..., dict[str, float]]] = {
 }
 
 if __name__ == "__main__":
-    torch.set_num_threads(1)
     torch.manual_seed(0)
     options: dict[str, Any] = dict(word.split("=", 1) for word in sys.argv[2:])
+    torch.set_num_threads(int(options.pop("threads", 1)))
     figures = PEERS[sys.argv[1]](**{name: int(value) if value.isdigit() else value for name, value in options.items()})
     if int(os.environ.get("RANK", "0")) == 0:
-        print(json.dumps(figures))
+        print(json.dumps(figures), flush=True)
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()  # a rank that ends before the other may abort it

@@ -97,6 +97,11 @@ def step_ratio(figures: Mapping[str, float]) -> float:
     return figures["bare"] / figures["ours"]
 
 
+def time_ratio(epochs: int, theirs: int) -> Callable[[Mapping[str, float]], float]:
+    """The time of so many epochs of ours over that of so many of the tutorial's, on as many samples."""
+    return lambda rates: (epochs / rates["ours"]) / (theirs / rates["tutorial"])
+
+
 def usual_peers(**options: Any) -> dict[str, Side]:
     """Plain DDP, Lightning Fabric and accelerate, those that are installed, by number of workers."""
     packages = {"ddp": "torch", "fabric": "lightning", "accelerate": "accelerate"}
@@ -129,7 +134,7 @@ def against_bare(what: str, goal: str, flags: str, *, batch: int, steps: int, **
 
 def all_rows() -> dict[str, list[Row]]:
     """By number."""
-    fast = "--recipe fast --dataset synthetic"
+    fast, both = "--recipe fast --dataset synthetic", "cpu:2+bf16+channels-last"
     resnet = f"{BLITZ} --onednn --model resnet18"
     return {
         "1": [Row(what="blitz at batch 4 against the tutorial's loop", goal=">= 3.3", figure=over_best, sides={
@@ -152,10 +157,14 @@ def all_rows() -> dict[str, list[Row]]:
               against_bare("step against a bare loop, batch 4", "<= 1.06", BLITZ, batch=4, steps=4000, onednn=0)],
         "7": [Row(what="whole-batch augmentation against PIL in a DataLoader", goal=">= 25", figure=over_best,
                   sides={"ours": partial(pipeline, "batch"), "pil": partial(pipeline, "pil:0")})],
-        "10": [Row(what="MNIST: time of `fast` (4 epochs, 2 ranks) over the tutorial's 5 epochs", goal="<= 0.7",
-                   figure=lambda rates: (4 / rates["ours"]) / (5 / rates["tutorial"]), sides={
-                       "ours": partial(trainer, "--recipe fast --dataset synthetic", name="mnist", batch=256, steps=150,
-                                       setup="cpu:2+bf16+channels-last"),
+        **{number: [Row(what=f"CIFAR-10: {epochs} epochs of fast{flags}, 2 ranks, over the tutorial's 2 on 2 cores",
+                        goal=goal, figure=time_ratio(epochs, 2), sides={
+                            "ours": partial(trainer, fast + flags, batch=1024, steps=8, setup=both),
+                            "tutorial": partial(peer, "tutorial", steps=3000, threads=2)})]
+           for number, epochs, flags, goal in (("8", 5, "", "<= 3.5"), ("9", 4, " --width 32", "<= 1.0"))},
+        "10": [Row(what="MNIST: 3 epochs of fast, 2 ranks, over the tutorial's 5", goal="<= 0.7",
+                   figure=time_ratio(3, 5), sides={
+                       "ours": partial(trainer, fast, name="mnist", batch=512, steps=100, setup=both),
                        "tutorial": partial(peer, "mnist", steps=200)})],
         "11": [Row(what="seconds to the first step, beyond `import torch, torchvision`", goal="<= 1.0",
                    figure=lambda seconds: seconds["ours"] - seconds["imports"],

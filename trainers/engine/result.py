@@ -86,12 +86,12 @@ def write_matrix(folder: RunFolder, matrix: list[list[int]] | None) -> list[list
 
 @torch.no_grad()
 def draw_result(trainer: Trainer, evaluation: Evaluation, class_names: tuple[str, ...], *, steps_per_epoch: int,
-                test: EvaluationBatches, statistics: Statistics | None) -> None:
+                split: str, test: EvaluationBatches, statistics: Statistics | None) -> None:
     """The pictures of a finished run, on rank 0, once all else is written; after an evaluation only, without curves."""
     report, step = trainer.report, trainer.train_step
     report.curves(trainer.history.epochs, steps_per_epoch=steps_per_epoch, always=True)
     if report.draws and evaluation.confusion_matrix is not None and evaluation.accuracy is not None:
-        title = f"{100 * evaluation.accuracy:.2f} % of {evaluation.num_samples} test samples"
+        title = f"{100 * evaluation.accuracy:.2f} % of {evaluation.num_samples} {split} samples"
         with report.optional("--pictures"):
             png = pictures.confusion_matrix(evaluation.confusion_matrix, class_names, title=title)
             trainer.folder.write_bytes("confusion_matrix.png", png)
@@ -106,7 +106,7 @@ def draw_result(trainer: Trainer, evaluation: Evaluation, class_names: tuple[str
                     labels = step.evaluated_model.eval()(inputs.to(step.world.device)).argmax(1)
                 true, predicted = ([class_names[int(label)] for label in each] for each in (targets, labels))
                 images = pictures.denormalize(inputs.float().cpu(), *statistics)
-                png = pictures.predictions(images, true, predicted, title="test images, as predicted")
+                png = pictures.predictions(images, true, predicted, title=f"{split} images, as predicted")
                 trainer.folder.write_bytes("predictions.png", png)
 
 

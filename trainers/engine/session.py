@@ -220,6 +220,6 @@ def train_model(config: TrainConfig, run: Run, model: nn.Module, task: Task, tra
         evaluation = trainer.last_evaluation or trainer.evaluate(evaluated)
         result = finish(trainer, evaluation, class_names, split=split, batch_size=config.batch_size,
                         save_weights=config.save_weights, total_seconds=time.perf_counter() - began)
-        draw_result(trainer, evaluation, class_names, test=evaluated, statistics=statistics,
+        draw_result(trainer, evaluation, class_names, split=split, test=evaluated, statistics=statistics,
                     steps_per_epoch=steps_per_epoch)
     return result

@@ -166,8 +166,9 @@ class Trainer:
             self.history.pause_clock(self.world.device)
             raise self._stopped() from None
         if bad_steps >= (1 if self.step == last_step else self.options.max_bad_steps):
-            raise NumericError(f"step {self.step}: the loss is not finite for {bad_steps} consecutive steps; lower "
-                               f"--learning-rate or set --clip-grad-norm; the last good checkpoint is kept")
+            raise NumericError(f"step {self.step}: the loss is not finite for {bad_steps} consecutive steps; start "
+                               f"again with a lower --learning-rate or with --clip-grad-norm, as another --run-name; "
+                               f"the last good checkpoint is kept")
 
     def _report(self, progress: Progress, last_step: int) -> None:
         """One line of metrics.jsonl, of the epoch so far: a collective, and the one place that waits for the device."""

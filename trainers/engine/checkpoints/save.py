@@ -98,8 +98,9 @@ def write_checkpoint(folder: Path, state: Mapping[str, Any], *, check_fence: Cal
     """Write one checkpoint durably and return its path; the manifest, written last, commits it. CheckpointError
     if what is read back differs, NumericError if a tensor is not finite: no run could resume from it."""
     if name := not_finite(state):
-        raise NumericError(f"step {state['step']}: {name} is not finite, so it was not saved; lower --learning-rate or "
-                           f"set --clip-grad-norm; the last good checkpoint is kept")
+        raise NumericError(f"step {state['step']}: {name} is not finite, so it was not saved; start again with a "
+                           f"lower --learning-rate or with --clip-grad-norm, as another --run-name; the last good "
+                           f"checkpoint is kept")
     path = checkpoint_path(folder, state["step"])
     with replacing(path, check_fence) as temporary:
         with open(temporary, "wb") as file:
