@@ -1,7 +1,9 @@
 """The benchmark with real processes: what it writes, and what it does when something goes wrong."""
 
 import json
+import os
 import signal
+import subprocess
 import sys
 import time
 import uuid
@@ -10,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from launch.bench.runs import parse_setup, plan
+from launch.bench.runs import execute, parse_setup, plan
 from launch.bench.summary import summarise
 from launch.errors import UsageError
 from tests.helpers.hooks import gradients_apart
@@ -131,6 +133,21 @@ def test_ctrl_c_keeps_what_was_finished_and_leaves_no_process(tmp_path: Path, nu
     assert "are kept" in out
     assert (tmp_path / "benchmark.md").exists()
     assert pids_with(mark) == []
+
+
+@pytest.mark.timeout(60)
+def test_ctrl_c_while_a_process_starts_leaves_it_not_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    begin, begun = subprocess.Popen, []
+
+    def interrupted(*words: Any, **how: Any) -> Any:
+        begun.append(begin(*words, **how))
+        signal.raise_signal(signal.SIGINT)
+        return begun[0]
+
+    monkeypatch.setattr(subprocess, "Popen", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        execute(["sleep", "50"], dict(os.environ), tmp_path / "log", 40)
+    assert begun[0].poll() == -signal.SIGTERM
 
 
 @pytest.mark.timeout(100)

@@ -23,6 +23,7 @@ from launch.files import ROOT, read_object
 from launch.launcher import usable_cores
 from launch.machine import processor
 from launch.rules import AtLeast, check_number
+from launch.stop import stop_signals
 
 COUNT = AtLeast(1, most=1024)  # devices of a set-up, threads of a rank
 OPTIONS: dict[str, dict[str, Any]] = {
@@ -179,20 +180,36 @@ def run_job(job: Job, trainer: str, flags: list[str], *, steps: str, timeout_sec
 
 def execute(words: list[str], variables: dict[str, str], log: Path, timeout_seconds: float) -> str | None:
     """Run a command in a session of its own, so that Ctrl-C reaches the benchmark alone; how it failed, or None."""
+    process: subprocess.Popen[bytes] | None = None
     with open(log, "wb") as file:
-        process = subprocess.Popen(words, stdin=subprocess.DEVNULL, stdout=file, stderr=file, env=variables,
-                                   start_new_session=True)
         try:
+            with signals_held_back():  # a Ctrl-C between start and return would leave a process behind
+                process = subprocess.Popen(words, stdin=subprocess.DEVNULL, stdout=file, stderr=file, env=variables,
+                                           start_new_session=True)
             code = process.wait(timeout=timeout_seconds)
         except subprocess.TimeoutExpired:
             return f"still running after {timeout_seconds:.0f} s"
         finally:
             for number in (signal.SIGTERM, signal.SIGKILL):
                 with contextlib.suppress(ProcessLookupError, subprocess.TimeoutExpired):
-                    if process.poll() is None:
+                    if process is not None and process.poll() is None:
                         os.killpg(process.pid, number)
                         process.wait(timeout=10)
     return None if code == 0 else f"exit code {code}: {error_in(log.read_text(errors='replace'))}"
+
+
+@contextlib.contextmanager
+def signals_held_back() -> Iterator[None]:
+    """Have stop signals wait for the end of the block; not by a mask, which a process that is started would inherit."""
+    held: list[int] = []
+    before = {number: signal.signal(number, lambda number, frame: held.append(number)) for number in stop_signals()}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    for number in held:
+        signal.raise_signal(number)
 
 
 def error_in(log: str) -> str:
