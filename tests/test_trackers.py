@@ -120,6 +120,7 @@ READERS = {"wandb": logged_by_wandb, "mlflow": logged_by_mlflow, "trackio": logg
            "tensorboard": logged_by_tensorboard}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_a_run_killed_and_stopped_is_one_tracked_run_with_every_step_once(
         name: TrackerName, tracked: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -149,6 +150,7 @@ def split_of(key: str) -> str:
     return key.partition("/")[0]
 
 
+@pytest.mark.slow
 def test_no_tracker_asks_another_machine_where_none_can_be_reached(tracked: Path) -> None:
     if INSTALLED == ["tensorboard"]:
         pytest.skip("needs a tracker that may have a server: pip install -e .[wandb]")

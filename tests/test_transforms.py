@@ -183,6 +183,7 @@ def test_a_flag_that_cannot_work_is_named(words: list[str], line: str) -> None:
         parse(ImageFolderConfig, args=words).check()
 
 
+@pytest.mark.slow
 def test_a_run_with_a_policy_is_the_run_of_the_users_own_file_with_torchvisions(tmp_path: Path) -> None:
     write(tmp_path, """
         import torch
