@@ -216,13 +216,15 @@ def build_loaders(config: ImageFolderConfig, splits: dict[str, ImageSource], ima
     workers = config.num_workers(decodes=decodes or keyed is not None)
     decoder = Decoder(decoding, workers=workers, pin_memory=world.device.type == "cuda", prepare_worker=ignore_signals)
     rest = images if keyed is None else keyed.rest
+    remedy = "raise --threads" if not decodes and keyed is None else f"raise --workers from {workers}"
+    if decodes:
+        remedy += ", or add --cache, or train from a pack of pixels (python datasets/pack.py --raw 256)"
     loaders = split_loaders(
         {name: DecodedImages(name, tree.targets, decoder, rest, bad_images, device=world.device)
          for name, tree in found.items()}, {name: len(tree) for name, tree in found.items()},
         **config.batches(), rank=world.rank, world_size=world.world_size,
         evaluation_batch_size=max(8, min(500, 2**24 // (3 * config.size() ** 2))) if config.cache else 64,
-        remedy=("raise --threads" if not decodes and keyed is None else f"raise --workers from {workers}") + decodes * (
-            ", or add --cache, or train from a pack of pixels (python datasets/pack.py --raw 256)"))
+        remedy=remedy)
     train = splits.get("train")
     return {"dataset": train and replace(train, decoder=found["train"].decoder), **loaders}
 

@@ -96,7 +96,7 @@ class TrackerThread:
 
 def values_of(line: Mapping[str, Any]) -> dict[str, float]:
     """The numbers of a line of metrics.jsonl, by names such as `train/loss` and `gradient_norm/conv1`."""
-    left_out = ["step", "epoch", "seconds", *["learning_rate"] * (line["split"] != "train")]  # no figures to follow
+    left_out = {"step", "epoch", "seconds"} | (set() if line["split"] == "train" else {"learning_rate"})
     values: dict[str, float] = {f"{line['split']}/{name}": value for name, value in line.items()
                                 if isinstance(value, int | float) and name not in left_out}
     return values | {f"gradient_norm/{name}": norm for name, norm in line.get("gradient_norms", {}).items()}
