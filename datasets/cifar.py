@@ -49,7 +49,8 @@ def prepare(data_dir: Path, *, download: bool, train: bool = True) -> None:
 
     def extract(place: str) -> None:
         with tarfile.open(archive) as content:
-            content.extractall(place, filter="data")
+            content.extraction_filter = getattr(tarfile, "data_filter", None)  # not in Python 3.10.11 or 3.11.3
+            content.extractall(place)
     if archive.is_file() and not all((folder / name).is_file() for name in files):
         if check_integrity(archive, CIFAR10.tgz_md5):
             try:
