@@ -71,7 +71,8 @@ def test_without_gpus_dp_says_so_and_trains_as_none(tmp_path: Path):
 @pytest.mark.timeout(240)
 def test_on_two_gpus_dp_trains_like_one_and_its_checkpoint_loads_anywhere(tmp_path: Path):
     for parallel in ("none", "dp"):
-        done = run("cifar", *TINY, "--parallel", parallel, "--output-dir", tmp_path, "--run-name", parallel)
+        done = run("cifar", *TINY, "--parallel", parallel, "--output-dir", tmp_path, "--run-name", parallel,
+                   launcher="python", CUDA_VISIBLE_DEVICES="0,1")
         assert done.code == 0, done.err
     one, split = (read_json(tmp_path / name / "result.json") for name in ("none", "dp"))
     assert split["parallel"] == "dp"

@@ -13,7 +13,7 @@ import pytest
 from launch.checks import machine
 from launch.checks.finding import ok, warn
 from launch.checks.job import job_findings, port_finding
-from launch.checks.machine import as_numbers, cores_finding, required_versions
+from launch.checks.machine import as_numbers, cores_finding, device_findings, required_versions
 from launch.checks.ranks import gathered, rank_devices_finding
 from launch.launcher import Launch, usable_cores
 from tests.helpers.processes import PROGRAMS, ROOT, Ended, environment, execute
@@ -121,6 +121,20 @@ def test_launcher_variables_that_are_no_numbers_are_a_finding(tmp_path: Path):
     finished = doctor("--output-dir", str(tmp_path), "--json", RANK="zero", WORLD_SIZE="2")
     assert finished.code == 5
     assert "zero" in findings(finished)["launcher"]["text"]
+
+
+@pytest.mark.parametrize(("visible", "state", "words"), [
+    (None, "FAIL", "finds no CUDA device"), ("", "OK", "hides all GPUs"), ("-1", "OK", "hides all GPUs")])
+def test_a_driver_without_a_gpu_is_a_failure_unless_the_user_has_hidden_the_gpus(
+        monkeypatch: pytest.MonkeyPatch, visible: str | None, state: str, words: str):
+    exists = Path.exists
+    monkeypatch.setattr(Path, "exists", lambda path: str(path) == "/dev/nvidiactl" or exists(path))
+    if visible is None:
+        monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    else:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    found = next(finding for finding in device_findings() if finding.check == "devices")
+    assert (found.state, words in found.text) == (state, True)
 
 
 def test_ranks_that_share_a_gpu_fail_under_nccl_and_are_warned_of_under_gloo():

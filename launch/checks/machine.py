@@ -67,11 +67,13 @@ def device_findings() -> Iterator[Finding]:
         except (RuntimeError, AssertionError) as error:
             yield fail(f"gpu {index}", f"no kernel runs on it ({str(error).splitlines()[0][:100]})",
                        "install a torch build for this GPU and driver, or hide it with CUDA_VISIBLE_DEVICES")
-    if not torch.cuda.is_available() and Path("/dev/nvidiactl").exists():
+    are_hidden = os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1")
+    if not torch.cuda.is_available() and Path("/dev/nvidiactl").exists() and not are_hidden:
         yield fail("devices", f"an NVIDIA driver is loaded, but torch {torch.__version__} finds no CUDA device",
                    "update the driver, or install the torch build for it; see CUDA_VISIBLE_DEVICES too")
     elif not torch.cuda.is_available():
-        yield ok("devices", f"{processor()}; no GPU, training runs on the CPU")
+        why = "CUDA_VISIBLE_DEVICES hides all GPUs" if are_hidden else "no GPU"
+        yield ok("devices", f"{processor()}; {why}, training runs on the CPU")
     if not dist.is_gloo_available():
         yield fail("backends", "this torch build has no gloo", "install torch from pytorch.org; one process works")
     elif torch.cuda.is_available() and not dist.is_nccl_available():

@@ -42,11 +42,11 @@ class Ended:
 
 
 def environment(**variables: str) -> dict[str, str]:
-    """This environment without any launcher's variables, plus some."""
+    """This environment without any launcher's variables and without GPUs, plus some."""
     ours = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "OMP_NUM_THREADS", "GLOO_SOCKET_IFNAME")
     kept = {name: value for name, value in os.environ.items()
             if name not in ours and not name.startswith(("SLURM_", "TORCHELASTIC_"))}
-    return {**kept, "PYTHONUNBUFFERED": "1", **variables}
+    return {**kept, "PYTHONUNBUFFERED": "1", "CUDA_VISIBLE_DEVICES": "", **variables}
 
 
 def execute(words: list[str], *, timeout: float = 120, cwd: Path | None = None, **variables: str) -> Ended:
