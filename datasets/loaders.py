@@ -16,8 +16,9 @@ from datasets.tensors import TensorDataset
 
 Batch = tuple[Tensor, Tensor]
 Read = Callable[[Sequence[Tensor], int], Iterator[Any]]  # (the samples of each batch, the epoch) -> the batches
-CHUNK_SAMPLES = 1024  # augmented at once: small batches would pay the same two dozen kernels each
-CHUNK_BYTES = 2**24  # of stored inputs, and no more samples than that: large images would fill the memory
+# samples augmented at once, as small batches would pay the same two dozen kernels each, and at most the bytes of stored
+# inputs, as large images would fill the memory: what a core's cache holds, and what a GPU is busy with for long enough
+CHUNKS = {"cpu": (1024, 2**24), "cuda": (16384, 2**26)}
 
 
 class TrainLoader:
@@ -87,8 +88,8 @@ class InMemory:
     def __call__(self, parts: Sequence[Tensor], epoch: int) -> Iterator[Batch]:
         """Several batches are prepared at once, where they are small."""
         size = max(map(len, parts), default=1)
-        largest = min(CHUNK_SAMPLES, CHUNK_BYTES // max(1, self.inputs[:1].nbytes))
-        together = max(1, largest // size)
+        most_samples, most_bytes = CHUNKS[self.inputs.device.type]
+        together = max(1, min(most_samples, most_bytes // max(1, self.inputs[:1].nbytes)) // size)
         for start in range(0, len(parts), together):
             samples = sent(torch.cat(list(parts[start : start + together])), self.inputs.device)
             if self.augmentation is not None:

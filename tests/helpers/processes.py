@@ -42,10 +42,12 @@ class Ended:
 
 
 def environment(**variables: str) -> dict[str, str]:
-    """This environment without any launcher's variables and without GPUs, plus some."""
+    """This environment without any launcher's variables and without GPUs, plus some; PYTHONPATH is added in front."""
     ours = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "OMP_NUM_THREADS", "GLOO_SOCKET_IFNAME")
     kept = {name: value for name, value in os.environ.items()
             if name not in ours and not name.startswith(("SLURM_", "TORCHELASTIC_"))}
+    if "PYTHONPATH" in variables and "PYTHONPATH" in kept:  # where packages are that this Python does not have
+        variables["PYTHONPATH"] += os.pathsep + kept["PYTHONPATH"]
     return {**kept, "PYTHONUNBUFFERED": "1", "CUDA_VISIBLE_DEVICES": "", **variables}
 
 
