@@ -7,6 +7,7 @@ Prints a Markdown table. Nothing is asserted: a shared machine's timings are a r
 
 import argparse
 import json
+import random
 import subprocess
 import sys
 import tempfile
@@ -22,7 +23,12 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
-from launch.bench.runs import environment, parse_setup, plan, rotated, run_job  # noqa: E402  path set first
+import numpy  # noqa: E402  path set first
+import torch  # noqa: E402
+
+from datasets.keyed_random import Purpose  # noqa: E402
+from datasets.samples import generators_kept, seed_sample  # noqa: E402
+from launch.bench.runs import environment, parse_setup, plan, rotated, run_job  # noqa: E402
 from launch.bench.table import as_table  # noqa: E402
 
 HERE = ROOT / "tests" / "performance"
@@ -85,6 +91,17 @@ def seconds_to_import() -> float:
     """From `python` to torch and torchvision."""
     began = time.time()
     return float(output_of(["-c", "import torch, torchvision, time; print(time.time())"])) - began
+
+
+def microseconds_of_keys(batch: int, repeats: int = 2000) -> float:
+    """What it costs a sample that its generators begin where it does, and draw, in batches of so many."""
+    began = time.perf_counter()
+    for _ in range(repeats):
+        with generators_kept():
+            for sample in range(batch):
+                seed_sample(0, 0, Purpose.TRAIN_SAMPLE, sample)
+                torch.rand(()), random.random(), numpy.random.random()
+    return 1e6 * (time.perf_counter() - began) / (repeats * batch)
 
 
 def over_best(figures: Mapping[str, float]) -> float:
@@ -169,6 +186,9 @@ def all_rows() -> dict[str, list[Row]]:
         "11": [Row(what="seconds to the first step, beyond `import torch, torchvision`", goal="<= 1.0",
                    figure=lambda seconds: seconds["ours"] - seconds["imports"],
                    sides={"ours": seconds_to_first_step, "imports": seconds_to_import})],
+        "keys": [Row(what="microseconds a sample for generators keyed by it, in batches of 12", goal="",
+                     figure=lambda microseconds: microseconds["of 12"],
+                     sides={f"of {batch}": partial(microseconds_of_keys, batch) for batch in (12, 1)})],
     }
 
 
