@@ -7,7 +7,6 @@
 
 import json
 import shlex
-import signal
 import sys
 from dataclasses import dataclass
 from functools import partial
@@ -25,7 +24,7 @@ from launch.command_line import nearest, run
 from launch.errors import UsageError, say, to_stderr
 from launch.files import ROOT, replace_file
 from launch.rules import MOST_SECONDS, Above, AtLeast
-from launch.stop import stop_signals
+from launch.stop import Stopped, catch_signals
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,8 +88,7 @@ def main(config: BenchmarkConfig) -> int:
     else:
         check(config)
         check_output_dir(config.output_dir)
-        for number in stop_signals():  # a batch system's stop keeps what was finished, too
-            signal.signal(number, signal.default_int_handler)  # a shell has its background jobs ignore SIGINT
+        catch_signals()  # Ctrl-C and a batch system's stop keep what was finished
         if config.pipeline:
             return benchmark_pipeline(config.output_dir, rounds=config.rounds, seconds=config.seconds,
                                       batch_size=config.batch_size, data_dir=config.data_dir)
@@ -157,11 +155,13 @@ def measure_all(config: BenchmarkConfig, jobs: list[Job], results: dict[str, Any
         results["method"] = {
             "steps": steps, "warmup_steps": warmup, "rank_batch_size": config.rank_batch_size or config.batch_size,
             **{name: getattr(config, name) for name in ("rounds", "threads", "seed", "batch_size")}}
-        for result in run_rounds(jobs, rounds=config.rounds, steps=f"{warmup}:{steps}", run=run_one):
+        measures = {f"{job.setup.name}, batch {job.batch_size}": partial(run_one, job, steps=f"{warmup}:{steps}")
+                    for job in jobs}
+        for _, result in run_rounds(measures, config.rounds):
             runs.append(result)
             update()
         results["complete"] = True
-    except KeyboardInterrupt:
+    except Stopped:
         if not runs:
             say("stopped before the first run was finished: nothing is written")
             return 130

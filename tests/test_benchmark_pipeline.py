@@ -11,13 +11,15 @@ import torch
 from PIL import Image
 
 from datasets.pipeline_speed import photographs, trained_on
-from launch.bench.pipeline import peer_cells, pipeline_cells, row, variants
+from launch.bench.pipeline import pipeline_cells, variants
 from tests.helpers.processes import PROGRAMS, ROOT, execute, read_json
 
 
 def test_pipelines_are_compared_without_workers_and_with_up_to_one_a_core():
     assert variants(4) == ["pil:0", "pil:1", "pil:2", "pil:4", "v2:0", "v2:1", "v2:2", "v2:4", "batch"]
-    assert pipeline_cells([row("pil:0", [1.0, 3.0, 2.0]), row("batch", [8.0])])[2][1:] == ["8", "8 - 8", "4.00"]
+    assert pipeline_cells({"pil:0": {0: 2.0, 1: 3.0, 2: 1.0}, "batch": {0: 8.0, 1: 6.0}})[1:] == [
+        ["PIL transforms, 0 workers", "2", "1 - 3", "1.00 (1.00 - 1.00)"],
+        ["whole batch at once (ours)", "7", "6 - 8", "3.00 (2.00 - 4.00)"]]
 
 
 VARIANTS = ["pil:0", "v2:1", "batch"]
@@ -71,7 +73,7 @@ def test_photographs_are_compared_with_timm_in_the_same_work_and_round():
     trained = "2 workers, a trivial network trained"
     rates = {"torchvision, a folder": {0: 1.0}, "timm, a folder": {0: 2.0, 1: 4.0}, "ours, a folder": {0: 4.0, 1: 4.0},
              f"timm, {trained}": {1: 10.0}, f"ours, {trained}": {0: 99.0, 1: 15.0}}
-    assert [cells[0] for cells in peer_cells(rates)] == [
+    assert [cells[3] for cells in pipeline_cells(rates)] == [
         "x timm (rounds)", "0.50 (0.50 - 0.50)", "1.00 (1.00 - 1.00)", "1.50 (1.00 - 2.00)", "1.00 (1.00 - 1.00)",
         "1.50 (1.50 - 1.50)"]
 

@@ -15,6 +15,7 @@ import pytest
 from launch.bench.runs import execute, parse_setup, plan
 from launch.bench.summary import summarise
 from launch.errors import UsageError
+from launch.stop import Stopped, signals_caught
 from tests.helpers.hooks import gradients_apart
 from tests.helpers.processes import ROOT, TINY, Ended, kill_session, read_json, start
 from tests.helpers.server import run
@@ -136,7 +137,7 @@ def test_ctrl_c_keeps_what_was_finished_and_leaves_no_process(tmp_path: Path, nu
 
 
 @pytest.mark.timeout(60)
-def test_ctrl_c_while_a_process_starts_leaves_it_not_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_ctrl_c_while_a_process_starts_leaves_it_not_behind(monkeypatch: pytest.MonkeyPatch):
     begin, begun = subprocess.Popen, []
 
     def interrupted(*words: Any, **how: Any) -> Any:
@@ -145,8 +146,8 @@ def test_ctrl_c_while_a_process_starts_leaves_it_not_behind(tmp_path: Path, monk
         return begun[0]
 
     monkeypatch.setattr(subprocess, "Popen", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        execute(["sleep", "50"], dict(os.environ), tmp_path / "log", 40)
+    with signals_caught(), pytest.raises(Stopped):
+        execute(["sleep", "50"], dict(os.environ), 40)
     assert begun[0].poll() == -signal.SIGTERM
 
 

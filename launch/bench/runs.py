@@ -9,7 +9,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ from launch.files import ROOT, read_object
 from launch.launcher import usable_cores
 from launch.machine import processor
 from launch.rules import AtLeast, check_number
-from launch.stop import stop_signals
+from launch.stop import moments
 
 COUNT = AtLeast(1, most=1024)  # devices of a set-up, threads of a rank
 OPTIONS: dict[str, dict[str, Any]] = {
@@ -171,45 +171,36 @@ def run_job(job: Job, trainer: str, flags: list[str], *, steps: str, timeout_sec
         words = command(job.setup, trainer, [*flags, "--batch-size", str(job.batch_size), "--measure", steps,
                                              "--output-dir", folder, "--run-name", "run"])
         began = time.perf_counter()
-        error = execute(words, environment(job.setup), Path(folder, "log"), timeout_seconds)
+        error, _ = execute(words, environment(job.setup), timeout_seconds)
         figures = None if error else (read_object(Path(folder, "run", "result.json")) or {}).get("benchmark")
     return {"setup": job.setup.name, "batch_size": job.batch_size, "scalings": list(job.scalings),
             "command": " ".join(words), "wall_seconds": time.perf_counter() - began, "benchmark": figures,
             "error": error if error or figures else "exit code 0, but no figures in result.json"}
 
 
-def execute(words: list[str], variables: dict[str, str], log: Path, timeout_seconds: float) -> str | None:
-    """Run a command in a session of its own, so that Ctrl-C reaches the benchmark alone; how it failed, or None."""
-    process: subprocess.Popen[bytes] | None = None
-    with open(log, "wb") as file:
+def execute(words: list[str], variables: dict[str, str], timeout_seconds: float) -> tuple[str | None, str]:
+    """Run a command: how it failed, or None, and what it printed. Stopped, and the command too, if that is asked for.
+
+    It has a session of its own, so that Ctrl-C reaches the benchmark alone.
+    """
+    with tempfile.TemporaryFile() as log:
+        process = subprocess.Popen(words, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=variables,
+                                   start_new_session=True)
         try:
-            with signals_held_back():  # a Ctrl-C between start and return would leave a process behind
-                process = subprocess.Popen(words, stdin=subprocess.DEVNULL, stdout=file, stderr=file, env=variables,
-                                           start_new_session=True)
-            code = process.wait(timeout=timeout_seconds)
-        except subprocess.TimeoutExpired:
-            return f"still running after {timeout_seconds:.0f} s"
+            for _ in moments(timeout_seconds, patience=0):
+                if process.poll() is not None:
+                    break
+            else:
+                return f"still running after {timeout_seconds:.0f} s", ""
         finally:
             for number in (signal.SIGTERM, signal.SIGKILL):
                 with contextlib.suppress(ProcessLookupError, subprocess.TimeoutExpired):
-                    if process is not None and process.poll() is None:
+                    if process.poll() is None:
                         os.killpg(process.pid, number)
                         process.wait(timeout=10)
-    return None if code == 0 else f"exit code {code}: {error_in(log.read_text(errors='replace'))}"
-
-
-@contextlib.contextmanager
-def signals_held_back() -> Iterator[None]:
-    """Have stop signals wait for the end of the block; not by a mask, which a process that is started would inherit."""
-    held: list[int] = []
-    before = {number: signal.signal(number, lambda number, frame: held.append(number)) for number in stop_signals()}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-    for number in held:
-        signal.raise_signal(number)
+        log.seek(0)
+        printed = log.read().decode(errors="replace")
+    return f"exit code {process.returncode}: {error_in(printed)}" if process.returncode else None, printed
 
 
 def error_in(log: str) -> str:
@@ -231,21 +222,21 @@ def calibrate(jobs: list[Job], *, steps: int | None, warmup_steps: int | None, s
     return (max(5, steps // 5) if warmup_steps is None else warmup_steps), steps
 
 
-def run_rounds(jobs: list[Job], *, rounds: int, steps: str, run: Callable[..., dict[str, Any]]
-               ) -> Iterator[dict[str, Any]]:
-    """Every job once per round, in rotating order; a job that failed once is not tried again."""
+def run_rounds(measures: Mapping[str, Callable[[], dict[str, Any]]], rounds: int
+               ) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Every measure once per round, in rotating order, by name and as `run_job`; one that failed is not tried again."""
     failed = set()
-    turns = [(number, job) for number in range(rounds) for job in rotated(jobs, number)]
+    turns = [(number, name) for number in range(rounds) for name in rotated(list(measures), number)]
     bar = tqdm(turns, unit="run", disable=not sys.stderr.isatty(), dynamic_ncols=True)
-    for number, job in bar:
-        bar.set_description(f"round {number + 1}: {job.setup.name}, batch {job.batch_size}")
-        if job.key not in failed:
-            result = {**run(job, steps=steps), "round": number}
+    for number, name in bar:
+        bar.set_description(f"round {number + 1}: {name}")
+        if name not in failed:
+            result = measures[name]()
             if result["error"]:
-                failed.add(job.key)
+                failed.add(name)
             if result["error"] or bar.disable:
                 bar.clear()
-                rate, seconds = (result["benchmark"] or {}).get("samples_per_second"), result["wall_seconds"]
-                ended = f"{rate:,.0f} samples/s, {seconds:.0f} s in all" if rate else f"failed ({result['error']})"
-                to_stderr(f"round {number + 1} of {rounds}, {job.setup.name}, batch {job.batch_size}: {ended}")
-            yield result
+                rate = (result["benchmark"] or {}).get("samples_per_second")
+                ended = f"{rate:,.0f} samples/s" if rate else f"failed ({result['error']})"
+                to_stderr(f"round {number + 1} of {rounds}, {name}: {ended}")
+            yield name, {**result, "round": number}

@@ -9,8 +9,6 @@ from launch.errors import UsageError
 
 FORMAT = 1  # of benchmark.json
 COLORS = {"cpu": "#4878a8", "gpu": "#6aa84f", "dp": "#e69138", "ddp": "#8e63a8"}
-PHASES = {"forward_backward": ("forward + backward", "#4878a8"), "communication": ("communication", "#cc5544"),
-          "optimizer": ("optimizer", "#e6a23c"), "data": ("waiting for data", "#9aa5b1")}
 Cells = list[list[str]]
 
 
@@ -129,23 +127,14 @@ def draw(results: dict[str, Any], path: Path) -> None:
 
     rows = measured(results["rows"])
     curves = curves_of(rows)
-    height = max(4.2, 2.2 + 0.45 * len(rows))
-    figure = Figure(figsize=(15 if curves else 11, height), layout="constrained")
-    axes = figure.subplots(1, 3 if curves else 2, width_ratios=[1.2, 1, 1][: 3 if curves else 2])
+    panels = 2 if curves else 1
+    figure = Figure(figsize=(6 * panels, max(4.2, 2.2 + 0.45 * len(rows))), layout="constrained")
+    axes = figure.subplots(1, panels, squeeze=False)[0]
     figure.suptitle(f"{results['model']}, {results['trainer']} trainer, torch {results['machine']['torch']}",
                     fontsize=11)
     draw_bars(axes[0], rows)
-    left = [0.0] * len(rows)
-    for name, (text, color) in PHASES.items():
-        widths = [1000 * (row["step_seconds"][name] or 0.0) for row in rows]
-        axes[1].barh(range(len(rows)), widths, left=left, color=color, height=0.6, label=text)
-        left = [start + width for start, width in zip(left, widths, strict=True)]
-    axes[1].set_yticks([])
-    axes[1].invert_yaxis()
-    axes[1].set_title("where a step goes, ms", fontsize=10)
-    axes[1].legend(fontsize=8, frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.07), ncols=2)
     if curves:
-        draw_scaling(axes[2], curves)
+        draw_scaling(axes[1], curves)
     for axis in axes:
         axis.spines[["top", "right"]].set_visible(False)
         axis.tick_params(labelsize=9)
@@ -154,17 +143,15 @@ def draw(results: dict[str, Any], path: Path) -> None:
 
 def draw_bars(axis: Any, rows: list[dict[str, Any]]) -> None:
     """Samples per second: the median, and as a whisker the slowest and fastest round."""
-    widest = max(row["fastest_round"] for row in rows)
-    for position, row in enumerate(rows):
-        rate, slowest, fastest = (row[name] for name in ("samples_per_second", "slowest_round", "fastest_round"))
-        axis.barh(position, rate, xerr=[[rate - slowest], [fastest - rate]], color=COLORS[row["kind"]], height=0.6,
-                  error_kw={"capsize": 3, "elinewidth": 1, "ecolor": "#333333"})
-        axis.text(fastest + 0.02 * widest, position, f"{rate:,.0f}{' WRONG' * (row['verdict'] == 'WRONG')}",
-                  va="center", fontsize=9)
+    rates = [row["samples_per_second"] for row in rows]
+    spread = [[row["samples_per_second"] - row["slowest_round"] for row in rows],
+              [row["fastest_round"] - row["samples_per_second"] for row in rows]]
     names = [f"{row['setup']}, batch {row['batch_size']}{' *' * row['busy']}" for row in rows]
-    axis.set_yticks(range(len(rows)), names)
+    bars = axis.barh(names, rates, xerr=spread, capsize=3, color=[COLORS[row["kind"]] for row in rows], height=0.6)
+    axis.bar_label(bars, [f"{row['samples_per_second']:,.0f}{' WRONG' * (row['verdict'] == 'WRONG')}" for row in rows],
+                   padding=3, fontsize=9)
     axis.invert_yaxis()
-    axis.set_xlim(0, widest * 1.2)
+    axis.margins(x=0.2)
     busy = ", * busy machine" * any(row["busy"] for row in rows)
     axis.set_title(f"samples per second (whisker: rounds){busy}", fontsize=10)
 
