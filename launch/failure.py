@@ -48,7 +48,7 @@ class JobFailure:
         if not self.claim_in_this_process():
             return False
         try:
-            return self.heartbeats is None or self.heartbeats.set_mark("failed")
+            return self.heartbeats is None or self.heartbeats.store.add("failed", 1) == 1
         except RuntimeError:  # the store died with its host, torchrun or rank 0: the first rank that lives elsewhere
             first_elsewhere = self.launch.local_world_size if self.launch.torchrun_hosts_store else 1
             speaker = 0 if self.launcher_died() else first_elsewhere
@@ -96,7 +96,7 @@ class JobFailure:
 
     def follow(self) -> None:
         """Called with every heartbeat: end the process if another rank failed a while ago and this one still runs."""
-        if self.heartbeats is None or not self.heartbeats.has_mark("failed") or self._claimed.locked():
+        if self.heartbeats is None or not self.heartbeats.store.check(["failed"]) or self._claimed.locked():
             return
         self._another_failed_at = self._another_failed_at or time.monotonic()
         allowed = LEAVE_SECONDS + (LINGER_SECONDS if self.launch.hosts_store else 0)

@@ -1,6 +1,7 @@
 """What ranks tell each other beside their collectives, through the job's key-value store.
 
-A heartbeat is [count, step, phase, host, pid, parent's pid]; `stop`, `failed` and `stuck` are marks any rank may set.
+A heartbeat is [count, step, phase, host, pid, parent's pid]. Any rank may set the keys `stop` (asked to), `failed` (by
+the first that did) and `stuck` (the rank that cannot come to the step at which all would stop).
 """
 
 import json
@@ -35,20 +36,6 @@ class Heartbeats:
                 self.has_left = phase == "left"
                 self._num_sent += 1
                 self.store.set(f"beat/{self.rank}", json.dumps([self._num_sent, step, phase, *self._me]))
-
-    def set_mark(self, mark: str) -> bool:
-        """Set a mark, for all ranks; whether none had set it before."""
-        return self.store.add(mark, 1) == 1
-
-    def has_mark(self, mark: str) -> bool:
-        """Whether any rank has set it."""
-        return self.store.check([mark])
-
-    def stuck_rank(self, *, is_me: bool) -> int | None:
-        """The rank that cannot come to the step at which all would stop; with `is_me`, it is this one."""
-        if is_me:
-            self.store.set("stuck", str(self.rank))
-        return int(self.store.get("stuck")) if self.store.check(["stuck"]) else None
 
     def wait_to_leave(self, seconds: float) -> None:
         """Until every rank has called this, or its host has gone, since it had seen them all; or for so long."""

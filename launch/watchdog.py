@@ -120,10 +120,10 @@ class Watchdog:
                 heartbeats.send(self.step, self.phase)
                 request = stop_request()
                 if request:
-                    heartbeats.set_mark("stop")
+                    heartbeats.store.set("stop", "asked to")
                     if self.world_size > 1:
                         self._stop_without(heartbeats, request)
-                elif heartbeats.has_mark("stop"):
+                elif heartbeats.store.check(["stop"]):
                     request.ask("another rank was asked to stop")
                 self.failure.follow()
         idle = self._seconds - self._changed_at
@@ -139,9 +139,11 @@ class Watchdog:
         """End the process at the last checkpoint if some rank still waits for data so long after a stop."""
         self._asked_at = min(self._asked_at, self._seconds)
         waited = self._seconds - max(self._asked_at, self._changed_at)
-        reads = self._reads(sys._current_frames().get(self._trainer[0]))
-        if (stuck := heartbeats.stuck_rank(is_me=reads and waited > AGREED_SECONDS)) is not None:
+        if waited > AGREED_SECONDS and self._reads(sys._current_frames().get(self._trainer[0])):
+            heartbeats.store.set("stuck", str(self.rank))
+        if heartbeats.store.check(["stuck"]):
             self.failure.claim_in_this_process()
+            stuck = heartbeats.store.get("stuck").decode()
             self.failure.end(f"{request.reason}; rank {stuck} waited for data", code=EXIT_PREEMPTED)
 
     def _check_alone(self) -> None:
