@@ -115,14 +115,15 @@ def check(config: BenchmarkConfig) -> None:
 def jobs_of(config: BenchmarkConfig, machine: dict[str, Any]) -> tuple[list[Job], list[dict[str, Any]]]:
     """What will be run, and why the rest cannot be here; UsageError if nothing can, or not the baseline."""
     setups = [parse_setup(text, threads=config.threads) for text in config.setups or everything(machine)]
-    jobs, missing, per_device = [], {}, config.rank_batch_size or config.batch_size
-    for job in plan(setups, batch_size=config.batch_size, scaling=config.scaling, rank_batch_size=per_device):
-        name, why = job.setup.name, why_not(job.setup, machine, job.batch_size)
-        if why is None:
+    jobs, missing = [], {}
+    for job in plan(setups, batch_size=config.batch_size, scaling=config.scaling,
+                    rank_batch_size=config.rank_batch_size or config.batch_size):
+        if why := why_not(job.setup, machine, job.batch_size):
+            missing[job.setup.name, why] = {"setup": job.setup.name, "batch_size": job.batch_size, "why": why}
+        else:
             jobs.append(job)
-        elif (name, why) not in missing:
-            missing[name, why] = {"setup": name, "batch_size": job.batch_size, "why": why}
-            to_stderr(f"not run: {name}: {why}")
+    for name, why in missing:
+        to_stderr(f"not run: {name}: {why}")
     if not jobs:
         raise UsageError(f"--setups {' '.join(setup.name for setup in setups)}: none can be run here "
                          f"({next(iter(missing.values()))['why']}); try cpu:1")

@@ -21,13 +21,9 @@ def address_towards(host: str) -> str | None:
 
 def address_among(hosts: list[str]) -> str | None:
     """This machine's address on the way to the first of `hosts` that is another machine; None if there is no way."""
-    found = None
-    for host in hosts:
-        address = address_towards(host)
-        if address is not None and not address.startswith("127."):  # as a machine's own name often means to itself
-            return address
-        found = found or address
-    return found
+    found = [address for address in map(address_towards, hosts) if address is not None]
+    found.sort(key=lambda address: address.startswith("127."))  # as a machine's own name often means to itself
+    return found[0] if found else None
 
 
 def interface_of(address: str | None) -> str | None:

@@ -22,11 +22,6 @@ class AtLeast:
     such_as: float | None = None  # a value that works, for the message
     start: str = "at least"
 
-    def includes(self, number: float) -> bool:
-        """Whether a number is in the range. NaN compares false with everything."""
-        starts = self.low < number if self.start == "above" else self.low <= number
-        return starts and number <= self.most and (self.below is None or number < self.below)
-
     def text(self) -> str:
         """The rule in words."""
         end = f"at most {self.most:,}" if self.below is None else f"below {self.below}"
@@ -38,7 +33,8 @@ Above = partial(AtLeast, start="above")  # the same without `low` itself
 
 def check_number(flag: str, number: float, rule: AtLeast) -> None:
     """Hold one number to its rule: `FLAG NUMBER: rule` as a UsageError if it breaks it."""
-    if not rule.includes(number):
+    starts = rule.low < number if rule.start == "above" else rule.low <= number  # NaN compares false with everything
+    if not (starts and number <= rule.most and (rule.below is None or number < rule.below)):
         raise UsageError(f"{flag} {number}: {rule.text()}")
 
 

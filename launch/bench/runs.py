@@ -123,9 +123,8 @@ def command(setup: Setup, trainer: str, flags: list[str]) -> list[str]:
 
 def environment(setup: Setup) -> dict[str, str]:
     """This environment for the command: no launcher's variables, and for DataParallel just its GPUs."""
-    launchers = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-    kept = {name: value for name, value in os.environ.items()
-            if name not in launchers and not name.startswith(("TORCHELASTIC_", "SLURM_"))}
+    launchers = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_", "TORCHELASTIC_", "SLURM_")
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(launchers)}
     if setup.launched:
         kept.setdefault("OMP_NUM_THREADS", str(setup.threads))  # else torchrun prints a box; ranks go by --threads
     if setup.kind == "dp":

@@ -56,8 +56,8 @@ def row_of(job: Job, runs: list[dict[str, Any]]) -> dict[str, Any]:
         "samples_per_second": median(rates), "slowest_round": min(rates), "fastest_round": max(rates),
         "loss": figures[0]["loss"], "losses": [one["loss"] for one in figures],
         "weights_moved": figures[0]["weights_moved"], "batch_norm": figures[0]["batch_norm"],
-        "ranks": figures[0]["world_size"], "cpu_share": median(cpu_share(one) for one in figures),
-        "busy": any(is_busy(one, job.setup) for one in figures),
+        "ranks": figures[0]["world_size"], "busy": any(is_busy(one, job.setup) for one in figures),
+        "cpu_share": median(sum(one["cpu_seconds"]) / one["seconds"] for one in figures),
         "peak_memory_bytes": max(max(one["peak_memory_bytes"]) for one in figures),
         "step_seconds": {name: phase(figures, name) for name in STEP_PHASES},
         "flops_per_second": median(rates) * figures[0]["flops_per_sample"],
@@ -72,20 +72,15 @@ def phase(figures: list[dict[str, Any]], name: str) -> float | None:
     return median(sum(ranks) / len(ranks) for ranks in values if ranks) if any(values) else None
 
 
-def cpu_share(figures: dict[str, Any]) -> float:
-    """CPU seconds of all ranks over wall seconds: the number of cores that were kept busy."""
-    return sum(figures["cpu_seconds"]) / figures["seconds"]
-
-
 def is_busy(figures: dict[str, Any], setup: Setup) -> bool:
     """Whether something else had the cores that threads queued for, or a lone CPU process was kept from computing."""
+    own, seconds = sum(figures["cpu_seconds"]), figures["seconds"]
     if None not in figures["queued_seconds"]:
-        own = sum(figures["cpu_seconds"])
-        queued = max(figures["queued_seconds"]) > QUEUED_SHARE * figures["seconds"] * figures["threads_per_rank"]
+        queued = max(figures["queued_seconds"]) > QUEUED_SHARE * seconds * figures["threads_per_rank"]
         if queued and max(figures["machine_seconds"]) - own > OTHERS_SHARE * own:
             return True
     alone = setup.kind == "cpu" and figures["world_size"] == 1 and figures["threads_per_rank"] == 1
-    return alone and cpu_share(figures) < 1 - IDLE_SHARE
+    return alone and own < (1 - IDLE_SHARE) * seconds
 
 
 def ratio_of_rounds(row: dict[str, Any], base: dict[str, Any]) -> float:
@@ -113,10 +108,9 @@ def compare_losses(rows: list[dict[str, Any]], baseline: str | None) -> None:
 
 def warnings_of(rows: list[dict[str, Any]], *, rounds: int) -> list[str]:
     """What a reader must know before believing a row."""
-    found, busy = [], []
+    found = []
     for row in rows:
         name = f"{row['setup']} (batch {row['batch_size']})"
-        busy += [name] * row.get("busy", False)
         if row["error"]:
             found.append(f"{name} failed: {row['error']}")
         if row["verdict"] == "WRONG":
@@ -124,7 +118,7 @@ def warnings_of(rows: list[dict[str, Any]], *, rounds: int) -> list[str]:
                          f"others at this batch differ (tolerance {row['tolerance']:g}), so its speed is worth nothing")
         if row["samples_per_second"] and row["rounds"] < rounds:
             found.append(f"{name}: only {row['rounds']} of {rounds} rounds")
-    if busy:
-        found.insert(0, f"the machine was busy with something else during {', '.join(busy)}: wall time is well above "
-                        f"CPU time there; run it again on an idle machine")
+        if row.get("busy"):
+            found.append(f"{name}: the machine was busy with something else: wall time is well above CPU time; run it "
+                         f"again on an idle machine")
     return found

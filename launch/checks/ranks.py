@@ -16,7 +16,7 @@ from launch.checks.finding import Finding, fail, ok, warn, warn_if
 from launch.errors import DeviceError, DistributedError, user_line
 from launch.files import ROOT
 from launch.launcher import Launch, choose_threads
-from launch.machine import choose_backend, choose_device, git_commit
+from launch.machine import choose_backend, choose_device
 from launch.process_group import World, barrier, gather, process_group, time_all_reduce
 
 BUCKET_BYTES = 25 * 2**20  # what DistributedDataParallel sends at once by default (bucket_cap_mb)
@@ -44,7 +44,7 @@ def rank_record(launch: Launch, device: str) -> dict[str, Any]:
     """What the other ranks need to know about this one; `device` is None where it would get none."""
     record: dict[str, Any] = {
         "rank": launch.rank, "local_rank": launch.local_rank, "host": socket.gethostname(), "pid": os.getpid(),
-        "threads": choose_threads(launch), "torch": torch.__version__, "code": code_hash(), "commit": git_commit(),
+        "threads": choose_threads(launch), "torch": torch.__version__, "code": code_hash(),
         "device": None, "uuid": None, "problem": None}
     try:
         chosen = choose_device(device, launch)
@@ -99,7 +99,7 @@ def code_finding(ranks: list[dict[str, Any]]) -> Finding:
     if len(versions) > 1:
         text = "; ".join(f"{names}: code {code}, torch {version}" for (code, version), names in versions.items())
         return fail("code", text, "start every rank from one checkout and one environment")
-    return ok("code", f"{ranks[0]['code']} (commit {(ranks[0]['commit'] or 'none')[:12]}) on every rank")
+    return ok("code", f"{ranks[0]['code']} on every rank")
 
 
 def clocks_finding(world: World, ranks: list[dict[str, Any]]) -> Finding:
