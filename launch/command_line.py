@@ -2,7 +2,6 @@
 
 import argparse
 import contextlib
-import difflib
 import gc
 import inspect
 import io
@@ -21,7 +20,7 @@ import tyro
 import yaml
 
 from launch import errors
-from launch.errors import UsageError
+from launch.errors import UsageError, nearest
 from launch.rules import check_numbers
 from launch.stop import Stopped
 
@@ -124,12 +123,6 @@ def at_home(value: Any) -> Any:
     if isinstance(value, tuple):
         return tuple(at_home(item) for item in value)
     return Path(os.path.expanduser(value)) if isinstance(value, Path) else value
-
-
-def nearest(name: str, known: Sequence[str] | Mapping[str, Any]) -> str:
-    """`; did you mean X?` for a mistyped name, or nothing when none is close."""
-    close = difflib.get_close_matches(name, list(known), n=1)
-    return f"; did you mean {close[0]}?" if close else ""
 
 
 def grouped_help(text: str, config_class: type, *, width: int) -> str:

@@ -1,6 +1,7 @@
 """What a user can cause: the kinds of errors, their exit codes, and how a line is printed."""
 
 import contextlib
+import difflib
 import io
 import json
 import os
@@ -9,6 +10,7 @@ import select
 import stat
 import sys
 import time
+from collections.abc import Iterable
 from typing import Any, TextIO
 
 PATIENCE_SECONDS = 1.0  # for a reader of stdout or stderr to take what is printed
@@ -67,6 +69,12 @@ def printable(text: str, *, keep: str = "") -> str:
 def first_line(error: BaseException) -> str:
     """The first line of an error's message, or the name of its type."""
     return str(error).strip().split("\n")[0] or type(error).__name__
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """`; did you mean X?` for a mistyped name, or nothing when none is close."""
+    close = difflib.get_close_matches(name, list(known), n=1)
+    return f"; did you mean {close[0]}?" if close else ""
 
 
 def launched_rank() -> int:

@@ -13,8 +13,7 @@ from torchvision import models as torchvision_models
 from torchvision.models.resnet import BasicBlock
 from torchvision.ops import Conv2dNormActivation
 
-from launch.command_line import nearest
-from launch.errors import UsageError, first_line
+from launch.errors import UsageError, first_line, nearest
 from trainers.engine.user_code import TIMM, Reference, is_reference, timm_library
 
 

@@ -20,8 +20,7 @@ from torchvision import models as torchvision_models
 
 from datasets.download import silence_ends
 from datasets.errors import DataError
-from launch.command_line import nearest
-from launch.errors import CheckpointError, UsageError, first_line, say
+from launch.errors import CheckpointError, UsageError, first_line, nearest, say
 from launch.process_group import World
 from trainers.engine.checkpoints.weights import load_weights, put_weights, read_weights_file
 from trainers.engine.config import IMAGENET

@@ -21,8 +21,8 @@ import jinja2
 import tyro
 from PIL import Image
 
-from launch.command_line import nearest, run
-from launch.errors import UsageError, printable, say
+from launch.command_line import run
+from launch.errors import UsageError, nearest, printable, say
 from launch.files import read_object, replace_file
 
 FILES = ("config", "environment", "result", "status")

@@ -17,8 +17,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from launch.command_line import nearest
-from launch.errors import UsageError, to_stderr
+from launch.errors import UsageError, nearest, to_stderr
 from launch.files import ROOT, read_object
 from launch.launcher import usable_cores
 from launch.machine import processor

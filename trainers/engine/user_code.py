@@ -22,8 +22,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from launch.command_line import nearest
-from launch.errors import UsageError, first_line, is_users, to_stderr
+from launch.errors import UsageError, first_line, is_users, nearest, to_stderr
 from launch.failure import translated
 from launch.files import ROOT
 from launch.stop import ignore_signals
