@@ -128,7 +128,7 @@ def at_home(value: Any) -> Any:
 def grouped_help(text: str, config_class: type, *, width: int) -> str:
     """tyro's --help with each flag under its title, by `TITLES` of the class that had it first; then two examples."""
     text = "\n".join(line.rstrip() for line in text.splitlines() if not re.match(r" \S", line))  # without tyro's titles
-    usage, *flags = re.split(r"\n(?=  \S)", text)
+    usage, *flags = re.split(r"\n(?=  [^\sa-z])", text)  # a small letter goes on with the choices of a flag
     own = usage.split()[1]  # the path of the command
     titles: dict[str, str] = {}
     for base in reversed(config_class.__mro__):
@@ -160,12 +160,11 @@ def grouped_help(text: str, config_class: type, *, width: int) -> str:
 
 def plain_text(boxed: str) -> str:
     """tyro's framed error message on one line: what is wrong, then the nearest flag if it names one."""
-    lines = [re.sub(r"\x1b\[[0-9;]*m|\[/?bold\]", "", line).strip("│╭╮╰╯ \n") for line in boxed.splitlines()]
-    text = "\n".join(line for line in lines[1:] if not set(line) <= {"─", "-"})  # the first is the frame's title
-    text = re.split(r"^(?:Argument|For full) helptext", text, flags=re.MULTILINE)[0]
-    message, _, suggested = text.partition("\nPerhaps you meant")
+    text = re.sub(r"\x1b\[[0-9;]*m|\[/?bold\]|[│╭╮╰╯─]|^ *-+ *$", "", boxed, flags=re.MULTILINE)
+    text = re.split(r"(?:Argument|For full) helptext", text.partition("\n")[2])[0]  # below the frame's title
+    message, _, suggested = text.partition("Perhaps you meant")
     if flags := re.findall(r"--[^ ,]+", "".join(suggested.split("\n")[1:2])):
-        message += f"; did you mean {max(flags, key=len)}?"  # not its short alias
+        message = f"{message.rstrip()}; did you mean {max(flags, key=len)}?"  # not its short alias
     message = " ".join(message.split())
     return f"{message[:1].lower()}{message[1:]}; see --help"
 
@@ -173,9 +172,7 @@ def plain_text(boxed: str) -> str:
 def run(main: Callable[[Any], Any], config_class: type, *,
         recipes: Mapping[str, Mapping[str, Any]] | None = None, prints_results: bool = False) -> NoReturn:
     """Parse the flags, call `main`, exit: with the code that it returns, 0 for anything else, or that of its error.
-
-    `prints_results`: it is one process, whatever its environment says, and stdout waits for a reader, however slow.
-    """
+    `prints_results`: it is one process, whatever its environment says, and stdout waits for a reader, however slow."""
     gc.freeze()  # what was imported stays, and need not be looked through again: 0.14 s each time
     gc.enable()
     errors.drop_unread_output("stderr", *() if prints_results else ("stdout",))

@@ -112,10 +112,8 @@ class JobFailure:
 
     def end(self, line: str, *, speaks: bool = False, stuck: Sequence[int] = (),
             code: int = DistributedError.exit_code) -> NoReturn:
-        """End the process from the watchdog's thread: the main one waits for something that may never come.
-
-        `stuck` ranks on this host are killed. A stop (EXIT_PREEMPTED) waits for all: none is to take another for lost.
-        """
+        """End the process from the watchdog's thread: the main one waits for something that may never come. `stuck`
+        ranks on this host are killed. A stop (EXIT_PREEMPTED) waits for all: none is to take another for lost."""
         if speaks:
             errors.report_error(line)
         if stuck and self.heartbeats is not None:

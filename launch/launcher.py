@@ -174,10 +174,8 @@ def launcher_identity() -> dict[str, Any] | None:
 
 def slurm_job() -> str | None:
     """The id of the Slurm job that started this process, or an array task's `<array job>_<task>`; a requeue keeps it.
-
     An interactive allocation, in which many commands are run, is no such job: the shell of salloc (no task number, or
-    that of the interactive step) or of `srun --pty`, and steps started there.
-    """
+    that of the interactive step) or of `srun --pty`, and steps started there."""
     interactive = (os.environ.get("SLURM_STEP_ID") == "4294967290" or "SLURM_PTY_PORT" in os.environ
                    or os.environ.get("SLURM_JOB_NAME") == "interactive")  # salloc's defaults
     is_batch = os.environ.get("ENVIRONMENT") == "BATCH"  # whatever it inherits from the shell that submitted it

@@ -177,10 +177,7 @@ def run_job(job: Job, trainer: str, flags: list[str], *, steps: str, timeout_sec
 
 
 def execute(words: list[str], variables: dict[str, str], timeout_seconds: float) -> tuple[str | None, str]:
-    """Run a command: how it failed, or None, and what it printed. Stopped, and the command too, if that is asked for.
-
-    It has a session of its own, so that Ctrl-C reaches the benchmark alone.
-    """
+    """Run a command in a session of its own, which Ctrl-C does not reach: how it failed, or None; what it printed."""
     with tempfile.TemporaryFile() as log:
         process = subprocess.Popen(words, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=variables,
                                    start_new_session=True)
