@@ -6,7 +6,6 @@ import secrets
 import socket
 import time
 from collections.abc import Iterator
-from contextlib import suppress
 from datetime import timedelta
 
 import torch.distributed as dist
@@ -17,7 +16,6 @@ from launch.network import choose_interface, connect_problem, interface_address
 from launch.stop import moments
 
 RENDEZVOUS_SECONDS = 60  # for all ranks to have started; torchrun or srun starts them together
-PATHS_SECONDS = 20  # for all ranks to have tried their paths; they have all met a moment before
 STOP_SECONDS = 5  # for which a rank that was asked to stop waits for the others, so that all stop together
 
 
@@ -113,26 +111,18 @@ def check_paths(store: dist.Store, launch: Launch) -> None:
                    f"{host} has no interface {name} with an IPv4 address (it has {names})")
         if problem or store.add("reached", 1) == launch.world_size:
             store.set("paths", problem)  # what all wait for: the last rank says that all is well, any that it is not
-        if verdict := wait_for(store, "paths", PATHS_SECONDS + 5):
+        if verdict := store.get("paths").decode():
             raise DistributedError(f"{launch.address}:{launch.port}, interface {name}: {verdict}; set "
                                    f"GLOO_SOCKET_IFNAME to the interface that joins the nodes")
 
 
 def problem_with_next(store: dist.Store, launch: Launch) -> str:
-    """Why this rank cannot connect to the next; empty if it can."""
-    told = wait_for(store, f"path/{(launch.rank + 1) % launch.world_size}", PATHS_SECONDS)
-    with suppress(ValueError):
-        host, address, port, name = told.split()
-        if address.startswith("127.") and host != socket.gethostname():
-            return f"{host} cannot be reached by other nodes at {address}"
-        reason = connect_problem(address, int(port))
-        return reason and f"{socket.gethostname()} cannot connect to {host} at {address}:{port} ({name}): {reason}"
-    return told  # that there is no answer; or nothing, from a rank that says itself what is wrong
-
-
-def wait_for(store: dist.Store, key: str, seconds: float) -> str:
-    """The value of a key once it is there; after too long, a sentence that it is not."""
-    for _ in moments(seconds, pause=0.02):
-        if store.check([key]):
-            return store.get(key).decode()
-    return f"no answer ({key}) within {seconds:.0f} s"
+    """Why this rank cannot connect to the next; empty if it can, or if that one says itself what is wrong."""
+    told = store.get(f"path/{(launch.rank + 1) % launch.world_size}").decode()
+    if not told:
+        return ""
+    host, address, port, name = told.split()
+    if address.startswith("127.") and host != socket.gethostname():
+        return f"{host} cannot be reached by other nodes at {address}"
+    reason = connect_problem(address, int(port))
+    return reason and f"{socket.gethostname()} cannot connect to {host} at {address}:{port} ({name}): {reason}"
