@@ -95,7 +95,7 @@ def read_results(path: Path) -> dict[str, Any]:
 
 
 def comparison(old: dict[str, Any], new: dict[str, Any]) -> str:
-    """What else differs, then a table with a row for every set-up and batch that both have."""
+    """A table with a row for every set-up and batch that both have."""
     cells = [["set-up", "global batch", "old samples/s", "new samples/s", "new / old", "judgement"]]
     before = {(row["setup"], row["batch_size"]): row for row in measured(old["rows"])}
     for row in measured(new["rows"]):
@@ -103,8 +103,7 @@ def comparison(old: dict[str, Any], new: dict[str, Any]) -> str:
             was, now = other["samples_per_second"], row["samples_per_second"]
             cells.append([row["setup"], str(row["batch_size"]), f"{was:,.0f}", f"{now:,.0f}", f"{now / was:.3f}",
                           judgement(other, row)])
-    return "\n".join([*(f"differs: {difference}" for difference in differences(old, new)),
-                      as_table(cells) if len(cells) > 1 else "the two have no set-up and batch in common"])
+    return as_table(cells) if len(cells) > 1 else "the two have no set-up and batch in common"
 
 
 def judgement(old: dict[str, Any], new: dict[str, Any]) -> str:
@@ -112,13 +111,6 @@ def judgement(old: dict[str, Any], new: dict[str, Any]) -> str:
     return ("one round: noise unknown" if min(old["rounds"], new["rounds"]) < 2 else
             "faster, beyond the noise" if new["slowest_round"] > old["fastest_round"] else
             "slower, beyond the noise" if new["fastest_round"] < old["slowest_round"] else "within the noise")
-
-
-def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
-    """What else changed between the two, so that a ratio is not put down to the code alone."""
-    names = ("model", "trainer", "dataset", "recipe", "host", "processor", "cores", "gpus", "torch")
-    values = [(name, *({**results, **results["machine"]}.get(name) for results in (old, new))) for name in names]
-    return [f"{name}: {before} -> {after}" for name, before, after in values if before != after]
 
 
 def draw(results: dict[str, Any], path: Path) -> None:
