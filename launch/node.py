@@ -1,14 +1,15 @@
-"""Start torchrun on one node of several, once all the nodes can reach each other; slurm/common.sh runs it.
+"""Start torchrun on one node of several; slurm/common.sh runs it.
 
     srun --ntasks-per-node=1 python launch/node.py --nodes 2 --rendezvous node1:13455 --id 1734-0 -- \\
         --nproc-per-node 4 trainers/cifar.py --epochs 20
 
-What torchrun lacks: a rendezvous that cannot come up ends in one line, in a minute; nodes get an address that others
-can reach; a stop signal that comes again does not interrupt the ranks' saving; cut off, it ends when its ranks have.
+What torchrun lacks: a rendezvous that cannot come up ends in a minute; nodes get an address that others can reach; a
+stop signal that comes again does not interrupt the ranks' saving; cut off, it ends when its ranks have.
 """
 
 import argparse
 import errno
+import math
 import os
 import re
 import signal
@@ -23,19 +24,19 @@ from types import FrameType
 if not __package__:
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-from launch.errors import DistributedError, to_stderr
+from launch.errors import to_stderr
 from launch.files import ROOT
 from launch.launcher import host_names, parent_of, threads_per_rank
-from launch.network import address_among, connect_problem, interface_of
-from launch.stop import moments, signals_flag, stop_signals
+from launch.network import address_among, connect_problem
+from launch.stop import signals_flag, stop_signals
 
 ARRIVAL_SECONDS = 60  # for the slowest node; srun starts them together
-LINE_SECONDS = 5  # a node that has connected sends its line at once
+CONNECT_SECONDS = 40  # of which torch makes 60 by trying again
 CUT_OFF_SECONDS = 30  # without ranks and without a way to the rendezvous: a switch that restarts takes less
 
 
 def main() -> int:
-    """Wait for the other nodes, start torchrun, pass on the first stop signal, and return torchrun's exit code."""
+    """Start torchrun, pass on the first stop signal, and return torchrun's exit code."""
     parser = argparse.ArgumentParser(description="Start torchrun on one node of several.")
     parser.add_argument("--nodes", required=True, help="how many nodes, or the range 1:2 for an elastic run")
     parser.add_argument("--rendezvous", required=True, help="HOST:PORT at which the nodes meet")
@@ -47,83 +48,21 @@ def main() -> int:
     host, _, port = options.rendezvous.rpartition(":")
     node = int(os.environ.get("SLURM_NODEID", "0"))
     address = address_among([host, host_names(os.environ.get("SLURM_STEP_NODELIST") or host)[0 if node else -1]])
-    if options.nodes.isdigit() and int(options.nodes) > 1:  # 1:2 is elastic: none is waited for, one may come later
-        try:
-            if node == 0:
-                wait_as_host(int(port), num_nodes=int(options.nodes), token=options.id)
-            else:
-                wait_for_host(host, int(port), line=f"{options.id} {node}\n".encode())
-        except OSError as error:
-            reason = error.strerror or str(error)
-            where = f"{options.rendezvous} (interface {interface_of(address) or 'unknown'}, {address or 'no address'})"
-            to_stderr(f"node number {node}, {socket.gethostname()}: cannot meet at {where}: {reason}" if node else
-                      f"ERROR distributed: rendezvous {where}: {reason}; check that nothing blocks that port, or set "
-                      f"MASTER_PORT to a free one, or MASTER_ADDR to the first node's name on another network")
-            return DistributedError.exit_code
-    is_host = node == 0 if options.nodes.isdigit() else host == options.me
+    is_elastic = not options.nodes.isdigit()  # as 1:2: none is waited for, and one may come later
+    is_host = host == options.me if is_elastic else node == 0
     if address is None or address.startswith("127."):
         address = options.me  # which the other nodes know as something else
     rendezvous = ["--standalone"] if options.nodes == "1" else [
         f"--nnodes={options.nodes}", "--rdzv-backend=c10d", f"--rdzv-endpoint={options.rendezvous}",
         f"--rdzv-id={options.id}", f"--local-addr={address}",
-        f"--rdzv-conf=is_host={str(is_host).lower()},join_timeout={5 * ARRIVAL_SECONDS},last_call_timeout=15"]
+        f"--rdzv-conf=is_host={str(is_host).lower()},join_timeout={(5 if is_elastic else 1) * ARRIVAL_SECONDS},"
+        f"read_timeout={CONNECT_SECONDS},last_call_timeout=15"]
     command = options.command[1:] if options.command[:1] == ["--"] else options.command
     ranks = re.search(r"--nproc[-_]per[-_]node[ =](\d+)(?= |$)", " ".join(command))  # not `gpu`, which torchrun counts
     if ranks and int(ranks[1]) > 1:  # what the ranks would choose: torchrun prints a box where it is unset
         os.environ.setdefault("OMP_NUM_THREADS", str(threads_per_rank(int(ranks[1]))))
     words = [sys.executable, str(ROOT / "launch" / "torchrun.py"), *rendezvous, signals_flag(), *command]
     return supervise(words, host, int(port))
-
-
-def wait_as_host(port: int, *, num_nodes: int, token: str) -> None:
-    """Wait for a connection from every other node, then tell them all to start. Grows with the number of nodes."""
-    arrived: dict[str, socket.socket] = {}
-    deadline = time.monotonic() + ARRIVAL_SECONDS
-    with socket.create_server(("", port), backlog=num_nodes) as server:
-        while len(arrived) < num_nodes - 1:
-            server.settimeout(max(0.01, deadline - time.monotonic()))
-            try:
-                connection, _ = server.accept()
-            except TimeoutError:
-                missing = sorted({str(node) for node in range(1, num_nodes)} - arrived.keys(), key=int)
-                raise TimeoutError(f"{len(arrived) + 1} of {num_nodes} nodes came within {ARRIVAL_SECONDS} s; not node "
-                                   f"number {', '.join(missing[:8])} of the job, counted from 0") from None
-            connection.settimeout(LINE_SECONDS)
-            words = read_line(connection).split()
-            if len(words) == 2 and words[0] == token:
-                arrived[words[1]] = connection
-            else:
-                connection.close()  # another job's, or a port scanner
-        for connection in arrived.values():
-            connection.sendall(b"go\n")
-        for connection in arrived.values():
-            read_line(connection)  # its end: who closes first leaves no connection in TIME_WAIT on this port
-            connection.close()
-
-
-def wait_for_host(host: str, port: int, *, line: bytes) -> None:
-    """Connect to the first node, which may start later, and wait until it says `go`; OSError after a minute."""
-    refused = OSError("no answer")
-    for waited in moments(ARRIVAL_SECONDS):
-        try:
-            with socket.create_connection((host, port), timeout=LINE_SECONDS) as connection:
-                connection.sendall(line)
-                connection.settimeout(max(0.01, ARRIVAL_SECONDS - waited))
-                if read_line(connection) == "go\n":
-                    return
-                raise ConnectionError("what listens there is not this job")
-        except OSError as error:
-            refused = error
-    raise refused
-
-
-def read_line(connection: socket.socket) -> str:
-    """What a peer sends up to a newline or its end, at most 200 bytes; empty if it stays silent."""
-    try:
-        with connection.makefile(errors="replace") as file:
-            return file.readline(200)
-    except OSError:
-        return ""
 
 
 def supervise(command: list[str], host: str, port: int) -> int:
@@ -141,12 +80,12 @@ def supervise(command: list[str], host: str, port: int) -> int:
     process = subprocess.Popen(command)
     if passed_on:
         process.send_signal(passed_on[0])  # it came before there was anything to pass it on to
-    useful_at = time.monotonic()
+    useful_at = math.inf  # until it has ranks: launch/torchrun.py itself ends if it gets none
     while True:
         with suppress(subprocess.TimeoutExpired):
             code = process.wait(5)
             return code if code >= 0 else 128 - code  # a signal's number, as a shell reports it
-        if has_children(process.pid) or not unreachable(host, port):
+        if has_children(process.pid) or (useful_at < math.inf and not unreachable(host, port)):
             useful_at = time.monotonic()
         elif time.monotonic() - useful_at > CUT_OFF_SECONDS:
             to_stderr(f"{socket.gethostname()}: cut off from {host}:{port}, its ranks have ended; torchrun ended too")

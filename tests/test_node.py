@@ -28,6 +28,18 @@ def test_a_stop_signal_that_comes_again_and_again_does_not_interrupt_the_saving(
     assert (tmp_path / "saved").exists()
 
 
+@pytest.mark.timeout(60)
+def test_a_port_of_the_rendezvous_that_is_taken_is_one_line_at_once() -> None:
+    with socket.create_server(("", 0)) as server:
+        port = server.getsockname()[1]
+        done = execute([sys.executable, "launch/node.py", "--nodes=2", f"--rendezvous=localhost:{port}", "--id=1",
+                        "--", "--nproc-per-node=1", "trainers/cifar.py"], cwd=ROOT, timeout=40)
+    assert done.code == 6
+    assert len(done.err.splitlines()) == 1, done.err
+    assert f"ERROR distributed: rendezvous localhost:{port} (interface " in done.err
+    assert "address already in use; see that" in done.err
+
+
 def test_a_child_that_has_ended_but_was_not_collected_does_not_count():
     assert execute([sys.executable, str(PROGRAMS / "child_in_the_table.py")]).out.split() == ["False", "True", "False"]
 
