@@ -37,10 +37,9 @@ from datasets.images.packed import ENTRY, FORMAT, RECORD, is_whole, part_name, u
 from datasets.images.read import DECODER, BadImage, Stored, pixels, resize
 from datasets.listing import describe_left_out
 from launch.command_line import run
-from launch.errors import UsageError, say, to_stderr
+from launch.errors import AtLeast, UsageError, say, to_stderr
 from launch.files import replace_file, sync_folder
 from launch.launcher import usable_cores
-from launch.rules import AtLeast
 
 LONGEST_JPEG = 65_500  # pixels of a side that libjpeg writes
 

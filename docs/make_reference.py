@@ -17,7 +17,7 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 if __name__ == "__main__":  # run by path: our packages, not others of the same names
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from launch.rules import LARGEST, AtLeast, rules_of
+from launch.errors import LARGEST, AtLeast, rules_of
 from trainers.augment_flags import AugmentFlags
 from trainers.engine.config import TrainConfig
 from trainers.engine.schedule import ScheduleFlags

@@ -21,9 +21,8 @@ from launch.bench.runs import Job, calibrate, everything, parse_setup, plan, run
 from launch.bench.summary import measured, summarise, warnings_of
 from launch.bench.table import FORMAT, check_output_dir, comparison, draw, page, read_results
 from launch.command_line import run
-from launch.errors import UsageError, nearest, say, to_stderr
+from launch.errors import MOST_SECONDS, Above, AtLeast, UsageError, nearest, say, to_stderr
 from launch.files import ROOT, replace_file
-from launch.rules import MOST_SECONDS, Above, AtLeast
 from launch.stop import Stopped, catch_signals
 
 

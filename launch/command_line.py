@@ -20,8 +20,7 @@ import tyro
 import yaml
 
 from launch import errors
-from launch.errors import UsageError, nearest
-from launch.rules import check_numbers
+from launch.errors import UsageError, check_numbers, nearest
 from launch.stop import Stopped
 
 HELP_COLUMN = 27  # where the explanations of --help stand

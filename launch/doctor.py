@@ -23,9 +23,8 @@ from launch.checks.job import job_findings
 from launch.checks.machine import machine_findings
 from launch.checks.ranks import ranks_findings
 from launch.command_line import run
-from launch.errors import DeviceError, UsageError, say
+from launch.errors import MOST_SECONDS, Above, AtLeast, DeviceError, UsageError, say
 from launch.launcher import Launch, read_launch
-from launch.rules import MOST_SECONDS, Above, AtLeast
 
 
 @dataclass(frozen=True, kw_only=True)

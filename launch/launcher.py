@@ -9,8 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from launch.errors import UsageError
-from launch.rules import LARGEST
+from launch.errors import LARGEST, UsageError
 
 UUID = re.compile(r"[0-9a-f]{8}-[0-9a-f]{4}-4[0-9a-f]{3}-[0-9a-f]{4}-[0-9a-f]{12}")  # torchrun --standalone's run id
 REQUEUE = 1000  # what Slurm's restart counts in `restart`: one more than a torchrun ever restarts within it

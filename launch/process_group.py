@@ -10,13 +10,12 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
-from launch.errors import DistributedError, first_line, is_users
+from launch.errors import MOST_SECONDS, DistributedError, first_line, is_users
 from launch.failure import JobFailure, exit_after, translated
 from launch.launcher import Launch, choose_threads, read_launch
 from launch.machine import choose_backend, choose_device, keep_freed_memory
 from launch.network import library_defaults
 from launch.rendezvous import RENDEZVOUS_SECONDS, check_paths, described, meet
-from launch.rules import MOST_SECONDS
 from launch.watchdog import Watchdog, turn_on_flight_recorder
 
 T = TypeVar("T")

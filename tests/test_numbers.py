@@ -13,8 +13,7 @@ from launch.bench.runs import parse_setup
 from launch.benchmark import BenchmarkConfig, check
 from launch.command_line import parse
 from launch.doctor import DoctorConfig
-from launch.errors import UsageError
-from launch.rules import AtLeast, rules_of
+from launch.errors import AtLeast, UsageError, rules_of
 from tests.helpers.processes import ROOT
 from tests.helpers.server import run
 from trainers import cifar, custom, fashion_mnist, image_folder, mnist, regression

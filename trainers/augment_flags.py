@@ -13,9 +13,8 @@ from datasets.augment import Augmentation, KeyedTransforms
 from datasets.mixing import mixed
 from datasets.tensors import ThreeSplits, hold_out
 from datasets.transforms import image_loaders
-from launch.errors import UsageError
+from launch.errors import AtLeast, UsageError
 from launch.process_group import World
-from launch.rules import AtLeast
 from launch.stop import ignore_signals
 from trainers.engine.config import ImageConfig, Statistics
 from trainers.engine.once_per_node import once_per_node

@@ -26,8 +26,7 @@ from datasets import cifar, synthetic
 from datasets.augment import Augmentation
 from datasets.tensors import TensorDataset
 from launch.command_line import run
-from launch.errors import UsageError
-from launch.rules import AtLeast
+from launch.errors import AtLeast, UsageError
 from trainers import models
 from trainers.augment_flags import AugmentFlags, load_splits
 from trainers.engine.session import entry_point, open_run, train_classifier

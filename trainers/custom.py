@@ -34,9 +34,8 @@ from datasets.images.loaders import Key
 from datasets.mixing import mixed
 from datasets.samples import Explain, Reading, Splits, sample_loaders
 from launch.command_line import run
-from launch.errors import UsageError, to_stderr
+from launch.errors import AtLeast, UsageError, to_stderr
 from launch.process_group import World, gather
-from launch.rules import AtLeast
 from trainers import models
 from trainers.engine import user_code
 from trainers.engine.config import TrainConfig

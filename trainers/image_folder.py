@@ -41,9 +41,8 @@ from datasets.pack import Packing, smaller
 from datasets.samples import Splits
 from datasets.transforms import Images, decoded, transformed_loaders
 from launch.command_line import run
-from launch.errors import UsageError, printable, say, to_stderr
+from launch.errors import Above, AtLeast, UsageError, printable, say, to_stderr
 from launch.process_group import World, from_main, gather
-from launch.rules import Above, AtLeast
 from trainers import models
 from trainers.augment_flags import AugmentFlags
 from trainers.engine.config import IMAGENET, Statistics

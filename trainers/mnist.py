@@ -22,8 +22,7 @@ if __name__ == "__main__":
 from datasets import mnist, synthetic_digits
 from datasets.augment import Augmentation
 from launch.command_line import run
-from launch.errors import UsageError
-from launch.rules import AtLeast
+from launch.errors import AtLeast, UsageError
 from trainers import models
 from trainers.augment_flags import AugmentFlags, load_splits
 from trainers.engine.session import entry_point, open_run, train_classifier

@@ -33,11 +33,10 @@ from datasets.listing import describe_left_out, find_images
 from datasets.samples import Reading, unless_failed
 from datasets.transforms import full_size, takes_train
 from launch.command_line import parse, run
-from launch.errors import CheckpointError, UsageError, first_line, say, to_stderr
+from launch.errors import AtLeast, CheckpointError, UsageError, first_line, say, to_stderr
 from launch.launcher import read_launch
 from launch.machine import choose_device
 from launch.process_group import World
-from launch.rules import AtLeast
 from trainers import models
 from trainers.engine.checkpoints.load import check_fits, load_or_fail, newest_good
 from trainers.engine.data_record import saved_class_names

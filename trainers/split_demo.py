@@ -17,9 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from launch.command_line import run
-from launch.errors import UsageError, say
+from launch.errors import AtLeast, UsageError, say
 from launch.process_group import World, gather, process_group
-from launch.rules import AtLeast
 from trainers.engine.parallel import ParallelName, choose_parallel, parallelize
 
 INPUT_SIZE, OUTPUT_SIZE, BATCH_SIZE, NUM_SAMPLES = 5, 2, 30, 100  # the tutorial's

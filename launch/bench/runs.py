@@ -17,11 +17,10 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from launch.errors import UsageError, nearest, to_stderr
+from launch.errors import AtLeast, UsageError, check_number, nearest, to_stderr
 from launch.files import ROOT, read_object
 from launch.launcher import usable_cores
 from launch.machine import processor
-from launch.rules import AtLeast, check_number
 from launch.stop import moments
 
 COUNT = AtLeast(1, most=1024)  # devices of a set-up, threads of a rank

@@ -1,5 +1,5 @@
 """The flags that every trainer shares; its own config inherits from TrainConfig and adds others.
-Each field is a flag, its docstring the help, None means off. A number's range (launch/rules.py) stands beside it."""
+Each field is a flag, its docstring the help, None means off. A number's range (launch/errors.py) stands beside it."""
 
 import importlib.util
 import re
@@ -10,9 +10,8 @@ from typing import Annotated, Any, ClassVar, Literal
 
 import tyro
 
-from launch.errors import UsageError
+from launch.errors import LARGEST, MOST_SECONDS, Above, AtLeast, UsageError, check_numbers
 from launch.launcher import default_workers, read_launch
-from launch.rules import LARGEST, MOST_SECONDS, Above, AtLeast, check_numbers
 from trainers.engine.parallel import ParallelName
 from trainers.engine.precision import PrecisionName
 from trainers.engine.schedule import ScheduleFlags

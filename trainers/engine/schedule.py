@@ -8,8 +8,7 @@ from typing import Annotated, ClassVar, Literal
 
 import tyro
 
-from launch.errors import UsageError
-from launch.rules import AtLeast
+from launch.errors import AtLeast, UsageError
 
 ScheduleName = Literal["constant", "linear", "step", "cosine", "onecycle"]
 START, PEAK_AT, END = 0.2, 0.23, 0.07  # of onecycle: cifar10-airbench's triangle

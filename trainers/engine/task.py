@@ -9,8 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from launch.errors import UsageError
-from launch.rules import Above, AtLeast
+from launch.errors import Above, AtLeast, UsageError
 from trainers.engine.user_code import Reference
 
 Batch = tuple[Any, Any]  # inputs and targets: tensors, or dicts and tuples of them
