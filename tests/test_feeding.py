@@ -1,6 +1,7 @@
 """How batches reach the steps: workers by default, shared memory, a side stream, and how long steps wait for them."""
 
 import gc
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, ClassVar
@@ -12,11 +13,13 @@ from torch import nn
 from datasets import image_folder, pack
 from datasets.images import packed
 from datasets.images.loaders import Decoder, Decoding, Key
-from datasets.images.workers import HEADER, MOST_SLOTS, slots_of_workers
+from datasets.images.unreadable import BadImages
+from datasets.images.workers import NUM_PLACES, PREFETCHED
 from datasets.pack import PackConfig
 from launch import launcher
 from launch.process_group import World
-from tests.helpers.images import PLAIN, Noted, write_tree
+from tests.helpers.images import PLAIN, Noted, image_loaders, write_tree
+from tests.helpers.processes import wait_until
 from trainers.engine.config import TrainConfig
 from trainers.engine.history import History
 from trainers.engine.step import DataWait, TrainStep
@@ -61,61 +64,63 @@ def test_packs_of_pixels_and_caches_need_no_worker(tmp_path: Path, monkeypatch: 
         assert ("--workers from 2" if expected else "--threads") in loaders["train"].remedy
 
 
-def test_a_batch_of_a_worker_is_written_into_shared_memory_once(tmp_path: Path) -> None:
+def test_a_batch_of_a_worker_is_written_into_shared_memory_once_and_into_the_same_again(tmp_path: Path) -> None:
     train, _ = image_folder.load(write_tree(tmp_path / "images"))
     assert train is not None
     decoder = Decoder(Noted(Decoding(splits={"train": train}, size=24)), workers=1)
-    shared, batch = next(decoder.decode("train", [torch.arange(12)], 0))
-    assert shared  # as it was made, not by a copy on its way here
-    assert batch.images.data_ptr() - HEADER in {memory.ctypes.data for memory in slots_of_workers.values()}
-    assert torch.equal(batch.images, Decoding(splits={"train": train}, size=24)[BATCH].images)  # type: ignore
+    expected = Decoding(splits={"train": train}, size=24)[BATCH].images  # type: ignore
+    places = set()
+    for place, batch in decoder.decode("train", [torch.arange(12)] * 20, 0):
+        assert place  # as it was made, not by a copy on its way here
+        places.add(place)
+        assert torch.equal(batch.images, expected)
+    assert len(places) == NUM_PLACES
 
 
-@pytest.mark.parametrize("held", [1, 3, 40])
-def test_memory_is_used_again_and_never_while_somebody_holds_a_batch_in_it(held: int, tmp_path: Path) -> None:
-    folder = write_tree(tmp_path / "images")
-    sorted(folder.rglob("train/*/*"))[5].write_bytes(b"no image")  # of its batches a copy is sent, without it
-    train, _ = image_folder.load(folder)
-    assert train is not None
-    decoding = Decoding(splits={"train": train, "test": train}, size=24, smallest_area=0.3)
-    keys = [Key("test" if epoch % 5 == 4 else "train", list(range(start, start + 4 + epoch % 2)), epoch)
-            for epoch in range(20) for start in (0, 4, 7)]
-    keys = [key for key in keys if key.split == "test" or not set(key.samples) & unreadable(train)]
-    expected = [decoding[key].images.clone() for key in keys]  # type: ignore
-    decoder, batches, places = Decoder(decoding, workers=2), [], set()
-    for number, batch in enumerate(decoder.batches(keys)):
-        batches.append((number, batch.images))
-        places.add(batch.images.data_ptr())
-        for earlier, images in batches:
-            assert torch.equal(images, expected[earlier])
-        del batches[: len(batches) - held]
-    pids = {process.pid for process in decoder.processes}
-    kept = [memory for (pid, _), memory in slots_of_workers.items() if pid in pids]
-    assert 0 < len(kept) <= 2 * MOST_SLOTS
-    if held == 1:
-        assert len(places) < len(keys) / 2
-    del batch, batches, images  # pyright: ignore
-    assert not any(memory[0] for memory in kept)
-
-
-def unreadable(train: Any) -> set[int]:
-    return {sample for sample in range(len(train)) if Path(train.path(sample)).read_bytes() == b"no image"}
-
-
-def test_a_decoder_that_is_dropped_ends_its_workers_and_forgets_their_memory(tmp_path: Path) -> None:
+def test_a_batch_in_use_is_not_written_over_by_those_that_wait(tmp_path: Path) -> None:
     train, _ = image_folder.load(write_tree(tmp_path / "images"))
     assert train is not None
-    before = set(slots_of_workers)
+    decoding = Decoding(splits={"train": train}, size=24, smallest_area=0.3)
+    keys = [Key("train", list(range(4)), epoch) for epoch in range(8)]
+    decoder = Decoder(decoding, workers=1)
+    for number, batch in enumerate(decoder.batches(keys)):
+        queue = decoder.loader._iterator._worker_result_queue  # type: ignore
+        wait_until(lambda: queue.qsize() == min(PREFETCHED, 7 - number), 60)  # noqa: B023  it is called at once
+        assert torch.equal(batch.images, decoding[keys[number]].images)  # type: ignore
+
+
+@pytest.mark.parametrize("held", [1, 40])
+def test_batches_stay_as_they_are_while_somebody_holds_them(held: int, tmp_path: Path) -> None:
+    folder = write_tree(tmp_path / "images")
+    sorted(folder.rglob("train/*/*"))[5].write_bytes(b"no image")  # of its batch a copy is sent, without it
+    train, _ = image_folder.load(folder)
+    assert train is not None
+    alone, by_workers = (image_loaders({"train": train, "test": train}, workers=workers, bad_images=BadImages(1),
+                                       evaluation_batch_size=7) for workers in (0, 2))
+
+    def batches(loaders: dict[str, Any]) -> Iterator[torch.Tensor]:
+        for epoch in range(2):
+            yield from (images for images, _ in loaders["train"].batches(epoch, 0))
+            yield from (images for images, _ in loaders["test"])
+
+    kept: list[tuple[torch.Tensor, torch.Tensor]] = []
+    for pair in zip(batches(by_workers), batches(alone), strict=True):
+        kept.append(pair)
+        assert all(torch.equal(one, other) for one, other in kept)
+        del kept[: len(kept) - held]
+
+
+def test_a_decoder_that_is_dropped_ends_its_workers(tmp_path: Path) -> None:
+    train, _ = image_folder.load(write_tree(tmp_path / "images"))
+    assert train is not None
     decoder = Decoder(Decoding(splits={"train": train}, size=24), workers=2)
     list(decoder.decode("train", [torch.arange(6)] * 4, 0))
     processes = decoder.processes
-    assert set(slots_of_workers) - before
     del decoder
     gc.collect()
     for process in processes:
         process.join(20)
         assert not process.is_alive()
-    assert not {pid for pid, _ in slots_of_workers} & {process.pid for process in processes}
 
 
 def test_threads_alter_no_pixel_of_a_pack(tmp_path: Path) -> None:

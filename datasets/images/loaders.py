@@ -9,6 +9,7 @@ import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from multiprocessing.process import BaseProcess
 from typing import Any, NamedTuple
 
@@ -22,7 +23,7 @@ from datasets.errors import DataError
 from datasets.images.packed import ImageSource
 from datasets.images.read import BadImage, FitName, InterpolationName, random_window, to_square
 from datasets.images.unreadable import BadImages
-from datasets.images.workers import WorkerStart, blocked_signals, empty_batch, end_workers, worker_context
+from datasets.images.workers import PREFETCHED, blocked_signals, empty_batch, end_workers, start_worker, worker_context
 from datasets.loaders import Batch, sent
 
 Bad = list[tuple[str, str]]  # path and reason of each unreadable image
@@ -143,7 +144,8 @@ class Decoder:
             decoding, batch_size=None, sampler=self.keys, num_workers=workers, pin_memory=pin_memory,
             collate_fn=as_it_is,  # pyright: ignore[reportArgumentType]
             multiprocessing_context=worker_context() if workers else None, persistent_workers=workers > 0,
-            worker_init_fn=WorkerStart(prepare_worker, workers_end) if workers else None,
+            worker_init_fn=partial(start_worker, prepare_worker, workers_end) if workers else None,
+            prefetch_factor=PREFETCHED if workers else None,
             generator=torch.Generator(),  # its own: numbers taken from torch's would alter the dropout of this step
         )
 

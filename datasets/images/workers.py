@@ -14,7 +14,7 @@ import signal
 import sys
 import tempfile
 import threading
-import weakref
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from multiprocessing import forkserver, resource_tracker
 from multiprocessing.connection import Connection
@@ -36,10 +36,10 @@ from datasets.errors import DataError
 PRELOADED = ["torch", "torch.utils.data", "torchvision.transforms.v2", "PIL.Image", "simplejpeg"]
 MORE_ROOM = "give it more with docker run --shm-size=8g, or train with fewer --workers"
 MOST_LOCKS = 64  # of a pool; each is a file in /dev/shm
-HEADER = 64  # bytes of a slot before its batch
-MOST_SLOTS = 8  # of a worker, which are kept; two batches wait for the training process, and it may hold others
-slots: list["Slot"] = []  # of this worker
-slots_of_workers: dict[tuple[int, int], np.ndarray] = {}  # in the training process, by process id and number
+PREFETCHED = 2  # batches of a worker that wait for the training process
+NUM_PLACES = PREFETCHED + 1  # one more is in use there, until it asks for the next: as floats it lies elsewhere
+places: deque[Tensor] = deque()  # of this worker
+mapped: deque[Tensor] = deque(maxlen=16 * NUM_PLACES)  # in the training process: the places of up to 16 workers
 LONGEST_FOLDER = 60  # characters of TMPDIR; the whole path of a socket in it may have 107
 
 
@@ -71,16 +71,19 @@ def shared_memory() -> str:
 
 
 def shared_or_whole(tensor: Tensor) -> tuple[Any, ...]:
-    """How a worker pickles a tensor: as the slot it is in, in other shared memory or, without room, through a pipe.
+    """How a worker pickles a tensor: in shared memory or, where that has no room, whole, through a pipe.
     Left alone, DataLoader finds out in a thread, which drops the batch: the training process waits without end."""
-    for number, slot in enumerate(slots):
-        if tensor.data_ptr() == slot.memory[HEADER:].ctypes.data:
-            first, slot.is_known, slot.memory[0] = not slot.is_known, True, 1
-            return from_slot, ((os.getpid(), number), slot.whole if first else None, tensor.shape, tensor.stride())
     try:
-        return reduce_tensor(tensor.share_memory_())
+        details = reduce_tensor(tensor.share_memory_())
+        return (from_place, details) if any(tensor.data_ptr() == place.data_ptr() for place in places) else details
     except (RuntimeError, OSError):
         return from_pipe, (tensor.numpy(),)
+
+
+def from_place(rebuild: Callable[..., Tensor], details: tuple[Any, ...]) -> Tensor:
+    """In the training process: a batch whose memory stays mapped, for the next ones in it."""
+    mapped.append(rebuild(*details))
+    return mapped[-1]
 
 
 def from_pipe(array: np.ndarray) -> Tensor:
@@ -96,74 +99,32 @@ def warn_of_pipes() -> None:
                      f"which is slower; {MORE_ROOM}\n")
 
 
-class Slot:
-    """Shared memory for one batch after another: the first write to new pages costs a sixth of reading stored pixels.
-
-    It is free once nobody holds a tensor in it, in the worker or in the training process, which says so in its first
-    byte. Both know it by the garbage collector, so no batch is overwritten that somebody could still read."""
-
-    def __init__(self, num_bytes: int) -> None:
-        storage = torch.UntypedStorage._new_shared(HEADER + num_bytes)
-        self.whole = torch.empty(0, dtype=torch.uint8).set_(storage)  # pyright: ignore
-        self.memory = self.whole.numpy()
-        self.is_known = False  # to the training process
-        self.held: Callable[[], Any] = lambda: None  # what this worker holds of it, if that is still there
-
-    def tensor(self, shape: Sequence[int]) -> Tensor:
-        """Its memory, taken."""
-        batch = self.memory[HEADER : HEADER + math.prod(shape)]
-        self.held = weakref.ref(batch)
-        return torch.from_numpy(batch).view(shape)
-
-    def fits(self, num_bytes: int) -> bool:
-        """Whether it is free, and large enough."""
-        return not self.memory[0] and self.held() is None and HEADER + num_bytes <= len(self.memory)
-
-
 def empty_batch(*shape: int) -> Tensor:
-    """Room for uint8 images; of a worker in shared memory, if that has room, so that they are not copied there."""
+    """Room for uint8 images; of a worker in shared memory, if that has room, so that they are not copied there.
+    A worker writes in turn to the same places: the first write to new pages costs a sixth of reading stored pixels."""
     if get_worker_info() is not None:
-        slot = next((slot for slot in slots if slot.fits(math.prod(shape))), None)
         with contextlib.suppress(RuntimeError):
-            if slot is None:
-                slot = Slot(math.prod(shape))
-                if len(slots) < MOST_SLOTS:
-                    slots.append(slot)
-            return slot.tensor(shape)
+            place = places.popleft() if len(places) == NUM_PLACES else torch.empty(0, dtype=torch.uint8)
+            if len(place) < math.prod(shape):
+                place = torch.empty(math.prod(shape), dtype=torch.uint8).share_memory_()
+            places.append(place)
+            return place[: math.prod(shape)].view(shape)
     return torch.empty(shape, dtype=torch.uint8)
 
 
-def from_slot(key: tuple[int, int], whole: Tensor | None, shape: Sequence[int], stride: Sequence[int]) -> Tensor:
-    """In the training process: a batch in a slot of a worker, which comes along the first time."""
-    if whole is not None:
-        slots_of_workers[key] = whole.numpy()
-    memory = slots_of_workers[key]
-    batch = memory[HEADER : HEADER + math.prod(shape)]
-    weakref.finalize(batch, memory.__setitem__, 0, 0).atexit = False
-    return torch.from_numpy(batch).as_strided(shape, stride)
+def start_worker(prepare: Callable[[], None] | None, lifeline: Connection, worker: int) -> None:
+    """What a worker does first. Its parent is the server, so it would outlive a killed training process: it waits on a
+    pipe whose other end that process alone holds, and ends when it closes, however it died."""
+    ForkingPickler.register(Tensor, shared_or_whole)
+    if prepare is not None:
+        prepare()
 
+    def end_with_parent() -> None:
+        with contextlib.suppress(EOFError, OSError):
+            lifeline.recv_bytes()
+        os._exit(1)
 
-class WorkerStart:
-    """What a worker does first, in the form that DataLoader calls and can send to it.
-
-    The workers' parent is the server, so they would outlive a killed training process. Each therefore waits on a pipe
-    whose other end that process alone holds, and ends when it closes, however it died."""
-
-    def __init__(self, prepare: Callable[[], None] | None, lifeline: Connection) -> None:
-        self.prepare, self.lifeline = prepare, lifeline
-
-    def __call__(self, worker: int) -> None:
-        """Prepare this worker."""
-        ForkingPickler.register(Tensor, shared_or_whole)
-        if self.prepare is not None:
-            self.prepare()
-
-        def end_with_parent() -> None:
-            with contextlib.suppress(EOFError, OSError):
-                self.lifeline.recv_bytes()
-            os._exit(1)
-
-        threading.Thread(target=end_with_parent, name="lifeline", daemon=True).start()
+    threading.Thread(target=end_with_parent, name="lifeline", daemon=True).start()
 
 
 def end_workers(processes: Sequence[BaseProcess], lifeline: Connection) -> None:
@@ -171,8 +132,7 @@ def end_workers(processes: Sequence[BaseProcess], lifeline: Connection) -> None:
     lifeline.close()
     for process in processes:
         process.kill()
-    for key in [key for key in slots_of_workers if key[0] in {process.pid for process in processes}]:
-        del slots_of_workers[key]
+    mapped.clear()
 
 
 @contextlib.contextmanager

@@ -19,7 +19,6 @@ from datasets.images.loaders import DecodedImages, Decoder, Decoding
 from datasets.images.packed import ImageSource
 from datasets.images.read import pixels, read_file, to_square
 from datasets.images.unreadable import BadImages
-from datasets.images.workers import HEADER, slots
 from datasets.loaders import split_loaders
 
 # 20 steps in two epochs of a network without BatchNorm and dropout, every random choice on
@@ -121,11 +120,12 @@ def write_idx(path: Path, array: np.ndarray) -> None:
 
 
 class Noted(torch.utils.data.Dataset):
-    """Batches with whether they were in the worker's shared memory when they were made."""
+    """Batches with where they were in the worker's shared memory when they were made; None if they were not."""
 
     def __init__(self, decoding: Decoding) -> None:
         self.decoding = decoding
 
     def __getitem__(self, key: Any) -> Any:
         batch = self.decoding[key]
-        return any(batch.images.data_ptr() == slot.memory[HEADER:].ctypes.data for slot in slots), batch  # type: ignore
+        images = batch.images  # type: ignore
+        return images.data_ptr() if images.is_shared() else None, batch
