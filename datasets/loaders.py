@@ -28,12 +28,14 @@ class TrainLoader:
         self.read, self.sampler, self.rank_batch_size = read, sampler, rank_batch_size
         self.remedy = remedy  # what a user can do where training waits for these batches
         self.steps_per_epoch, self.global_batch_size = sampler.steps_per_epoch, sampler.global_batch_size
+        self.mix: Callable[[Iterator[Any], Tensor, int], Iterator[Any]] | None = None  # of batches, samples and epoch
 
     def batches(self, epoch: int, samples_consumed: int) -> Iterator[Any]:
         """The rest of the epoch, in micro-batches of `rank_batch_size`."""
         self.sampler.set_position(epoch, samples_consumed)
-        parts = self.sampler.indices().split(self.rank_batch_size)
-        yield from self.read([part for part in parts if len(part)], epoch)  # of no samples, split makes one empty part
+        samples = self.sampler.indices()
+        batches = self.read([part for part in samples.split(self.rank_batch_size) if len(part)], epoch)
+        yield from batches if self.mix is None else self.mix(batches, samples, epoch)
 
 
 class EvaluationLoader:
@@ -47,20 +49,19 @@ class EvaluationLoader:
         return self.read([part for part in share.split(self.batch_size) if len(part)], 0)
 
 
-def split_loaders(reads: Mapping[str, Read], sizes: Mapping[str, int], *, batch_size: int, rank_batch_size: int,
-                  seed: int, rank: int, world_size: int, remedy: str = "", evaluation_batch_size: int = 64
-                  ) -> dict[str, Any]:
-    """The loader of each split on this rank, by name: of `train` one to train with, of others to evaluate with.
-    DataError if the training set is smaller than one global batch."""
+def split_loaders(reads: Mapping[str, tuple[Read, int]], *, batch_size: int, rank_batch_size: int, seed: int, rank: int,
+                  world_size: int, remedy: str = "", evaluation_batch_size: int = 64) -> dict[str, Any]:
+    """The loader of each split on this rank, by name, from its `Read` and number of samples: of `train` one to train
+    with, of others to evaluate with. DataError if the training set is smaller than one global batch."""
     loaders: dict[str, Any] = {}
-    for split, read in reads.items():
+    for split, (read, num_samples) in reads.items():
         if split == "train":
-            check_size(sizes[split], batch_size)
-            sampler = ResumableSampler(range(sizes[split]), global_batch_size=batch_size, rank=rank,
+            check_size(num_samples, batch_size)
+            sampler = ResumableSampler(range(num_samples), global_batch_size=batch_size, rank=rank,
                                        world_size=world_size, seed=seed)
             loaders[split] = TrainLoader(read, sampler, rank_batch_size=rank_batch_size, remedy=remedy)
         else:
-            share = evaluation_indices(sizes[split], rank=rank, world_size=world_size)
+            share = evaluation_indices(num_samples, rank=rank, world_size=world_size)
             loaders[split] = EvaluationLoader(read, share, batch_size=evaluation_batch_size)
     return loaders
 
@@ -77,13 +78,12 @@ def sent(tensor: Tensor, device: torch.device) -> Tensor:
 
 
 class InMemory:
-    """A `Read` of a data set on the device: augmented, or only normalised; without either, inputs as they are."""
+    """A `Read` of one split on the device: augmented (`train`) or normalised; without images, inputs as they are."""
 
-    def __init__(self, dataset: TensorDataset, device: torch.device, augmentation: Augmentation | None = None,
-                 normalize: Callable[[Tensor], Tensor] | None = None) -> None:
+    def __init__(self, split: str, dataset: TensorDataset, images: Augmentation | None, device: torch.device) -> None:
+        self.images, self.trains = images, split == "train"
         inputs, self.targets = dataset.inputs.to(device), dataset.targets.to(device)
-        self.inputs = inputs if augmentation is None else augmentation.prepare(inputs)
-        self.augmentation, self.normalize = augmentation, normalize
+        self.inputs = images.prepare(inputs) if images is not None and self.trains else inputs
 
     def __call__(self, parts: Sequence[Tensor], epoch: int) -> Iterator[Batch]:
         """Several batches are prepared at once, where they are small."""
@@ -92,25 +92,15 @@ class InMemory:
         together = max(1, min(most_samples, most_bytes // max(1, self.inputs[:1].nbytes)) // size)
         for start in range(0, len(parts), together):
             samples = sent(torch.cat(list(parts[start : start + together])), self.inputs.device)
-            if self.augmentation is not None:
-                inputs = self.augmentation(self.inputs, samples, epoch=epoch)
+            if self.images is not None and self.trains:
+                inputs = self.images(self.inputs, samples, epoch=epoch)
             else:
-                inputs = self.inputs[samples] if self.normalize is None else self.normalize(self.inputs[samples])
+                inputs = self.inputs[samples] if self.images is None else self.images.normalize(self.inputs[samples])
             yield from zip(inputs.split(size), self.targets[samples].split(size), strict=True)
 
 
-def train_loader(dataset: TensorDataset | None, augmentation: Augmentation | None, *, device: torch.device, **how: Any
-                 ) -> TrainLoader | None:
-    """The training loader of one rank; None of no data set, where nothing is trained. See split_loaders."""
-    if dataset is None:
-        return None
-    return split_loaders({"train": InMemory(dataset, device, augmentation)}, {"train": len(dataset)}, **how)["train"]
-
-
-def evaluation_loader(dataset: TensorDataset | None, normalize: Callable[[Tensor], Tensor] | None, *, rank: int,
-                      world_size: int, device: torch.device, batch_size: int = 500) -> EvaluationLoader | None:
-    """The evaluation loader of one rank, None of no data; `normalize` makes what the network sees of stored inputs."""
-    if dataset is None:
-        return None
-    share = dataset.subset(torch.arange(len(dataset))[rank::world_size])  # no more of it is on the device
-    return EvaluationLoader(InMemory(share, device, normalize=normalize), range(len(share)), batch_size=batch_size)
+def memory_loaders(splits: Mapping[str, TensorDataset], images: Augmentation | None, *, device: torch.device, **how: Any
+                   ) -> dict[str, Any]:
+    """The loader of each split on this rank, for data in memory. See split_loaders."""
+    reads = {name: (InMemory(name, dataset, images, device), len(dataset)) for name, dataset in splits.items()}
+    return split_loaders(reads, evaluation_batch_size=500, **how)

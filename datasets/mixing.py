@@ -5,6 +5,7 @@ of (seed, epoch, its first sample): the same at any world size, with any workers
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -50,6 +51,21 @@ class Mixing:
         labels = F.one_hot(targets, self.num_classes) if targets.ndim == 1 else targets
         return with_partner(inputs, of_pixels), with_partner(labels.float(), kept[:, None])
 
+    def batches(self, batches: Iterator[Any], samples: Tensor, epoch: int, *, seed: int, device: torch.device
+                ) -> Iterator[Batch]:
+        """Mixed batches of these samples, in order. DataError for inputs that cannot be mixed."""
+        if self.off_epoch is not None and epoch >= self.off_epoch:
+            yield from batches
+            return
+        drawn = self.draw(samples[::2].to(device), seed=seed, epoch=epoch)
+        for inputs, targets in batches:
+            if not (isinstance(inputs, Tensor) and inputs.ndim == 4 and inputs.is_floating_point()):
+                raise DataError("--mixup and --cutmix: mix images, floats (B, C, H, W), and the inputs are none; leave "
+                                "both out")
+            images, labels = (tensor.to(device, non_blocking=True) for tensor in (inputs, targets))
+            of_pairs, drawn = drawn.tensor_split([len(inputs) // 2])
+            yield self(images, labels, of_pairs)
+
 
 def span(kept: Tensor, middle: Tensor, length: int) -> Tensor:
     """1 for the rows (or columns) of each pair's box, else 0: float32 (P, length), rounded as in CutMix's own code."""
@@ -64,33 +80,11 @@ def with_partner(values: Tensor, kept: Tensor) -> Tensor:
     return torch.lerp(pairs.flip(1), pairs, kept[:, None].to(values.dtype)).flatten(0, 1)
 
 
-class MixedBatches:
-    """A training loader whose batches are mixed. Partners stay on one rank after `off_epoch` too."""
-
-    def __init__(self, loader: Any, mixing: Mixing, device: torch.device) -> None:
-        self.loader, self.mixing, self.device = loader, mixing, device
-        self.steps_per_epoch, self.global_batch_size = loader.steps_per_epoch, loader.global_batch_size
-        self.remedy = loader.remedy
-        loader.sampler.group_size = 2
-
-    def batches(self, epoch: int, samples_consumed: int) -> Iterator[Batch]:
-        """The rest of the epoch, in micro-batches. DataError for inputs that cannot be mixed."""
-        batches, sampler = self.loader.batches(epoch, samples_consumed), self.loader.sampler
-        if self.mixing.off_epoch is not None and epoch >= self.mixing.off_epoch:
-            yield from batches
-            return
-        sampler.set_position(epoch, samples_consumed)
-        drawn = self.mixing.draw(sampler.indices()[::2].to(self.device), seed=sampler.seed, epoch=epoch)
-        for (inputs, targets), of_pairs in zip(batches, drawn.split(self.loader.rank_batch_size // 2), strict=True):
-            if not (isinstance(inputs, Tensor) and inputs.ndim == 4 and inputs.is_floating_point()):
-                raise DataError("--mixup and --cutmix: mix images, floats (B, C, H, W), and the inputs are none; leave "
-                                "both out")
-            images, labels = (tensor.to(self.device, non_blocking=True) for tensor in (inputs, targets))
-            yield self.mixing(images, labels, of_pairs)
-
-
 def mixed(loaders: dict[str, Any], how: Mapping[str, Any], *, num_classes: int, device: torch.device) -> dict[str, Any]:
-    """The loaders of one rank, by split, the training batches mixed by `how`: arguments of Mixing, or none at all."""
-    if not how or "train" not in loaders:
-        return loaders
-    return {**loaders, "train": MixedBatches(loaders["train"], Mixing(num_classes=num_classes, **how), device)}
+    """The loaders of one rank, by split, the training batches mixed by `how`: arguments of Mixing, or none at all.
+    Partners stay on one rank after `off_epoch` too."""
+    if how and (loader := loaders.get("train")) is not None:
+        loader.sampler.group_size = 2
+        mixing = Mixing(num_classes=num_classes, **how)
+        loader.mix = partial(mixing.batches, seed=loader.sampler.seed, device=device)
+    return loaders

@@ -32,7 +32,7 @@ from datasets.augment import Augmentation
 from datasets.images import packed
 from datasets.images.loaders import DecodedImages, Decoder, Decoding
 from datasets.images.unreadable import BadImages
-from datasets.loaders import train_loader
+from datasets.loaders import memory_loaders
 from datasets.tensors import TensorDataset
 
 SHIFT = 2
@@ -76,9 +76,8 @@ def single_samples(train: TensorDataset, kind: str, batch_size: int, workers: in
 def whole_batches(train: TensorDataset, batch_size: int) -> Iterator[Any]:
     """Ours, epoch after epoch."""
     augmentation = Augmentation(seed=0, mean=synthetic.MEAN, std=synthetic.STD, shift=SHIFT, flip="random")
-    loader = train_loader(train, augmentation, batch_size=batch_size, rank_batch_size=batch_size, rank=0, world_size=1,
-                          seed=0, device=torch.device("cpu"))
-    assert loader is not None
+    loader = memory_loaders({"train": train}, augmentation, batch_size=batch_size, rank_batch_size=batch_size, rank=0,
+                            world_size=1, seed=0, device=torch.device("cpu"))["train"]
     for epoch in itertools.count():
         yield from loader.batches(epoch, 0)
 

@@ -217,10 +217,9 @@ def sample_loaders(reading: Reading, *, device: torch.device, workers: int = 0,
     sample 0 cannot be read, and a warning where random choices cannot be keyed."""
     decoder = Decoder(reading, workers=workers, pin_memory=device.type == "cuda", prepare_worker=prepare_worker)
     present = reading.splits.present()
-    loaders = split_loaders({split: functools.partial(decoder.decode, split) for split in present},
-                            {split: len(dataset) for split, dataset in present.items()},
-                            evaluation_batch_size=min(64, how["batch_size"]),
-                            remedy=f"raise --workers from {workers}", **how)
+    loaders = split_loaders({split: (functools.partial(decoder.decode, split), len(dataset))
+                             for split, dataset in present.items()}, remedy=f"raise --workers from {workers}",
+                            evaluation_batch_size=min(64, how["batch_size"]), **how)
     if "train" in present and how["rank"] == 0:
         first, second = (digest(unless_failed(reading[Key("train", [0], 0)])) for _ in range(2))
         if first != second:

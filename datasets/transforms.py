@@ -17,7 +17,7 @@ from datasets.images.loaders import DecodedImages, Decoder, FromMemory
 from datasets.images.packed import ImageSource
 from datasets.images.read import BadImage, Stored, pixels, to_square
 from datasets.images.unreadable import BadImages
-from datasets.loaders import evaluation_loader, split_loaders, train_loader
+from datasets.loaders import memory_loaders, split_loaders
 from datasets.samples import Explain, Reading, Splits, sample_loaders
 from datasets.tensors import ThreeSplits
 
@@ -71,27 +71,21 @@ Own = tuple[Callable[[], Callable[..., Any]], Explain, str, Mapping[str, Any]]
 
 
 def image_loaders(splits: ThreeSplits, images: Augmentation, own: Own | None, keyed: KeyedTransforms | None, *,
-                  workers: int, prepare_worker: Callable[[], None], **how: Any) -> dict[str, Any]:
+                  workers: int, prepare_worker: Callable[[], None], device: torch.device, **how: Any) -> dict[str, Any]:
     """The loaders of one rank for images in memory: a whole batch at a time, or one by one in workers where a user's
     transform or `keyed` ones ask for that."""
     present = Splits(*splits).present()
     if own is not None:
         own_images = {name: Images(functools.partial(operator.getitem, dataset.inputs), dataset.targets)
                       for name, dataset in present.items()}
-        return transformed_loaders(own_images, images.normalize, own, **how)
-    shard = {name: how[name] for name in ("rank", "world_size", "device")}
-    train = present.pop("train", None)
-    loaders: dict[str, Any] = {name: evaluation_loader(dataset, images.normalize, **shard)
-                               for name, dataset in present.items()}
-    if train is None:
-        return loaders
-    if keyed is None:
-        return {"train": train_loader(train, images, **how), **loaders}
-    decoder = Decoder(FromMemory(images=train.inputs, keyed=keyed), workers=workers,
-                      pin_memory=shard["device"].type == "cuda", prepare_worker=prepare_worker)
-    read = DecodedImages("train", train.targets, decoder, keyed.rest, BadImages(0), device=how.pop("device"))
-    return loaders | split_loaders({"train": read}, {"train": len(train)}, remedy=f"raise --workers from {workers}",
-                                   **how)
+        return transformed_loaders(own_images, images.normalize, own, device=device, **how)
+    trained: dict[str, Any] = {}
+    if keyed is not None and (train := present.pop("train", None)) is not None:
+        decoder = Decoder(FromMemory(images=train.inputs, keyed=keyed), workers=workers,
+                          pin_memory=device.type == "cuda", prepare_worker=prepare_worker)
+        read = DecodedImages("train", train.targets, decoder, keyed.rest, BadImages(0), device=device)
+        trained = split_loaders({"train": (read, len(train))}, remedy=f"raise --workers from {workers}", **how)
+    return trained | memory_loaders(present, images, device=device, **how)
 
 
 def transformed_loaders(splits: Mapping[str, Images], normalize: Callable[[Tensor], Tensor], own: Own, **how: Any

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 
 from datasets.augment import Augmentation, normalize, pad
 from datasets.errors import DataError
-from datasets.loaders import train_loader
+from datasets.loaders import memory_loaders
 from datasets.tensors import TensorDataset
 from trainers.engine.run.pictures import denormalize
 
@@ -68,9 +68,9 @@ def test_ranks_together_see_the_batches_of_one_process() -> None:
     augmentation = Augmentation(seed=1, shift=2, flip="random", **HALF)
 
     def batches(rank: int, world_size: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
-        loader = train_loader(dataset, augmentation, batch_size=12, rank_batch_size=12 // world_size, rank=rank,
-                              world_size=world_size, seed=0, device=torch.device("cpu"))
-        return list(loader.batches(1, 12))
+        loaders = memory_loaders({"train": dataset}, augmentation, batch_size=12, rank_batch_size=12 // world_size,
+                                 rank=rank, world_size=world_size, seed=0, device=torch.device("cpu"))
+        return list(loaders["train"].batches(1, 12))
 
     for world_size in (2, 3):
         shares = [batches(rank, world_size) for rank in range(world_size)]
@@ -83,8 +83,8 @@ def test_ranks_together_see_the_batches_of_one_process() -> None:
 def test_a_data_set_smaller_than_a_batch_is_refused() -> None:
     dataset = TensorDataset(inputs=IMAGES, targets=torch.arange(40))
     with pytest.raises(DataError, match="only 40 samples"):
-        train_loader(dataset, Augmentation(seed=0, **HALF), batch_size=64, rank_batch_size=64, rank=0, world_size=1,
-                     seed=0, device=torch.device("cpu"))
+        memory_loaders({"train": dataset}, Augmentation(seed=0, **HALF), batch_size=64, rank_batch_size=64, rank=0,
+                       world_size=1, seed=0, device=torch.device("cpu"))
 
 
 @pytest.mark.parametrize("num_images", [0, 1, 85, 200])

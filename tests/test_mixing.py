@@ -16,8 +16,8 @@ from datasets.image_folder import ImageTree
 from datasets.images.loaders import DecodedImages, Decoder, Decoding
 from datasets.images.unreadable import BadImages
 from datasets.keyed_random import random_beta
-from datasets.loaders import split_loaders, train_loader
-from datasets.mixing import MixedBatches, Mixing, mixed
+from datasets.loaders import TrainLoader, memory_loaders, split_loaders
+from datasets.mixing import Mixing, mixed
 from datasets.order import epoch_order
 from datasets.samples import Reading, Splits, sample_loaders
 from datasets.tensors import TensorDataset
@@ -43,14 +43,12 @@ Seen = dict[int, tuple[Tensor, Tensor]]
 
 
 def in_memory(rank: int, world_size: int, *, parts: int = 1) -> Any:
-    return train_loader(DATASET, None, batch_size=BATCH, rank_batch_size=BATCH // world_size // parts,
-                        rank=rank, world_size=world_size, seed=5, device=CPU)
+    return memory_loaders({"train": DATASET}, None, batch_size=BATCH, rank_batch_size=BATCH // world_size // parts,
+                          rank=rank, world_size=world_size, seed=5, device=CPU)["train"]
 
 
-def mixed_by(loader: Any, how: dict[str, Any]) -> MixedBatches:
-    found = mixed({"train": loader}, how, num_classes=3, device=CPU)["train"]
-    assert isinstance(found, MixedBatches)
-    return found
+def mixed_by(loader: Any, how: dict[str, Any]) -> TrainLoader:
+    return mixed({"train": loader}, how, num_classes=3, device=CPU)["train"]
 
 
 def seen_by(make: Callable[[int, int], Any], how: dict[str, Any], *, world_size: int, epoch: int, consumed: int = 0
@@ -60,8 +58,8 @@ def seen_by(make: Callable[[int, int], Any], how: dict[str, Any], *, world_size:
     for rank in range(world_size):
         loader = mixed_by(make(rank, world_size), how)
         images, shares = (torch.cat(part) for part in zip(*loader.batches(epoch, consumed), strict=True))
-        loader.loader.sampler.set_position(epoch, consumed)
-        samples = loader.loader.sampler.indices().tolist()
+        loader.sampler.set_position(epoch, consumed)
+        samples = loader.sampler.indices().tolist()
         seen |= {sample: (images[place], shares[place]) for place, sample in enumerate(samples)}
     return seen
 
@@ -167,7 +165,7 @@ def decoded(folder: Path, workers: int) -> Callable[[int, int], Any]:
     def make(rank: int, world_size: int) -> Any:
         decoder = Decoder(Decoding(splits={"train": tree}, size=16, seed=5), workers=workers)
         read = DecodedImages("train", tree.targets, decoder, images, BadImages(0), device=CPU)
-        return split_loaders({"train": read}, {"train": len(tree)}, batch_size=BATCH, seed=5, rank=rank,
+        return split_loaders({"train": (read, len(tree))}, batch_size=BATCH, seed=5, rank=rank,
                              rank_batch_size=BATCH // world_size, world_size=world_size)["train"]
     return make
 

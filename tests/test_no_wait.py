@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from datasets.augment import Augmentation, scale_and_offset
-from datasets.loaders import train_loader
+from datasets.loaders import memory_loaders
 from datasets.tensors import TensorDataset
 from launch.process_group import World
 from trainers import models
@@ -90,9 +90,9 @@ def batches(device: torch.device) -> Callable[[int], Iterator[Any]]:
     samples = TensorDataset(inputs=torch.zeros(48, 3, 32, 32, dtype=torch.uint8),
                             targets=torch.zeros(48, dtype=torch.int64), class_names=CLASSES)
     images = Augmentation(seed=0, mean=(0.5,) * 3, std=(0.25,) * 3, shift=2, flip="alternating")
-    loader = train_loader(samples, images, batch_size=8, rank_batch_size=8, rank=0, world_size=1, seed=0, device=device)
-    assert loader is not None
-    return lambda epoch: loader.batches(epoch, 0)
+    loaders = memory_loaders({"train": samples}, images, batch_size=8, rank_batch_size=8, rank=0, world_size=1, seed=0,
+                             device=device)
+    return lambda epoch: loaders["train"].batches(epoch, 0)
 
 
 SPEEDRUN = {name: RECIPES["speedrun"][name] for name in ("optimizer", "learning_rate", "optimizer_options")}

@@ -56,7 +56,7 @@ def loader(source: Any, *, rank: int = 0, world_size: int = 1, workers: int = 0)
     decoder = Decoder(Decoding(splits={"train": source}, size=24, seed=5, smallest_area=0.4, keyed=keyed),
                       workers=workers)
     read = DecodedImages("train", source.targets, decoder, keyed.rest, BadImages(0), device=CPU)
-    return split_loaders({"train": read}, {"train": len(source)}, **how)["train"]
+    return split_loaders({"train": (read, len(source))}, **how)["train"]
 
 
 def assert_same_at_any_world_size(source: Any, sizes: tuple[int, ...], *, workers: int) -> None:

@@ -219,9 +219,8 @@ def build_loaders(config: ImageFolderConfig, splits: dict[str, ImageSource], ima
     if decodes:
         remedy += ", or add --cache, or train from a pack of pixels (python datasets/pack.py --raw 256)"
     loaders = split_loaders(
-        {name: DecodedImages(name, tree.targets, decoder, rest, bad_images, device=world.device)
-         for name, tree in found.items()}, {name: len(tree) for name, tree in found.items()},
-        **config.batches(), rank=world.rank, world_size=world.world_size,
+        {name: (DecodedImages(name, tree.targets, decoder, rest, bad_images, device=world.device), len(tree))
+         for name, tree in found.items()}, **config.batches(), rank=world.rank, world_size=world.world_size,
         evaluation_batch_size=max(8, min(500, 2**24 // (3 * config.size() ** 2))) if config.cache else 64,
         remedy=remedy)
     train = splits.get("train")

@@ -21,7 +21,8 @@ import torch
 from torch import Tensor, nn
 
 from datasets import regression
-from datasets.loaders import evaluation_loader, train_loader
+from datasets.loaders import memory_loaders
+from datasets.samples import Splits
 from datasets.tensors import TensorDataset, ThreeSplits, hold_out
 from launch.command_line import run
 from launch.errors import say
@@ -109,9 +110,9 @@ def main(config: RegressionConfig) -> dict[str, Any]:
     with open_run(config, "regression") as run:
         train, validation, test = load_data(config)
         model, task, shard = build_model(config, test), build_task(config, run.world.device), run.world.shard
-        result = train_model(config, run, model, task, train_loader(train, None, **config.batches(), **shard),
-                             evaluation_loader(test, None, **shard), dataset=train,
-                             validation=evaluation_loader(validation, None, **shard))
+        present = Splits(train, validation, test).present()
+        result = train_model(config, run, model, task, dataset=train,
+                             **memory_loaders(present, None, **config.batches(), **shard))
         if "loss" in result and run.world.is_main:  # not where --measure timed some steps
             say(learned_text(model, regression.RELATIONS[config.dataset]))
         return result

@@ -45,11 +45,10 @@ def image_loaders(splits: Mapping[str, ImageSource], *, images: Augmentation = M
     """The loaders of one rank: 12 images per step, of 24 pixels, with random crops and flips."""
     decoder = Decoder(Decoding(splits=splits, **{"size": 24, "seed": 5, "smallest_area": 0.4, **decoding}),
                       workers=workers)
-    reads = {name: DecodedImages(name, split.targets, decoder, images, bad_images or BadImages(0),
-                                 device=torch.device("cpu")) for name, split in splits.items()}
-    return split_loaders(reads, {name: len(split) for name, split in splits.items()}, batch_size=12,
-                         rank_batch_size=12 // world_size, seed=5, rank=rank, world_size=world_size,
-                         evaluation_batch_size=evaluation_batch_size)
+    reads = {name: (DecodedImages(name, split.targets, decoder, images, bad_images or BadImages(0),
+                                  device=torch.device("cpu")), len(split)) for name, split in splits.items()}
+    return split_loaders(reads, batch_size=12, rank_batch_size=12 // world_size, seed=5, rank=rank,
+                         world_size=world_size, evaluation_batch_size=evaluation_batch_size)
 
 
 def write_tree(folder: Path) -> Path:
