@@ -1,6 +1,6 @@
 """CIFAR-10 (Krizhevsky, 2009): 50,000 training and 10,000 test images of 32x32 pixels in ten classes, in memory."""
 
-import tarfile
+import shutil
 from functools import partial
 from pathlib import Path
 from typing import ClassVar
@@ -46,15 +46,10 @@ def prepare(data_dir: Path, *, download: bool, train: bool = True) -> None:
     process per node. DataError if the archive is damaged or the place cannot be written, or as `fetch` raises."""
     folder, archive = data_dir / CIFAR10.base_folder, data_dir / CIFAR10.filename
     files = [name for name, _ in (*CIFAR10.train_list[: 5 * train], *CIFAR10.test_list)] + [CIFAR10.meta["filename"]]
-
-    def extract(place: str) -> None:
-        with tarfile.open(archive) as content:
-            content.extraction_filter = getattr(tarfile, "data_filter", None)  # not in Python 3.10.11 or 3.11.3
-            content.extractall(place)
     if archive.is_file() and not all((folder / name).is_file() for name in files):
         if check_integrity(archive, CIFAR10.tgz_md5):
             try:
-                install(extract, data_dir, CIFAR10.base_folder)
+                install(partial(shutil.unpack_archive, archive), data_dir, CIFAR10.base_folder)
             except OSError as error:
                 raise DataError(f"{archive}: cannot be unpacked there ({error.strerror}); choose a --data-dir that can "
                                 f"be written") from None

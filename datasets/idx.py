@@ -23,15 +23,19 @@ def load(folder: Path, class_names: tuple[str, ...], *, train: bool = True) -> S
 
 def load_split(folder: Path, split: str, class_names: tuple[str, ...]) -> TensorDataset:
     """One split: images uint8 (N, 1, 28, 28) and labels int64 (N,)."""
-    files: list[Path] = []
-    for stem, num_dimensions in ((f"{split}-images", 3), (f"{split}-labels", 1)):
-        file = find(folder, stem, num_dimensions)
-        if file is None:
-            raise DataError(f"--data-dir: {folder / stem}-idx{num_dimensions}-ubyte (or .gz) is not there; add "
-                            f"--download, or train on --dataset synthetic")
-        files.append(file)
-    return in_memory(read(files[0], num_dimensions=3), read(files[1], num_dimensions=1), class_names,
-                     source=f"{files[0]} and {files[1].name}")
+    images, labels = find(folder, f"{split}-images", 3), find(folder, f"{split}-labels", 1)
+    return in_memory(read(images, num_dimensions=3), read(labels, num_dimensions=1), class_names,
+                     source=f"{images} and {labels.name}")
+
+
+def find(folder: Path, stem: str, num_dimensions: int) -> Path:
+    """The file of one part, plain rather than .gz; DataError if there is none."""
+    names = [f"{stem}{mark}idx{num_dimensions}-ubyte{end}" for end in ("", ".gz") for mark in ("-", ".")]
+    for name in names:
+        if (folder / name).is_file():
+            return folder / name
+    raise DataError(f"--data-dir: {folder / names[0]} (or .gz) is not there; add --download, or train on --dataset "
+                    f"synthetic")
 
 
 def in_memory(images: np.ndarray, labels: np.ndarray, class_names: tuple[str, ...], *, source: str) -> TensorDataset:
@@ -48,21 +52,9 @@ def in_memory(images: np.ndarray, labels: np.ndarray, class_names: tuple[str, ..
                          class_names=class_names)
 
 
-def is_complete(folder: Path, *, train: bool = True) -> bool:
-    """Whether all four files are there, in any of their spellings; without `train`, the two of the test split."""
-    return all(find(folder, f"{split}-{content}", num_dimensions) for split in ("train", "t10k")[not train :]
-               for content, num_dimensions in (("images", 3), ("labels", 1)))
-
-
-def find(folder: Path, stem: str, num_dimensions: int) -> Path | None:
-    """The file of one part, plain rather than .gz; None if there is none."""
-    names = [f"{stem}{mark}idx{num_dimensions}-ubyte{end}" for end in ("", ".gz") for mark in ("-", ".")]
-    return next((folder / name for name in names if (folder / name).is_file()), None)
-
-
 def read(path: Path, *, num_dimensions: int) -> np.ndarray:
     """The array in one file: uint8, of as many dimensions as asked for; DataError for another header or length."""
-    magic, header_size = 0x0800 | num_dimensions, 4 * (1 + num_dimensions)  # 08: of unsigned bytes
+    magic, header_size = bytes([0, 0, 8, num_dimensions]), 4 * (1 + num_dimensions)  # 8: of unsigned bytes
     try:
         with gzip.open(path) if path.suffix == ".gz" else open(path, "rb") as file:
             header = file.read(header_size)
@@ -71,13 +63,10 @@ def read(path: Path, *, num_dimensions: int) -> np.ndarray:
             content = file.read(expected + 1 if expected <= MOST_BYTES else 0)  # a small archive may unpack to any size
     except DAMAGED as error:
         raise DataError(f"{path}: cannot be read ({error}); {REMEDY}") from None
-    if len(header) < header_size or int.from_bytes(header[:4], "big") != magic:
+    if header[:4] != magic:
         raise DataError(f"{path}: begins with {header[:4].hex() or 'nothing'}, an IDX file of {num_dimensions} "
-                        f"dimensions with {magic:08x}; {REMEDY}")
-    if expected > MOST_BYTES:
-        raise DataError(f"{path}: its header says {expected:,} bytes, at most {MOST_BYTES:,} are read; {REMEDY}")
-    if len(content) != expected:
-        more = "at least " if len(content) > expected else ""
-        raise DataError(f"{path}: {more}{header_size + len(content)} bytes, its header says {header_size + expected}; "
-                        f"{REMEDY}")
+                        f"dimensions with {magic.hex()}; {REMEDY}")
+    if len(header) < header_size or len(content) != expected:
+        raise DataError(f"{path}: {len(header) + len(content)} bytes, of at most {MOST_BYTES:,}, were read, and its "
+                        f"header says {header_size + expected}; {REMEDY}")
     return np.frombuffer(content, np.uint8).reshape(shape)

@@ -30,13 +30,11 @@ DAMAGED_ARCHIVE = (*DAMAGED, RuntimeError, NotImplementedError, zipfile.BadZipFi
 def load(data_dir: Path, *, train: bool = True) -> Splits:
     """The training and test split; DataError if files are missing or damaged."""
     folders = [data_dir / "MNIST" / "raw", data_dir / "MNIST", data_dir]
-    complete = [folder for folder in folders if idx.is_complete(folder, train=train)]
-    archives = [folder / "mnist.npz" for folder in folders if (folder / "mnist.npz").is_file()]
-    some = complete or [folder for folder in folders if list(folder.glob("t*-idx?-ubyte*"))]
-    if archives and not complete:
-        return load_npz(archives[0])
-    if some:
-        return idx.load(some[0], CLASS_NAMES, train=train)  # says which of the four is missing
+    for folder in folders:
+        if list(folder.glob("t*ubyte*")):
+            return idx.load(folder, CLASS_NAMES, train=train)  # says which of the four is missing
+        if (folder / "mnist.npz").is_file():
+            return load_npz(folder / "mnist.npz")
     raise DataError(f"--data-dir {data_dir}: MNIST is not there, neither its IDX files nor mnist.npz; add --download, "
                     f"or train on --dataset synthetic")
 
@@ -76,9 +74,7 @@ def split_of(images: np.ndarray, labels: np.ndarray, *, path: Path, names: tuple
             raise DataError(f"{source}: pixels of type {images.dtype} outside 0 to 255; fetch the file again")
         images = np.rint(images * (255 if images.dtype.kind == "f" and images.max() <= 1 else 1))
     images = images.reshape(len(images), idx.SIZE, idx.SIZE).astype(np.uint8)
-    if labels.ndim == 2 and labels.shape[1] == len(CLASS_NAMES):
-        if not ((labels == 0) | (labels == 1)).all() or not (labels.sum(1) == 1).all():
-            raise DataError(f"{source}: labels of {labels.shape[1]} columns that are not one-hot; fetch the file again")
+    if labels.shape[1:] == (len(CLASS_NAMES),) and ((labels == 0) | (labels == 1)).all() and (labels.sum(1) == 1).all():
         labels = labels.argmax(1)
     if labels.ndim != 1 or labels.dtype.kind not in "ui":
         raise DataError(f"{source}: labels of type {labels.dtype} and shape {labels.shape}, not whole numbers or "

@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from datasets import idx, mnist
+from datasets import mnist
 from datasets import synthetic_digits as digits
 from datasets.download import fetch
 from datasets.errors import DataError
@@ -120,7 +120,8 @@ def test_objects_in_an_npz_file_are_never_unpickled(tmp_path: Path, arrays: dict
 
 
 @pytest.mark.parametrize(("change", "words"), [
-    ({"y_train": np.full((30, 10), 0.1)}, "not one-hot"), ({"y_train": np.arange(30) / 10}, "labels of type float"),
+    ({"y_train": np.full((30, 10), 0.1)}, "not whole numbers or one-hot"),
+    ({"y_train": np.arange(30) / 10}, "labels of type float"),
     ({"x_train": np.full((30, 784), np.nan)}, "outside 0 to 255"), ({"x_train": np.zeros((30, 783))}, "not 28 x 28"),
     ({"x_train": None}, "not x_train, y_train"), ({"y_test": np.arange(9)}, "10 images and 9 labels"),
 ])
@@ -203,7 +204,6 @@ def test_reading_idx_agrees_with_torchvision(mnist_data: Path) -> None:
     ours, theirs = mnist.load(mnist_data)[1], MNIST(str(mnist_data), train=False)
     assert torch.equal(ours.inputs.squeeze(1), theirs.data)
     assert torch.equal(ours.targets, theirs.targets)
-    assert idx.is_complete(mnist_data / "MNIST" / "raw")
 
 
 @pytest.mark.timeout(240)
