@@ -11,6 +11,7 @@ from typing import Literal
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from datasets.keyed_random import Purpose, key, random_integers, random_uniform
@@ -37,7 +38,8 @@ class Augmentation:
 
     def prepare(self, images: Tensor) -> Tensor:
         """Pad the whole data set once, (N, C, H, W) to (N, C, H + 2 shift, W + 2 shift), so that a crop is a gather."""
-        return pad(images, self.shift, self.padding) if self.shift else images
+        mode = "constant" if self.padding == "zeros" else self.padding
+        return F.pad(images, [self.shift] * 4, mode=mode) if self.shift else images
 
     def __call__(self, prepared: Tensor, samples: Tensor, *, epoch: int) -> Tensor:
         """Crop, flip and normalise some samples, int64 (B,), the keys of all choices and rows of the prepared data set,
@@ -107,17 +109,6 @@ class KeyedTransforms:
     def rest(self) -> Augmentation:
         """What is left to do on the device."""
         return replace(self.augmentation, shift=0, flip=None, vertical_flip=0.0)
-
-
-def pad(images: Tensor, amount: int, mode: Literal["reflect", "zeros"]) -> Tensor:
-    """Pad height and width on both sides; reflect does not repeat the edge pixel. Any dtype, (N, C, H, W)."""
-    if mode == "reflect":
-        for dimension in (2, 3):
-            size = images.shape[dimension]
-            positions = torch.arange(-amount, size + amount, device=images.device).abs()
-            images = images.index_select(dimension, size - 1 - (size - 1 - positions).abs())
-        return images
-    return torch.nn.functional.pad(images, [amount] * 4)
 
 
 def crop(padded: Tensor, samples: Tensor, rows: Tensor, columns: Tensor, shift: int) -> Tensor:

@@ -36,7 +36,6 @@ from datasets.loaders import memory_loaders
 from datasets.tensors import TensorDataset
 
 SHIFT = 2
-FOREVER = 10**9  # samples; the clock ends the run
 MANY_BATCHES = 2000  # in a row; between epochs workers would run dry, more often the smaller the folder
 SIZE, SMALLEST_AREA = 224, 0.08  # of photographs
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, as torchvision and timm have them
@@ -68,9 +67,13 @@ def single_samples(train: TensorDataset, kind: str, batch_size: int, workers: in
         transform = v2.Compose([
             v2.RandomCrop(32, padding=SHIFT, padding_mode="reflect"), v2.RandomHorizontalFlip(),
             v2.ToDtype(torch.float32, scale=True), v2.Normalize(list(synthetic.MEAN), list(synthetic.STD))])
-    samples = Samples(images, train.targets.tolist(), transform)
+    return endless(Samples(images, train.targets.tolist(), transform), batch_size, workers)
+
+
+def endless(samples: Any, batch_size: int, workers: int) -> Iterator[Any]:
+    """Batches from a DataLoader of a map-style data set; the clock ends the run."""
     sampler = RandomSampler(samples, replacement=True, num_samples=10**9)
-    return iter(DataLoader(samples, batch_size=batch_size, sampler=sampler, num_workers=workers))
+    return iter(DataLoader(samples, batch_size, sampler=sampler, num_workers=workers))
 
 
 def whole_batches(train: TensorDataset, batch_size: int) -> Iterator[Any]:
@@ -82,16 +85,9 @@ def whole_batches(train: TensorDataset, batch_size: int) -> Iterator[Any]:
         yield from loader.batches(epoch, 0)
 
 
-class MeanColor(nn.Module):
-    """A network of the user's own that costs nothing: all time is that of data and loop."""
-
-    def __init__(self, num_classes: int) -> None:
-        super().__init__()
-        self.head = nn.Linear(3, num_classes)
-
-    def forward(self, images: Tensor) -> Tensor:
-        """Logits (B, num_classes) of images (B, 3, H, W)."""
-        return self.head(images.mean((2, 3)))
+def mean_color(num_classes: int) -> nn.Module:
+    """A network of images (B, 3, H, W) that costs nothing: all time is that of data and loop."""
+    return nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(3, num_classes))
 
 
 def photographs(kind: str, data_dir: Path, batch_size: int, workers: int) -> Iterator[Any]:
@@ -106,26 +102,22 @@ def photographs(kind: str, data_dir: Path, batch_size: int, workers: int) -> Ite
         read = DecodedImages("train", tree.targets, decoder, augmentation, BadImages(0), device=torch.device("cpu"))
         parts = [torch.randint(len(tree), (batch_size,)) for _ in range(MANY_BATCHES)]
         return itertools.chain.from_iterable(read(parts, epoch) for epoch in itertools.count())
-    if kind == "timm":
-        from timm.data import create_dataset, create_loader  # pyright: ignore[reportMissingImports]
-
-        photos: Any = create_dataset("", str(data_dir / "train"), is_training=True)
-        loader: Any = create_loader(photos, (3, SIZE, SIZE), batch_size, is_training=True, num_workers=workers,
-                                    color_jitter=0.0, interpolation="bilinear", device=torch.device("cpu"),
-                                    use_multi_epochs_loader=True)
-    else:  # the transforms and loader of its references/classification, without an automatic policy
-        photos = ImageFolder(str(data_dir / "train"), transforms.Compose([
+    if kind == "torchvision":  # as in its references/classification, without an automatic policy
+        return endless(ImageFolder(str(data_dir / "train"), transforms.Compose([
             transforms.RandomResizedCrop(SIZE), transforms.RandomHorizontalFlip(), transforms.PILToTensor(),
-            transforms.ConvertImageDtype(torch.float32), transforms.Normalize(MEAN, STD),
-        ]))
-        sampler = RandomSampler(photos, replacement=True, num_samples=FOREVER)
-        loader = DataLoader(photos, batch_size, sampler=sampler, num_workers=workers)
+            transforms.ConvertImageDtype(torch.float32), transforms.Normalize(MEAN, STD)])), batch_size, workers)
+    from timm.data import create_dataset, create_loader  # pyright: ignore[reportMissingImports]
+
+    photos: Any = create_dataset("", str(data_dir / "train"), is_training=True)
+    loader: Any = create_loader(photos, (3, SIZE, SIZE), batch_size, is_training=True, num_workers=workers,
+                                color_jitter=0.0, interpolation="bilinear", device=torch.device("cpu"),
+                                use_multi_epochs_loader=True)
     return itertools.chain.from_iterable(itertools.repeat(loader))
 
 
 def trained_on(batches: Iterator[Any]) -> Iterator[Any]:
     """The same batches, each after a step of a trivial network on it."""
-    model = MeanColor(1000)
+    model = mean_color(1000)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
     for images, labels in batches:
         nn.functional.cross_entropy(model(images), labels).backward()

@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from datasets.augment import Augmentation, normalize, pad
+from datasets.augment import Augmentation, normalize
 from datasets.errors import DataError
 from datasets.loaders import memory_loaders
 from datasets.tensors import TensorDataset
@@ -18,7 +18,8 @@ HALF = {"mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5)}
 @pytest.mark.parametrize("mode", ["reflect", "zeros"])
 def test_padding_is_torchs(amount: int, mode: str) -> None:
     theirs = F.pad(IMAGES.float(), (amount,) * 4, mode="reflect" if mode == "reflect" else "constant")
-    assert torch.equal(pad(IMAGES, amount, mode).float(), theirs)  # pyright: ignore[reportArgumentType]
+    images = Augmentation(seed=0, shift=amount, padding=mode, **HALF)  # pyright: ignore[reportArgumentType]
+    assert torch.equal(images.prepare(IMAGES).float(), theirs)
 
 
 def test_a_crop_is_a_window_of_the_padded_image() -> None:

@@ -50,7 +50,7 @@ def photo_measures(data_dir: Path, folder: Path, *, seconds: float, batch_size: 
             raise UsageError(f"--data-dir {data_dir}: cannot be packed ({error}); correct that first")
         measures[f"ours, {name}"] = partial(measure, "ours:1", data_dir=folder / str(number))
     measures |= {f"{peer}, {TRAINED}": partial(measure, f"{peer}:2+network", data_dir=data_dir) for peer in peers}
-    trained = ["--data-dir", str(data_dir), "--model", f"{SCRIPT}:MeanColor", "--workers", "2", "--image-size", "224",
+    trained = ["--data-dir", str(data_dir), "--model", f"{SCRIPT}:mean_color", "--workers", "2", "--image-size", "224",
                "--random-crop", "0.08", "--shift", "0", "--flip", "random"]
     job = Job(setup=parse_setup("cpu:1"), batch_size=batch_size, scalings=("strong",))
     return {**measures, f"ours, {TRAINED}": partial(run_job, job, "image_folder", trained, steps="10:20",
