@@ -48,11 +48,7 @@ def prepare(data_dir: Path, *, download: bool, train: bool = True) -> None:
     files = [name for name, _ in (*CIFAR10.train_list[: 5 * train], *CIFAR10.test_list)] + [CIFAR10.meta["filename"]]
     if archive.is_file() and not all((folder / name).is_file() for name in files):
         if check_integrity(archive, CIFAR10.tgz_md5):
-            try:
-                install(partial(shutil.unpack_archive, archive), data_dir, CIFAR10.base_folder)
-            except OSError as error:
-                raise DataError(f"{archive}: cannot be unpacked there ({error.strerror}); choose a --data-dir that can "
-                                f"be written") from None
+            install(partial(shutil.unpack_archive, archive), data_dir, CIFAR10.base_folder)
         elif not download:
             raise DataError(f"{archive}: is damaged, or not the published one (its md5 is another than "
                             f"{CIFAR10.tgz_md5}); fetch {CIFAR10.url} again, or add --download")

@@ -30,26 +30,34 @@ def fetch(download: Callable[[str], object], data_dir: Path, folder: str, *, nam
     with contextlib.suppress(DataError):
         load(data_dir)
         return
-    try:
-        with silence_ends():
-            install(download, data_dir, folder)
-    except (OSError, RuntimeError) as error:
-        reason = str(error).partition("\n")[0]
-        raise DataError(f"--download: {name} could not be fetched ({reason}); put it into --data-dir {data_dir} by "
-                        f"hand, or train on --dataset synthetic") from None
+
+    def fill(place: str) -> None:
+        try:
+            with silence_ends():
+                download(place)
+        except (OSError, RuntimeError) as error:
+            reason = str(error).partition("\n")[0]
+            raise DataError(f"--download: {name} could not be fetched ({reason}); put it into --data-dir {data_dir} by "
+                            f"hand, or train on --dataset synthetic") from None
+
+    install(fill, data_dir, folder)
 
 
 def install(fill: Callable[[str], object], data_dir: Path, folder: str) -> None:
     """Have `fill` write to a temporary folder, then put `folder` of it into `data_dir`: whole, or file by file.
-    The temporary folder is gone at the end, or when this process exits. OSError as the file system, or `fill`, says."""
-    data_dir.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=data_dir, prefix=".new-", ignore_cleanup_errors=True) as temporary:
-        fill(temporary)
-        source, target = Path(temporary) / folder, data_dir / folder
-        try:
-            os.rename(source, target)
-        except OSError:  # it is there: another node was faster, or some files were
-            for path in [path for path in source.rglob("*") if path.is_file()]:
-                place = target / path.relative_to(source)
-                place.parent.mkdir(parents=True, exist_ok=True)
-                os.replace(path, place)
+    The temporary folder is gone at the end, or when this process exits. DataError if it cannot be written."""
+    try:
+        data_dir.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=data_dir, prefix=".new-", ignore_cleanup_errors=True) as temporary:
+            fill(temporary)
+            source, target = Path(temporary) / folder, data_dir / folder
+            try:
+                os.rename(source, target)
+            except OSError:  # it is there: another node was faster, or some files were
+                for path in [path for path in source.rglob("*") if path.is_file()]:
+                    place = target / path.relative_to(source)
+                    place.parent.mkdir(parents=True, exist_ok=True)
+                    os.replace(path, place)
+    except OSError as error:
+        raise DataError(f"--data-dir {data_dir}: cannot be written ({error.strerror or error}); choose one that "
+                        f"can") from None

@@ -17,13 +17,12 @@ from PIL import Image
 from torch import Tensor
 
 from datasets import synthetic
-from datasets.classes import join_classes, some_of
 from datasets.download import install
 from datasets.errors import DataError
 from datasets.images.read import DECODER, read_file
 from datasets.listing import EXTENSIONS, describe_left_out, is_hidden, list_images
 from datasets.order import epoch_order
-from datasets.tensors import held_out
+from datasets.tensors import hold_out, join_classes, some_of
 
 TEST_NAMES = ("test", "val", "valid", "validation")
 
@@ -161,10 +160,8 @@ def describe(splits: Mapping[str, Any]) -> str:
 
 def split(tree: ImageTree, fraction: float, *, seed: int) -> tuple[ImageTree, ImageTree]:
     """Set a share of each class apart by keyed random order, at least one image and never all; DataError for one."""
-    folders = [str(tree.folder / name) for name in tree.class_names]
-    chosen = held_out(tree.targets, fraction, seed=seed, class_names=folders)
-    test = replace(tree, left_out=Counter(), unreadable={})  # said once, of the training split
-    return tree.subset((~chosen).nonzero().flatten()), shuffled(test.subset(chosen.nonzero().flatten()))
+    training, test = hold_out(tree, fraction, seed=seed)
+    return training, shuffled(replace(test, left_out=Counter(), unreadable={}))  # these are said of the training split
 
 
 def shuffled(tree: ImageTree) -> ImageTree:
@@ -186,8 +183,4 @@ def write_synthetic(folder: Path, *, seed: int) -> None:
                 path.parent.mkdir(parents=True, exist_ok=True)
                 Image.fromarray(image.permute(1, 2, 0).numpy()).save(path)
 
-    try:
-        install(write, folder.parent, folder.name)
-    except OSError as error:
-        raise DataError(f"--data-dir {folder.parent}: cannot be written ({error.strerror}); choose one that "
-                        f"can") from None
+    install(write, folder.parent, folder.name)

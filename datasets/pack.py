@@ -88,7 +88,7 @@ class Packing:
     head: Mapping[str, Any]  # the beginning of pack.json
     workers: int = field(default_factory=usable_cores)
     is_cache: bool = False
-    """Then what cannot be read has no bytes, and is nothing to speak of before it is trained on."""
+    """Then what cannot be read has no bytes, and is named when it is trained on."""
 
     def write(self) -> Iterator[None]:
         """Pack, once per image not there from before; DataError for another packer, a bad source or a full disk."""
@@ -135,26 +135,17 @@ class Packing:
         return str(path.relative_to(source.folder)), label, content, original
 
     def fill(self) -> Generator[None]:
-        """Write a cache that is not there; wait for another process that does."""
-        if is_whole(self.out):
-            return
-        self.make_room()
+        """Write a cache that is not there, or wait for another process that does."""
+        if not is_whole(self.out):
+            num_images = sum(map(len, self.sources.values()))
+            to_stderr(f"decoding {num_images:,} images into {self.out} "
+                      f"({3 * self.head['raw'] ** 2 * num_images / 2**20:.0f} MiB or more)")
         while not is_whole(self.out):
             try:
                 yield from self.write()
             except BeingPacked:
                 time.sleep(0.2)
                 yield
-
-    def make_room(self) -> None:
-        """Say what is to come; DataError if the disk is too full."""
-        num_images = sum(map(len, self.sources.values()))
-        num_bytes = 3 * self.head["raw"] ** 2 * num_images
-        free = shutil.disk_usage(next(path for path in self.out.absolute().parents if path.exists())).free
-        if free < num_bytes:
-            raise DataError(f"--cache-dir {self.out.parent}: the cache needs {num_bytes / 2**20:.0f} MiB and "
-                            f"{free / 2**20:.0f} MiB are free; choose another folder, or leave --cache out")
-        to_stderr(f"decoding {num_images:,} images into {self.out} ({num_bytes / 2**20:.0f} MiB or more)")
 
 
 def smaller(own: Stored, *, side: int, quality: int | None) -> Stored:

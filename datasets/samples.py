@@ -17,12 +17,11 @@ from torch import Tensor
 from torch.utils.data import Dataset, IterableDataset, Subset, TensorDataset, default_collate, get_worker_info
 from torchvision.transforms.v2.functional import pil_to_tensor
 
-from datasets.classes import join_classes
 from datasets.errors import DataError
 from datasets.images.loaders import Decoder, Key, unless_failed
 from datasets.keyed_random import GOLDEN, WORD, Purpose, key, mix
 from datasets.loaders import split_loaders
-from datasets.tensors import held_out
+from datasets.tensors import held_out, join_classes
 
 NAMES = {"train": "training", "validation": "validation", "test": "test"}
 Explain = Callable[[BaseException, str], BaseException]

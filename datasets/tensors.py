@@ -1,13 +1,14 @@
-"""A labelled data set in memory, as two tensors."""
+"""A labelled data set in memory, as two tensors; and of any with labels: classes joined by name, a share held out."""
 
 import hashlib
+import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from datasets.classes import join_classes
 from datasets.errors import DataError
 from datasets.keyed_random import Purpose, random_bits
 
@@ -46,9 +47,8 @@ class TensorDataset:
         return digest.hexdigest()[:16]
 
 
-def hold_out(dataset: TensorDataset | None, fraction: float | None, *, seed: int
-             ) -> tuple[TensorDataset | None, TensorDataset | None]:
-    """The training set, and a validation set of a share of it where a fraction is given; by class, if it has any."""
+def hold_out(dataset: Any, fraction: float | None, *, seed: int) -> tuple[Any, Any]:
+    """A data set less this share of each class, and the share: to train and to validate with. All and None of None."""
     if fraction is None or dataset is None:
         return dataset, None
     chosen = held_out(dataset.targets, fraction, seed=seed, class_names=dataset.class_names)
@@ -69,3 +69,26 @@ def held_out(targets: Tensor, fraction: float, *, seed: int, class_names: Sequen
         num_chosen = min(max(1, round(fraction * len(members))), len(members) - 1)
         chosen[members[order[members].argsort()[:num_chosen]]] = True
     return chosen
+
+
+def join_classes(found: Sequence[str], known: Sequence[str], *, place: str, owner: str) -> dict[str, int]:
+    """The label of each class that was found: its position among those that the `owner` knows, which may be more.
+    DataError for a name that is not known, saying `place` and which are."""
+    labels = {name: label for label, name in enumerate(known)}
+    for name in found:
+        if name not in labels:
+            alike = next((other for other in known if folded(other) == folded(name)), None)
+            remedy = ("leave it out, or train with images of it" if alike is None else
+                      f"that one has {alike}, which is spelled in another way: rename one of them")
+            raise DataError(f"{place}{name}: no such class in {owner}, which knows {some_of(known)}; {remedy}")
+    return {name: labels[name] for name in found}
+
+
+def some_of(names: Sequence[str]) -> str:
+    """The first names of many."""
+    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+
+
+def folded(name: str) -> str:
+    """A class name without what people and file systems do not tell apart: case, and how accents are stored."""
+    return unicodedata.normalize("NFC", name).casefold().strip()

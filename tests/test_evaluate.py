@@ -12,9 +12,8 @@ import torch
 from torchvision.datasets import CIFAR10
 
 from datasets import cifar, fashion_mnist, image_folder, mnist
-from datasets.classes import join_classes
 from datasets.errors import DataError
-from datasets.tensors import TensorDataset
+from datasets.tensors import TensorDataset, join_classes
 from launch.command_line import parse
 from tests.helpers.images import write_idx, write_tree
 from tests.helpers.processes import Ended, read_json

@@ -24,13 +24,13 @@ import tyro
 from torch import Tensor, nn
 
 from datasets.augment import normalize
-from datasets.classes import some_of
 from datasets.errors import DataError
 from datasets.images.loaders import Key
 from datasets.images.packed import ImageSource
 from datasets.images.read import BadImage, Stored, read_file, to_square
 from datasets.listing import describe_left_out, find_images
 from datasets.samples import Reading, unless_failed
+from datasets.tensors import some_of
 from datasets.transforms import full_size, takes_train
 from launch.command_line import parse, run
 from launch.errors import AtLeast, CheckpointError, UsageError, first_line, say, to_stderr

@@ -66,11 +66,9 @@ def open_sources(data_dir: Path) -> Sources:
     for pattern in ("{}", "{}-*.tar", "{}-*.parquet", "data/{}-*.parquet"):  # the last as Hugging Face has it
         train, *tests = (sorted(data_dir.glob(pattern.format(name))) for name in ("train", *TEST_NAMES))
         if train:
-            opened: Any = open_archives if pattern != "{}" else lambda folders, names=None: scan(
-                folders[0], class_names=names, owner="the training split")
-            sources: Sources = {"train": opened(train)}
+            sources: Sources = {"train": open_split(train)}
             for files in filter(None, tests):
-                test = None if "test" in sources else opened(files, sources["train"].class_names)
+                test = None if "test" in sources else open_split(files, sources["train"].class_names)
                 if test is not None and not (len(test) and (test.targets < 0).all()):
                     sources["test"] = test
                 else:
@@ -90,10 +88,11 @@ def damage_named(path: Path) -> Iterator[None]:
         raise DataError(f"{path}: is cut short or damaged ({reason}); copy or download it again") from None
 
 
-def open_archives(files: Sequence[Path], class_names: tuple[str, ...] | None = None) -> ArchivedImages:
-    """The images of one split, `files` all .tar or all .parquet; DataError for a damaged one, or one without labels.
-    `class_names` are those of the training split; of that itself, by default, the numbers. All of a test split may have
-    the label -1, which is none."""
+def open_split(files: Sequence[Path], class_names: tuple[str, ...] | None = None) -> "ImageTree | ArchivedImages":
+    """The images of one split, `files` all .tar or all .parquet, or one folder; DataError for a damaged one, or one
+    without labels. `class_names` are the training split's. All of a test split may have the label -1, which is none."""
+    if files[0].is_dir():
+        return scan(files[0], class_names=class_names, owner="the training split")
     if (total := re.search(r"-of-(\d+)\.", files[0].name)) and len(files) != int(total[1]):
         raise DataError(f"{files[0].parent}: holds {len(files)} of the {int(total[1])} files like {files[0].name}; "
                         f"download the others")

@@ -25,10 +25,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from datasets.classes import join_classes
 from datasets.errors import DAMAGED, DataError
 from datasets.image_folder import ImageTree, shuffled, split
 from datasets.images.read import DECODER, BadImage, Stored
+from datasets.tensors import join_classes
 
 FORMAT = 1
 RECORD = "pack.json"
