@@ -17,7 +17,7 @@ from tests.helpers.images import image_tree
 from tests.helpers.processes import read_json
 from trainers.engine.checkpoints.load import load_verified
 from trainers.engine.checkpoints.save import write_checkpoint
-from trainers.engine.data_record import DataRecord
+from trainers.engine.history import DataRecord
 
 pytestmark = pytest.mark.timeout(120)
 

@@ -5,13 +5,12 @@ from pathlib import Path
 
 import pytest
 from torch import nn
-from torch.optim.swa_utils import AveragedModel
 
 from tests.helpers.comparing import run_in, tensors_sha256
 from tests.helpers.faults import Fault, assert_ends_as_specified
 from tests.helpers.hooks import model_with_unused_layer
 from tests.helpers.processes import newest_checkpoint
-from trainers.engine.optimizer import ema_average
+from trainers.engine.optimizer import MovingAverage
 
 pytestmark = pytest.mark.timeout(90)
 
@@ -46,7 +45,7 @@ def test_sync_bn_on_a_cpu_is_a_usage_line(tmp_path: Path) -> None:
 
 def test_an_average_that_warms_up_follows_the_formula() -> None:
     model, expected = nn.Linear(1, 1, bias=False), 0.0
-    average = AveragedModel(model, multi_avg_fn=ema_average(0.9, warmup_steps=10))
+    average = MovingAverage(model, 0.9, warmup_steps=10)
     for step in range(200):
         nn.init.constant_(model.weight, float(step % 7))
         average.update_parameters(model)

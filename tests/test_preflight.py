@@ -12,7 +12,7 @@ from launch.errors import UsageError
 from launch.process_group import World
 from tests.helpers.hooks import Normed
 from trainers.engine.precision import Precision
-from trainers.engine.preflight import tried_first
+from trainers.engine.step import tried_first
 
 
 def step_of(network: nn.Module) -> Any:

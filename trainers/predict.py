@@ -39,8 +39,8 @@ from launch.machine import choose_device
 from launch.process_group import World
 from trainers import models
 from trainers.engine.checkpoints.load import check_fits, load_or_fail, newest_good
-from trainers.engine.data_record import saved_class_names
 from trainers.engine.export import export
+from trainers.engine.history import saved_class_names
 from trainers.engine.predictions import Prediction, as_json, as_lines
 from trainers.engine.run.card import CARD_FILE, ModelCard, read_card
 from trainers.engine.run.pictures import MOST_IMAGES, predictions

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.profiler import ProfilerAction
 from torch.utils.flop_counter import FlopCounterMode
 
 from launch.errors import CheckpointError, say, to_stderr
@@ -146,64 +147,52 @@ def time_phases(trainer: Trainer, train: TrainBatches, steps: int) -> dict[str, 
             "communication_seconds": max(0.0, gradients - bare) if averages else None}
 
 
-class Profile:
-    """Is told of the phases of a step in the watchdog's place, and records the steps from `first` to before `end`."""
-
-    def __init__(self, trainer: Trainer, first: int, end: int) -> None:
-        self.trainer, self.first, self.end, self.on_gpu = trainer, first, end, trainer.world.device.type == "cuda"
-        self.profiler: torch.profiler.profile | None = None
-        self.is_recording, self._phase = False, ExitStack()  # the range that the trace shows
-
-    def mark(self, phase: str, step: int) -> None:
-        """A phase begins."""
-        self.trainer.world.watchdog.mark(phase, step)
-        self._phase.close()
-        if step >= self.end:
-            self.write()
-        elif self.profiler is None and step >= self.first and phase == "data":
-            if self.on_gpu:
-                torch.cuda.memory._record_memory_history(max_entries=100_000)
-            library_defaults(KINETO_LOG_LEVEL="99")  # no lines of its own, an ERROR for want of a GPU among them
-            self.profiler = torch.profiler.profile(record_shapes=True)
-            self.profiler.start()
-            self.is_recording = True
-        if self.is_recording:
-            self._phase.enter_context(torch.profiler.record_function(phase))
-
-    def write(self) -> None:
-        """End a recording: a trace for chrome and TensorBoard, and on a GPU what its memory held."""
-        if self.profiler is None or not self.is_recording:
-            return
-        self.is_recording = False
-        self._phase.close()
-        with self.trainer.report.optional("--profile"):
-            self.profiler.stop()
-            if self.trainer.world.is_main:
-                self.trainer.folder.ownership.check()
-            place = self.trainer.folder.path / "profile" / f"rank-{self.trainer.world.rank}"
-            place.parent.mkdir(exist_ok=True)
-            self.profiler.export_chrome_trace(f"{place}.pt.trace.json")
-            if self.on_gpu:
-                torch.cuda.memory._dump_snapshot(f"{place}.memory.pickle")
-                torch.cuda.memory._record_memory_history(enabled=None)
-
-
 @contextmanager
 def profiled(trainer: Trainer, steps: str | None) -> Iterator[None]:
-    """Record what `--profile` asks for of the steps taken in the block, however that ends."""
+    """Record the steps of the block that `--profile` asks for: a trace of each rank, and on a GPU what memory held."""
     if steps is None:
         yield
         return
+    world, folder, start, written, phase = trainer.world, trainer.folder, trainer.step, [], ExitStack()
     first, number = measured_steps(steps)
-    profile = Profile(trainer, first, first + number)
-    trainer.train_step.mark = profile.mark
-    try:
-        yield
-    finally:
-        profile.write()
-        trainer.train_step.mark = trainer.world.watchdog.mark
-        if profile.profiler is None and trainer.world.is_main:
-            to_stderr(f"WARNING --profile {steps}: no such step was taken; the run is at step {trainer.step}")
+    place, on_gpu = folder.path / "profile" / f"rank-{world.rank}", world.device.type == "cuda"
+
+    def action(num_steps: int) -> ProfilerAction:
+        left = first + number - start - num_steps  # until the recording ends
+        if not 1 <= left <= number:
+            return ProfilerAction.NONE
+        return ProfilerAction.RECORD_AND_SAVE if left == 1 else ProfilerAction.RECORD
+
+    def write(profiler: torch.profiler.profile) -> None:
+        written.append(place)
+        with trainer.report.optional("--profile"):
+            if world.is_main:
+                folder.ownership.check()
+            place.parent.mkdir(exist_ok=True)
+            profiler.export_chrome_trace(f"{place}.pt.trace.json")
+            if on_gpu:
+                torch.cuda.memory._dump_snapshot(f"{place}.memory.pickle")
+                torch.cuda.memory._record_memory_history(enabled=None)
+
+    def mark(name: str, step: int) -> None:
+        world.watchdog.mark(name, step)
+        phase.close()
+        if name == "between steps":
+            profiler.step()
+        if on_gpu and name == "data" and step == max(first, start):
+            torch.cuda.memory._record_memory_history(max_entries=100_000)
+        phase.enter_context(torch.profiler.record_function(name))  # a range that the trace shows
+
+    library_defaults(KINETO_LOG_LEVEL="99")  # no lines of its own, an ERROR for want of a GPU among them
+    with torch.profiler.profile(schedule=action, on_trace_ready=write, record_shapes=True) as profiler:
+        trainer.train_step.mark = mark
+        try:
+            yield
+        finally:
+            trainer.train_step.mark = world.watchdog.mark
+            phase.close()
+    if not written and world.is_main:
+        to_stderr(f"WARNING --profile {steps}: no such step was taken; the run is at step {trainer.step}")
 
 
 def usage() -> dict[str, float | None]:
@@ -239,10 +228,9 @@ def matrix_flops_per_second(trainer: Trainer) -> float:
     while time.perf_counter() < until:
         synchronize(device)
         began = time.perf_counter()
-        for _ in range(4):
-            torch.mm(left, right, out=product)
+        torch.mm(left, right, out=product)
         synchronize(device)
-        fastest = min(fastest, (time.perf_counter() - began) / 4)
+        fastest = min(fastest, time.perf_counter() - began)
     return 2 * size**3 / fastest
 
 

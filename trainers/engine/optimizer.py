@@ -1,6 +1,6 @@
 """torch's optimizers, from flags; each group remembers its peak rate as `initial_lr`, which the schedule scales."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -189,20 +189,12 @@ class MuonWithAdamW:
             part.load_state_dict(saved)
 
 
-def ema_average(decay: float, *, warmup_steps: int) -> Callable[[Any, Any, Any], None]:
-    """The update of a moving average of weights for `AveragedModel`: torch's own, slower to forget once warmed up."""
-    def average(averaged: Any, current: Any, num_averaged: Any) -> None:
-        steps = int(num_averaged)
-        get_ema_multi_avg_fn(min(decay, (1 + steps) / (warmup_steps + steps)))(averaged, current, num_averaged)
-    return average if warmup_steps else get_ema_multi_avg_fn(decay)
-
-
 class MovingAverage(AveragedModel):
     """An exponential moving average of weights and buffers; torch's copies its counter to the GPU, which waits."""
 
     def __init__(self, model: nn.Module, decay: float, *, warmup_steps: int = 0) -> None:
-        super().__init__(model, multi_avg_fn=ema_average(decay, warmup_steps=warmup_steps), use_buffers=True)
-        self.num_updates = 0
+        super().__init__(model, use_buffers=True)
+        self.decay, self.warmup_steps, self.num_updates = decay, warmup_steps, 0
 
     @torch.no_grad()
     def update_parameters(self, model: nn.Module) -> None:
@@ -210,10 +202,12 @@ class MovingAverage(AveragedModel):
         averages, values = ([*each.parameters(), *each.buffers()] for each in (self.module, model))
         if self.num_updates == 0:
             torch._foreach_copy_(averages, values)
+        warm = (1 + self.num_updates) / (self.warmup_steps + self.num_updates) if self.warmup_steps else 1.0
+        update = get_ema_multi_avg_fn(min(self.decay, warm))
         for floats in (True, False) if self.num_updates else ():
             pairs = [pair for pair in zip(averages, values, strict=True) if pair[0].is_floating_point() is floats]
             if pairs:
-                self.multi_avg_fn(*map(list, zip(*pairs, strict=True)), self.num_updates)  # pyright: ignore
+                update(*map(list, zip(*pairs, strict=True)), self.num_updates)  # pyright: ignore
         self.num_updates += 1
 
 

@@ -17,7 +17,7 @@ from trainers.engine.checkpoints.load import check_fits, is_checkpoint, load_or_
 from trainers.engine.checkpoints.snapshot import hash_tensors, tensors_in
 from trainers.engine.checkpoints.weights import load_weights
 from trainers.engine.config import ImageConfig, TrainConfig
-from trainers.engine.data_record import saved_class_names
+from trainers.engine.history import saved_class_names
 from trainers.engine.optimizer import MovingAverage
 from trainers.engine.run.card import CARD_FILE, read_card
 from trainers.engine.run.folder import RunFolder
@@ -76,27 +76,23 @@ def start_over(resume: str, folder: RunFolder) -> Path | None:
 
 
 def find_evaluated(config: TrainConfig, *, named: bool) -> tuple[dict[str, Any] | None, tuple[str, ...] | None, Any]:
-    """The state that `--evaluate` names, its classes, and the config as it was trained. Of a file of weights no state,
-    and the rest if it lies in the folder of a run. Of a library's, `named`, the flags stand."""
-    path = config.evaluate
+    """The state that `--evaluate` names, its classes, and the config as it was trained. What a file of weights, or an
+    older checkpoint, does not say is taken from the run folder it lies in. Of a library's, `named`, flags stand."""
+    path, state, names, saved = config.evaluate, None, (), None
     if path is None or named:
         return None, None, config
-    if path.is_file() and not is_checkpoint(path):
-        run, names = path.absolute().parent, None
+    if not path.is_file() or is_checkpoint(path):
+        state = load_or_fail(path)
+        names, saved = saved_class_names(state), state["config"]
+    for folder in (path.absolute().parent.parent, path.absolute().parent):
         with contextlib.suppress(CheckpointError):
-            card, saved = read_card(run), read_object(run / "config.json")
-            names = card.class_names if card.kind == "classes" else None
-            config = as_trained(config, saved) if saved else config
-        return None, names, config
-    state = load_or_fail(path)
-    names = saved_class_names(state)
-    for folder in (path.absolute().parent.parent, path.absolute().parent) if isinstance(config, ImageConfig) else ():
-        with contextlib.suppress(CheckpointError):
-            names = names or read_card(folder).class_names
-    if not names and isinstance(config, ImageConfig) and launched_rank() == 0:
+            card = read_card(folder)
+            names = names or (card.class_names if card.kind == "classes" else ())
+            saved = saved or read_object(folder / "config.json")
+    if state is not None and not names and isinstance(config, ImageConfig) and launched_rank() == 0:
         to_stderr(f"WARNING checkpoint: {path}: holds no names of classes and lies in no run folder with {CARD_FILE}; "
                   f"they are taken to be those of --data-dir, in sorted order")
-    return state, names or None, as_trained(config, state["config"])
+    return state, names or None, as_trained(config, saved) if saved else config
 
 
 def load_evaluated(config: TrainConfig, run: Run, trainer: Trainer) -> None:

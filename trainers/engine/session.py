@@ -22,7 +22,7 @@ from launch.stop import Stopped, signals_caught
 from trainers.engine.checkpoints.load import load_or_fail
 from trainers.engine.checkpoints.save import Checkpointer
 from trainers.engine.config import ImageConfig, Statistics, TrainConfig
-from trainers.engine.data_record import DataRecord
+from trainers.engine.history import DataRecord
 from trainers.engine.measure import dry_run, profiled, write_measurement
 from trainers.engine.metrics import TOP
 from trainers.engine.optimizer import MovingAverage, build_optimizer, freeze

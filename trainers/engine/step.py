@@ -1,4 +1,5 @@
-"""One optimizer step, and one evaluation: what happens to a batch between the loader and the next batch."""
+"""One optimizer step, and one evaluation: what happens to a batch between the loader and the next batch. Before the
+first of them, the network is tried on blanks."""
 
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -8,14 +9,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from launch.errors import UsageError, first_line, is_users
+from launch.failure import translated
 from launch.process_group import World
 from launch.stop import StopRequest
 from trainers.engine.dropout import default_generators, seed_dropout, seed_own_code
 from trainers.engine.metrics import Evaluation, EvaluationSums, TrainingSums, sync_buffers
 from trainers.engine.optimizer import MovingAverage
-from trainers.engine.parallel import gradient_sync, unwrap
+from trainers.engine.parallel import buffers_kept, gradient_sync, unwrap
 from trainers.engine.precision import Precision
 from trainers.engine.task import Batch, EvaluationBatches, Task, apply, map_tensors
+from trainers.engine.user_code import is_reference
+
+SINGLE = {"accumulation_steps": "lower it, or raise --batch-size", "batch_size": "raise it, or use fewer ranks"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -203,3 +209,45 @@ def gradient_norms(model: nn.Module) -> dict[str, Tensor]:
         if parameter.grad is not None:
             layers.setdefault(name.rpartition(".")[0] or name, []).append(parameter.grad)
     return {name: torch.nn.utils.get_total_norm(gradients) for name, gradients in layers.items()}
+
+
+def tried_first(step: TrainStep, batches: Iterator[Batch], flags: Mapping[str, Any]) -> Iterator[Batch]:
+    """The batches; before the first is handed out, the network is tried on blanks of its shape, or UsageError."""
+    for first in batches:
+        with buffers_kept(step.network), torch.no_grad():
+            for set_mode in (step.network.eval, step.train_mode)[: 1 if flags.get("evaluate") is not None else 2]:
+                set_mode()
+                try_network(step, first[0], flags)
+        yield first
+        yield from batches
+
+
+def try_network(step: TrainStep, inputs: Any, flags: Mapping[str, Any]) -> None:
+    """Run the network, as written and not compiled, on two blanks of this size; random generators stay as they were.
+    Dicts and tuples of tensors are taken as they are: lengths and indices among them must fit each other."""
+    size, num_samples = f"a {type(inputs).__name__}", None
+    if isinstance(inputs, Tensor):  # two samples behave as any larger micro-batch; one may have no variance
+        size, num_samples = " x ".join(map(str, inputs.shape[1:])), len(inputs)
+        inputs = torch.zeros_like(inputs[:2], device=step.world.device)
+    else:
+        inputs = step.to_device(inputs, ())[0]
+    devices = [step.world.device] if step.world.device.type == "cuda" else []
+    try:
+        with torch.random.fork_rng(devices), step.precision.autocast():
+            apply(step.network.forward, inputs)
+    except Exception as error:  # whatever a network does with inputs that it was not made for
+        if is_users(translated(error)) or is_reference(flags.get("model")):  # of their code: their line is named
+            raise
+        model, reason = f"--model {flags.get('model')}", first_line(error)
+        if flags.get("evaluate") is not None:
+            line = (f"--evaluate {flags['evaluate']}: its network cannot take inputs of {size} ({reason}); use the "
+                    f"trainer and size that made it")
+        elif not step.network.training:
+            line = f"{model}: cannot take inputs of {size} ({reason}); choose a model for this size"
+        elif num_samples == 1:
+            flag = "accumulation_steps" if flags.get("accumulation_steps", 1) > 1 else "batch_size"
+            line = (f"--{flag.replace('_', '-')} {flags[flag]}: leaves one sample per rank and micro-batch, on which "
+                    f"{model} cannot be trained ({reason}); {SINGLE[flag]}")
+        else:
+            line = f"{model}: fails in training on inputs of {size} ({reason}); choose another"
+        raise UsageError(line) from None

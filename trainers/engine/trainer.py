@@ -10,14 +10,12 @@ from launch.errors import NumericError, to_stderr
 from launch.process_group import World, from_main, gather
 from launch.stop import StopAgreement, Stopped, StopRequest
 from trainers.engine.checkpoints.save import Checkpointer
-from trainers.engine.data_record import DataRecord
-from trainers.engine.history import History
+from trainers.engine.history import DataRecord, History
 from trainers.engine.metrics import BestName, Evaluation, with_metrics
 from trainers.engine.parallel import warmed_up
-from trainers.engine.preflight import tried_first
 from trainers.engine.run.folder import RunFolder
 from trainers.engine.run.report import Progress, Report, epoch_text
-from trainers.engine.step import TrainStep
+from trainers.engine.step import TrainStep, tried_first
 from trainers.engine.task import EvaluationBatches, TrainBatches
 
 REPORTS_PER_EPOCH = 10  # at fixed steps, so that a resumed run writes the same lines

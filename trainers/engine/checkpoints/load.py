@@ -160,7 +160,7 @@ def check_fits(state: Mapping[str, Any], model: nn.Module, source: Path, *, conf
             differences.append(f"--{name.replace('_', '-')} was {was} and is {now}")
     for name in ("dataset", "global_batch_size"):
         was, now = state["fingerprint"].get(name), (fingerprint or {}).get(name)
-        if now is not None and was != now:  # None of files, which data_record.py compares
+        if now is not None and was != now:  # None of files, which DataRecord compares
             differences.append(f"{name} was {was} and is {now}")
     if differences:
         other = "" if config is None else ", or another --run-name"  # an evaluation is a run of its own already
