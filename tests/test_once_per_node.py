@@ -70,7 +70,6 @@ def four_nodes(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[World], o
 
     monkeypatch.setattr("trainers.engine.once_per_node.gather", gather)
     monkeypatch.setattr("trainers.image_folder.gather", gather)
-    monkeypatch.setattr("trainers.engine.once_per_node.barrier", lambda world: meeting.wait(20))
     monkeypatch.setattr("trainers.engine.once_per_node.from_main",
                         lambda world, action: gather(world, action() if world.is_main else None)[0])
 

@@ -29,7 +29,7 @@ from launch.errors import say
 from trainers import models
 from trainers.engine.config import TrainConfig
 from trainers.engine.session import entry_point, open_run, train_model
-from trainers.engine.task import Loss, Task, UserLoss, function_of, with_own_code
+from trainers.engine.task import Loss, Task, function_of, user_loss, with_own_code
 from trainers.engine.user_code import Reference, blaming, check_loss, is_reference, options_in, references
 
 
@@ -68,8 +68,9 @@ def choose_loss(text: str, *, label_smoothing: float = 0.0, class_weights: tuple
     if text in LOSSES:
         return LOSSES[text]
     reference = Reference("--loss", text)
-    loss = UserLoss(function_of(reference, torch.device("cpu")), f"--loss {text}")
-    with blaming([reference], loss.function):
+    function = function_of(reference, torch.device("cpu"))
+    loss = user_loss(function, f"--loss {text}")
+    with blaming([reference], function):
         loss(torch.zeros(2, 1, requires_grad=True), torch.ones(2, 1))
     return loss
 

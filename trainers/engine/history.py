@@ -3,6 +3,7 @@
 import json
 import time
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -10,48 +11,47 @@ import torch
 
 from launch.errors import CheckpointError, to_stderr
 from launch.process_group import World, from_main
+from trainers.engine import once_per_node, parallel
 from trainers.engine.metrics import BestName, Evaluation, score
-from trainers.engine.once_per_node import STILL, in_thread
-from trainers.engine.parallel import synchronize
 
 MOST_WAIT = 0.2  # share of training that may pass in waits for data without a warning
 FEW_SECONDS = 1.0  # of waiting, which nobody minds
 
 
+@dataclass
 class History:
     """Empty at the start, or as a checkpoint left it. The same on every rank, but for the seconds."""
-
-    def __init__(self) -> None:
-        self.epochs: list[dict[str, Any]] = []  # of each, also if cut short: step, seconds, loss and accuracy by split
-        self.best: dict[str, Any] | None = None  # accuracy, accuracy_top5, loss and step of the best evaluation
-        self.train_seconds = 0.0  # of all steps: no evaluation, checkpoint or report is in it
-        self.warm_up_seconds = 0.0  # of this process, before its first step: compilation, choice of kernels
-        self.data_wait_seconds = 0.0  # of the steps, what this rank has waited for data
-        self.data_wait_share: float | None = None  # of the rank that has waited longest, after an epoch
-        self.samples_here = 0  # over all ranks, that this process has taken part in training on
-        self._has_warned, self._running_since = False, 0.0
-        self._lap = (0, 0.0)  # samples and seconds at the last report
+    epochs: list[dict[str, Any]] = field(default_factory=list)  # of each: step, seconds, loss and accuracy by split
+    best: dict[str, Any] | None = None  # accuracy, accuracy_top5, loss and step of the best evaluation
+    train_seconds: float = 0.0  # of all steps: no evaluation, checkpoint or report is in it
+    warm_up_seconds: float = 0.0  # of this process, before its first step: compilation, choice of kernels
+    data_wait_seconds: float = 0.0  # of the steps, what this rank has waited for data
+    data_wait_share: float | None = None  # of the rank that has waited longest, after an epoch
+    samples_here: int = 0  # over all ranks, that this process has taken part in training on
+    has_warned: bool = False  # of waits for data
+    running_since: float = 0.0
+    lap: tuple[int, float] = (0, 0.0)  # samples and seconds at the last report
 
     def start_clock(self) -> None:
         """Steps begin."""
-        self._running_since = time.perf_counter()
+        self.running_since = time.perf_counter()
 
     def end_warm_up(self, device: torch.device) -> None:
         """What has passed was no step; the clock runs from now."""
-        synchronize(device)
-        self.warm_up_seconds = time.perf_counter() - self._running_since
+        parallel.synchronize(device)
+        self.warm_up_seconds = time.perf_counter() - self.running_since
         self.start_clock()
 
     def pause_clock(self, device: torch.device) -> None:
         """Wait for the device and add what has passed; the clock runs on from now."""
-        synchronize(device)
-        self.train_seconds += time.perf_counter() - self._running_since
+        parallel.synchronize(device)
+        self.train_seconds += time.perf_counter() - self.running_since
         self.start_clock()
 
     def lap_samples_per_second(self) -> float:
         """The speed since this was last asked for."""
-        samples, seconds = self._lap
-        self._lap = (self.samples_here, self.train_seconds)
+        samples, seconds = self.lap
+        self.lap = (self.samples_here, self.train_seconds)
         return (self.samples_here - samples) / max(self.train_seconds - seconds, 1e-9)
 
     def has_recorded(self, step: int) -> bool:
@@ -79,9 +79,9 @@ class History:
     def record_wait(self, seconds: float, remedy: str) -> str | None:
         """Keep what the slowest rank has waited; returns a warning, once, if there is a remedy for that much."""
         self.data_wait_share = share = seconds / self.train_seconds
-        if not remedy or share <= MOST_WAIT or seconds < FEW_SECONDS or self._has_warned:
+        if not remedy or share <= MOST_WAIT or seconds < FEW_SECONDS or self.has_warned:
             return None
-        self._has_warned = True
+        self.has_warned = True
         return f"WARNING data: training has waited for data for {100 * share:.0f} % of its time; {remedy}"
 
     def state(self) -> dict[str, Any]:
@@ -92,14 +92,13 @@ class History:
         """Resume from a checkpoint."""
         self.epochs, self.best, self.train_seconds = state["epochs"], best, state["train_seconds"]
         self.data_wait_seconds = state.get("data_wait_seconds", 0.0)
-        self._lap = (0, self.train_seconds)
+        self.lap = (0, self.train_seconds)
 
 
 class DataRecord:
-    """What checkpoints record of the training set of one run, which is None or has a `fingerprint()`: the names of the
-    classes and, where it is files, their `sizes_and_times()`. Those cost a look at each file, minutes for 200,000 on a
-    shared file system: rank 0 takes them in a thread while training begins, and a run that resumes compares them before
-    its first save."""
+    """What checkpoints record of a training set, None or with a `fingerprint()`: the names of classes and, of files,
+    `sizes_and_times()`. That may take minutes: rank 0 looks in a thread while training begins, and a run that resumes
+    compares them before its first save."""
 
     def __init__(self, world: World, dataset: Any, class_names: tuple[str, ...] = ()) -> None:
         self.world, self.dataset, self.class_names = world, dataset, class_names
@@ -107,7 +106,7 @@ class DataRecord:
         self.fingerprint: str | None = None if dataset is None or self.has_files else dataset.fingerprint()
         self._files, self._text = dict[str, list[int]](), "{}"
         self._before: tuple[Mapping[str, Any], Path] | None = None
-        self._looking = in_thread(self._look) if self.has_files and world.is_main else iter(())
+        self._looking = once_per_node.in_thread(self._look) if self.has_files and world.is_main else iter(())
         next(self._looking, None)  # starts it
 
     def _look(self) -> None:
@@ -132,7 +131,7 @@ class DataRecord:
 
     def _compare(self) -> None:
         for step in self._looking:
-            if step is not STILL:  # else a file system hangs, and the watchdog is to say so
+            if step is not once_per_node.STILL:  # else a file system hangs, and the watchdog is to say so
                 self.world.watchdog.mark("data")
         if self._before is None:
             return

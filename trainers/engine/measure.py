@@ -1,7 +1,6 @@
 """`--measure WARMUP:STEPS`: what a set-up is worth, for launch/benchmark.py; `--dry-run`: what a run would take; and
-`--profile STEP:STEPS`. The window is timed on the loop that trains (votes, reports and all), then some steps are split
-into phases, which needs waits for the device. Communication is what gradient averaging adds to forward and backward:
-windows with and without it alternate, and waiting for the slowest rank is part of it."""
+`--profile STEP:STEPS`. The window is timed on the loop that trains, votes, reports and all; then some steps are split
+into phases, which needs waits for the device. Communication is what gradient averaging adds to forward and backward."""
 
 import os
 import resource
@@ -21,14 +20,10 @@ from torch.utils.flop_counter import FlopCounterMode
 from launch.errors import CheckpointError, say, to_stderr
 from launch.network import library_defaults
 from launch.process_group import barrier, from_main, gather
-from trainers.engine.checkpoints.load import load_or_fail
-from trainers.engine.checkpoints.save import write_checkpoint
+from trainers.engine import metrics, parallel, precision, result
+from trainers.engine.checkpoints import load, save
 from trainers.engine.checkpoints.snapshot import hash_tensors, tensors_in
 from trainers.engine.config import TrainConfig, measured_steps
-from trainers.engine.metrics import num_samples
-from trainers.engine.parallel import synchronize
-from trainers.engine.precision import DTYPES
-from trainers.engine.result import peak_memory_bytes
 from trainers.engine.run.report import Progress
 from trainers.engine.task import TrainBatches, apply
 from trainers.engine.trainer import Trainer
@@ -51,21 +46,21 @@ def write_measurement(trainer: Trainer, train: TrainBatches, steps: str) -> dict
     loss, moved = sums.means(world)[0], torch.linalg.vector_norm(weights(trainer) - start).item()
     used = {name: None if now is None or was is None else max(0.0, now - was)  # less than 0 where a thread has ended
             for (name, was), now in zip(before.items(), after.values(), strict=True)}
-    mine = {"seconds": seconds, **used, "peak_memory_bytes": peak_memory_bytes(world.device),
+    mine = {"seconds": seconds, **used, "peak_memory_bytes": result.peak_memory_bytes(world.device),
             **time_phases(trainer, train, timed)}
     flops = flops_per_sample(trainer, train)
     ranks = gather(world, mine | {"matrix_flops_per_second": matrix_flops_per_second(trainer)})
     slowest = max(rank["seconds"] for rank in ranks)
-    result = {"benchmark": {
+    found = {"benchmark": {
         "warmup_steps": warmup, "steps": timed, "batch_size": train.global_batch_size, "seconds": slowest,
         "samples_per_second": timed * train.global_batch_size / slowest, "loss": loss, "weights_moved": moved,
         "flops_per_sample": flops, "world_size": world.world_size, "threads_per_rank": world.threads,
         "device": world.device.type, "backend": world.backend, "batch_norm": any(
             isinstance(module, nn.modules.batchnorm._BatchNorm) for module in trainer.train_step.model.modules()),
         **{name: [rank[name] for rank in ranks] for name in ranks[0] if name != "seconds"}}}
-    trainer.folder.write_json("result.json", result)
+    trainer.folder.write_json("result.json", found)
     trainer.folder.write_status("DONE", step=trainer.step, epoch=trainer.epoch)
-    return result
+    return found
 
 
 def dry_run(trainer: Trainer, train: TrainBatches, config: TrainConfig) -> dict[str, Any]:
@@ -75,12 +70,13 @@ def dry_run(trainer: Trainer, train: TrainBatches, config: TrainConfig) -> dict[
     began = history.train_seconds
     advance(trainer, train, DRY_STEPS)
     step_seconds = max(gather(world, (history.train_seconds - began) / DRY_STEPS))
-    memory = max(gather(world, peak_memory_bytes(world.device)))
+    memory = max(gather(world, result.peak_memory_bytes(world.device)))
     state = trainer.state(trainer.sums.of_all_ranks(world))
 
     def save_and_load() -> int:
-        path = write_checkpoint(trainer.folder.checkpoints, state)
-        if hash_tensors(tensors_in(load_or_fail(path)["model"])) != hash_tensors(tensors_in(state["model"])):
+        path = save.write_checkpoint(trainer.folder.checkpoints, state)
+        loaded = load.load_or_fail(path)
+        if len({hash_tensors(tensors_in(each["model"])) for each in (state, loaded)}) > 1:
             raise CheckpointError(f"{path}: what was loaded differs from what was saved; check the disk")
         return path.stat().st_size
 
@@ -115,7 +111,7 @@ class PhaseClock:
 
     def mark(self, phase: str, step: int | None = None) -> None:
         """A phase begins; on a GPU the work of the one before is waited for."""
-        synchronize(self.device)
+        parallel.synchronize(self.device)
         now = time.perf_counter()
         self.seconds[self._phase] = self.seconds.get(self._phase, 0.0) + now - self._since
         self._phase, self._since = phase, now
@@ -214,22 +210,22 @@ def flops_per_sample(trainer: Trainer, train: TrainBatches) -> float:
     with FlopCounterMode(display=False) as counter:
         step.task.loss(apply(step.network.forward, inputs), targets).backward()  # not what torch.compile made of it
     step.optimizer.zero_grad(set_to_none=True)
-    return counter.get_total_flops() / num_samples(targets)
+    return counter.get_total_flops() / metrics.num_samples(targets)
 
 
 def matrix_flops_per_second(trainer: Trainer) -> float:
     """What this rank reaches in a product of large square matrices, while every other rank computes one too."""
     device = trainer.world.device
-    size, dtype = MATRIX_SIZE[device.type], DTYPES.get(trainer.train_step.precision.name, torch.float32)
+    size, dtype = MATRIX_SIZE[device.type], precision.DTYPES.get(trainer.train_step.precision.name, torch.float32)
     left, right = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
     product = left @ right  # warm-up
     barrier(trainer.world)
     fastest, until = float("inf"), time.perf_counter() + MATRIX_SECONDS
     while time.perf_counter() < until:
-        synchronize(device)
+        parallel.synchronize(device)
         began = time.perf_counter()
         torch.mm(left, right, out=product)
-        synchronize(device)
+        parallel.synchronize(device)
         fastest = min(fastest, time.perf_counter() - began)
     return 2 * size**3 / fastest
 

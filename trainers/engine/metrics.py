@@ -1,7 +1,6 @@
-"""Loss and accuracy over all ranks, counted exactly: sums stay on the device until a line is reported. Evaluation keeps
-a confusion matrix and a loss sum, which ONE all_reduce adds over the ranks; accuracy, per-class accuracy and the plot
-come from that matrix, and its total is the number of test samples. Of many thousand classes only two columns are kept,
-wrong and right: the matrix of 21,841 classes is 3.8 GB."""
+"""Loss and accuracy over all ranks, counted exactly: sums stay on the device until a line is reported. An evaluation is
+a confusion matrix, whose total is the number of test samples, and a loss sum, added over the ranks by ONE all_reduce.
+Of many thousand classes two columns are kept, wrong and right: the matrix of 21,841 classes is 3.8 GB."""
 
 import math
 from collections.abc import Callable, Mapping

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from launch.errors import is_users
-from launch.process_group import World, barrier, from_main, gather
+from launch.process_group import World, from_main, gather
 from launch.stop import Stopped, StopRequest, stop_request
 from launch.watchdog import context_switches
 
@@ -24,13 +24,12 @@ STILL = object()  # in place of a step of one that has not moved
 
 def once_per_node(world: World, work: Callable[[], object] | Generator[Any], *,
                   folder: Path | None = None, stop: StopRequest | None = None) -> None:
-    """Run `work` to its end on local rank 0 of every node; returns on all ranks together. With a `folder`, on one rank
-    of all those that see it: a file system may be shared by nodes. The ranks exchange how far they are twice a second:
-    so a stop is noticed while it runs, and an error of one rank is raised on all. After a stop a generator is closed; a
-    function is left to end with the process, so it must keep what it writes in a temporary folder until it is whole."""
+    """Run `work` to its end on local rank 0 of every node, with a `folder` on one of all that see it; returns
+    on all ranks together. They exchange how far they are twice a second: a stop is noticed, an error of one raised on
+    all. A generator is then closed; a function ends with the process, so what it writes must be whole or absent."""
     stop = stop_request() if stop is None else stop
     steps = work if isinstance(work, Generator) else in_thread(work)
-    done = not does_it(world, folder)
+    done = not (world.local_rank == 0 if folder is None else is_first_to_write(world, folder))
     while True:
         error, until = None, time.monotonic() + SLICE_SECONDS
         try:
@@ -56,34 +55,30 @@ def once_per_node(world: World, work: Callable[[], object] | Generator[Any], *,
             return
 
 
-def does_it(world: World, folder: Path | None) -> bool:
-    """Whether this rank does the work. A collective."""
-    leads = world.local_rank == 0
-    leaders = [rank for rank, each in enumerate(gather(world, leads)) if each]
-    if folder is None or len(leaders) == 1:
-        return leads
-    token = from_main(world, lambda: uuid.uuid4().hex)
-    names = [folder / f".{token}-{rank}" for rank in leaders if rank <= world.rank]
-    if leads:
-        with contextlib.suppress(OSError):  # which the work itself will meet
-            folder.mkdir(parents=True, exist_ok=True)
-            names[-1].touch()
-    barrier(world)
-    leads = leads and not any(name.exists() for name in names[:-1])
-    barrier(world)
-    if names:
-        names[-1].unlink(missing_ok=True)
-    return leads
+def is_first(world: World, place: Path) -> bool:
+    """Whether this is the first rank that sees one folder: on another disk it has another number, or time."""
+    identity = None
+    with contextlib.suppress(OSError):  # which the work itself will meet
+        status = os.stat(place)
+        identity = status.st_ino, status.st_mtime_ns
+    return gather(world, identity).index(identity) == world.rank
+
+
+def is_first_to_write(world: World, folder: Path) -> bool:
+    """The same by a new folder below it: others may write into this one meanwhile, or disks be copies of each other."""
+    mark = folder / f".{from_main(world, lambda: uuid.uuid4().hex)}"
+    with contextlib.suppress(OSError):
+        mark.mkdir(parents=True, exist_ok=True)
+    first = is_first(world, mark)
+    with contextlib.suppress(OSError):  # another rank was faster
+        mark.rmdir()
+    return first
 
 
 def found_once(world: World, find: Callable[[], T], *, folder: Path, digest: Callable[[T], str]) -> T | None:
     """What `find` finds in a folder, in which nothing is written: by one rank of all those that see it, and handed to
     every rank by rank 0. None if folders of that name on several file systems differ by `digest`."""
-    place, found = None, list[T]()
-    with contextlib.suppress(OSError):  # which `find` itself will meet
-        status = os.stat(folder)
-        place = status.st_ino, status.st_mtime_ns  # of a copy on another disk they are others
-    leads = gather(world, place).index(place) == world.rank
+    found, leads = list[T](), is_first(world, folder)
     once_per_node(world, lambda: found.append(find()) if leads else None)
     digests = {each for each in gather(world, digest(*found) if found else None) if each is not None}
     return from_main(world, lambda: found[0]) if len(digests) == 1 else None

@@ -137,9 +137,8 @@ class FilterMuon(torch.optim.Muon):
 
 
 class MuonWithAdamW:
-    """Muon for weight matrices and filters and AdamW for everything else, stepped and saved as one. Muon's rates are
-    matched to AdamW's (adjust_lr_fn), so one learning rate serves both. With `sgd`, its options such as lr and
-    momentum, Muon takes filters alone, and SGD with momentum the rest, as in cifar10-airbench."""
+    """Muon for weight matrices and filters and AdamW for all else, stepped and saved as one, at matched rates
+    (adjust_lr_fn). With `sgd`, options such as lr, Muon takes filters alone, SGD the rest, as in cifar10-airbench."""
 
     def __init__(self, groups: list[dict[str, Any]], *, momentum: float, adams: Mapping[str, Any] | None = None,
                  sgd: Mapping[str, Any] | None = None, lr: float, weight_decay: float, **options: Any) -> None:

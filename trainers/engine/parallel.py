@@ -64,9 +64,8 @@ def gradient_sync(model: nn.Module, *, last: bool) -> contextlib.AbstractContext
 
 
 def warmed_up(model: nn.Module, world: World, batches: Iterator[Batch], *, loss: Loss) -> Iterator[Batch]:
-    """Run forward and backward once where that prepares something: torch.compile's kernels, cuDNN's choice, or DDP's
-    layout of gradients: as they first arrived, by which three or more ranks add them up, so that a resumed run's first
-    step would differ in the last bits. The model is left as it was; the batches returned include the first one."""
+    """The batches, the first run forward and backward where that prepares something: torch.compile's kernels, cuDNN's
+    choice, or DDP's layout of gradients, by which three or more ranks add them up. The model is left as it was."""
     prepares = (world.device.type == "cuda" or unwrap(model)._compiled_call_impl is not None
                 or (isinstance(model, DistributedDataParallel) and world.world_size > 2))
     first = next(batches, None) if prepares else None

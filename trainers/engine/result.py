@@ -18,7 +18,7 @@ from trainers.engine.metrics import Evaluation, with_metrics
 from trainers.engine.parallel import num_parameters
 from trainers.engine.run import pictures
 from trainers.engine.run.folder import OUT_OF_PATIENCE, RunFolder
-from trainers.engine.task import Batch, EvaluationBatches, TrainBatches
+from trainers.engine.task import EvaluationBatches, TrainBatches
 from trainers.engine.trainer import Trainer
 
 MOST_RESULT_CLASSES = 200  # up to which result.json holds the confusion matrix
@@ -88,26 +88,26 @@ def write_matrix(folder: RunFolder, matrix: list[list[int]] | None) -> list[list
 def draw_result(trainer: Trainer, evaluation: Evaluation, class_names: tuple[str, ...], *, steps_per_epoch: int,
                 split: str, test: EvaluationBatches, statistics: Statistics | None) -> None:
     """The pictures of a finished run, on rank 0, once all else is written; after an evaluation only, without curves."""
-    report, step = trainer.report, trainer.train_step
+    report, step, folder = trainer.report, trainer.train_step, trainer.folder
     report.curves(trainer.history.epochs, steps_per_epoch=steps_per_epoch, always=True)
-    if report.draws and evaluation.confusion_matrix is not None and evaluation.accuracy is not None:
-        title = f"{100 * evaluation.accuracy:.2f} % of {evaluation.num_samples} {split} samples"
-        with report.optional("--pictures"):
-            png = pictures.confusion_matrix(evaluation.confusion_matrix, class_names, title=title)
-            trainer.folder.write_bytes("confusion_matrix.png", png)
-    if report.draws and statistics is not None:
-        with report.optional("--pictures"):
-            trainer.world.watchdog.mark("evaluation data")
-            first = next(iter(test), None)  # of rank 0's share; none if no image of it can be read
-            trainer.world.watchdog.mark("pictures")
-            if first is not None:
-                inputs, targets = (tensor[: pictures.MOST_IMAGES] for tensor in first)
-                with step.precision.autocast():
-                    labels = step.evaluated_model.eval()(inputs.to(step.world.device)).argmax(1)
-                true, predicted = ([class_names[int(label)] for label in each] for each in (targets, labels))
-                images = pictures.denormalize(inputs.float().cpu(), *statistics)
-                png = pictures.predictions(images, true, predicted, title=f"{split} images, as predicted")
-                trainer.folder.write_bytes("predictions.png", png)
+    if not report.draws:
+        return
+    with report.optional("--pictures"):
+        if evaluation.confusion_matrix is not None:
+            title = f"{100 * (evaluation.accuracy or 0.0):.2f} % of {evaluation.num_samples} {split} samples"
+            folder.write_bytes("confusion_matrix.png", pictures.confusion_matrix(
+                evaluation.confusion_matrix, class_names, title=title))
+        trainer.world.watchdog.mark("evaluation data")
+        first = next(iter(test), None) if statistics is not None else None  # none if no image of it can be read
+        trainer.world.watchdog.mark("pictures")
+        if statistics is not None and first is not None:
+            inputs, targets = (tensor[: pictures.MOST_IMAGES] for tensor in first)
+            with step.precision.autocast():
+                labels = step.evaluated_model.eval()(inputs.to(step.world.device)).argmax(1)
+            true, predicted = ([class_names[int(label)] for label in each] for each in (targets, labels))
+            images = pictures.denormalize(inputs.float().cpu(), *statistics)
+            folder.write_bytes("predictions.png", pictures.predictions(
+                images, true, predicted, title=f"{split} images, as predicted"))
 
 
 def result_text(evaluation: Evaluation, class_names: tuple[str, ...], path: Path, split: str = "test") -> str:
@@ -117,15 +117,13 @@ def result_text(evaluation: Evaluation, class_names: tuple[str, ...], path: Path
     lines = [f"{split} {accuracy or f'loss {evaluation.loss:.6f}'} over {evaluation.num_samples} samples{top5}"]
     lines += [f"  {name} {value:.6g}" for name, value in evaluation.metrics.items()]
     shares = list(zip(map(printable, class_names), evaluation.per_class_accuracy or [], strict=False))
-    are_many = len(shares) > MOST_SHOWN_CLASSES
-    if are_many:
+    if len(shares) > MOST_SHOWN_CLASSES:
         lines.append(f"worst and best of {len(shares):,} classes:")
         shares = sorted((share for share in shares if share[1] is not None), key=lambda share: share[1] or 0.0)
-    classes = [f"  {name:<12} {100 * share:6.2f} %" if share is not None else f"  {name:<12}   none"
-               for name, share in shares]
-    if are_many:
-        classes[ENDS : max(ENDS, len(classes) - ENDS)] = ["  ..."]
-    return "\n".join([*lines, *classes, f"results in {path}"])
+        del shares[ENDS : max(ENDS, len(shares) - ENDS)]
+    lines += [f"  {name:<12} {100 * share:6.2f} %" if share is not None else f"  {name:<12}   none"
+              for name, share in shares]
+    return "\n".join([*lines, f"results in {path}"])
 
 
 def peak_memory_bytes(device: torch.device) -> int:
@@ -134,13 +132,15 @@ def peak_memory_bytes(device: torch.device) -> int:
     return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else used
 
 
-def draw_first_batch(folder: RunFolder, batch: Batch, statistics: Statistics, class_names: Sequence[str]) -> None:
+def draw_first_batch(trainer: Trainer, train: TrainBatches, statistics: Statistics, class_names: Sequence[str]) -> None:
     """first_batch.png: training images as the network sees them, un-normalised. Rank 0 only."""
-    inputs, targets = batch
-    images = pictures.denormalize(inputs[: pictures.MOST_IMAGES].float().cpu(), *statistics)
-    captions = [label_text(target, class_names) for target in targets[: len(images)].cpu()]
-    title = f"first training batch: {len(images)} of this rank's {len(inputs)} images"
-    folder.write_bytes("first_batch.png", pictures.image_grid(images, captions, title=title))
+    trainer.world.watchdog.mark("data")
+    inputs, targets = next(train.batches(trainer.epoch, trainer.samples_consumed))
+    with trainer.report.optional("--show-batch"):
+        images = pictures.denormalize(inputs[: pictures.MOST_IMAGES].float().cpu(), *statistics)
+        captions = [label_text(target, class_names) for target in targets[: len(images)].cpu()]
+        title = f"first training batch: {len(images)} of this rank's {len(inputs)} images"
+        trainer.folder.write_bytes("first_batch.png", pictures.image_grid(images, captions, title=title))
 
 
 def label_text(target: Tensor, class_names: Sequence[str]) -> str:

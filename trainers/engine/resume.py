@@ -12,16 +12,12 @@ from launch.errors import CheckpointError, UsageError, first_line, launched_rank
 from launch.files import read_object, writing
 from launch.launcher import job_identity
 from launch.process_group import from_main, gather
-from trainers.engine.checkpoints.files import committed, give_name, set_aside, step_of, sweep
-from trainers.engine.checkpoints.load import check_fits, is_checkpoint, load_or_fail, newest_good, unlike
-from trainers.engine.checkpoints.snapshot import hash_tensors, tensors_in
-from trainers.engine.checkpoints.weights import load_weights
+from trainers.engine.checkpoints import files, load, snapshot, weights
 from trainers.engine.config import ImageConfig, TrainConfig
 from trainers.engine.history import saved_class_names
 from trainers.engine.optimizer import MovingAverage
-from trainers.engine.run.card import CARD_FILE, read_card
+from trainers.engine.run import card, ownership
 from trainers.engine.run.folder import RunFolder
-from trainers.engine.run.ownership import is_restart_of
 from trainers.engine.step import TrainStep
 from trainers.engine.trainer import Run, Trainer
 
@@ -33,17 +29,16 @@ MOMENTS = ("momentum_buffer", "exp_avg", "exp_avg_sq", "square_avg")  # of optim
 
 def choose_checkpoint(resume: str, folder: RunFolder,
                       unfit: Callable[[dict[str, Any]], str | None] = lambda state: None) -> Path | None:
-    """What to resume from, by `--resume` and by what is on disk; None for the start. Rank 0 only. Tidies up what killed
-    saves left, and renames damaged files, so that retention does not count them. Files that are `unfit` for the run are
-    damaged too, unless all are: then the flags are others. CheckpointError if there are some and none is whole."""
+    """The checkpoint to resume from, by --resume and what is on disk, or None; CheckpointError if none is whole. Rank 0
+    only; removes what killed saves left. One `unfit` for the run is damaged, unless all are: then flags differ."""
     check_fence = folder.ownership.check
-    sweep(folder.checkpoints, check_fence=check_fence)
-    damaged, newest, state = newest_good(folder.checkpoints, unfit=unfit)
+    files.sweep(folder.checkpoints, check_fence=check_fence)
+    damaged, newest, state = load.newest_good(folder.checkpoints, unfit=unfit)
     if state is None and damaged:
-        damaged, newest, state = newest_good(folder.checkpoints)
+        damaged, newest, state = load.newest_good(folder.checkpoints)
     continues = resume == "auto"
     if state is not None and not continues:  # a restart of the same job, or the same PATH again, resumes where it was
-        continues = (is_restart_of(state["fingerprint"], job_identity()) if resume == "never" else
+        continues = (ownership.is_restart_of(state["fingerprint"], job_identity()) if resume == "never" else
                      state["config"].get("resume") == resume)
     if not continues:
         return start_over(resume, folder)
@@ -57,19 +52,19 @@ def choose_checkpoint(resume: str, folder: RunFolder,
     if damaged:
         reasons = ", ".join(f"{path} ({reason})" for path, reason in damaged.items())
         to_stderr(f"WARNING checkpoint: {reasons}: kept as *.damaged; resuming from {newest.name}")
-        set_aside(damaged, "damaged", check_fence=check_fence)
+        files.set_aside(damaged, "damaged", check_fence=check_fence)
     if (state["best"] or {}).get("step") == state["step"]:
-        give_name(newest, "best", check_fence=check_fence)  # a kill between its two links
+        files.give_name(newest, "best", check_fence=check_fence)  # a kill between its two links
     return newest
 
 
 def start_over(resume: str, folder: RunFolder) -> Path | None:
     """From scratch or from the checkpoint that the user named; what the run had after that is renamed, not deleted."""
     path = None if resume == "never" else Path(resume)
-    step = load_or_fail(path)["step"] if path is not None else 0
+    step = load.load_or_fail(path)["step"] if path is not None else 0
     if path is not None and path.resolve().parent == folder.checkpoints.resolve():
-        set_aside([own for own in committed(folder.checkpoints) if step_of(own) > step], "superseded",
-                  check_fence=folder.ownership.check)
+        later = [own for own in files.committed(folder.checkpoints) if files.step_of(own) > step]
+        files.set_aside(later, "superseded", check_fence=folder.ownership.check)
     else:
         folder.set_aside()
     return path
@@ -81,17 +76,17 @@ def find_evaluated(config: TrainConfig, *, named: bool) -> tuple[dict[str, Any] 
     path, state, names, saved = config.evaluate, None, (), None
     if path is None or named:
         return None, None, config
-    if not path.is_file() or is_checkpoint(path):
-        state = load_or_fail(path)
+    if not path.is_file() or load.is_checkpoint(path):
+        state = load.load_or_fail(path)
         names, saved = saved_class_names(state), state["config"]
     for folder in (path.absolute().parent.parent, path.absolute().parent):
         with contextlib.suppress(CheckpointError):
-            card = read_card(folder)
-            names = names or (card.class_names if card.kind == "classes" else ())
+            run_card = card.read_card(folder)
+            names = names or (run_card.class_names if run_card.kind == "classes" else ())
             saved = saved or read_object(folder / "config.json")
     if state is not None and not names and isinstance(config, ImageConfig) and launched_rank() == 0:
-        to_stderr(f"WARNING checkpoint: {path}: holds no names of classes and lies in no run folder with {CARD_FILE}; "
-                  f"they are taken to be those of --data-dir, in sorted order")
+        to_stderr(f"WARNING checkpoint: {path}: holds no names of classes and lies in no run folder with "
+                  f"{card.CARD_FILE}; they are taken to be those of --data-dir, in sorted order")
     return state, names or None, as_trained(config, saved) if saved else config
 
 
@@ -101,13 +96,13 @@ def load_evaluated(config: TrainConfig, run: Run, trainer: Trainer) -> None:
     assert path is not None
     train_step.ema = None
     if state is not None:
-        check_fits(state, train_step.network, path)
+        load.check_fits(state, train_step.network, path)
         if state["ema"] is not None:
             train_step.ema = MovingAverage(train_step.network, decay=1.0)
         train_step.load_weights(state)
         trainer.step, trainer.epoch, trainer.history.best = state["step"], state["epoch"], state["best"]
         return check_same_on_all_ranks(trainer, path)
-    taken = load_weights(train_step.network, path, flag="--evaluate") if path.exists() else f"weights {path}"
+    taken = weights.load_weights(train_step.network, path, flag="--evaluate") if path.exists() else f"weights {path}"
     check_same_on_all_ranks(trainer, path)
     if run.world.is_main:
         if (num_classes := train_step.task.num_classes) and run.known is None:
@@ -137,15 +132,15 @@ def as_trained(config: Any, saved: Mapping[str, Any]) -> Any:
 def check_same_on_all_ranks(trainer: Trainer, source: Path) -> None:
     """Compare hashes of weights and optimizer state: CheckpointError on every rank, if any differs. A collective."""
     state = trainer.train_step.state()
-    loaded = tensors_in([state["model"], state["ema"], state["optimizer"]])
-    if len(set(gather(trainer.world, hash_tensors(loaded)))) > 1:
+    loaded = snapshot.tensors_in([state["model"], state["ema"], state["optimizer"]])
+    if len(set(gather(trainer.world, snapshot.hash_tensors(loaded)))) > 1:
         raise CheckpointError(f"{source}: the ranks loaded different weights; let every node see the same folder")
 
 
 def unlike_run(state: Mapping[str, Any], train_step: TrainStep) -> str | None:
     """The path of the first part of a state that what is trained cannot continue from; None if there is none."""
     live, optimizer, memory = train_step.state(), train_step.optimizer, state["optimizer"]
-    if name := unlike(state, {part: live[part] for part in ("model", "ema", "optimizer") if live[part] is not None}):
+    if name := load.unlike(state, {part: live[part] for part in ("model", "ema", "optimizer") if live[part]}):
         return name
     for saved, part in zip(memory.get("parts", [memory]), getattr(optimizer, "parts", [optimizer]), strict=False):
         if not type(part).__module__.startswith(("torch.", "trainers.")):
@@ -162,7 +157,7 @@ def is_memory_of(parameter: Tensor, entry: Any) -> bool:
     """Whether an optimizer can have remembered this of a parameter: moments of its shape, and no negative step."""
     step = entry.get("step", 0) if isinstance(entry, dict) else None
     step = step.item() if isinstance(step, Tensor) and step.numel() == 1 else step
-    return unlike(step, 0.0) is None and all(
+    return load.unlike(step, 0.0) is None and all(
         entry[name] is None or (isinstance(entry[name], Tensor) and entry[name].shape == parameter.shape)
         for name in MOMENTS if name in entry)
 
@@ -176,11 +171,11 @@ def resume(config: TrainConfig, trainer: Trainer, *, steps_per_epoch: int) -> st
         from_main(world, lambda: folder.truncate_metrics(-1, evaluated=False))
         if config.init_from is None:
             return "from the start"
-        taken = load_weights(trainer.train_step.network, config.init_from, flag="--init-from")
+        taken = weights.load_weights(trainer.train_step.network, config.init_from, flag="--init-from")
         check_same_on_all_ranks(trainer, config.init_from)
         return f"from the {taken}"
-    state = load_or_fail(source)
-    check_fits(state, trainer.train_step.network, source, config=trainer.config, fingerprint=trainer.fingerprint)
+    state = load.load_or_fail(source)
+    load.check_fits(state, trainer.train_step.network, source, config=trainer.config, fingerprint=trainer.fingerprint)
     was, decoder = (each.get("decoder") for each in (state["fingerprint"], trainer.fingerprint))
     if decoder not in (None, was) and world.is_main:
         to_stderr(f"WARNING data: images were decoded by {was or 'Pillow alone'} before {source.name} and are by "

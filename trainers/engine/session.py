@@ -14,31 +14,22 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
+from launch import failure, launcher
 from launch.errors import UsageError, say, to_stderr
-from launch.failure import translated
-from launch.launcher import job_identity, too_many_threads
 from launch.process_group import World, from_main, process_group
 from launch.stop import Stopped, signals_caught
-from trainers.engine.checkpoints.load import load_or_fail
-from trainers.engine.checkpoints.save import Checkpointer
+from trainers.engine import history, measure, metrics, parallel, result, resume, user_code
+from trainers.engine.checkpoints import load, save
 from trainers.engine.config import ImageConfig, Statistics, TrainConfig
-from trainers.engine.history import DataRecord
-from trainers.engine.measure import dry_run, profiled, write_measurement
-from trainers.engine.metrics import TOP
 from trainers.engine.optimizer import MovingAverage, build_optimizer, freeze
-from trainers.engine.parallel import choose_parallel, parallelize
 from trainers.engine.precision import Precision
-from trainers.engine.result import draw_first_batch, draw_result, finish, summary
-from trainers.engine.resume import check_same_on_all_ranks, find_evaluated, load_evaluated, resume
-from trainers.engine.run.card import CARD_FILE, ModelCard
+from trainers.engine.run import card, ownership
 from trainers.engine.run.folder import RunFolder
-from trainers.engine.run.ownership import check_run_name, unnamed_run
 from trainers.engine.run.report import Report
 from trainers.engine.step import StepOptions, TrainStep
 from trainers.engine.task import EvaluationBatches, Task, TrainBatches, classification_task, with_own_code
 from trainers.engine.trackers.tracker import TrackedRun, TrackerThread
 from trainers.engine.trainer import LoopOptions, Run, Trainer
-from trainers.engine.user_code import absolute, blaming, load_all, references
 
 
 class AlreadyDone(BaseException):
@@ -72,61 +63,61 @@ def open_run(config: TrainConfig, trainer: str, *, named: bool = False) -> Itera
     """Catch signals, join the other ranks and own the run folder, for the length of a `with` block; status.json says
     how that ends. Weights that are `named` are no file. UsageError for flags that cannot work; AlreadyDone."""
     config.check()
-    check_run_name(config.run_name)
+    ownership.check_run_name(config.run_name)
     torch.backends.mkldnn.enabled = config.onednn
     with signals_caught() as stop, process_group(
             config.backend, device=config.device, timeout_seconds=config.timeout, threads=config.threads,
             deterministic=config.deterministic) as world:
-        files = load_all(config)
-        name = from_main(world, lambda: config.run_name or unnamed_run(
+        files = user_code.load_all(config)
+        name = from_main(world, lambda: config.run_name or ownership.unnamed_run(
             config.output_dir, trainer, config.recipe, to_plain(config)))
         folder = RunFolder(config.output_dir / name, is_main=world.is_main)
         from_main(world, folder.claim)
         world.watchdog.attend(folder, traces=folder.path)
         try:
-            state, known, config = find_evaluated(config, named=named)
+            state, known, config = resume.find_evaluated(config, named=named)
             if config.evaluate is not None:
-                files |= load_all(config)  # the transform that the weights were trained with
+                files |= user_code.load_all(config)  # the transform that the weights were trained with
             facts = {"world_size": world.world_size, "device": str(world.device), "threads_per_rank": world.threads,
                      "launcher": world.launcher, "backend": world.backend, "user_code": files}
             if not from_main(world, lambda: folder.begin(to_plain(config), world=facts)):
-                result = folder.read_json("result.json") or {}
+                stored = folder.read_json("result.json") or {}
                 if world.is_main:
-                    figure = "loss" if result.get("accuracy") is None else "accuracy"
-                    say(f"{folder.path} is DONE ({figure} {result.get(figure)}); raise --epochs, or the --max-steps or "
+                    figure = "loss" if stored.get("accuracy") is None else "accuracy"
+                    say(f"{folder.path} is DONE ({figure} {stored.get(figure)}); raise --epochs, or the --max-steps or "
                         f"--patience that ended it, to continue")
-                raise AlreadyDone(result)
-            if world.is_main and (warning := too_many_threads(world, world.threads)):
+                raise AlreadyDone(stored)
+            if world.is_main and (warning := launcher.too_many_threads(world, world.threads)):
                 to_stderr(warning)
-            with blaming(references(config)):
+            with user_code.blaming(user_code.references(config)):
                 yield Run(trainer=trainer, world=world, folder=folder, stop=stop, config=config, evaluated=state,
                           known=known, user_code=files)
         except Stopped as stopped:
             folder.preempted(str(stopped), epoch=stopped.epoch)
             raise
         except Exception as error:
-            folder.failed(translated(error), step=world.watchdog.step)
+            folder.failed(failure.translated(error), step=world.watchdog.step)
             raise
         finally:
             folder.release()
 
 
 def build_trainer(config: TrainConfig, run: Run, model: nn.Module, task: Task, *, steps_per_epoch: int,
-                  data: DataRecord, split: Literal["test", "validation"]) -> Trainer:
+                  data: history.DataRecord, split: Literal["test", "validation"]) -> Trainer:
     """A model and all that trains it, evaluated on a split. Raises UsageError as build_step does."""
     world, num_classes = run.world, task.num_classes or 0
-    if num_classes <= {"top5": TOP, "accuracy": 0}.get(config.best or "loss", -1):
+    if num_classes <= {"top5": metrics.TOP, "accuracy": 0}.get(config.best or "loss", -1):
         raise UsageError(f"--best {config.best}: the data has {num_classes or 'no'} classes; use --best loss")
     fingerprint = {"dataset": None if data.has_files else data.fingerprint, "global_batch_size": config.batch_size,
                    "world_size": world.world_size, "threads": world.threads, "torch": str(torch.__version__),
-                   "decoder": getattr(data.dataset, "decoder", None), **job_identity(),
+                   "decoder": getattr(data.dataset, "decoder", None), **launcher.job_identity(),
                    **({"user_code": run.user_code} if run.user_code else {})}
     tracked = TrackedRun(run.folder.path, project=run.trainer, config=to_plain(config))
     trackers = [TrackerThread(name, tracked) for name in config.trackers() if not config.dry_run]
     options = LoopOptions(split=split, best=config.best or "accuracy", **{name: getattr(config, name) for name in (
         "eval_every", "checkpoint_every", "max_bad_steps", "log_gradients", "patience")})
     return Trainer(build_step(config, model, task, world, steps_per_epoch=steps_per_epoch), run, options=options,
-                   checkpointer=Checkpointer(run.folder, keep=config.keep_checkpoints), config=to_plain(config),
+                   checkpointer=save.Checkpointer(run.folder, keep=config.keep_checkpoints), config=to_plain(config),
                    report=Report(run.folder, pictures=config.pictures, trackers=trackers), fingerprint=fingerprint,
                    data=data)
 
@@ -138,7 +129,7 @@ def build_step(config: TrainConfig, model: nn.Module, task: Task, world: World, 
     model.to(world.device)
     if config.channels_last:
         model.to(memory_format=torch.channels_last)
-    parallel, remark = choose_parallel(config.parallel, world, num_gpus=torch.cuda.device_count())
+    mode, remark = parallel.choose_parallel(config.parallel, world, num_gpus=torch.cuda.device_count())
     if remark and world.is_main:
         say(remark)
     if not any(parameter.requires_grad for parameter in model.parameters()):
@@ -149,12 +140,12 @@ def build_step(config: TrainConfig, model: nn.Module, task: Task, world: World, 
     optimizer = build_optimizer(model, config)
     if config.sync_bn and world.device.type != "cuda":
         raise UsageError(f"--sync-bn: torch's SyncBatchNorm needs CUDA, this is {world.device.type}; leave it out")
-    if config.sync_bn and parallel == "ddp":
+    if config.sync_bn and mode == "ddp":
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)  # of the same parameters
     if config.compile:
         model.compile(mode=config.compile_mode)
-    wrapped = parallelize(model, parallel, world, comm_hook=config.comm_hook,
-                          find_unused_parameters=config.find_unused_parameters)
+    wrapped = parallel.parallelize(model, mode, world, comm_hook=config.comm_hook,
+                                   find_unused_parameters=config.find_unused_parameters)
     options = StepOptions(seed=config.seed, accumulation_steps=config.accumulation_steps,
                           clip_grad_norm=config.clip_grad_norm, channels_last=config.channels_last)
     return TrainStep(wrapped, optimizer, task, world, precision=precision, ema=ema, options=options,
@@ -163,20 +154,20 @@ def build_step(config: TrainConfig, model: nn.Module, task: Task, world: World, 
 
 def train_classifier(config: ImageConfig, run: Run, model: nn.Module, class_names: tuple[str, ...],
                      statistics: Statistics, train: TrainBatches = None, test: EvaluationBatches | None = None,
-                     dataset: Any = None, validation: EvaluationBatches | None = None) -> dict[str, Any]:
-    """A classifier of images, from its parts to the end of the run; returns its result. Writes model.json first."""
+                     dataset: Any = None, **validation: Any) -> dict[str, Any]:
+    """A classifier of images, from its parts to the end of the run, as train_model; writes model.json first."""
     options = {name: value for name, value in config.network().items() if value is not None}
-    card = ModelCard(
-        trainer=run.trainer, model=absolute(options.pop("name")), options=options, class_names=class_names,
+    model_card = card.ModelCard(
+        trainer=run.trainer, model=user_code.absolute(options.pop("name")), options=options, class_names=class_names,
         mean=statistics[0], std=statistics[1], image_size=(config.size(), config.size()), user_code=run.user_code,
-        transform=absolute(config.transform) if config.transform else None,
+        transform=user_code.absolute(config.transform) if config.transform else None,
         **{name: getattr(config, name) for name in ("fit", "resize_size", "interpolation") if hasattr(config, name)})
-    run.folder.write_json(CARD_FILE, asdict(card))
+    run.folder.write_json(card.CARD_FILE, asdict(model_card))
     task = classification_task(class_names, run.world.device, loss=config.loss, class_weights=config.class_weights,
                                label_smoothing=config.label_smoothing)
-    task = with_own_code(task, references(config), run.world.device)
-    return train_model(config, run, model, task, train, test, validation=validation, dataset=dataset,
-                       class_names=class_names, statistics=statistics)
+    task = with_own_code(task, user_code.references(config), run.world.device)
+    return train_model(config, run, model, task, train, test, dataset=dataset, class_names=class_names,
+                       statistics=statistics, **validation)
 
 
 def train_model(config: TrainConfig, run: Run, model: nn.Module, task: Task, train: TrainBatches | None = None,
@@ -192,34 +183,31 @@ def train_model(config: TrainConfig, run: Run, model: nn.Module, task: Task, tra
     if validation is not None and from_main(run.world, run.folder.first_evaluated_split) != "test":
         split, at_the_end = "validation", test
     trainer = build_trainer(config, run, model, task, steps_per_epoch=steps_per_epoch, split=split,
-                            data=DataRecord(run.world, dataset, class_names))
+                            data=history.DataRecord(run.world, dataset, class_names))
     with trainer.report:
         if config.evaluate is not None:
-            load_evaluated(config, run, trainer)
+            resume.load_evaluated(config, run, trainer)
         elif train is not None:
-            where = resume(config, trainer, steps_per_epoch=steps_per_epoch)
+            where = resume.resume(config, trainer, steps_per_epoch=steps_per_epoch)
             if run.world.is_main:
-                say(summary(config, trainer, train, where))
+                say(result.summary(config, trainer, train, where))
                 if config.show_batch and statistics is not None:
-                    run.world.watchdog.mark("data")
-                    first = next(train.batches(trainer.epoch, trainer.samples_consumed))
-                    with trainer.report.optional("--show-batch"):
-                        draw_first_batch(run.folder, first, statistics, class_names)
-            with profiled(trainer, config.profile):
+                    result.draw_first_batch(trainer, train, statistics, class_names)
+            with measure.profiled(trainer, config.profile):
                 if config.dry_run:
-                    return dry_run(trainer, train, config)
+                    return measure.dry_run(trainer, train, config)
                 if config.measure is not None:
-                    return write_measurement(trainer, train, config.measure)
+                    return measure.write_measurement(trainer, train, config.measure)
                 trainer.fit(train, evaluated, last_step=config.total_steps(train.steps_per_epoch))
             if at_the_end is not None:
                 best = run.folder.checkpoints / "best.pt"
-                trainer.train_step.load_weights(load_or_fail(best))
-                check_same_on_all_ranks(trainer, best)
+                trainer.train_step.load_weights(load.load_or_fail(best))
+                resume.check_same_on_all_ranks(trainer, best)
         if at_the_end is not None:
             split, evaluated, trainer.last_evaluation = "test", at_the_end, None
         evaluation = trainer.last_evaluation or trainer.evaluate(evaluated)
-        result = finish(trainer, evaluation, class_names, split=split, batch_size=config.batch_size,
-                        save_weights=config.save_weights, total_seconds=time.perf_counter() - began)
-        draw_result(trainer, evaluation, class_names, split=split, test=evaluated, statistics=statistics,
-                    steps_per_epoch=steps_per_epoch)
-    return result
+        outcome = result.finish(trainer, evaluation, class_names, split=split, batch_size=config.batch_size,
+                                save_weights=config.save_weights, total_seconds=time.perf_counter() - began)
+        result.draw_result(trainer, evaluation, class_names, split=split, test=evaluated, statistics=statistics,
+                           steps_per_epoch=steps_per_epoch)
+    return outcome

@@ -74,20 +74,16 @@ def logits_of(outputs: Any) -> Tensor:
                      f"write a function logits(outputs) beside it")
 
 
-class UserLoss:
-    """A loss of the user's own, of all that the model returns; held to be one number."""
-
-    def __init__(self, function: Loss, name: str) -> None:
-        self.function, self.name = function, name
-
-    def __call__(self, outputs: Any, targets: Any) -> Tensor:
-        """The mean over the batch; UsageError if it is anything but one number made with torch."""
-        loss = self.function(outputs, targets)
+def user_loss(function: Loss, name: str) -> Loss:
+    """A loss of the user's own, of all that the model returns; UsageError unless that is one number of torch."""
+    def one_number(outputs: Any, targets: Any) -> Tensor:
+        loss = function(outputs, targets)
         if not isinstance(loss, Tensor) or loss.shape != () or (torch.is_grad_enabled() and not loss.requires_grad):
             kind = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
-            raise UsageError(f"{self.name}: gives {kind}, not one number that depends on the outputs; return a mean "
-                             f"made with torch")
+            raise UsageError(f"{name}: gives {kind}, not one number that depends on the outputs; return a mean made "
+                             f"with torch")
         return loss
+    return one_number
 
 
 def function_of(reference: Reference, device: torch.device, num_classes: int | None = None) -> Callable[..., Any]:
@@ -112,7 +108,7 @@ def with_own_code(task: Task, found: Sequence[Reference], device: torch.device, 
         metrics[own["--metric"].name] = function_of(own["--metric"], torch.device("cpu"), task.num_classes)
     elif metric is not None:
         metrics["metric"] = metric
-    trained, reported = (on_logits(each, logits, task.num_classes) if loss is None else UserLoss(loss, name)
+    trained, reported = (on_logits(each, logits, task.num_classes) if loss is None else user_loss(loss, name)
                          for each in (task.loss, task.test_loss))
     return replace(task, loss=trained, test_loss=reported, logits=logits, metrics=metrics,
                    is_own=task.is_own or bool(found))
@@ -160,8 +156,7 @@ def classification_task(class_names: tuple[str, ...], device: torch.device, *, l
 def weighted_cross_entropy(outputs: Tensor, targets: Tensor, *, weights: Tensor, label_smoothing: float = 0.0
                            ) -> Tensor:
     """The mean over the batch of each sample's cross-entropy times the weight of its class; logits (B, C), labels (B,)
-    or shares (B, C). torch's own CrossEntropyLoss(weight=...) divides by the sum of the batch's weights instead, which
-    differs between ranks: the average of their gradients would not be the gradient of the whole batch."""
+    or shares (B, C). torch divides by the sum of the batch's weights instead, which differs between ranks."""
     return F.cross_entropy(outputs, targets, weight=weights, label_smoothing=label_smoothing, reduction="none").mean()
 
 

@@ -1,6 +1,5 @@
 """The training loop: epochs, votes, reports, saves. It is given objects and knows no flags, data sets or networks.
-A position is (step, epoch, samples consumed in the epoch). Everything else that a resumed run needs is in
-`state()`; random choices are keyed by position, so none of their state is saved."""
+A position is (step, epoch, samples consumed in it), by which random choices are keyed: none of their state is saved."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -81,11 +80,10 @@ class Trainer:
         """The rest of the epoch, its evaluation if one is due, its record, and a checkpoint if one is due."""
         options, self.last_evaluation = self.options, None
         self.train_epoch(train, last_step, progress, checkpoint_every=options.checkpoint_every)
-        is_last = self.step >= last_step
-        if is_last or (self.epoch + 1) % options.eval_every == 0:
+        if self.step >= last_step or (self.epoch + 1) % options.eval_every == 0:
             self.last_evaluation = self.evaluate(test)
         is_best = self._record_epoch(train, progress)
-        is_last = is_last or self.out_of_patience
+        is_last = self.step >= last_step or self.out_of_patience
         self.finish_epoch(train)
         if is_best or is_last or options.checkpoint_every is None or self.step % options.checkpoint_every == 0:
             self._save(is_best=is_best)

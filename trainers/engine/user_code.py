@@ -9,7 +9,6 @@ import hashlib
 import importlib
 import inspect
 import os
-import random
 import re
 import sys
 import traceback
@@ -19,18 +18,16 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-import numpy as np
 import torch
 
+from launch import failure, files, stop
 from launch.errors import UsageError, first_line, is_users, nearest, to_stderr
-from launch.failure import translated
-from launch.files import ROOT
-from launch.stop import ignore_signals
+from trainers.engine.dropout import seed_own_code
 
 FLAGS = ("model", "loss", "transform", "optimizer", "metric", "data")
-OURS = tuple(ROOT / name for name in ("launch", "datasets", "trainers"))
-TASK = str(ROOT / "trainers" / "engine" / "task.py")
-THEIRS_BELOW = {"--model": "apply", "--loss": "__call__"}  # the functions of task.py that call people's code
+OURS = tuple(files.ROOT / name for name in ("launch", "datasets", "trainers"))
+TASK = str(files.ROOT / "trainers" / "engine" / "task.py")
+THEIRS_BELOW = {"--model": "apply", "--loss": "one_number"}  # the functions of task.py that call people's code
 OPTIMIZERS = ("sgd", "adam", "adamw", "rmsprop", "muon")
 TIMM = "timm/"  # before the names of the package timm, of networks and of optimizers
 
@@ -107,7 +104,7 @@ class Reference:
     def is_theirs(self, filename: str) -> bool:
         """Whether a line of code is the user's: of this file, or of a neighbour that no package brought."""
         path, own = Path(filename), self.path
-        foreign = (sys.prefix, sys.base_prefix, *(OURS if own.is_relative_to(ROOT) else (ROOT,)))
+        foreign = (sys.prefix, sys.base_prefix, *(OURS if own.is_relative_to(files.ROOT) else (files.ROOT,)))
         return path == own or (path.is_relative_to(own.parent) and "site-packages" not in path.parts
                                and not any(map(path.is_relative_to, foreign)))
 
@@ -164,46 +161,37 @@ def own_transform(config: Any, *, decodes: bool = False) -> Any:
     reference = Reference("--transform", config.transform)
     return (functools.partial(made_again, reference, config.seed), reference.explain,
             f"--transform {config.transform}",
-            {"workers": config.num_workers(decodes=decodes), "prepare_worker": ignore_signals, "warn": to_stderr})
+            {"workers": config.num_workers(decodes=decodes), "prepare_worker": stop.ignore_signals, "warn": to_stderr})
 
 
 def seed_everything(seed: int) -> None:
     """torch's, Python's and numpy's own generators."""
     torch.manual_seed(seed)
-    random.seed(seed)
-    np.random.seed(seed % 2**32)
+    seed_own_code(seed)
 
 
 @contextlib.contextmanager
 def blaming(known: Iterable[Reference], made: Any = None) -> Iterator[None]:
-    """Turn what goes wrong in people's code into a UsageError that names file and line, and leave other errors alone.
-    With `made`, what was called is theirs for certain, even where it failed before its first line."""
+    """Turn what is raised in, or through, people's code into a UsageError that names file and line, but for a lost rank
+    or a lack of memory. With `made`, what was called is theirs, even if it failed before its first line."""
     try:
         yield
     except (Exception, SystemExit) as error:  # `sys.exit` in a file of theirs is no success
-        if is_users(error) or (blamed := blame(error, list(known), made)) is None:
+        if is_users(error):
             raise
-        raise blamed from error
-
-
-def blame(error: BaseException, known: list[Reference], made: Any = None) -> Exception | None:
-    """The UsageError for an error that was raised in, or through, a user's file; None if it was not. What torch raises
-    through it for a lost rank or a lack of memory stays what it is."""
-    frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
-    through = [each for each in known if any(each.is_theirs(frame.f_code.co_filename) for frame in frames)
-               or (isinstance(error, SyntaxError) and each.is_theirs(str(error.filename)))]
-    if not through:  # a network, or a loss, that is the user's but whose lines are torch's
-        ours = {frame.f_code.co_name for frame in frames if frame.f_code.co_filename == TASK}
-        through = [each for each in known if made is not None or THEIRS_BELOW.get(each.flag) in ours]
-        made = through[0].find() if made is None and through else made
-    if not through:
-        return None
-    raised_there = any(each.is_theirs(frames[-1].f_code.co_filename) for each in through)
-    if isinstance(error, Exception) and not raised_there and is_users(translated(error)):
-        return None
-    names = {getattr(frame.f_code, "co_qualname", frame.f_code.co_name).partition(".")[0] for frame in frames}
-    culprit = next((each for each in through if each.name in names), through[0])
-    return UsageError(f"{culprit.flag} {culprit.text}: {fault(error, through, made)}")
+        known, frames = list(known), [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
+        through = [each for each in known if any(each.is_theirs(frame.f_code.co_filename) for frame in frames)
+                   or (isinstance(error, SyntaxError) and each.is_theirs(str(error.filename)))]
+        if not through:  # a network, or a loss, that is the user's but whose lines are torch's
+            ours = {frame.f_code.co_name for frame in frames if frame.f_code.co_filename == TASK}
+            through = [each for each in known if made is not None or THEIRS_BELOW.get(each.flag) in ours]
+            made = through[0].find() if made is None and through else made
+        raised_there = any(each.is_theirs(frames[-1].f_code.co_filename) for each in through)
+        if not through or (isinstance(error, Exception) and not raised_there and is_users(failure.translated(error))):
+            raise
+        names = {getattr(frame.f_code, "co_qualname", frame.f_code.co_name).partition(".")[0] for frame in frames}
+        culprit = next((each for each in through if each.name in names), through[0])
+        raise UsageError(f"{culprit.flag} {culprit.text}: {fault(error, through, made)}") from error
 
 
 def fault(error: BaseException, known: list[Reference], made: Any = None) -> str:
