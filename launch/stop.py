@@ -25,9 +25,8 @@ MOST_STEPS = 64  # between two agreements, so that a step that becomes slow does
 class Stopped(BaseException):
     """All ranks have agreed to stop, and raise this at the same step. No Exception, as no handler may swallow it."""
 
-    def __init__(self, reason: str | None = None, *, step: int = 0, epoch: int = 0) -> None:
+    def __init__(self, reason: str | None = None) -> None:
         super().__init__(reason or "another rank was asked to stop")
-        self.step, self.epoch = step, epoch
 
 
 class StopRequest:

@@ -93,7 +93,7 @@ def open_run(config: TrainConfig, trainer: str, *, named: bool = False) -> Itera
                 yield Run(trainer=trainer, world=world, folder=folder, stop=stop, config=config, evaluated=state,
                           known=known, user_code=files)
         except Stopped as stopped:
-            folder.preempted(str(stopped), epoch=stopped.epoch)
+            folder.preempted(str(stopped))
             raise
         except Exception as error:
             folder.failed(failure.translated(error), step=world.watchdog.step)
@@ -154,7 +154,7 @@ def build_step(config: TrainConfig, model: nn.Module, task: Task, world: World, 
 
 def train_classifier(config: ImageConfig, run: Run, model: nn.Module, class_names: tuple[str, ...],
                      statistics: Statistics, train: TrainBatches = None, test: EvaluationBatches | None = None,
-                     dataset: Any = None, **validation: Any) -> dict[str, Any]:
+                     dataset: Any = None, **more: Any) -> dict[str, Any]:
     """A classifier of images, from its parts to the end of the run, as train_model; writes model.json first."""
     options = {name: value for name, value in config.network().items() if value is not None}
     model_card = card.ModelCard(
@@ -167,7 +167,7 @@ def train_classifier(config: ImageConfig, run: Run, model: nn.Module, class_name
                                label_smoothing=config.label_smoothing)
     task = with_own_code(task, user_code.references(config), run.world.device)
     return train_model(config, run, model, task, train, test, dataset=dataset, class_names=class_names,
-                       statistics=statistics, **validation)
+                       statistics=statistics, **more)
 
 
 def train_model(config: TrainConfig, run: Run, model: nn.Module, task: Task, train: TrainBatches | None = None,

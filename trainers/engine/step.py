@@ -67,6 +67,7 @@ class TrainStep:
     def __init__(self, model: nn.Module, optimizer: Any, task: Task, world: World, *, precision: Precision,
                  schedule: Callable[[int], float], options: StepOptions, ema: MovingAverage | None = None) -> None:
         self.model, self.optimizer, self.task, self.world = model, optimizer, task, world
+        self.network = unwrap(model)  # without its wrapper for several devices: no `module.` before its names
         self.precision, self.schedule, self.options, self.ema = precision, schedule, options, ema
         self.mark: Callable[[str, int], None] = world.watchdog.mark  # is told of phases, to notice a hang, or for times
         self.trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -79,11 +80,6 @@ class TrainStep:
             and {parameter.requires_grad for parameter in module.parameters(recurse=False)} == {False}]
         self._memory_format = torch.channels_last if options.channels_last else torch.contiguous_format
         self._dropout_generators = default_generators(model, world.device)
-
-    @property
-    def network(self) -> nn.Module:
-        """The model without its wrapper for several devices, whose names carry no `module.` prefix."""
-        return unwrap(self.model)
 
     @property
     def evaluated_model(self) -> nn.Module:

@@ -68,10 +68,10 @@ class Trainer:
             while (self.step < last_step and not self.out_of_patience) or not self.history.has_recorded(self.step):
                 self.fit_epoch(train, test, last_step, progress)
             from_main(self.world, self.checkpointer.join)
-        except Stopped as stopped:
+        except Stopped:
             self._save()
             from_main(self.world, self.checkpointer.join)  # a launcher gives others little time once a rank has ended
-            raise Stopped(str(stopped), step=self.saved_step or 0, epoch=self.epoch) from None
+            raise
         finally:
             self.checkpointer.wait()  # before the run folder is given up
             progress.close()
@@ -102,7 +102,7 @@ class Trainer:
         """The rest of the epoch, or up to `last_step`; raises Stopped on every rank at the same step."""
         step = self.train_step
         if self.stop and self.world.world_size == 1:
-            raise self._stopped()
+            raise Stopped(self.stop.reason)
         step.train_mode()
         interval = max(1, train.steps_per_epoch // REPORTS_PER_EPOCH)
         batches = train.batches(self.epoch, self.samples_consumed)
@@ -141,26 +141,17 @@ class Trainer:
             self.sums.reset()
 
     def evaluate(self, test: EvaluationBatches) -> Evaluation:
-        """As TrainStep.evaluate; Stopped says at which step. Where nothing was trained the network is tried first."""
-        try:
-            if self.config.get("evaluate") is not None:
-                test = tried_first(self.train_step, iter(test), self.config)
-            return self.train_step.evaluate(test, self.stop)
-        except Stopped:
-            raise self._stopped() from None
-
-    def _stopped(self) -> Stopped:
-        return Stopped(self.stop.reason, step=self.step, epoch=self.epoch)
+        """As TrainStep.evaluate; where nothing was trained the network is tried first."""
+        if self.config.get("evaluate") is not None:
+            test = tried_first(self.train_step, iter(test), self.config)
+        return self.train_step.evaluate(test, self.stop)
 
     def _vote(self, last_step: int) -> None:
         """Agree with the other ranks on whether to continue; all raise Stopped, or NumericError for bad steps."""
         self.world.watchdog.mark("reduce")
         self.sums.collect()  # a wait for the device, twice a second
-        try:
-            bad_steps = self._agreement.vote(self.stop, self.sums.bad_steps)
-        except Stopped:
-            self.history.pause_clock(self.world.device)
-            raise self._stopped() from None
+        self.history.pause_clock(self.world.device)  # for good, if all are to stop
+        bad_steps = self._agreement.vote(self.stop, self.sums.bad_steps)
         if bad_steps >= (1 if self.step == last_step else self.options.max_bad_steps):
             raise NumericError(f"step {self.step}: the loss is not finite for {bad_steps} consecutive steps; start "
                                f"again with a lower --learning-rate or with --clip-grad-norm, as another --run-name; "

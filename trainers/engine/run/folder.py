@@ -82,11 +82,11 @@ class RunFolder:
             with contextlib.suppress(CheckpointError):
                 self.write_status("FAILED", step=max(step, before_step), epoch=epoch, reason=cause)
 
-    def preempted(self, reason: str, *, epoch: int = 0) -> None:
+    def preempted(self, reason: str) -> None:
         """PREEMPTED and why, at the last checkpoint; nothing is said of this process's end after that."""
         if self._is_under_way():
             step = max(map(step_of, committed(self.checkpoints)), default=0)
-            self.write_status("PREEMPTED", step=step, epoch=max(epoch, self.position()[1]), reason=reason)
+            self.write_status("PREEMPTED", step=step, epoch=self.position()[1], reason=reason)
             self._started = False
             say(f"stopped at step {step} ({reason}); the same command continues from there")
 
