@@ -2,6 +2,7 @@
 `--profile STEP:STEPS`. The window is timed on the loop that trains, votes, reports and all; then some steps are split
 into phases, which needs waits for the device. Communication is what gradient averaging adds to forward and backward."""
 
+import math
 import os
 import resource
 import shutil
@@ -44,8 +45,7 @@ def write_measurement(trainer: Trainer, train: TrainBatches, steps: str) -> dict
     advance(trainer, train, timed)
     seconds, after = trainer.history.train_seconds - began_seconds, usage()
     loss, moved = sums.means(world)[0], torch.linalg.vector_norm(weights(trainer) - start).item()
-    used = {name: None if now is None or was is None else max(0.0, now - was)  # less than 0 where a thread has ended
-            for (name, was), now in zip(before.items(), after.values(), strict=True)}
+    used = {name: max(now - before[name], 0.0) for name, now in after.items()}  # below 0 where a thread has ended
     mine = {"seconds": seconds, **used, "peak_memory_bytes": result.peak_memory_bytes(world.device),
             **time_phases(trainer, train, timed)}
     flops = flops_per_sample(trainer, train)
@@ -191,11 +191,11 @@ def profiled(trainer: Trainer, steps: str | None) -> Iterator[None]:
         to_stderr(f"WARNING --profile {steps}: no such step was taken; the run is at step {trainer.step}")
 
 
-def usage() -> dict[str, float | None]:
+def usage() -> dict[str, float]:
     """CPU seconds of this process so far. `queued_seconds`: ready to run, but another thread had the core (the sum over
-    threads). `machine_seconds`: of all processes, and what its host took from it. Both are None without Linux."""
+    threads). `machine_seconds`: of all processes, and what its host took from it. Both are NaN without Linux."""
     used = resource.getrusage(resource.RUSAGE_SELF)
-    queued = machine = None
+    queued = machine = math.nan
     with suppress(OSError, IndexError, ValueError):
         queued = sum(int(file.read_text().split()[1]) for file in Path("/proc/self/task").glob("*/schedstat")) / 1e9
         ticks = [int(word) for word in Path("/proc/stat").read_text().splitlines()[0].split()[1:]]

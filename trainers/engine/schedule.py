@@ -17,18 +17,11 @@ START, PEAK_AT, END = 0.2, 0.23, 0.07  # of onecycle: cifar10-airbench's triangl
 def curve(name: ScheduleName, step: int, total_steps: int) -> float:
     """The share of the peak rate at a step: linear from 1 to 0, cosine by half a wave (Loshchilov and Hutter, 2016),
     step a tenth at half and at three quarters (He et al., 2015), onecycle from 0.2 to 1 at 23 %, then to 0.07."""
-    if name == "linear":
-        return 1 - min(1.0, step / total_steps)
-    if name == "step":
-        return 0.1 ** ((2 * step >= total_steps) + (4 * step >= 3 * total_steps))
-    if name == "cosine":
-        return 0.5 * (1 + math.cos(math.pi * min(1.0, step / total_steps)))
-    if name == "constant":
-        return 1.0
-    peak = max(1.0, PEAK_AT * total_steps)
-    if step < peak:
-        return START + (1 - START) * step / peak
-    return 1 + (END - 1) * min(1.0, (step - peak) / max(1.0, total_steps - peak))
+    done, peak = min(1.0, step / total_steps), max(1.0, PEAK_AT * total_steps)
+    return {"constant": 1.0, "linear": 1 - done, "cosine": 0.5 * (1 + math.cos(math.pi * done)),
+            "step": 0.1 ** ((done >= 0.5) + (done >= 0.75)),
+            "onecycle": START + (1 - START) * step / peak if step < peak else
+            1 + (END - 1) * min(1.0, (step - peak) / max(1.0, total_steps - peak))}[name]
 
 
 def schedule(name: ScheduleName, *, total_steps: int, warmup_steps: int = 0, milestones: Sequence[int] = (),

@@ -8,7 +8,6 @@ import functools
 import hashlib
 import importlib
 import inspect
-import os
 import re
 import sys
 import traceback
@@ -46,7 +45,7 @@ class Reference:
     @property
     def path(self) -> Path:
         """Of the file, absolute."""
-        return Path(os.path.expanduser(self.text.rpartition(":")[0])).resolve()
+        return Path(self.text.rpartition(":")[0]).expanduser().resolve()
 
     @property
     def name(self) -> str:
@@ -67,7 +66,7 @@ class Reference:
         if str(path.parent) not in sys.path:
             sys.path.insert(1, str(path.parent))  # behind our own packages
         module = sys.modules[known] = ModuleType(known)
-        module.__file__, module.__dict__["__sha256__"] = str(path), hashlib.sha256(source).hexdigest()
+        module.__file__ = str(path)
         try:
             with blaming([self]):
                 exec(compile(source, str(path), "exec"), module.__dict__)  # not imported: it may change within a second
@@ -139,12 +138,9 @@ def load_all(config: Any) -> dict[str, str]:
     for reference in found:
         seed_everything(config.seed)
         reference.find()
-    hashes = {str(each.path): each.extra("__sha256__") for each in found}
-    for module in list(sys.modules.values()) if found else ():
-        name = getattr(module, "__file__", None) or ""
-        if any(each.is_theirs(name) for each in found) and name not in hashes and Path(name).is_file():
-            hashes[name] = hashlib.sha256(Path(name).read_bytes()).hexdigest()
-    return hashes
+    names = sorted({getattr(module, "__file__", None) or "" for module in list(sys.modules.values())})
+    return {name: hashlib.sha256(Path(name).read_bytes()).hexdigest() for name in names
+            if any(each.is_theirs(name) for each in found) and Path(name).is_file()}
 
 
 def made_again(reference: Reference, seed: int) -> Any:
