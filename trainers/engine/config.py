@@ -24,7 +24,7 @@ MAY_CHANGE = frozenset({
     "parallel", "find_unused_parameters", "compile", "compile_mode", "channels_last", "workers", "threads", "onednn",
     "deterministic", "eval_every", "checkpoint_every", "keep_checkpoints", "resume", "evaluate", "timeout",
     "tensorboard", "track", "metric", "init_from", "config", "dry_run", "patience", "pictures", "log_gradients",
-    "show_batch", "profile", "save_weights", "cache", "cache_dir", "skip_bad"})  # of image_folder.py
+    "show_batch", "profile", "save_weights", "cache", "cache_dir", "skip_bad"})
 
 Statistics = tuple[tuple[float, ...], tuple[float, ...]]  # mean and std per channel, in units of the full range [0, 1]
 IMAGENET: Statistics = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))  # torchvision's weights expect these
@@ -33,9 +33,8 @@ IMAGENET: Statistics = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))  # torchvi
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig(ScheduleFlags):
     """Flags shared by all trainers."""
-    TITLES: ClassVar = {  # the groups of --help, each by its first flag
-        "data_dir": "Data", "model": "Model", "optimizer": "Optimization", "device": "Distribution",
-        "output_dir": "Saving and resuming", "eval_every": "Reporting"}
+    TITLES: ClassVar = {"data_dir": "Data", "model": "Model", "optimizer": "Optimization", "device": "Distribution",
+                        "output_dir": "Saving and resuming", "eval_every": "Reporting"}  # --help's, by the first flag
     # What a recipe sets of its own model, or loss, and leaves alone where --model names another, --loss FILE.py:NAME.
     OF_A_MODEL: ClassVar = ("width", "channels", "hidden", "dropout", "model_options", "freeze")
     OF_A_LOSS: ClassVar = ("label_smoothing", "class_weights")
@@ -223,8 +222,8 @@ class TrainConfig(ScheduleFlags):
         options_in(self.model_options, "--model-options")
         options_in(self.optimizer_options, "--optimizer-options")
         if self.compile and self.parallel == "dp":  # nn.Module.compile keeps the original's bound method in each copy
-            raise UsageError("--compile with --parallel dp: DataParallel's copies of a compiled model would all run "
-                             "the original; leave --compile out, or use torchrun and --parallel ddp")
+            raise UsageError("--compile with --parallel dp: DataParallel's copies would all run the original; leave "
+                             "--compile out, or use torchrun and --parallel ddp")
         if self.compile_mode != "default" and not self.compile:
             raise UsageError(f"--compile-mode {self.compile_mode}: does nothing alone; add --compile")
         if self.ema_warmup_steps and self.ema_decay is None:

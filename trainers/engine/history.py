@@ -97,8 +97,7 @@ class History:
 
 class DataRecord:
     """What checkpoints record of a training set, None or with a `fingerprint()`: the names of classes and, of files,
-    `sizes_and_times()`. That may take minutes: rank 0 looks in a thread while training begins, and a run that resumes
-    compares them before its first save."""
+    `sizes_and_times()`. That may take minutes: rank 0 looks in a thread; a resumed run compares, then saves."""
 
     def __init__(self, world: World, dataset: Any, class_names: tuple[str, ...] = ()) -> None:
         self.world, self.dataset, self.class_names = world, dataset, class_names

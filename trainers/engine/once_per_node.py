@@ -1,6 +1,5 @@
 """Long work that one rank of each node does before training, while the others wait: downloads, folders, packs, caches.
-A function runs in a thread, a generator here, a bit at a time: `once_per_node(world, fill(packing), folder=cache_dir)`.
-"""
+A function runs in a thread, a generator here, bit by bit: `once_per_node(world, fill(packing), folder=cache_dir)`."""
 
 import contextlib
 import os

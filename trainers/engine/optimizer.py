@@ -45,8 +45,7 @@ def build_optimizer(model: nn.Module, config: TrainConfig) -> "Optimizer | MuonW
         if not options and not name.startswith(TIMM):
             raise
         flag = f"--optimizer-options {' '.join(options)}" if options else f"--optimizer {name}"
-        raise UsageError(f"{flag}: not of {name} ({first_line(error)}); leave out or correct what it does not take"
-                         ) from None
+        raise UsageError(f"{flag}: not of {name} ({first_line(error)}); leave out what it does not take") from None
     for group in optimizer.param_groups:
         group.setdefault("initial_lr", group["lr"])
     return optimizer

@@ -1,6 +1,6 @@
 """Autocast and gradient scaling."""
 
-import contextlib
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Literal
 
 import torch
@@ -27,10 +27,9 @@ class Precision:
         """Optimizer steps of the run that were skipped since a gradient overflowed in fp16. Waits for the device."""
         return int(self._num_skipped.item())
 
-    def autocast(self) -> contextlib.AbstractContextManager[object]:
+    def autocast(self) -> AbstractContextManager[object]:
         """The context of the forward pass and the loss."""
-        return contextlib.nullcontext() if self.name == "fp32" else torch.autocast(
-            self.device_type, dtype=DTYPES[self.name])
+        return nullcontext() if self.name == "fp32" else torch.autocast(self.device_type, dtype=DTYPES[self.name])
 
     def backward(self, loss: Tensor) -> None:
         """Add the gradients of a loss, scaled up where fp16 would round small ones to zero."""

@@ -121,8 +121,7 @@ def result_text(evaluation: Evaluation, class_names: tuple[str, ...], path: Path
         lines.append(f"worst and best of {len(shares):,} classes:")
         shares = sorted((share for share in shares if share[1] is not None), key=lambda share: share[1] or 0.0)
         del shares[ENDS : max(ENDS, len(shares) - ENDS)]
-    lines += [f"  {name:<12} {100 * share:6.2f} %" if share is not None else f"  {name:<12}   none"
-              for name, share in shares]
+    lines += [f"  {name:<12} " + ("  none" if share is None else f"{100 * share:6.2f} %") for name, share in shares]
     return "\n".join([*lines, f"results in {path}"])
 
 

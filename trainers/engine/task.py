@@ -80,8 +80,7 @@ def user_loss(function: Loss, name: str) -> Loss:
         loss = function(outputs, targets)
         if not isinstance(loss, Tensor) or loss.shape != () or (torch.is_grad_enabled() and not loss.requires_grad):
             kind = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
-            raise UsageError(f"{name}: gives {kind}, not one number that depends on the outputs; return a mean made "
-                             f"with torch")
+            raise UsageError(f"{name}: gives {kind}, not one number that depends on the outputs; return torch's mean")
         return loss
     return one_number
 
@@ -108,10 +107,9 @@ def with_own_code(task: Task, found: Sequence[Reference], device: torch.device, 
         metrics[own["--metric"].name] = function_of(own["--metric"], torch.device("cpu"), task.num_classes)
     elif metric is not None:
         metrics["metric"] = metric
-    trained, reported = (on_logits(each, logits, task.num_classes) if loss is None else user_loss(loss, name)
-                         for each in (task.loss, task.test_loss))
-    return replace(task, loss=trained, test_loss=reported, logits=logits, metrics=metrics,
-                   is_own=task.is_own or bool(found))
+    train, test = (on_logits(each, logits, task.num_classes) if loss is None else user_loss(loss, name)
+                   for each in (task.loss, task.test_loss))
+    return replace(task, loss=train, test_loss=test, logits=logits, metrics=metrics, is_own=task.is_own or bool(found))
 
 
 def on_logits(loss: Loss, logits: Callable[[Any], Tensor], num_classes: int | None) -> Loss:
@@ -153,11 +151,10 @@ def classification_task(class_names: tuple[str, ...], device: torch.device, *, l
     return Task(loss=trained, test_loss=plain, num_classes=len(class_names))
 
 
-def weighted_cross_entropy(outputs: Tensor, targets: Tensor, *, weights: Tensor, label_smoothing: float = 0.0
-                           ) -> Tensor:
+def weighted_cross_entropy(logits: Tensor, targets: Tensor, *, weights: Tensor, label_smoothing: float = 0.0) -> Tensor:
     """The mean over the batch of each sample's cross-entropy times the weight of its class; logits (B, C), labels (B,)
     or shares (B, C). torch divides by the sum of the batch's weights instead, which differs between ranks."""
-    return F.cross_entropy(outputs, targets, weight=weights, label_smoothing=label_smoothing, reduction="none").mean()
+    return F.cross_entropy(logits, targets, weight=weights, label_smoothing=label_smoothing, reduction="none").mean()
 
 
 def label_wise(logits: Tensor, targets: Tensor, *, weights: Tensor | None = None, label_smoothing: float = 0.0

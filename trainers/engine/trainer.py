@@ -171,10 +171,9 @@ class Trainer:
     def write_line(self, split: str, figures: Mapping[str, float | None], metrics: Mapping[str, float],
                    speed: float | None = None) -> None:
         """One line of metrics.jsonl: loss, accuracy, perhaps accuracy_top5, and metrics at the present position."""
-        line: dict[str, Any] = {
-            "split": split, "step": self.step, "epoch": self.epoch, **figures,
-            "learning_rate": self.train_step.optimizer.param_groups[0]["lr"], "samples_per_second": speed,
-            "seconds": self.history.train_seconds}
+        rate = self.train_step.optimizer.param_groups[0]["lr"]
+        line = {"split": split, "step": self.step, "epoch": self.epoch, **figures, "learning_rate": rate,
+                "samples_per_second": speed, "seconds": self.history.train_seconds}
         if split == "train" and self.train_step.gradient_norms:
             line["gradient_norms"] = {name: norm.item() for name, norm in self.train_step.gradient_norms.items()}
         self.report.line(with_metrics(line, metrics))
@@ -195,13 +194,12 @@ class Trainer:
         return is_best
 
     def _save(self, *, is_best: bool = False) -> None:
-        """Hand the state to the checkpointer, once per step; collective. Not while the loss is not finite: that would
-        push the last good checkpoint out."""
+        """Hand the state to the checkpointer, once per step, while its loss is finite. A collective."""
         if (self.step == self.saved_step and not is_best) or self.train_step.is_under_way:
             return
         self.world.watchdog.mark("checkpoint")
         running = self.sums.of_all_ranks(self.world)
-        if not any(bad_steps for _, _, _, bad_steps in running):
+        if not any(bad_steps for _, _, _, bad_steps in running):  # else it would push the last good checkpoint out
             self.data.settle()
             self.saved_step = self.step
             if self.world.is_main:
@@ -209,11 +207,10 @@ class Trainer:
 
     def state(self, running: list[list[float]]) -> dict[str, Any]:
         """Everything a checkpoint holds; tensors are the live ones."""
-        return {
-            **self.train_step.state(), "step": self.step, "epoch": self.epoch,
-            "samples_consumed": self.samples_consumed, "best": self.history.best,
-            "history": {**self.history.state(), "running": running}, "config": self.config,
-            "fingerprint": {**self.fingerprint, "dataset": self.data.fingerprint}, "format": 1, **self.data.state()}
+        return {**self.train_step.state(), "step": self.step, "epoch": self.epoch,
+                "samples_consumed": self.samples_consumed, "best": self.history.best,
+                "history": {**self.history.state(), "running": running}, "config": self.config, "format": 1,
+                "fingerprint": {**self.fingerprint, "dataset": self.data.fingerprint}, **self.data.state()}
 
     def load_state(self, state: dict[str, Any]) -> None:
         """Continue from a checkpoint's state, which was checked to fit."""

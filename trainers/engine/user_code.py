@@ -155,8 +155,7 @@ def own_transform(config: Any, *, decodes: bool = False) -> Any:
     if config.transform is None:
         return None
     reference = Reference("--transform", config.transform)
-    return (functools.partial(made_again, reference, config.seed), reference.explain,
-            f"--transform {config.transform}",
+    return (functools.partial(made_again, reference, config.seed), reference.explain, f"--transform {config.transform}",
             {"workers": config.num_workers(decodes=decodes), "prepare_worker": stop.ignore_signals, "warn": to_stderr})
 
 
@@ -203,9 +202,8 @@ def fault(error: BaseException, known: list[Reference], made: Any = None) -> str
     where = f"{given.get(lines[-1][0], Path(lines[-1][0]).name)} line {lines[-1][1]}: " if lines else ""
     message = error.msg if isinstance(error, SyntaxError) else str(error)
     if isinstance(error, ImportError | AttributeError) and re.search(r"'datasets\b", message):
-        message += ("; `datasets` is a folder of this project here, not Hugging Face's package: export once, in a "
-                    "script of its own, to Parquet (load_dataset(...).to_parquet(FILE)), then datasets/pack.py, or "
-                    "write an image folder")
+        message += ("; `datasets` is a folder of this project, not Hugging Face's package: export once, elsewhere, to "
+                    "Parquet (load_dataset(...).to_parquet(FILE)), then datasets/pack.py, or write an image folder")
     return f"{where}{type(error).__name__}: {message}"
 
 
