@@ -5,7 +5,7 @@ import re
 import pytest
 
 from launch.command_line import parse
-from launch.errors import UsageError, say
+from launch.errors import UsageError
 from tests.helpers.server import run
 from trainers import split_demo
 
@@ -42,7 +42,7 @@ def sizes(text: str) -> tuple[list[list[int]], list[int]]:
 def test_the_worked_out_split_is_what_the_tutorial_prints(
     replicas: int, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    split_demo.show_worked_out(split_demo.Model(say), replicas)
+    split_demo.main(split_demo.SplitConfig(parallel="dp", replicas=replicas, device="cpu"))
     assert sizes(capsys.readouterr().out) == (TUTORIAL[replicas], OUTSIDE)
 
 
@@ -55,7 +55,7 @@ def test_without_gpus_dataparallel_is_worked_out_and_says_so() -> None:
 
 
 def test_one_process_sees_whole_batches(capsys: pytest.CaptureFixture[str]) -> None:
-    split_demo.show_one_process(split_demo.Model(say))
+    split_demo.main(split_demo.SplitConfig(device="cpu"))
     assert sizes(capsys.readouterr().out) == (TUTORIAL[1], OUTSIDE)
 
 

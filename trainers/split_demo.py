@@ -39,52 +39,30 @@ class SplitConfig:
 
 
 class Model(nn.Module):
-    """One linear layer that tells the sizes of its input and output."""
+    """One linear layer that notes the sizes of its input and output."""
 
-    def __init__(self, tell: Callable[[str], None]) -> None:
+    def __init__(self) -> None:
         super().__init__()
         self.fc = nn.Linear(INPUT_SIZE, OUTPUT_SIZE)
-        self.tell = tell
+        self.told: list[str] = []  # of all replicas, which share it
 
     def forward(self, inputs: Tensor) -> Tensor:
         """(B, 5) to (B, 2)."""
         outputs = self.fc(inputs)
-        self.tell(f"\tIn Model: input size {inputs.size()} output size {outputs.size()}")
+        self.told.append(f"\tIn Model: input size {inputs.size()} output size {outputs.size()}")
         return outputs
 
 
-def outside_text(inputs: torch.Size, outputs: torch.Size) -> str:
-    """The tutorial's line for the whole batch."""
-    return f"Outside: input size {inputs} output_size {outputs}"
-
-
-def batches() -> tuple[Tensor, ...]:
-    """The tutorial's 100 samples in batches of 30, the last one of 10."""
-    return torch.randn(NUM_SAMPLES, INPUT_SIZE, generator=torch.Generator().manual_seed(0)).split(BATCH_SIZE)
-
-
-def show_one_process(forward: Callable[[Tensor], Tensor]) -> None:
-    """One model, or DataParallel, whose replicas run and tell in threads, in any order."""
-    for batch in batches():
-        say(outside_text(batch.size(), forward(batch).size()))
-
-
-def show_worked_out(model: nn.Module, replicas: int) -> None:
-    """What DataParallel's scatter would hand to each replica, by the chunking that it uses; one after the other."""
-    say(f"worked out, not run: DataParallel with --replicas {replicas}, split by torch.chunk as its scatter does")
-    show_one_process(lambda batch: torch.cat([model(part) for part in batch.chunk(replicas)]))
-
-
-def show_ranks(model: nn.Module, told: list[str], world: World) -> None:
-    """Each rank runs every world_size-th sample of a batch, as training does; rank 0 prints all, rank by rank."""
-    for batch in batches():
-        told.clear()
-        outputs = model(batch[world.rank :: world.world_size].to(world.device))
-        of_ranks = gather(world, (list(told), len(outputs)))
+def show(model: Model, forward: Callable[[Tensor], Tensor], world: World) -> None:
+    """The tutorial's 100 samples in batches of 30: each rank runs every world_size-th sample, as training does, and
+    rank 0 prints what the model saw, rank by rank, and the size of the whole."""
+    for batch in torch.randn(NUM_SAMPLES, INPUT_SIZE).split(BATCH_SIZE):
+        model.told.clear()
+        outputs = forward(batch[world.rank :: world.world_size].to(world.device))
+        of_ranks = gather(world, ("\n".join(model.told), len(outputs)))
         if world.is_main:
-            for lines, _ in of_ranks:
-                say("\n".join(lines))
-            say(outside_text(batch.size(), torch.Size((sum(count for _, count in of_ranks), OUTPUT_SIZE))))
+            size = torch.Size((sum(rows for _, rows in of_ranks), OUTPUT_SIZE))
+            say("\n".join([*(lines for lines, _ in of_ranks), f"Outside: input size {batch.size()} output_size {size}"]))
 
 
 def main(config: SplitConfig) -> None:
@@ -93,19 +71,17 @@ def main(config: SplitConfig) -> None:
         raise UsageError(f"--replicas {config.replicas}: only DataParallel has replicas; add --parallel dp")
     with process_group(config.backend, device=config.device) as world:
         num_gpus = torch.cuda.device_count() if world.device.type == "cuda" else 0
+        replicas = config.replicas or max(num_gpus, 1)
         torch.manual_seed(0)
+        model = Model().to(world.device)
         if config.parallel == "dp" and world.world_size == 1 and num_gpus < (config.replicas or 2):
-            return show_worked_out(Model(say), config.replicas or max(num_gpus, 1))
+            say(f"worked out, not run: DataParallel with --replicas {replicas}, split by torch.chunk as its scatter does")
+            return show(model, lambda batch: torch.cat([model(part) for part in batch.chunk(replicas)]), world)
         parallel, _ = choose_parallel(config.parallel, world, num_gpus=num_gpus)
-        told: list[str] = []
-        model = Model(told.append if parallel == "ddp" else say).to(world.device)
-        if parallel == "ddp":
-            return show_ranks(parallelize(model, parallel, world), told, world)
         if parallel == "dp":
-            replicas = config.replicas or num_gpus
             say(f"Let's use {replicas} GPUs!")
-            model = nn.DataParallel(model, device_ids=list(range(replicas)))
-        show_one_process(lambda batch: model(batch.to(world.device)))
+        wrapped = nn.DataParallel(model, range(replicas)) if parallel == "dp" else parallelize(model, parallel, world)
+        show(model, wrapped, world)
 
 
 if __name__ == "__main__":
