@@ -10,7 +10,8 @@ from launch.errors import UsageError
 from tests.helpers.comparing import finished
 from tests.helpers.processes import largest_difference, metrics, newest_checkpoint, read_json
 from tests.helpers.server import run
-from trainers.regression import choose_loss, my_mse
+from trainers.engine.user_code import blaming, references
+from trainers.regression import RegressionConfig, build_task, my_mse
 
 D2L = ("--no-pictures", "--max-steps", "20")
 
@@ -80,6 +81,14 @@ def test_my_mse_is_torchs() -> None:
     assert my_mse(outputs, targets).item() == pytest.approx(torch.nn.functional.mse_loss(outputs, targets).item())
 
 
+def use_loss(text: str) -> None:
+    """A loss, checked and called as a run does."""
+    config = RegressionConfig(loss=text)
+    config.check()
+    with blaming(references(config)):
+        build_task(config, torch.device("cpu")).loss(torch.zeros(2, 1, requires_grad=True), torch.ones(2, 1))
+
+
 @pytest.mark.parametrize(("code", "name", "words"), [
     ("def other(a, b): ...", "loss", "has no loss; it has other"),
     ("x = 1", "x", "has no function x but int"),
@@ -97,14 +106,14 @@ def test_a_loss_file_that_cannot_be_used_is_named_with_its_fault(
 ) -> None:
     (tmp_path / "mine.py").write_text(code + "\n")
     with pytest.raises(UsageError, match=words) as error:
-        choose_loss(f"{tmp_path}/mine.py:{name}")
+        use_loss(f"{tmp_path}/mine.py:{name}")
     assert error.value.exit_code == 2
     assert "\n" not in str(error.value)
 
 
 def test_a_loss_file_that_is_not_there_is_named(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="no such file"):
-        choose_loss(f"{tmp_path}/nothing.py:loss")
+        use_loss(f"{tmp_path}/nothing.py:loss")
 
 
 @pytest.mark.parametrize(("flag", "value"), [("--label-smoothing", "0.1"), ("--class-weights", "2")])
@@ -117,7 +126,7 @@ def test_flags_of_cross_entropy_alone_are_refused_and_not_ignored(tmp_path: Path
 @pytest.mark.parametrize("text", ["mae", "mine.py", "mine.py:", ":loss"])
 def test_a_loss_that_is_no_name_and_no_file_is_a_usage_error(text: str) -> None:
     with pytest.raises(UsageError, match=r"choose mse, my-mse or FILE\.py:NAME"):
-        choose_loss(text)
+        use_loss(text)
 
 
 def test_features_are_standard_normal_and_targets_follow_the_relation() -> None:

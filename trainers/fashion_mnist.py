@@ -20,18 +20,15 @@ if __name__ == "__main__":
     begin_script()  # before torch is imported, which takes seconds
 
 from datasets import fashion_mnist, synthetic_digits
-from datasets.augment import Augmentation
 from launch.command_line import run
-from trainers import models
+from trainers import mnist
 from trainers.augment_flags import load_splits
-from trainers.engine.session import entry_point, open_run, train_classifier
-from trainers.mnist import MnistConfig
 
 MEAN, STD = (0.2860,), (0.3530,)  # over the 60,000 training images; tests/test_fashion_mnist.py recomputes them
 
 
 @dataclass(frozen=True, kw_only=True)
-class FashionMnistConfig(MnistConfig):
+class FashionMnistConfig(mnist.MnistConfig):
     """Train a classifier of clothing on FashionMNIST."""
 
     recipe: str = "softmax"
@@ -48,16 +45,9 @@ RECIPES: dict[str, dict[str, Any]] = {
 load_data = partial(load_splits, published=fashion_mnist, drawn=synthetic_digits)
 
 
-@entry_point
 def main(config: FashionMnistConfig) -> dict[str, Any]:
-    """One run, on this rank; returns its result."""
-    with open_run(config, "fashion_mnist") as run:
-        config = run.config
-        train, validation, test = load_data(config, run.world, run.known)
-        images = Augmentation(**config.augmentation((MEAN, STD)))
-        loaders = config.loaders((train, validation, test), images, run.world)
-        return train_classifier(config, run, models.from_flags(config, len(test.class_names)), test.class_names,
-                                (images.mean, images.std), dataset=train, **loaders)
+    """One run, on this rank, as of mnist.py; returns its result."""
+    return mnist.main(config, "fashion_mnist", load_data, (MEAN, STD))
 
 
 if __name__ == "__main__":

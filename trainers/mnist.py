@@ -25,6 +25,7 @@ from launch.command_line import run
 from launch.errors import AtLeast, UsageError
 from trainers import models
 from trainers.augment_flags import AugmentFlags, load_splits
+from trainers.engine.config import Statistics
 from trainers.engine.session import entry_point, open_run, train_classifier
 
 
@@ -76,12 +77,13 @@ load_data = partial(load_splits, published=mnist, drawn=synthetic_digits)
 
 
 @entry_point
-def main(config: MnistConfig) -> dict[str, Any]:
+def main(config: MnistConfig, trainer: str = "mnist", load: Any = load_data,
+         statistics: Statistics = (mnist.MEAN, mnist.STD)) -> dict[str, Any]:
     """One run, on this rank; returns its result."""
-    with open_run(config, "mnist") as run:
+    with open_run(config, trainer) as run:
         config = run.config
-        train, validation, test = load_data(config, run.world, run.known)
-        images = Augmentation(**config.augmentation((mnist.MEAN, mnist.STD)))
+        train, validation, test = load(config, run.world, run.known)
+        images = Augmentation(**config.augmentation(statistics))
         loaders = config.loaders((train, validation, test), images, run.world)
         return train_classifier(config, run, models.from_flags(config, len(test.class_names)), test.class_names,
                                 (images.mean, images.std), dataset=train, **loaders)

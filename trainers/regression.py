@@ -29,8 +29,8 @@ from launch.errors import say
 from trainers import models
 from trainers.engine.config import TrainConfig
 from trainers.engine.session import entry_point, open_run, train_model
-from trainers.engine.task import Loss, Task, function_of, user_loss, with_own_code
-from trainers.engine.user_code import Reference, blaming, check_loss, is_reference, options_in, references
+from trainers.engine.task import Loss, Task, with_own_code
+from trainers.engine.user_code import check_loss, is_reference, options_in, references
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,6 +46,11 @@ class RegressionConfig(TrainConfig):
     loss: str = "mse"
     """mse: torch's. my-mse: the same, written out. FILE.py:NAME: yours, (outputs, targets) to a mean."""
 
+    def check(self) -> None:
+        """The same, and that there is such a loss."""
+        super().check()
+        check_loss(self.loss, LOSSES, label_smoothing=self.label_smoothing, class_weights=self.class_weights)
+
 
 RECIPES: dict[str, dict[str, Any]] = {
     "d2l": {"dataset": "two-features", "epochs": 3, "batch_size": 10, "learning_rate": 0.03, "momentum": 0.0},
@@ -60,19 +65,6 @@ def my_mse(outputs: Tensor, targets: Tensor) -> Tensor:
 
 
 LOSSES: dict[str, Loss] = {"mse": nn.MSELoss(), "my-mse": my_mse}
-
-
-def choose_loss(text: str, *, label_smoothing: float = 0.0, class_weights: tuple[float, ...] = ()) -> Loss:
-    """The loss that `--loss` names; one from a file is tried on two samples. UsageError if it cannot be used."""
-    check_loss(text, LOSSES, label_smoothing=label_smoothing, class_weights=class_weights)
-    if text in LOSSES:
-        return LOSSES[text]
-    reference = Reference("--loss", text)
-    function = function_of(reference, torch.device("cpu"))
-    loss = user_loss(function, f"--loss {text}")
-    with blaming([reference], function):
-        loss(torch.zeros(2, 1, requires_grad=True), torch.ones(2, 1))
-    return loss
 
 
 def learned_text(model: nn.Module, relation: regression.LinearRelation) -> str:
@@ -99,10 +91,9 @@ def build_model(config: RegressionConfig, samples: TensorDataset) -> nn.Module:
 
 def build_task(config: RegressionConfig, device: torch.device) -> Task:
     """The loss, and the user's metric."""
-    loss = choose_loss(config.loss, label_smoothing=config.label_smoothing, class_weights=config.class_weights)
-    own = [each for each in references(config) if each.flag != "--loss"]
-    return with_own_code(Task(loss=loss, test_loss=loss, num_classes=None, is_own=config.loss not in LOSSES),
-                         own, device)
+    loss = LOSSES.get(config.loss, my_mse)  # or the user's, which takes its place
+    task = Task(loss=loss, test_loss=loss, num_classes=None)
+    return with_own_code(task, references(config), device)
 
 
 @entry_point

@@ -62,7 +62,8 @@ def show(model: Model, forward: Callable[[Tensor], Tensor], world: World) -> Non
         of_ranks = gather(world, ("\n".join(model.told), len(outputs)))
         if world.is_main:
             size = torch.Size((sum(rows for _, rows in of_ranks), OUTPUT_SIZE))
-            say("\n".join([*(lines for lines, _ in of_ranks), f"Outside: input size {batch.size()} output_size {size}"]))
+            say("\n".join(lines for lines, _ in of_ranks))
+            say(f"Outside: input size {batch.size()} output_size {size}")
 
 
 def main(config: SplitConfig) -> None:
@@ -75,7 +76,7 @@ def main(config: SplitConfig) -> None:
         torch.manual_seed(0)
         model = Model().to(world.device)
         if config.parallel == "dp" and world.world_size == 1 and num_gpus < (config.replicas or 2):
-            say(f"worked out, not run: DataParallel with --replicas {replicas}, split by torch.chunk as its scatter does")
+            say(f"worked out, not run: DataParallel with --replicas {replicas}, split by torch.chunk, as its scatter")
             return show(model, lambda batch: torch.cat([model(part) for part in batch.chunk(replicas)]), world)
         parallel, _ = choose_parallel(config.parallel, world, num_gpus=num_gpus)
         if parallel == "dp":
