@@ -8,6 +8,7 @@ from torch import nn
 
 from datasets import synthetic
 from datasets.augment import normalize
+from launch.errors import UsageError
 from trainers import models
 
 
@@ -42,9 +43,9 @@ def test_a_networks_own_options_reach_it_and_none_means_its_default() -> None:
 def test_unknown_names_and_options_are_refused() -> None:
     with pytest.raises(ValueError, match="Unknown model lenett"):
         models.build("lenett", num_classes=10)
-    with pytest.raises(ValueError, match="lenet has no hidden to set"):
+    with pytest.raises(UsageError, match=r"hidden=5: lenet takes no such thing .*; leave it out"):
         models.build("lenet", num_classes=10, hidden=5)
-    with pytest.raises(ValueError, match="has no width to set"):
+    with pytest.raises(UsageError, match="width=5: resnet18 takes no such thing"):
         models.build("torchvision/resnet18", num_classes=10, width=5)
 
 

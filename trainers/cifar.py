@@ -52,10 +52,7 @@ class CifarConfig(AugmentFlags):
     def check(self) -> None:
         """Find mistakes in the flags before ranks wait for each other."""
         super().check()
-        theirs = models.torchvision_names()
-        known = [*models.OURS, *theirs, *(f"torchvision/{name}" for name in theirs), models.TIMM]
-        models.check_name(self.model, known,
-                          choices="net, whitenet, resnet9, resnet18, a classifier of torchvision.models or timm/NAME")
+        models.check_name(self.model, models.OURS)
         if self.width is not None and self.model not in models.OURS and not is_reference(self.model):
             raise UsageError(f"--width {self.width}: {self.model} has no width to set; leave it out")
 

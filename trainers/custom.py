@@ -69,7 +69,7 @@ class CustomConfig(MixingFlags, TrainConfig):
         """Find mistakes in the flags before ranks wait for each other."""
         super().check()
         if self.dataset != "given":
-            models.check_name(self.model, [*models.OURS, *models.GREY, *models.torchvision_names()])
+            models.check_name(self.model, models.OURS | models.GREY)
         if self.dataset == "own" and not is_reference(self.data):
             raise UsageError(f"--data {self.data}: must be FILE.py:NAME, a function of yours; or --dataset synthetic")
         self.check_mixing(self.batch_size, 0 if self.evaluate is not None else self.rank_batch_size())

@@ -115,7 +115,7 @@ class ImageFolderConfig(AugmentFlags):
 
     def full_name(self) -> str:
         """The name of the network, for models.build."""
-        as_it_is = self.model in OUR_MODELS or self.model.startswith(models.TIMM) or is_reference(self.model)
+        as_it_is = self.model in OUR_MODELS or "/" in self.model or is_reference(self.model)
         return self.model if as_it_is else f"torchvision/{self.model}"
 
     def network(self) -> dict[str, Any]:
@@ -126,8 +126,7 @@ class ImageFolderConfig(AugmentFlags):
     def check(self) -> None:
         """Find mistakes in the flags before ranks wait for each other."""
         super().check()
-        models.check_name(self.model, [*OUR_MODELS, *models.torchvision_names(), models.TIMM],
-                          choices=f"{', '.join(OUR_MODELS)}, a classifier of torchvision.models or timm/NAME")
+        models.check_name(self.model, OUR_MODELS)
         if self.resize_size is not None and self.resize_size < self.size():
             raise UsageError(f"--resize-size {self.resize_size}: must be at least the image size of {self.size()}")
         if len(self.mean) != len(self.std) or len(self.mean) not in (0, 3):

@@ -61,7 +61,7 @@ class MnistConfig(AugmentFlags):
     def check(self) -> None:
         """Find mistakes in the flags before ranks wait for each other."""
         super().check()
-        models.check_name(self.model, models.GREY)
+        models.check_name(self.model, models.GREY, libraries=False)
         for name in ("channels", "hidden", "dropout") if self.model in models.GREY.keys() - {"mnistnet"} else ():
             if getattr(self, name) is not None:
                 raise UsageError(f"--{name}: {self.model} has none to set; leave it out, or use --model mnistnet")

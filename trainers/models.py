@@ -2,7 +2,6 @@
 
 `width` is always the number of channels of the first convolution that is trained; the other layers scale with it."""
 
-import inspect
 from collections.abc import Callable, Collection
 from typing import Any
 
@@ -201,38 +200,29 @@ OURS: dict[str, Callable[..., nn.Module]] = {"net": Net, "whitenet": WhiteNet, "
 GREY: dict[str, Callable[..., nn.Module]] = {"mnistnet": MnistNet, "softmax": softmax_regression, "lenet": lenet}
 
 
-def torchvision_names() -> list[str]:
-    """The classifiers of torchvision.models."""
-    return torchvision_models.list_models(module=torchvision_models)
-
-
-def check_name(name: str, known: Collection[str], *, choices: str | None = None) -> None:
-    """Raise UsageError for a mistyped `--model`, with `choices` or all known (TIMM: all of timm), and the nearest."""
-    if TIMM in known and name.startswith(TIMM) and not is_reference(name):
+def check_name(name: str, ours: Collection[str], *, libraries: bool = True) -> None:
+    """Raise UsageError with the nearest name for a `--model` that is none of ours, of a library's, and no file's."""
+    theirs = torchvision_models.list_models(module=torchvision_models) if libraries else []
+    known = [*ours, *theirs, *(f"torchvision/{each}" for each in theirs)]
+    choices = ", ".join(ours) + ", a classifier of torchvision.models, timm/NAME" * libraries
+    if libraries and name.startswith(TIMM) and not is_reference(name):
         timm, choices = timm_library("--model"), "a name of timm.list_models() behind timm/"
-        known = [TIMM + model for model in (*timm.list_models(), *timm.list_pretrained())]
+        known = [TIMM + each for each in (*timm.list_models(), *timm.list_pretrained())]
     if name not in known and not is_reference(name):
-        raise UsageError(f"--model {name}: unknown; choose {choices or ', '.join(known)} or FILE.py:NAME"
-                         f"{nearest(name, list(known))}")
+        raise UsageError(f"--model {name}: unknown; choose {choices} or FILE.py:NAME{nearest(name, known)}")
 
 
 def from_flags(config: Any, num_classes: int) -> nn.Module:
-    """The network that an ImageConfig describes, from the seed; UsageError for options that it does not take."""
+    """The network that an ImageConfig describes, from the seed."""
     torch.manual_seed(config.seed)
-    try:
-        return build(**config.network(), num_classes=num_classes)
-    except (ValueError, TypeError, RuntimeError) as error:
-        if not config.model_options:
-            raise
-        raise UsageError(f"--model-options {' '.join(config.model_options)}: {first_line(error)}; leave out or correct "
-                         f"what the network does not take") from None
+    return build(**config.network(), num_classes=num_classes)
 
 
 def build(name: str, *, num_classes: int, **options: Any) -> nn.Module:
     """A new network for colour or grey images with its usual initialisation, on the CPU; or one of the user's.
 
     `torchvision/resnet18` is torchvision's, where one of ours has the name too; `timm/resnet18` is timm's. An option
-    of None is the network's default. Raises ValueError for an unknown name or option."""
+    of None is the network's default. ValueError for an unknown name, UsageError for options that it does not take."""
     chosen: dict[str, Any] = {option: value for option, value in options.items() if value is not None}
     if is_reference(name):  # made with what its signature asks for, or ready as it is
         reference, offered = Reference("--model", name), {"num_classes": num_classes}
@@ -242,15 +232,16 @@ def build(name: str, *, num_classes: int, **options: Any) -> nn.Module:
             raise UsageError(f"--model {name}: is {type(model).__name__}, not a network; give an nn.Module, or a class "
                              f"or function that makes one")
         return model
-    if (make := (OURS | GREY).get(name)) is not None:
-        if unknown := chosen.keys() - inspect.signature(make).parameters:
-            raise ValueError(f"{name} has no {', '.join(sorted(unknown))} to set")
-        return make(num_classes, **chosen)
     try:
+        if (make := (OURS | GREY).get(name)) is not None:
+            return make(num_classes, **chosen)
         if name.startswith(TIMM):
             return timm_library("--model").create_model(name.removeprefix(TIMM), num_classes=num_classes, **chosen)
         name = name.removeprefix("torchvision/")
         own = {"aux_logits": False, "init_weights": True} if name in ("googlenet", "inception_v3") else {}
         return torchvision_models.get_model(name, weights=None, num_classes=num_classes, **own, **chosen)
-    except TypeError as error:  # as Python says of an argument that there is not
-        raise ValueError(f"{name} has no {', '.join(sorted(chosen))} to set ({first_line(error)})") from None
+    except (ValueError, TypeError, RuntimeError) as error:
+        if not chosen:
+            raise
+        raise UsageError(f"--model-options {' '.join(f'{key}={value}' for key, value in chosen.items())}: {name} takes "
+                         f"no such thing ({first_line(error)}); leave it out or correct it") from None

@@ -22,6 +22,7 @@ if not __package__:  # run by path: our packages, not others of the same names
 import torch
 import tyro
 from torch import Tensor, nn
+from torchvision.transforms.v2.functional import rgb_to_grayscale
 
 from datasets.augment import normalize
 from datasets.errors import DataError
@@ -101,7 +102,9 @@ def load_model(run: Path, card: ModelCard, checkpoint: Path | None, device: torc
                               f"{some_of(card.class_names)}; use a checkpoint and a {CARD_FILE} of one run")
     try:
         model = models.build(card.model, num_classes=len(card.class_names), **card.options)
-    except (ValueError, TypeError, RuntimeError) as error:
+    except (ValueError, TypeError, RuntimeError, UsageError) as error:
+        if is_reference(card.model):  # of the user's file: the error names its line
+            raise
         raise CheckpointError(f"--run {run}: its model {card.model} cannot be built here ({first_line(error)}); use "
                               f"the version of this code that trained it") from None
     if state["ema"] is not None:
@@ -125,79 +128,69 @@ class LogitsOf(nn.Module):
         return self.logits(self.network(*inputs, **named))
 
 
-def pictures_of(config: PredictConfig, card: ModelCard, source: Path, bad: dict[str, str]) -> Iterator[Picture]:
-    """All images to classify, read one at a time; adds what cannot be read to `bad`, with the reason."""
-    for path in config.images:
+class Reader:
+    """Reads images one at a time, as the network of a run takes them; `bad` are those that cannot be, and why."""
+
+    def __init__(self, run: Path, card: ModelCard) -> None:
+        self.run, self.card, self.bad = run, card, dict[str, str]()
+        own = made_again(Reference("--transform", card.transform), 0) if card.transform else None
+        self.transform = partial(own, train=False) if own is not None and takes_train(own) else None
+
+    def files(self, paths: tuple[Path, ...]) -> Iterator[Picture]:
+        """Image files and folders of them; the name of an image's folder may be its class."""
+        for path in paths:
+            try:
+                files, left_out = find_images(path)
+            except DataError as error:
+                self.bad[str(path)] = str(error).removeprefix(f"{path}: ")
+                continue
+            if left_out:
+                to_stderr(f"{path}{describe_left_out(left_out)}")
+            for file in files:
+                parent = file.absolute().parent.name
+                yield from self.picture(file, partial(read_file, file), parent if parent in self.card.class_names
+                                        else None)
+
+    def picture(self, path: Path, read: Callable[[], Stored], true_class: str | None) -> Iterator[Picture]:
+        """An image at the size and with the channels that the network was trained on; none of a bad one."""
+        card = self.card
+        if card.trainer == "custom":
+            raise UsageError(f"{path}: a run of custom.py knows no preprocessing of files; use --test-images, which "
+                             f"reads its own data set")
         try:
-            files, left_out = find_images(path)
-        except DataError as error:
-            bad[str(path)] = str(error).removeprefix(f"{path}: ")
-            continue
-        if left_out:
-            to_stderr(f"{path}{describe_left_out(left_out)}")
-        for file in files:
-            parent = file.absolute().parent.name
-            yield from read_picture(file, card, bad, parent if parent in card.class_names else None)
-    if config.test_images is not None:
-        yield from test_pictures(config, card, source, bad)
+            pixels = full_size(read()) if self.transform else to_square(
+                read(), size=card.image_size[0], fit=card.fit, resize_size=card.resize_size,
+                interpolation=card.interpolation)
+        except BadImage as error:
+            self.bad[str(path)] = f"not readable as an image ({error}); repair it or leave it out"
+            return
+        pixels = rgb_to_grayscale(pixels) if len(card.mean) == 1 else pixels
+        yield Picture(str(path), self.transform(pixels) if self.transform else pixels, true_class)
 
-
-def read_picture(path: Path, card: ModelCard, bad: dict[str, str], true_class: str | None, *,
-                 read: Callable[[], Stored] | None = None) -> Iterator[Picture]:
-    """An image file at the size and with the channels that the network was trained on; none of a bad one."""
-    if card.trainer == "custom":
-        raise UsageError(f"{path}: a run of custom.py knows no preprocessing of files; use --test-images, which "
-                         f"reads its own data set")
-    transform = evaluation_transform(card)
-    try:
-        content = read() if read else read_file(path)
-        pixels = full_size(content) if transform else to_square(
-            content, size=card.image_size[0], fit=card.fit, resize_size=card.resize_size,
-            interpolation=card.interpolation)
-    except BadImage as error:
-        bad[str(path)] = f"not readable as an image ({error}); repair it or leave it out"
-        return
-    if len(card.mean) == 1:  # grey
-        weights = torch.tensor([0.299, 0.587, 0.114])[:, None, None]  # of ITU-R 601-2, as Pillow has them
-        pixels = (pixels * weights).sum(0, keepdim=True).round().to(torch.uint8)
-    yield Picture(str(path), transform(pixels) if transform else pixels, true_class)
-
-
-def evaluation_transform(card: ModelCard) -> Callable[[Tensor], Tensor] | None:
-    """The user's transform of test images, if the run was trained with one that serves these too."""
-    transform = made_again(Reference("--transform", card.transform), 0) if card.transform else None
-    return partial(transform, train=False) if transform is not None and takes_train(transform) else None
-
-
-def test_pictures(config: PredictConfig, card: ModelCard, source: Path, bad: dict[str, str]) -> Iterator[Picture]:
-    """The first images of the run's test set, loaded by the run's trainer, its classes joined to the network's."""
-    assert config.run is not None
-    try:
-        trainer = importlib.import_module(f"trainers.{card.trainer}")
-        load_data = trainer.load_data
-        settings = parse(typing.get_type_hints(trainer.main)["config"], args=["--config", f"{config.run}/config.json"])
-    except UsageError as error:
-        raise CheckpointError(f"--run {config.run}: has no readable config.json ({error}); name image files, not "
-                              f"--test-images") from None
-    except (ImportError, AttributeError, KeyError):
-        raise CheckpointError(f"--run {config.run}: {CARD_FILE}: {card.trainer} is no trainer of images; name image "
-                              f"files, not --test-images") from None
-    settings = replace(settings, evaluate=source, data_dir=config.data_dir or settings.data_dir)
-    found = load_data(settings, World(), card.class_names)
-    _, validation, test, *_ = found.splits if isinstance(found, Reading) else found
-    test: Any = validation if test is None else test
-    bad |= getattr(test, "unreadable", {})
-    for sample in range(min(config.test_images or 0, len(test))):
-        if isinstance(found, Reading):
-            inputs, targets = unless_failed(found[Key("test", [sample], 0)])
-            yield Picture(f"test {sample}", inputs, card.class_names[int(targets[0])])
-            continue
-        true_class = card.class_names[int(test.targets[sample])]
-        if isinstance(test, ImageSource):
-            yield from read_picture(test.path(sample), card, bad, true_class, read=partial(test.read, sample))
-        else:
-            transform = evaluation_transform(card) or (lambda image: image)
-            yield Picture(f"test {sample}", transform(test.inputs[sample]), true_class)
+    def test_set(self, number: int, source: Path, data_dir: Path | None) -> Iterator[Picture]:
+        """The first images of the run's test set, loaded by the run's trainer, its classes joined to the network's."""
+        names = self.card.class_names
+        try:
+            trainer = importlib.import_module(f"trainers.{self.card.trainer}")
+            load_data, config_class = trainer.load_data, typing.get_type_hints(trainer.main)["config"]
+            config = parse(config_class, args=["--config", f"{self.run}/config.json"])
+        except (ImportError, AttributeError, KeyError, UsageError) as error:
+            raise CheckpointError(f"--run {self.run}: {CARD_FILE}: {self.card.trainer} is no trainer of images, or its "
+                                  f"config.json is not readable ({error}); name image files, not --test-images"
+                                  ) from None
+        found = load_data(replace(config, evaluate=source, data_dir=data_dir or config.data_dir), World(), names)
+        _, validation, test, *_ = found.splits if isinstance(found, Reading) else found
+        test: Any = validation if test is None else test
+        self.bad |= getattr(test, "unreadable", {})
+        for sample in range(min(number, len(test))):
+            if isinstance(found, Reading):
+                inputs, targets = unless_failed(found[Key("test", [sample], 0)])
+                yield Picture(f"test {sample}", inputs, names[int(targets[0])])
+            elif isinstance(test, ImageSource):
+                yield from self.picture(test.path(sample), partial(test.read, sample), names[int(test.targets[sample])])
+            else:
+                pixels = self.transform(test.inputs[sample]) if self.transform else test.inputs[sample]
+                yield Picture(f"test {sample}", pixels, names[int(test.targets[sample])])
 
 
 @torch.no_grad()
@@ -254,8 +247,10 @@ def predict(config: PredictConfig, run: Path, card: ModelCard) -> int:
             (to_stderr if config.json else say)(line)
     classified: list[Prediction] = []
     shown: list[Picture] = []
-    bad: dict[str, str] = {}
-    pictures = pictures_of(config, card, source, bad)
+    reader = Reader(run, card)
+    pictures, bad = reader.files(config.images), reader.bad
+    if config.test_images is not None:
+        pictures = itertools.chain(pictures, reader.test_set(config.test_images, source, config.data_dir))
     size = 1 if card.trainer == "custom" else config.batch_size  # theirs may have any shape, and no two the same
     while batch := list(itertools.islice(pictures, size)):
         classified += classify(model, batch, card, device)
