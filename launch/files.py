@@ -84,3 +84,12 @@ def read_object(path: Path) -> dict[str, Any] | None:
     except (OSError, ValueError, RecursionError):
         return None
     return content if isinstance(content, dict) else None
+
+
+def read_lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The lines of a metrics.jsonl, as text and as read; without what a kill has cut off, or anything else."""
+    for text in path.read_text(errors="replace").splitlines() if path.is_file() else ():
+        with contextlib.suppress(ValueError, KeyError, TypeError, RecursionError):
+            line = json.loads(text)
+            if isinstance(line["split"], str) and isinstance(line["step"], int):
+                yield text, line

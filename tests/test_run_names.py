@@ -60,7 +60,7 @@ def test_a_run_is_named_after(no_launcher: pytest.MonkeyPatch, tmp_path: Path, v
 
 
 def test_runs_started_in_the_same_second_get_a_folder_each(no_launcher: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    no_launcher.setattr(ownership, "now", lambda: "20261125-093314")
+    no_launcher.setattr(ownership.time, "strftime", lambda form: "20261125-093314")
     with ThreadPoolExecutor(max_workers=8) as threads:
         names = list(threads.map(lambda _: unnamed_run(tmp_path / "runs", "cifar", "fast"), range(24)))
     name = "cifar-fast-20261125-093314"
@@ -71,9 +71,9 @@ def test_runs_started_in_the_same_second_get_a_folder_each(no_launcher: pytest.M
 def test_a_restart_finds_its_folder_and_another_launcher_does_not(no_launcher: pytest.MonkeyPatch, tmp_path: Path,
                                                                  run_id: str) -> None:
     no_launcher.setenv("TORCHELASTIC_RUN_ID", run_id)
-    no_launcher.setattr(ownership, "now", lambda: "20261125-093314")
+    no_launcher.setattr(ownership.time, "strftime", lambda form: "20261125-093314")
     name = unnamed_run(tmp_path, "cifar", "fast")
-    no_launcher.setattr(ownership, "now", lambda: "20261125-093315")
+    no_launcher.setattr(ownership.time, "strftime", lambda form: "20261125-093315")
     assert unnamed_run(tmp_path, "cifar", "fast") == name  # killed before it became the owner
     folder = RunFolder(tmp_path / name, is_main=True)
     folder.claim()
@@ -82,7 +82,7 @@ def test_a_restart_finds_its_folder_and_another_launcher_does_not(no_launcher: p
     assert unnamed_run(tmp_path, "cifar", "fast") == name
     owner = read_object(tmp_path / name / "owner.json") or {}
     assert owner["incarnation"] == 1
-    no_launcher.setattr(ownership, "now", lambda: "20261125-093314")
+    no_launcher.setattr(ownership.time, "strftime", lambda form: "20261125-093314")
     for number, change in enumerate(({"host": "elsewhere"}, {"pid": 1}, {"started": 1}, {"run_id": "x"}), start=2):
         other = {**owner, "launcher": {**owner["launcher"], **change}}
         replace_file(tmp_path / name / "owner.json", json.dumps(other).encode())
@@ -148,7 +148,7 @@ def test_a_run_name_is_checked_before_anything_is_written(tmp_path: Path) -> Non
 def test_a_folder_with_an_owner_of_an_earlier_version_is_nobody_elses(no_launcher: pytest.MonkeyPatch,
                                                                      tmp_path: Path) -> None:
     no_launcher.setenv("TORCHELASTIC_RUN_ID", "none")
-    no_launcher.setattr(ownership, "now", lambda: "20261125-093314")
+    no_launcher.setattr(ownership.time, "strftime", lambda form: "20261125-093314")
     name = unnamed_run(tmp_path, "cifar", "fast")
     owner = {"incarnation": 1, "host": "h", "pid": 7, "job": None, "restart": 0, "released": True}
     replace_file(tmp_path / name / "owner.json", json.dumps(owner).encode())
@@ -162,7 +162,7 @@ def test_without_proc_a_standalone_torchrun_still_names_its_restarts_alike(no_la
     no_launcher.setattr(launcher, "stat_of", lambda pid: [])
     no_launcher.setenv("TORCHELASTIC_RUN_ID", STANDALONE["TORCHELASTIC_RUN_ID"])
     name = unnamed_run(tmp_path, "cifar", "fast")
-    no_launcher.setattr(ownership, "now", lambda: "20991231-235959")
+    no_launcher.setattr(ownership.time, "strftime", lambda form: "20991231-235959")
     assert unnamed_run(tmp_path, "cifar", "fast") == name
     no_launcher.setenv("TORCHELASTIC_RUN_ID", STANDALONE["TORCHELASTIC_RUN_ID"].replace("3f", "4f"))
     assert unnamed_run(tmp_path, "cifar", "fast") == "cifar-fast-20991231-235959"

@@ -8,7 +8,6 @@ import base64
 import contextlib
 import csv
 import io
-import json
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +22,7 @@ from PIL import Image
 
 from launch.command_line import run
 from launch.errors import UsageError, nearest, printable, say
-from launch.files import read_object, replace_file
+from launch.files import read_lines, read_object, replace_file
 
 FILES = ("config", "environment", "result", "status")
 COLUMNS = ("run", "state", "step", "accuracy", "accuracy_top5", "loss", "samples_per_second", "train_seconds",
@@ -58,9 +57,8 @@ def read_curves(path: Path) -> dict[str, list[dict[str, Any]]]:
     """The lines of metrics.jsonl by split, evenly thinned out; without those that are damaged."""
     curves: dict[str, list[dict[str, Any]]] = {"train": [], "validation": [], "test": []}
     with contextlib.suppress(OSError):
-        for text in path.read_text(errors="replace").splitlines() if path.is_file() else ():
-            with contextlib.suppress(ValueError, KeyError, TypeError, AttributeError, RecursionError):
-                line = json.loads(text)
+        for _, line in read_lines(path):
+            if line["split"] in curves:
                 curves[line["split"]].append({name: line.get(name) for name in CURVES})
     return {split: lines[::len(lines) // MOST_POINTS + 1] + lines[-1:] for split, lines in curves.items()}
 

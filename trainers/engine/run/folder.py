@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from launch.errors import CheckpointError, UsageError, say, user_line
-from launch.files import read_object, replace_file, sync_folder, writing
+from launch.files import read_lines, read_object, replace_file, sync_folder, writing
 from launch.machine import environment_record
 from trainers.engine.checkpoints.files import committed, step_of
 from trainers.engine.config import MAY_CHANGE
@@ -26,7 +26,6 @@ class RunFolder:
         self.path, self.checkpoints, self.is_main = path, path / "checkpoints", is_main
         self.ownership = Ownership(path)
         self.beat, self.release = self.ownership.beat, self.ownership.release
-        self._synced_inode: int | None = None  # of the metrics.jsonl whose name is on the disk
         self._started = False  # whether this process started or resumed the run: only then may it write how it ended
 
     def claim(self) -> None:
@@ -99,37 +98,26 @@ class RunFolder:
                 file.write(text)
 
     def sync_metrics(self) -> None:
-        """Put metrics.jsonl on the disk, and its name once it was made or replaced."""
+        """Put metrics.jsonl and its name on the disk."""
         path = self.path / "metrics.jsonl"
         if path.is_file():
             with open(path, "rb") as file:
                 os.fsync(file.fileno())
-            if (inode := path.stat().st_ino) != self._synced_inode:
-                sync_folder(self.path)
-                sync_folder(self.path.parent)
-                self._synced_inode = inode
+            sync_folder(self.path)
+            sync_folder(self.path.parent)
 
     def truncate_metrics(self, step: int, *, evaluated: bool) -> None:
         """Drop lines that a run resumed at `step` writes again: of its evaluation too, unless `evaluated` before."""
-        def stays(text: str) -> bool:
-            try:
-                line = json.loads(text)
-                return line["step"] < step or (line["step"] == step and (evaluated or line["split"] == "train"))
-            except (ValueError, KeyError, TypeError, RecursionError):  # cut off in the middle by a kill
-                return False
-
         if self.is_main and (self.path / "metrics.jsonl").exists():
             with self._writing("metrics.jsonl") as path:
-                kept = "".join(text + "\n" for text in path.read_text(errors="replace").splitlines() if stays(text))
-                replace_file(path, kept.encode(), durable=True, check_fence=self.ownership.check)
+                kept = [text + "\n" for text, line in read_lines(path) if line["step"] < step or (
+                    line["step"] == step and (evaluated or line["split"] == "train"))]
+                replace_file(path, "".join(kept).encode(), durable=True, check_fence=self.ownership.check)
 
     def first_evaluated_split(self) -> str | None:
         """The split of the first evaluation that metrics.jsonl holds; None before there is one."""
-        with contextlib.suppress(OSError, ValueError, KeyError, TypeError, RecursionError):
-            for text in (self.path / "metrics.jsonl").read_text(errors="replace").splitlines():
-                if (split := json.loads(text)["split"]) != "train":
-                    return split
-        return None
+        splits = (line["split"] for _, line in read_lines(self.path / "metrics.jsonl"))
+        return next((split for split in splits if split != "train"), None)
 
     def set_aside(self) -> None:
         """Make room for a run from the start: what an earlier one left is renamed, not overwritten."""

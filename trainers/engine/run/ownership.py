@@ -16,7 +16,6 @@ import socket
 import threading
 import time
 from collections.abc import Iterator, Mapping
-from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -51,7 +50,8 @@ class Ownership:
                 locked is False or still_beats(self.path, previous, locked=bool(locked))):
             raise CheckpointError(f"{self.path}: in use by pid {previous.get('pid')} on {previous.get('host')}; "
                                   f"wait for it, or choose another --run-name")
-        self.incarnation, self._word = incarnation_of(previous) + 1, secrets.token_hex(8)
+        number = previous.get("incarnation")
+        self.incarnation, self._word = (number if isinstance(number, int) else 0) + 1, secrets.token_hex(8)
         self._write_owner(released=False)
 
     def _write_owner(self, *, released: bool) -> None:
@@ -71,7 +71,7 @@ class Ownership:
     def holds(self) -> bool:
         """Whether owner.json holds this claim's own token. A claim that is missing or damaged is lost."""
         owner = read_object(self.path / "owner.json") or {}
-        return (incarnation_of(owner), owner.get("word", "")) == (self.incarnation, self._word)
+        return (owner.get("incarnation", 0), owner.get("word", "")) == (self.incarnation, self._word)
 
     def check(self) -> None:
         """The fence, called right before every change: raises CheckpointError if this process has lost the folder."""
@@ -115,7 +115,7 @@ def unnamed_run(output_dir: Path, trainer: str, recipe: str, config: Mapping[str
     for folder in output_dir.glob(f"{kind}-*") if launcher is not None and not given else ():
         if (read_object(folder / "owner.json") or {}).get("launcher") == launcher:
             return folder.name
-    first, config = f"{kind}-{given or now()}", config or {}
+    first, config = f"{kind}-{given or time.strftime('%Y%m%d-%H%M%S')}", config or {}
     others = (f"{kind}-{number}-{given}" if given else f"{first}-{number}" for number in itertools.count(2))
     content = {"owner.json": {"incarnation": 0, "launcher": launcher}, **({"config.json": config} if given else {})}
     with output_dir_writable(output_dir):
@@ -152,11 +152,6 @@ def created(folder: Path, content: Mapping[str, Mapping[str, Any]]) -> bool:
         return False
 
 
-def now() -> str:
-    """The present time, as `20261121-041530`."""
-    return f"{datetime.now():%Y%m%d-%H%M%S}"
-
-
 @contextlib.contextmanager
 def output_dir_writable(output_dir: Path) -> Iterator[None]:
     """Raises CheckpointError for a run folder that cannot be created or claimed."""
@@ -170,12 +165,6 @@ def output_dir_writable(output_dir: Path) -> Iterator[None]:
 def this_process() -> dict[str, Any]:
     """What owner.json says of its writer."""
     return {"host": socket.gethostname(), "pid": os.getpid(), **job_identity(), "launcher": launcher_identity()}
-
-
-def incarnation_of(owner: Mapping[str, Any]) -> int:
-    """The fencing token in an owner.json; 0 if it holds none."""
-    number = owner.get("incarnation")
-    return number if isinstance(number, int) else 0
 
 
 def is_restart_of(previous: Mapping[str, Any], mine: Mapping[str, Any]) -> bool:

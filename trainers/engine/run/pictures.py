@@ -1,6 +1,6 @@
 """Curves, confusion matrix and image grids as PNG bytes. matplotlib is imported by the first drawing, so that training
 neither waits for it nor needs a display: figures are made without pyplot, which would look for a window system. Names
-of classes and runs are drawn as they are: never read as markup, and characters that the font lacks are replaced."""
+of classes and runs are drawn as they are: never read as markup; matplotlib draws a box for what the font lacks."""
 
 import contextlib
 import io
@@ -32,14 +32,6 @@ def drawing() -> Iterator[None]:
         yield
 
 
-def drawable(text: str) -> str:
-    """A text in one line, with a replacement in the place of what the font lacks."""
-    from matplotlib.font_manager import FontProperties, findfont, get_font
-
-    known = get_font(findfont(FontProperties())).get_charmap()
-    return "".join(character if ord(character) in known else "\ufffd" for character in printable(text))
-
-
 def new_figure(width: float, height: float) -> Any:
     """An empty figure of that size in inches."""
     from matplotlib.figure import Figure
@@ -67,7 +59,7 @@ def curves(epochs: Sequence[dict[str, Any]], *, steps_per_epoch: int, title: str
     if has_accuracy:
         draw_lines(panels[1], places, epochs, "accuracy", in_percent=True)
         panels[1].set_ylim(top=min(100.5, panels[1].get_ylim()[1]))
-    figure.suptitle(drawable(title), fontsize=10, **PLAIN)
+    figure.suptitle(printable(title), fontsize=10, **PLAIN)
     return as_png(figure)
 
 
@@ -96,7 +88,7 @@ def draw_lines(axes: Any, places: Sequence[float], epochs: Sequence[dict[str, An
 def confusion_matrix(matrix: Sequence[Sequence[int]], class_names: Sequence[str], *, title: str = "") -> bytes:
     """Rows are true classes, columns predicted ones; the colour is the share of the row, the number the count."""
     size = len(matrix)
-    names = [drawable(name) for name in class_names or map(str, range(size))]
+    names = [printable(name) for name in class_names or map(str, range(size))]
     side = min(12.0, 2.6 + 0.55 * size)
     figure = new_figure(side + 0.8, side)
     axes = figure.subplots()
@@ -112,7 +104,7 @@ def confusion_matrix(matrix: Sequence[Sequence[int]], class_names: Sequence[str]
         axes.set_xticks(range(size), names, rotation=45, ha="right", rotation_mode="anchor", **PLAIN)
         axes.set_yticks(range(size), names, **PLAIN)
     axes.set(xlabel="predicted", ylabel="true")
-    axes.set_title(drawable(title), **PLAIN)
+    axes.set_title(printable(title), **PLAIN)
     return as_png(figure)
 
 
@@ -134,8 +126,8 @@ def image_grid(images: Tensor, captions: Sequence[str], *, right: Sequence[bool]
             pixels = images[place].float().clamp(0, 1).permute(1, 2, 0).cpu().numpy()
             axes.imshow(pixels, cmap="gray", vmin=0, vmax=1)
             colour = "black" if not right else RIGHT if right[place] else WRONG
-            axes.set_title("\n".join(map(drawable, captions[place].split("\n"))), fontsize=8, color=colour, **PLAIN)
-    figure.suptitle(drawable(title), fontsize=10, **PLAIN)
+            axes.set_title("\n".join(map(printable, captions[place].split("\n"))), fontsize=8, color=colour, **PLAIN)
+    figure.suptitle(printable(title), fontsize=10, **PLAIN)
     return as_png(figure, dpi=120)
 
 

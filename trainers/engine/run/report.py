@@ -73,16 +73,16 @@ class Progress:
 
     def __init__(self, *, shown: bool, total_steps: int, step: int) -> None:
         self.shown, self.total_steps, self.step, self.figures = shown, total_steps, step, ""
-        self._printed_at, self._bar = time.monotonic(), None
-        if shown and sys.stderr is not None and sys.stderr.isatty():
-            self._bar = tqdm(total=total_steps, initial=step, bar_format=BAR, mininterval=0.5, dynamic_ncols=True)
+        self._printed_at, on_terminal = time.monotonic(), shown and sys.stderr is not None and sys.stderr.isatty()
+        self._bar = tqdm(total=total_steps, initial=step, bar_format=BAR, mininterval=0.5, dynamic_ncols=True,
+                         disable=not on_terminal)
+        self.close = self._bar.close  # it stays on the screen
 
     def advance(self) -> None:
         """Count one more step; prints only when it is time to."""
         self.step += 1
-        if self._bar is not None:
-            self._bar.update()
-        elif self.shown and time.monotonic() - self._printed_at > LINE_SECONDS:
+        self._bar.update()
+        if self.shown and self._bar.disable and time.monotonic() - self._printed_at > LINE_SECONDS:
             self._printed_at = time.monotonic()
             self.line_above(f"step {self.step}/{self.total_steps}{self.figures}")
 
@@ -90,23 +90,17 @@ class Progress:
                      seconds_left: float) -> None:
         """Show these beside the number of steps from now on."""
         percent = f"  accuracy {100 * accuracy:.2f} %" if accuracy is not None else ""
-        figures = f"  loss {loss:.4f}{percent}  {samples_per_second:,.0f} samples/s"
-        self.figures = f"{figures}  ETA {seconds_left:.0f} s"
-        if self._bar is not None:
-            self._bar.set_postfix_str(figures.strip(), refresh=False)
+        figures = f"loss {loss:.4f}{percent}  {samples_per_second:,.0f} samples/s"
+        self.figures = f"  {figures}  ETA {seconds_left:.0f} s"
+        self._bar.set_postfix_str(figures, refresh=False)
 
     def line_above(self, text: str) -> None:
         """Print a line above the bar."""
-        if self._bar is not None:
+        if not self._bar.disable:
             with contextlib.suppress(OSError, ValueError):  # a closed stderr must not end a run
                 self._bar.write(text, file=sys.stderr)
         elif self.shown:
             to_stderr(text)
-
-    def close(self) -> None:
-        """End the bar, which stays on the screen."""
-        if self._bar is not None:
-            self._bar.close()
 
 
 def epoch_text(line: dict[str, Any], *, samples_per_second: float) -> str:
