@@ -279,7 +279,7 @@ def test_a_name_that_the_output_cannot_show_is_an_escape(run: Path, tree: Path, 
     {"std": [0, 1, 1]}, {"std": [0.5]}, {"std": [1e999] * 3}, {"image_size": [32]}, {"image_size": [0, 0]},
     {"image_size": "40"}, {"fit": "stretch"}, {"fit": ["crop"]}, {"trainer": 5}, {"trainer": "../x"},
     {"model": ["net"]}, {"model": "nett"}, {"options": [1]}, {"options": {"width": "wide"}}, {"unknown": 1},
-    {"class_names": ["a", "b"]},
+    {"class_names": ["a", "b"]}, {"options": 5}, {"resize_size": "x"}, {"interpolation": 3},
 ])
 def test_an_odd_model_json_is_one_line(run: Path, tree: Path, change: Any):
     path = run / "model.json"

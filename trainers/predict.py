@@ -133,7 +133,8 @@ class Reader:
 
     def __init__(self, run: Path, card: ModelCard) -> None:
         self.run, self.card, self.bad = run, card, dict[str, str]()
-        own = made_again(Reference("--transform", card.transform), 0) if card.transform else None
+        text = str(card.transform)
+        own = made_again(Reference("--transform", text), 0) if is_reference(text) else None
         self.transform = partial(own, train=False) if own is not None and takes_train(own) else None
 
     def files(self, paths: tuple[Path, ...]) -> Iterator[Picture]:

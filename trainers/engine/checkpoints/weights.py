@@ -26,10 +26,6 @@ PARTS = ("ema", "state_dict_ema", "model_ema", "params_ema", "model", "state_dic
          "MODEL_STATE", "net", "network", "module", "params", "weights", "state", "checkpoint")
 MOST_WRAPPERS = 3
 MARKED_AS_FOLDER = 0x10  # one flipped bit of an archive's directory; torch then takes what its memory holds for weights
-NO_WEIGHTS = {  # what downloads leave in the place of a file of weights, by its beginning
-    r"(\ufeff|\s|<\?xml[^>]*>|<!--.*?-->)*<((!doctype )?(html|head|body|title|meta|script)|!--(?!.*-->))":
-        "is an HTML page; download the file itself, not the page about it",
-    r"version https://git-lfs": "is a Git LFS pointer; fetch the file itself with git lfs pull"}
 NUMPY_SCALARS = [*((np.float64(0).__reduce__()[0], f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")),
                  np.dtype, *(type(np.dtype(code)) for code in "?bBhHiIlLqQefdUS")]
 PLAIN_TYPES = [argparse.Namespace, *NUMPY_SCALARS]  # the flags and scores in torchvision's and timm's files
@@ -43,9 +39,8 @@ def read_weights_file(path: Path, source: str) -> Any:
             raise CheckpointError(f"{source}: {reason}; give the path of a file of weights")
         with open(path, "rb") as file:
             head = file.read(512)
-        for beginning, message in NO_WEIGHTS.items():
-            if re.match(beginning, head.decode(errors="replace"), re.IGNORECASE | re.DOTALL):
-                raise CheckpointError(f"{source}: {message}")
+        if head.lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"<"):
+            raise CheckpointError(f"{source}: is an HTML page, or XML; download the file itself, not the page about it")
         if head[8:9] == b"{":  # safetensors: eight bytes of length, then a JSON header
             return safetensors.torch.load_file(path)
         if not head.startswith((b"PK", b"\x80")):  # an archive, or the pickle that torch.save wrote before 1.6
@@ -134,13 +129,10 @@ def weights_in(content: Any, source: str) -> tuple[str, dict[str, Tensor]]:
     """The part of a file's content that holds the weights, and these by the names that an unwrapped model gives."""
     part, found = next(parts_with_weights(content), ("", None))
     if found is None:
-        named = content if isinstance(content, Mapping) else {type(content).__name__: content}
-        odd = [f"{name} is a {type(value).__name__}, no tensor" for name, value in named.items()
-               if not isinstance(value, Tensor)]
-        if odd and len(odd) < len(named):
-            raise CheckpointError(f"{source}: {first_three(odd)}; save a state_dict() of plain tensors")
-        held = ", ".join(map(str, list(named)[:4])) or "nothing"
-        raise CheckpointError(f"{source}: holds {held}, not weights by name; save the model's state_dict()")
+        named = content if isinstance(content, Mapping) else {"the content": content}
+        odd = [f"{name} ({type(value).__name__})" for name, value in named.items() if not isinstance(value, Tensor)]
+        raise CheckpointError(f"{source}: holds no weights by name: {first_three(odd) or 'it is empty'}; save the "
+                              f"model's state_dict(), of plain tensors")
     return part, {str(name).replace("_orig_mod.", ""): value  # torch.compile puts it before the names of a module
                   for name, value in found.items() if name != "n_averaged"}  # AveragedModel's counter
 
