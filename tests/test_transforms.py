@@ -26,8 +26,7 @@ from tests.helpers.own import write
 from tests.helpers.processes import TINY, metrics, read_json
 from tests.helpers.server import run
 from trainers.cifar import CifarConfig
-from trainers.image_folder import ImageFolderConfig, build_model
-from trainers.image_recipes import RECIPES
+from trainers.image_folder import RECIPES, ImageFolderConfig, build_model
 
 pytestmark = pytest.mark.timeout(120)
 CPU = torch.device("cpu")

@@ -27,7 +27,7 @@ from datasets.augment import Augmentation
 from datasets.tensors import TensorDataset
 from launch.command_line import run
 from launch.errors import AtLeast, UsageError
-from trainers import models
+from trainers import models, recipes
 from trainers.augment_flags import AugmentFlags, load_splits
 from trainers.engine.session import entry_point, open_run, train_classifier
 from trainers.engine.user_code import is_reference
@@ -57,28 +57,7 @@ class CifarConfig(AugmentFlags):
             raise UsageError(f"--width {self.width}: {self.model} has no width to set; leave it out")
 
 
-RECIPES: dict[str, dict[str, Any]] = {
-    "fast": {  # after cifar10-airbench; the first bias stays as it is drawn, which makes a step 1.1 times faster
-        "model": "whitenet", "width": 64, "freeze": ("whitening",), "epochs": 5, "batch_size": 1024,
-        "optimizer": "muon", "learning_rate": 0.04, "momentum": 0.8, "weight_decay": 0.4, "no_decay": ("norm",),
-        "schedule": "linear", "label_smoothing": 0.2, "shift": 2, "flip": "alternating", "ema_decay": 0.96,
-        "precision": "bf16", "channels_last": True},
-    "speedrun": {  # after airbench94_muon, which leaves the whitening's bias to SGD for three epochs; no TTA here
-        # its rates for SGD are per sum of 2,000 losses, and of a head divided by 256 with weights of variance 1; ours
-        # are per mean, of a head divided by 9: 0.67 x 2000 x (9 / 256)^2 = 1.66, and 0.053 x 2000 = 64 x 1.66 for norms
-        "model": "whitenet", "width": 64, "freeze": ("whitening.bias",), "epochs": 8, "batch_size": 2000,
-        "optimizer": "muon", "learning_rate": 0.24, "momentum": 0.6, "weight_decay": 0.0024, "norm_bias_lr_scale": 64.0,
-        "optimizer_options": ("sgd={'lr': 1.66, 'momentum': 0.85}", "normalize=True", "ns_steps=3"),
-        "schedule": "linear", "label_smoothing": 0.2, "shift": 2, "flip": "alternating", "precision": "bf16",
-        "channels_last": True, "compile": True},
-    "blitz": {
-        "model": "net", "epochs": 2, "batch_size": 4, "learning_rate": 0.001, "momentum": 0.9, "normalize": "half",
-        "onednn": False, "seed": 1},  # two epochs at batch 4 scatter: 52.4, 56.1, 55.8 and 53.6 % with seeds 0 to 3
-    "strong": {
-        "model": "resnet18", "epochs": 30, "batch_size": 512, "learning_rate": 0.4, "momentum": 0.9, "nesterov": True,
-        "weight_decay": 0.0005, "schedule": "onecycle", "min_lr": 0.0, "label_smoothing": 0.1, "shift": 4,
-        "padding": "zeros", "flip": "alternating", "auto_augment": "trivialaugment", "cutmix": 1.0, "mix_off_epoch": 25,
-        "random_erase": 0.1, "ema_decay": 0.998, "ema_warmup_steps": 10, "precision": "bf16", "channels_last": True}}
+RECIPES = recipes.read("cifar")
 load_data = partial(load_splits, published=cifar, drawn=synthetic)
 
 

@@ -21,7 +21,7 @@ if __name__ == "__main__":
 
 from datasets import fashion_mnist, synthetic_digits
 from launch.command_line import run
-from trainers import mnist
+from trainers import mnist, recipes
 from trainers.augment_flags import load_splits
 
 MEAN, STD = (0.2860,), (0.3530,)  # over the 60,000 training images; tests/test_fashion_mnist.py recomputes them
@@ -39,9 +39,7 @@ class FashionMnistConfig(mnist.MnistConfig):
     """softmax, lenet or mnistnet."""
 
 
-RECIPES: dict[str, dict[str, Any]] = {
-    "softmax": {"model": "softmax", "epochs": 10, "batch_size": 256, "learning_rate": 0.1, "momentum": 0.0},
-    "lenet": {"model": "lenet", "epochs": 10, "batch_size": 256, "learning_rate": 0.9, "momentum": 0.0}}
+RECIPES = recipes.read("fashion_mnist")
 load_data = partial(load_splits, published=fashion_mnist, drawn=synthetic_digits)
 
 

@@ -43,17 +43,17 @@ from datasets.transforms import Images, decoded, transformed_loaders
 from launch.command_line import run
 from launch.errors import Above, AtLeast, UsageError, printable, say, to_stderr
 from launch.process_group import World, from_main, gather
-from trainers import models
+from trainers import models, recipes
 from trainers.augment_flags import AugmentFlags
 from trainers.engine.config import IMAGENET, Statistics
 from trainers.engine.once_per_node import found_once, once_per_node
 from trainers.engine.session import entry_point, open_run, train_classifier
 from trainers.engine.trainer import Run
 from trainers.engine.user_code import is_reference, own_transform
-from trainers.image_recipes import RECIPES
 from trainers.pretrained import as_published, find_weights, named_weights, start_from
 
 OUR_MODELS = ("cheatsheet", "net", "resnet9")  # other names are torchvision's, resnet18 too
+RECIPES = recipes.read("image_folder")
 PART_BYTES = 2**28  # of a cache: as much is decoded again where a build was stopped
 
 

@@ -23,7 +23,7 @@ from datasets import mnist, synthetic_digits
 from datasets.augment import Augmentation
 from launch.command_line import run
 from launch.errors import AtLeast, UsageError
-from trainers import models
+from trainers import models, recipes
 from trainers.augment_flags import AugmentFlags, load_splits
 from trainers.engine.config import Statistics
 from trainers.engine.session import entry_point, open_run, train_classifier
@@ -67,12 +67,7 @@ class MnistConfig(AugmentFlags):
                 raise UsageError(f"--{name}: {self.model} has none to set; leave it out, or use --model mnistnet")
 
 
-RECIPES: dict[str, dict[str, Any]] = {
-    "tutorial": {"epochs": 5, "batch_size": 100, "learning_rate": 0.01, "momentum": 0.5},
-    "fast": {
-        "epochs": 3, "batch_size": 512, "optimizer": "muon", "learning_rate": 0.02, "momentum": 0.9,
-        "weight_decay": 0.1, "schedule": "linear", "channels": (16, 32), "hidden": 64, "dropout": 0.0,
-        "normalize": "dataset", "precision": "bf16", "channels_last": True}}
+RECIPES = recipes.read("mnist")
 load_data = partial(load_splits, published=mnist, drawn=synthetic_digits)
 
 

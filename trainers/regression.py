@@ -26,7 +26,7 @@ from datasets.samples import Splits
 from datasets.tensors import TensorDataset, ThreeSplits, hold_out
 from launch.command_line import run
 from launch.errors import say
-from trainers import models
+from trainers import models, recipes
 from trainers.engine.config import TrainConfig
 from trainers.engine.session import entry_point, open_run, train_model
 from trainers.engine.task import Loss, Task, with_own_code
@@ -52,11 +52,7 @@ class RegressionConfig(TrainConfig):
         check_loss(self.loss, LOSSES, label_smoothing=self.label_smoothing, class_weights=self.class_weights)
 
 
-RECIPES: dict[str, dict[str, Any]] = {
-    "d2l": {"dataset": "two-features", "epochs": 3, "batch_size": 10, "learning_rate": 0.03, "momentum": 0.0},
-    "cheatsheet": {
-        "dataset": "five-features", "loss": "my-mse", "epochs": 500, "batch_size": 5, "learning_rate": 0.01,
-        "momentum": 0.0, "eval_every": 100, "checkpoint_every": 1000}}
+RECIPES = recipes.read("regression")
 
 
 def my_mse(outputs: Tensor, targets: Tensor) -> Tensor:

@@ -55,9 +55,10 @@ def rank_record(launch: Launch, device: str) -> dict[str, Any]:
 
 
 def code_hash() -> str:
-    """sha256 over this checkout's Python files: also tells apart what was edited and not committed."""
+    """sha256 over this checkout's code and recipes: also tells apart what was edited and not committed."""
     digest = hashlib.sha256()
-    for path in sorted(path for name in ("launch", "datasets", "trainers") for path in (ROOT / name).rglob("*.py")):
+    found = [path for name in ("launch", "datasets", "trainers") for path in (ROOT / name).rglob("*")]
+    for path in sorted(path for path in found if path.suffix in (".py", ".yaml")):
         digest.update(f"{path.relative_to(ROOT)}\0".encode() + path.read_bytes())
     return digest.hexdigest()[:12]
 
