@@ -26,7 +26,7 @@ from tests.helpers.own import write
 from tests.helpers.processes import TINY, metrics, read_json
 from tests.helpers.server import run
 from trainers.cifar import CifarConfig
-from trainers.image_folder import RECIPES, ImageFolderConfig, build_model
+from trainers.image_folder import RECIPES, ImageFolderConfig
 
 pytestmark = pytest.mark.timeout(120)
 CPU = torch.device("cpu")
@@ -161,11 +161,11 @@ def test_training_images_have_a_size_of_their_own(sources: dict[str, Any]) -> No
     assert (smaller - found[0].int()).abs().float().mean() < 12  # the same part, three quarters as large
 
 
-def test_a_training_size_that_the_network_cannot_take_is_named() -> None:
-    from launch.process_group import World
-
-    with pytest.raises(UsageError, match="--train-size 16: alexnet cannot take 3 x 16 x 16"):
-        build_model(ImageFolderConfig(model="alexnet", train_size=16), 2, World())
+def test_a_training_size_that_the_network_cannot_take_is_named(tmp_path: Path) -> None:
+    ended = run("image_folder", "--dataset", "synthetic", "--data-dir", tmp_path, "--output-dir", tmp_path / "runs",
+                "--model", "alexnet", "--train-size", 16, "--image-size", 64)
+    assert (ended.codes, len(ended.errors)) == ([2], 1)
+    assert ended.errors[0].startswith("ERROR usage: --model alexnet: cannot take inputs of 3 x 16 x 16 (")
 
 
 @pytest.mark.parametrize(("words", "line"), [

@@ -41,7 +41,7 @@ from datasets.pack import Packing, smaller
 from datasets.samples import Splits
 from datasets.transforms import Images, decoded, transformed_loaders
 from launch.command_line import run
-from launch.errors import Above, AtLeast, UsageError, printable, say, to_stderr
+from launch.errors import Above, AtLeast, UsageError, first_line, printable, say, to_stderr
 from launch.process_group import World, from_main, gather
 from trainers import models, recipes
 from trainers.augment_flags import AugmentFlags
@@ -166,16 +166,15 @@ def find_splits(config: ImageFolderConfig, folder: Path, known: Sequence[str] | 
 
 
 def build_model(config: ImageFolderConfig, num_classes: int, world: World) -> nn.Module:
-    """The network, from the seed and `--pretrained`, tried on one blank image of each size."""
-    model, tried = models.from_flags(config, num_classes), not is_reference(config.model) and config.transform is None
-    sizes = {"--image-size": config.size(), "--train-size": config.train_size or config.size()} if tried else {}
-    for flag, size in sizes.items():
-        try:
+    """The network, from the seed and `--pretrained`, tried on a blank image of the size that is evaluated."""
+    model, size = models.from_flags(config, num_classes), config.size()
+    try:
+        if not is_reference(config.model) and config.transform is None:
             with torch.no_grad():
                 model.eval()(torch.zeros(1, 3, size, size))
-        except (RuntimeError, AssertionError) as error:
-            raise UsageError(f"{flag} {size}: {config.model} cannot take 3 x {size} x {size} images "
-                             f"({str(error).strip().splitlines()[0]}); try another size") from None
+    except (RuntimeError, AssertionError) as error:
+        raise UsageError(f"--image-size {size}: {config.model} cannot take 3 x {size} x {size} images "
+                         f"({first_line(error)}); try another size") from None
     start_from(config, model, num_classes, world)
     return model.train()
 

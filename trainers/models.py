@@ -46,6 +46,11 @@ class WhiteNet(nn.Module):
         self.whitening.weight.requires_grad_(False)
         self.blocks = nn.Sequential(white_block(24, width), white_block(width, 4 * width),
                                     white_block(4 * width, 4 * width))
+        for module in self.blocks.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.dirac_(module.weight.data[:module.in_channels])  # these filters pass their channel through
+            elif isinstance(module, nn.BatchNorm2d):
+                module.weight.requires_grad_(False)
         self.head = nn.Linear(4 * width, num_classes, bias=False)
 
     def forward(self, images: Tensor) -> Tensor:
@@ -66,24 +71,12 @@ class WhiteNet(nn.Module):
 
 
 def white_block(channels_in: int, channels_out: int) -> nn.Sequential:
-    """conv, pool, norm, GELU, conv, norm, GELU."""
+    """conv, pool, norm, GELU, conv, norm, GELU; the norms' running statistics follow the last few batches."""
     return nn.Sequential(
-        identity_convolution(channels_in, channels_out), nn.MaxPool2d(2), weightless_norm(channels_out), nn.GELU(),
-        identity_convolution(channels_out, channels_out), weightless_norm(channels_out), nn.GELU())
-
-
-def identity_convolution(channels_in: int, channels_out: int) -> nn.Conv2d:
-    """A 3x3 convolution whose first filters pass their input channel through."""
-    convolution = nn.Conv2d(channels_in, channels_out, 3, padding=1, bias=False)
-    nn.init.dirac_(convolution.weight.data[:channels_in])
-    return convolution
-
-
-def weightless_norm(channels: int) -> nn.BatchNorm2d:
-    """BatchNorm with a bias only; its running statistics follow the last few batches."""
-    norm = nn.BatchNorm2d(channels, eps=1e-12, momentum=0.4)
-    norm.weight.requires_grad_(False)
-    return norm
+        nn.Conv2d(channels_in, channels_out, 3, padding=1, bias=False), nn.MaxPool2d(2),
+        nn.BatchNorm2d(channels_out, eps=1e-12, momentum=0.4), nn.GELU(),
+        nn.Conv2d(channels_out, channels_out, 3, padding=1, bias=False),
+        nn.BatchNorm2d(channels_out, eps=1e-12, momentum=0.4), nn.GELU())
 
 
 class ResNet9(nn.Module):
@@ -147,10 +140,7 @@ class CheatSheetNet(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits (B, num_classes) of images (B, 3, H, W), H and W at least 32."""
-        features = self.model(images)
-        if features.shape[2:] != (5, 5):
-            features = F.adaptive_avg_pool2d(features, 5)
-        return self.classifier(features.flatten(1))
+        return self.classifier(F.adaptive_avg_pool2d(self.model(images), 5).flatten(1))
 
 
 class MnistNet(nn.Module):

@@ -21,7 +21,7 @@ if not __package__:  # run by path: our packages, not others of the same names
 
 import torch
 import tyro
-from torch import Tensor, nn
+from torch import nn
 from torchvision.transforms.v2.functional import rgb_to_grayscale
 
 from datasets.augment import normalize
@@ -111,21 +111,10 @@ def load_model(run: Path, card: ModelCard, checkpoint: Path | None, device: torc
         state = {**state, "model": state["ema"]}
     check_fits(state, model, source)
     model.load_state_dict(state["model"])
-    model = LogitsOf(model, Reference("--model", card.model)) if is_reference(card.model) else model
+    if is_reference(card.model):  # which may return more than logits
+        own = Reference("--model", card.model).extra("logits")
+        model.register_forward_hook(lambda module, inputs, outputs: (own if callable(own) else logits_of)(outputs))
     return model.eval().to(device), source
-
-
-class LogitsOf(nn.Module):
-    """A user's network whose outputs are logits alone, (B, num_classes), whatever else it returns."""
-
-    def __init__(self, network: nn.Module, reference: Reference) -> None:
-        super().__init__()
-        self.network, own = network, reference.extra("logits")
-        self.logits: Callable[..., Any] = own if callable(own) else logits_of
-
-    def forward(self, *inputs: Any, **named: Any) -> Tensor:
-        """As the network takes them."""
-        return self.logits(self.network(*inputs, **named))
 
 
 class Reader:
