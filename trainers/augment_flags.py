@@ -52,11 +52,10 @@ class AugmentFlags(MixingFlags, ImageConfig):
         """The same, and that no flag of augmentation is in vain."""
         super().check()
         self.check_mixing(self.batch_size, 0 if self.evaluate is not None else self.rank_batch_size())
-        name, low, high = MAGNITUDES.get(self.auto_augment or "", ("", 0, 30))
-        if (magnitude := self.augment_magnitude) is not None and not (name and low <= magnitude <= high):
-            other = f"is of --auto-augment randaugment and augmix, not of {self.auto_augment}; use one, or leave it out"
-            rule = f"must be from {low} to {high} for {self.auto_augment}" if name else other
-            raise UsageError(f"--augment-magnitude {magnitude}: {rule}")
+        _, low, high = MAGNITUDES.get(self.auto_augment or "", ("", 1, 0))
+        if self.augment_magnitude is not None and not low <= self.augment_magnitude <= high:
+            raise UsageError(f"--augment-magnitude {self.augment_magnitude}: is of randaugment, 0 to 30, and augmix, "
+                             f"1 to 10, not of --auto-augment {self.auto_augment}; use one of these, or leave it out")
         for name in ("vertical_flip", "auto_augment", "color_jitter", "grayscale", "blur", "random_erase",
                      "random_crop", "train_size", "cache", "skip_bad"):
             if self.transform is not None and (value := getattr(self, name, None)):
@@ -79,12 +78,10 @@ class AugmentFlags(MixingFlags, ImageConfig):
             if self.augment_magnitude is not None:
                 how[MAGNITUDES[self.auto_augment][0]] = self.augment_magnitude
             chosen.append(POLICIES[self.auto_augment](**how))
-        if self.color_jitter:
-            chosen.append(v2.ColorJitter(*[self.color_jitter] * 3))
-        if self.grayscale:
-            chosen.append(v2.RandomGrayscale(self.grayscale))
-        if self.blur:
-            chosen.append(functools.partial(blurred, share=self.blur))
+        others = ((self.color_jitter, v2.ColorJitter(*[self.color_jitter] * 3)),
+                  (self.grayscale, v2.RandomGrayscale(self.grayscale)),
+                  (self.blur, functools.partial(blurred, share=self.blur)))
+        chosen += [transform for share, transform in others if share]
         return KeyedTransforms(augmentation=images, transforms=chosen) if chosen else None
 
     def loaders(self, splits: ThreeSplits, images: Augmentation, world: World) -> dict[str, Any]:
@@ -97,8 +94,7 @@ class AugmentFlags(MixingFlags, ImageConfig):
 
 def load_splits(config: Any, world: World, known: Sequence[str] | None = None, *, published: Any, drawn: Any
                 ) -> ThreeSplits:
-    """Training, validation and test, of a published data set or drawn from the seed, in memory; for --evaluate the test
-    set alone, with the classes that the checkpoint knows."""
+    """Training, validation and test set in memory; for --evaluate the last alone, with the checkpoint's classes."""
     trains = config.evaluate is None
     if config.dataset == "synthetic":
         train, test = drawn.load(seed=config.seed)
@@ -109,8 +105,7 @@ def load_splits(config: Any, world: World, known: Sequence[str] | None = None, *
 
 
 def blurred(image: Tensor, *, share: float) -> Tensor:
-    """This share of images (C, H, W) through a Gaussian blur of random width, along one side, then the other: of
-    224 x 224 pixels in 12 ms, where v2.GaussianBlur's square kernel takes 32."""
+    """This share of images (C, H, W), blurred along one side, then the other: 12 ms at 224 pixels, v2's takes 32."""
     if torch.rand(()) >= share:
         return image
     sigma = float(torch.empty(()).uniform_(*SIGMA))

@@ -3,8 +3,7 @@
     python trainers/cifar.py --data-dir data                                          # one process
     torchrun --standalone --nproc_per_node=2 trainers/cifar.py --data-dir data        # two ranks: CPU (gloo) or GPU
     python trainers/cifar.py --recipe speedrun                                        # eight epochs with Muon, one GPU
-    python trainers/cifar.py --dataset synthetic --epochs 3                           # no data at hand
-"""
+    python trainers/cifar.py --dataset synthetic --epochs 3                           # no data at hand"""
 
 import sys
 from dataclasses import dataclass
@@ -38,8 +37,7 @@ class CifarConfig(AugmentFlags):
     """Train an image classifier on CIFAR-10."""
 
     recipe: str = "fast"
-    """fast: 92 % in 5 epochs. blitz: the 60-minute tutorial's. For a GPU: speedrun, airbench94_muon's; strong, a
-    resnet18 in 30 epochs. Other flags override its settings."""
+    """fast: 92 % in 5 epochs. blitz: the tutorial's. For a GPU: speedrun, after airbench94_muon; strong, a resnet18."""
     dataset: Literal["cifar10", "synthetic"] = "cifar10"
     """cifar10 is read from --data-dir; synthetic is generated from the seed."""
     width: Annotated[int | None, AtLeast(1, most=65536)] = None

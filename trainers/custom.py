@@ -60,8 +60,7 @@ class CustomConfig(MixingFlags, TrainConfig):
     num_classes: Annotated[int | None, AtLeast(1)] = None
     """Classes, where the training set has no `.classes`; outputs of the network, where there are none."""
     loss: str = "auto"
-    """cross-entropy for class numbers, bce for rows of 0 and 1, else mse; auto chooses. FILE.py:NAME: yours, of
-    (outputs, targets)."""
+    """cross-entropy for class numbers, bce for rows of 0 and 1, else mse; auto chooses. FILE.py:NAME: yours."""
     batch_size: Annotated[int, AtLeast(1)] = 32
     """GLOBAL batch: samples per optimizer step, summed over all ranks and accumulation steps."""
 

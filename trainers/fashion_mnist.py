@@ -2,8 +2,7 @@
 
     python trainers/fashion_mnist.py --data-dir data                                  # train_ch3: softmax regression
     torchrun --standalone --nproc_per_node=2 trainers/fashion_mnist.py --recipe lenet # train_ch6: LeNet, on two ranks
-    python trainers/fashion_mnist.py --dataset synthetic --epochs 3                   # no data at hand
-"""
+    python trainers/fashion_mnist.py --dataset synthetic --epochs 3                   # no data at hand"""
 
 import sys
 from dataclasses import dataclass

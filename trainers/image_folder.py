@@ -3,8 +3,7 @@
     python trainers/image_folder.py --data-dir cats-dogs                        # train/<class>/… and test/<class>/…
     python trainers/image_folder.py --data-dir photos.pack                      # a pack; see datasets/pack.py
     torchrun --standalone --nproc_per_node=2 trainers/image_folder.py --data-dir photos --recipe finetune --workers 4
-    python trainers/image_folder.py --dataset synthetic --cache                 # no data at hand
-"""
+    python trainers/image_folder.py --dataset synthetic --cache                 # no data at hand"""
 
 import hashlib
 import math
@@ -62,9 +61,8 @@ class ImageFolderConfig(AugmentFlags):
     """Train an image classifier on a folder of images by class."""
 
     recipe: str = "fast"
-    """fast: over 70 % on cats and dogs in 10 epochs. cheatsheet: the tutorial's settings. finetune: a torchvision model
-    at 224 pixels. For ImageNet: resnet50-classic, -tv2 or -a3, convnext-t, vit-s; published ones, without repeated
-    augmentation. Other flags override its settings."""
+    """fast: over 70 % on cats and dogs. cheatsheet: the tutorial's. finetune: a torchvision model at 224 pixels. For
+    ImageNet, as published: resnet50-classic, -tv2 or -a3, convnext-t, vit-s, without repeated augmentation."""
     dataset: Literal["folder", "synthetic"] = "folder"
     """folder is --data-dir; synthetic is generated from the seed and written below it."""
     data_dir: Path = Path("data")
@@ -136,8 +134,7 @@ class ImageFolderConfig(AugmentFlags):
 
 
 def load_data(config: ImageFolderConfig, world: World, known: Sequence[str] | None = None) -> Splits:
-    """Training, validation and test split, those that there are: names and labels, no pixels yet.
-    For --evaluate one alone, with the classes that the checkpoint knows: the test split, if there is a folder of it."""
+    """The splits that there are, names and labels; for --evaluate the test split, with the checkpoint's classes."""
     folder = config.data_dir
     if config.dataset == "synthetic":
         folder = config.data_dir / f"synthetic-images-{config.seed}"

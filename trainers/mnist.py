@@ -2,8 +2,7 @@
 
     python trainers/mnist.py --data-dir data                                          # the tutorial's network, 10/20
     torchrun --standalone --nproc_per_node=2 trainers/mnist.py --recipe fast          # over 99 % in seconds
-    python trainers/mnist.py --dataset synthetic --epochs 2                           # no data at hand
-"""
+    python trainers/mnist.py --dataset synthetic --epochs 2                           # no data at hand"""
 
 import sys
 from dataclasses import dataclass

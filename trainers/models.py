@@ -1,7 +1,7 @@
 """Every network for images, and `build`, which finds one by name.
-
 `width` is always the number of channels of the first convolution that is trained; the other layers scale with it."""
 
+from collections import OrderedDict
 from collections.abc import Callable, Collection
 from typing import Any
 
@@ -35,10 +35,8 @@ class Net(nn.Module):
 
 
 class WhiteNet(nn.Module):
-    """A small fast convolutional network for 3x32x32 images, after cifar10-airbench (Keller Jordan, 2024).
-
-    The first layer is a 2x2 convolution that whitens image patches: set from the data by `whiten`, and frozen. Three
-    blocks follow, convolutions starting as the identity, norms without a weight, and the logits are scaled down."""
+    """A small fast network for 3x32x32 images, after cifar10-airbench (Keller Jordan, 2024): a first layer that whitens
+    patches, set from the data and frozen; convolutions that start as the identity; norms without a weight."""
 
     def __init__(self, num_classes: int, width: int = 32) -> None:
         super().__init__()
@@ -128,40 +126,29 @@ def residual_layer(channels_in: int, channels_out: int, *, stride: int) -> nn.Se
                          BasicBlock(channels_out, channels_out))
 
 
-class CheatSheetNet(nn.Module):
+class CheatSheetNet(nn.Sequential):
     """The cats-and-dogs network of the CNN cheat sheet, for 3x32x32 images; larger ones are pooled to 5x5 features."""
 
     def __init__(self, num_classes: int, width: int = 6) -> None:
-        super().__init__()
-        self.model = nn.Sequential(nn.Conv2d(3, width, 5), nn.ReLU(), nn.MaxPool2d(2, 2),
-                                   nn.Conv2d(width, 16, 5), nn.ReLU(), nn.MaxPool2d(2, 2))
-        self.classifier = nn.Sequential(nn.Linear(400, 800), nn.ReLU(), nn.Linear(800, 120), nn.ReLU(),
-                                        nn.Linear(120, num_classes))
-
-    def forward(self, images: Tensor) -> Tensor:
-        """Logits (B, num_classes) of images (B, 3, H, W), H and W at least 32."""
-        return self.classifier(F.adaptive_avg_pool2d(self.model(images), 5).flatten(1))
+        super().__init__(OrderedDict(
+            model=nn.Sequential(nn.Conv2d(3, width, 5), nn.ReLU(), nn.MaxPool2d(2, 2),
+                                nn.Conv2d(width, 16, 5), nn.ReLU(), nn.MaxPool2d(2, 2)),
+            pool=nn.AdaptiveAvgPool2d(5), flatten=nn.Flatten(),
+            classifier=nn.Sequential(nn.Linear(400, 800), nn.ReLU(), nn.Linear(800, 120), nn.ReLU(),
+                                     nn.Linear(120, num_classes))))
 
 
-class MnistNet(nn.Module):
+class MnistNet(nn.Sequential):
     """The MNIST tutorial's network for 1x28x28 images; its wider variant has 32 and 64 channels and 100 hidden.
     Gives log-probabilities. Cross-entropy leaves those as they are and so is the tutorial's nll_loss."""
 
     def __init__(self, num_classes: int, channels: tuple[int, int] = (10, 20), hidden: int = 50,
                  dropout: float = 0.5) -> None:
-        super().__init__()
-        self.conv1 = nn.Conv2d(1, channels[0], 5)
-        self.conv2 = nn.Conv2d(channels[0], channels[1], 5)
-        self.conv2_drop = nn.Dropout2d(dropout)
-        self.fc1 = nn.Linear(channels[1] * 4 * 4, hidden)
-        self.fc1_drop = nn.Dropout(dropout)
-        self.fc2 = nn.Linear(hidden, num_classes)
-
-    def forward(self, images: Tensor) -> Tensor:
-        """Log-probabilities (B, num_classes) of images (B, 1, 28, 28)."""
-        features = F.relu(F.max_pool2d(self.conv1(images), 2))
-        features = F.relu(F.max_pool2d(self.conv2_drop(self.conv2(features)), 2)).flatten(1)
-        return F.log_softmax(self.fc2(self.fc1_drop(F.relu(self.fc1(features)))), dim=1)
+        super().__init__(OrderedDict(
+            conv1=nn.Conv2d(1, channels[0], 5), pool1=nn.MaxPool2d(2), relu1=nn.ReLU(),
+            conv2=nn.Conv2d(channels[0], channels[1], 5), conv2_drop=nn.Dropout2d(dropout), pool2=nn.MaxPool2d(2),
+            relu2=nn.ReLU(), flatten=nn.Flatten(), fc1=nn.Linear(channels[1] * 4 * 4, hidden), relu3=nn.ReLU(),
+            fc1_drop=nn.Dropout(dropout), fc2=nn.Linear(hidden, num_classes), log_softmax=nn.LogSoftmax(1)))
 
 
 def softmax_regression(num_classes: int) -> nn.Sequential:
@@ -209,10 +196,8 @@ def from_flags(config: Any, num_classes: int) -> nn.Module:
 
 
 def build(name: str, *, num_classes: int, **options: Any) -> nn.Module:
-    """A new network for colour or grey images with its usual initialisation, on the CPU; or one of the user's.
-
-    `torchvision/resnet18` is torchvision's, where one of ours has the name too; `timm/resnet18` is timm's. An option
-    of None is the network's default. ValueError for an unknown name, UsageError for options that it does not take."""
+    """A new network for images with its usual initialisation, on the CPU; `torchvision/` and `timm/` choose a library.
+    An option of None is the default. ValueError for an unknown name, UsageError for options that it does not take."""
     chosen: dict[str, Any] = {option: value for option, value in options.items() if value is not None}
     if is_reference(name):  # made with what its signature asks for, or ready as it is
         reference, offered = Reference("--model", name), {"num_classes": num_classes}

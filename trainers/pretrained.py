@@ -43,8 +43,7 @@ class NamedWeights:
     head: str | None = None  # the layer that timm makes itself
 
     def fetch(self) -> None:
-        """For one rank of each node: have the file in the cache, and look into it, which runs no code of its. DataError
-        if it is not cached and cannot be fetched, and CheckpointError if it is damaged."""
+        """For one rank of each node: have the file in the cache, and look into it. DataError or CheckpointError."""
         if self.file() is None:
             try:
                 with silence_ends():
@@ -150,8 +149,8 @@ def named_weights(config: Any) -> NamedWeights | None:
 
 
 def start_from(config: Any, model: nn.Module, num_classes: int, world: World) -> None:
-    """Put the weights of `--pretrained`, or of a name to evaluate, into a new network. A collective; DataError if other
-    classes are evaluated: without names, they are joined in order."""
+    """Put the weights of `--pretrained`, or of a name to evaluate, into a new network. A collective; DataError for an
+    evaluation of other classes."""
     line = None
     if (named := named_weights(config)) is not None:
         if config.evaluate is not None and num_classes != named.num_classes:

@@ -1,8 +1,7 @@
 """Fit a linear relation, with a loss of your own if you like, on one process or many.
 
     python trainers/regression.py                                   # Dive into Deep Learning: w = [2, -3.4], b = 4.2
-    python trainers/regression.py --loss my_losses.py:huber         # a function of (outputs, targets) in a file
-"""
+    python trainers/regression.py --loss my_losses.py:huber         # a function of (outputs, targets) in a file"""
 
 import sys
 from dataclasses import dataclass

@@ -1,8 +1,7 @@
 """Runs side by side: one page with all in it, to be opened in a browser or sent, or a table.
 
     python trainers/report.py runs/first runs/second              # report.html: curves, classes, pictures, differences
-    python trainers/report.py --table runs --sort accuracy        # all runs below a folder, one per line; or --csv
-"""
+    python trainers/report.py --table runs --sort accuracy        # all runs below a folder, one per line; or --csv"""
 
 import base64
 import contextlib

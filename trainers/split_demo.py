@@ -1,8 +1,7 @@
 """How a batch is split: the DataParallel tutorial's model that prints the sizes it sees.
 
     python trainers/split_demo.py --parallel dp --replicas 8             # without GPUs: the sizes it would make
-    torchrun --standalone --nproc_per_node=3 trainers/split_demo.py      # ddp: each rank its own part
-"""
+    torchrun --standalone --nproc_per_node=3 trainers/split_demo.py      # ddp: each rank its own part"""
 
 import sys
 from collections.abc import Callable
@@ -54,8 +53,7 @@ class Model(nn.Module):
 
 
 def show(model: Model, forward: Callable[[Tensor], Tensor], world: World) -> None:
-    """The tutorial's 100 samples in batches of 30: each rank runs every world_size-th sample, as training does, and
-    rank 0 prints what the model saw, rank by rank, and the size of the whole."""
+    """Each rank runs every world_size-th sample, as training does; rank 0 prints what the model saw, rank by rank."""
     for batch in torch.randn(NUM_SAMPLES, INPUT_SIZE).split(BATCH_SIZE):
         model.told.clear()
         outputs = forward(batch[world.rank :: world.world_size].to(world.device))

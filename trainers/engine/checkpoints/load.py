@@ -1,7 +1,6 @@
 """Loading a checkpoint: everything is checked before it is used, and a damaged file costs one warning. First manifest,
-size and sha256 (torch.load itself verifies no CRC), then that every tensor is dense, finite and all in the file, that
-each entry looks like what saving writes, and that the manifest is the one that saving this state would write. Then,
-against the run that resumes: names, shapes and dtypes, optimizer, data set and global batch."""
+size and sha256 (torch.load verifies no CRC), then tensors and entries, and that saving would write this manifest for
+them. Then, against the run that resumes: names, shapes and dtypes, optimizer, data set and global batch."""
 
 import json
 import math

@@ -1,7 +1,6 @@
-"""A copy of the training state that a thread can write to disk while training continues. What only the optimizer step
-changes is, on a CPU, copied by the thread during the next forward and backward pass; buffers, such as BatchNorm's, at
-once. A GPU's tensors are queued into pinned memory in stream order, and the thread waits for the stream. The memory is
-kept from save to save: fresh memory costs a page fault for every 4 KiB, several times the copy itself."""
+"""A copy of the training state that a thread can write while training continues. On a CPU it copies what only the
+optimizer step changes during the next forward and backward pass; a GPU's tensors are queued into pinned memory. The
+memory is kept from save to save: fresh memory costs a page fault for every 4 KiB, several times the copy itself."""
 
 import ctypes
 import hashlib

@@ -1,7 +1,6 @@
-"""`--init-from PATH` and `--pretrained PATH`: weights of a file of ours, torchvision's references, timm, Lightning or
-pytorch/examples, or a plain state_dict: torch.save's archives and older pickles, and safetensors. A moving average of
-the weights is taken where there is one, as timm does: it is what was evaluated. No code from a file is run, and what
-torch.load does not check is: each record's CRC, and that none claims to be larger than the file."""
+"""`--init-from PATH` and `--pretrained PATH`: weights in a file of ours, torchvision's references, timm, Lightning or
+pytorch/examples, or a plain state_dict, of torch.save or safetensors. A moving average is taken where there is one: it
+is what was evaluated. No code of a file is run, and each record's CRC and size are checked, as torch.load does not."""
 
 import argparse
 import pickle

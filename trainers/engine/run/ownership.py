@@ -1,7 +1,6 @@
 """Who may write to a run folder: one live process, and of two incarnations of a job the later one. The owner locks
 `lock`; `owner.json` holds its fencing token, a number that every new owner raises and a random word: who does not find
-its own there writes nothing more. `heartbeat.json` shows that it lives where the lock does not reach, on other hosts or
-without locks: a file of its own, so that a late heartbeat of an old owner cannot undo the claim of a new one."""
+its own there writes nothing more. `heartbeat.json` shows that it lives, on other hosts or where there are no locks."""
 
 import contextlib
 import errno

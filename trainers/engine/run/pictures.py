@@ -1,6 +1,5 @@
-"""Curves, confusion matrix and image grids as PNG bytes. matplotlib is imported by the first drawing, so that training
-neither waits for it nor needs a display: figures are made without pyplot, which would look for a window system. Names
-of classes and runs are drawn as they are: never read as markup; matplotlib draws a box for what the font lacks."""
+"""Curves, confusion matrix and image grids as PNG bytes. matplotlib is imported by the first drawing, and without
+pyplot, which would look for a window system. Names are never read as markup; what the font lacks is drawn as a box."""
 
 import contextlib
 import io

@@ -1,7 +1,5 @@
 """What a run prints and leaves for people: lines of metrics.jsonl, which trackers get too, pictures, and a bar. On rank
-0 only, and outside the timed steps. Drawing may take a twentieth of the run's time, so that short epochs are not slowed
-by their own picture; the last one is always drawn. Only the lines are needed: of pictures and trackers the first
-failure is a warning, others are silent, and the run continues."""
+0 only, outside the timed steps. Only the lines are needed: of pictures and trackers the first failure is a warning."""
 
 import contextlib
 import sys
@@ -48,7 +46,7 @@ class Report:
             tracker.log(line)
 
     def curves(self, epochs: Sequence[dict[str, Any]], *, steps_per_epoch: int, always: bool = False) -> None:
-        """Draw curves.png, if it is time to or `always`."""
+        """Draw curves.png, if `always` or if drawing has not taken more than its share of the time."""
         began = time.monotonic()
         if self.draws and epochs and (always or (began - self._drawn_at) * SHARE >= self._cost_seconds):
             with self.optional("--pictures"):

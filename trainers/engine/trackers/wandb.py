@@ -6,7 +6,6 @@ import shutil
 import uuid
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from launch.errors import say
 from launch.network import is_reachable, library_defaults
@@ -17,11 +16,16 @@ def start(run: TrackedRun) -> Tracker:
     """One run of WANDB_PROJECT, or a project of the trainer's name; each split brings its steps as horizontal axis."""
     library_defaults(WANDB_ERROR_REPORTING="false")
     wandb, folder, number = importlib.import_module("wandb"), run.path / "trackers", run.id or uuid.uuid4().hex[:12]
-    mode = choose_mode(wandb, folder)
+    settings = wandb.setup().settings
+    mode, url = settings.mode, settings.base_url
+    has_key = settings.api_key or importlib.import_module("requests").utils.get_netrc_auth(url)
+    if mode == "online" and not (has_key and is_reachable(url)):
+        mode, reason = "offline", f"{url} cannot be reached" if has_key else "no key, see wandb login"
+        say(f"wandb: {reason}; logging offline, for wandb sync {folder}/wandb/offline-run-*")
     for unfinished in folder.glob("wandb/offline-run-*/files/unfinished"):  # of a killed process: wandb-core writes
         shutil.rmtree(unfinished.parents[1])  # 32 KiB at a time, so what it was told is logged again
     following = wandb.init(
-        project=wandb.setup().settings.project or run.project, name=run.path.name, id=number, resume="allow", mode=mode,
+        project=settings.project or run.project, name=run.path.name, id=number, resume="allow", mode=mode,
         dir=str(folder), config={**run.config}, settings=wandb.Settings(silent=True, console="off", finish_timeout=15))
     for split in ("train", "validation", "test"):
         following.define_metric(f"{split}/*", step_metric=f"{split}/step")
@@ -36,15 +40,3 @@ def start(run: TrackedRun) -> Tracker:
         following.finish(exit_code=0 if state == "DONE" else 1)
         mark.unlink(missing_ok=True)
     return Tracker(number, log, finish, forgets=mode == "offline")
-
-
-def choose_mode(wandb: Any, folder: Path) -> str:
-    """What the user's settings say, but offline without a key or a way to the server, which is said in a line."""
-    settings = wandb.setup().settings
-    url = settings.base_url
-    has_key = settings.api_key or importlib.import_module("requests").utils.get_netrc_auth(url)
-    if settings.mode != "online" or (has_key and is_reachable(url)):
-        return settings.mode
-    reason = f"{url} cannot be reached" if has_key else "no key, see wandb login"
-    say(f"wandb: {reason}; logging offline, for wandb sync {folder}/wandb/offline-run-*")
-    return "offline"
