@@ -125,13 +125,16 @@ class Checkpoints:
         if self.world.is_main:
             write_checkpoint(self.folder, {
                 "format": 1, "model": unwrap(model).state_dict(), "optimizer": optimizer.state_dict(), "step": step,
-                "epoch": epoch, "samples_consumed": samples_consumed, "scaler": None, "ema": None, "best": None,
-                "history": {}, "config": {}, "fingerprint": {}})
+                "epoch": epoch, "samples_consumed": samples_consumed, "scaler": {}, "ema": None, "best": None,
+                "history": {"epochs": [], "running": [[0.0, 0.0, 0.0]], "train_seconds": 0.0}, "config": {},
+                "fingerprint": {}})
             prune(self.folder, keep=2)
 
     def resume(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[int, int, int]:
         """Load the newest that is whole; returns its (step, epoch, samples_consumed), zeros if there is none."""
-        state = newest_good(self.folder).state
+        damaged, _, state = newest_good(self.folder)
+        for path, reason in damaged.items() if self.world.is_main else ():
+            to_stderr(f"WARNING checkpoint: {path}: {reason}; using an older one, or none")
         if state is None:
             return 0, 0, 0
         unwrap(model).load_state_dict(state["model"])

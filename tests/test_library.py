@@ -6,13 +6,15 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+import torch
+from torch import nn
 from torch.utils.data import Dataset
 
 from datasets.samples import Splits
 from launch.errors import UsageError
 from tests.helpers import server
 from tests.helpers.processes import PROGRAMS, ROOT, execute, newest_checkpoint, wait_until
-from torchrun_trainers import check_workers
+from torchrun_trainers import Checkpoints, World, check_workers
 
 EXAMPLES = {"library_train": 20, "library_loop": 40}  # and how many lines each may have
 
@@ -42,7 +44,6 @@ def weights_in(folder: Path) -> dict[str, Any]:
 
 
 def newest_in(folder: Path) -> dict[str, Any]:
-    import torch
     return torch.load(sorted(folder.glob("step-*.pt"))[-1], weights_only=True)
 
 
@@ -57,6 +58,26 @@ def test_an_example_of_the_readme_killed_and_resumed_ends_as_one_never_killed(tm
     finish(name, tmp_path / "killed", ranks)
     assert weights_in(tmp_path / "killed") == weights_in(tmp_path / "whole")
     assert weights_in(tmp_path / "whole")["step"] == 60
+
+
+def test_a_loop_of_ones_own_resumes_from_its_newest_checkpoint_that_is_whole(
+        tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = nn.Linear(3, 2)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    checkpoints, weights = Checkpoints(tmp_path, World()), []
+    for step in (1, 2):
+        model(torch.ones(1, 3)).sum().backward()
+        optimizer.step()
+        weights.append(model.weight.tolist())
+        checkpoints.save(model, optimizer, step=step, epoch=0, samples_consumed=8 * step)
+    for step, spoil in ((2, False), (1, True)):
+        if spoil:
+            (tmp_path / "step-00000002.pt").write_bytes(b"cut off")
+        with torch.no_grad():
+            model.weight.zero_()
+        assert Checkpoints(tmp_path, World()).resume(model, optimizer) == (step, 0, 8 * step)
+        assert model.weight.tolist() == weights[step - 1]
+    assert capsys.readouterr().err.count("WARNING checkpoint: ") == 1
 
 
 @pytest.mark.parametrize("name", EXAMPLES)
