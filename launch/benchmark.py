@@ -105,7 +105,7 @@ def main(config: BenchmarkConfig) -> int:
 def check(config: BenchmarkConfig) -> None:
     """UsageError for a trainer that does not exist or cannot measure."""
     trainers = sorted(path.stem for path in (ROOT / "trainers").glob("*.py")  # those that train, and know --measure
-                      if "begin_script()" in path.read_text(encoding="utf-8"))
+                      if "begin_script(" in path.read_text(encoding="utf-8"))
     if config.trainer not in trainers:
         raise UsageError(f"--trainer {config.trainer}: there is none of that name{nearest(config.trainer, trainers)}; "
                          f"choose from {', '.join(trainers)}")

@@ -95,9 +95,9 @@ def catch_signals() -> StopRequest:
     return _request
 
 
-def begin_script() -> None:
+def begin_script(module: str = "__main__") -> None:
     """What a script does before it imports torch: catch signals, and collect no garbage until `command_line.run`."""
-    if not hasattr(sys, "ps1"):  # a notebook's %run leaves it its handlers, but for the length of the run itself
+    if module == "__main__" and not hasattr(sys, "ps1"):  # a notebook's %run keeps its handlers until the run itself
         catch_signals()
         gc.disable()  # imports leave none, and looking for it takes 1.2 of the 3.8 s of torch and torchvision
 

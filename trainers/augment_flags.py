@@ -30,7 +30,6 @@ SIGMA, KERNEL = (0.1, 2.0), 13  # of the blur, in pixels (DeiT III, 2022), and w
 @dataclass(frozen=True, kw_only=True)
 class AugmentFlags(MixingFlags, ImageConfig):
     """Flags of augmentation: of whole batches on the device, and of one image at a time in workers."""
-
     TITLES: ClassVar = {"vertical_flip": "Data"}
 
     vertical_flip: Annotated[float, AtLeast(0, most=1)] = 0.0

@@ -16,8 +16,7 @@ if not __package__:  # run by path: our packages, not others of the same names
 
 from launch.stop import begin_script
 
-if __name__ == "__main__":
-    begin_script()  # before torch is imported, which takes seconds
+begin_script(__name__)  # before torch is imported, which takes seconds
 
 from torch import nn
 
@@ -35,7 +34,6 @@ from trainers.engine.user_code import is_reference
 @dataclass(frozen=True, kw_only=True)
 class CifarConfig(AugmentFlags):
     """Train an image classifier on CIFAR-10."""
-
     recipe: str = "fast"
     """fast: 92 % in 5 epochs. blitz: the tutorial's. For a GPU: speedrun, after airbench94_muon; strong, a resnet18."""
     dataset: Literal["cifar10", "synthetic"] = "cifar10"

@@ -19,8 +19,7 @@ if not __package__:  # run by path: our packages, not others of the same names
 
 from launch.stop import begin_script, ignore_signals
 
-if __name__ == "__main__":
-    begin_script()  # before torch is imported, which takes seconds
+begin_script(__name__)  # before torch is imported, which takes seconds
 
 import torch
 import torch.nn.functional as F
@@ -52,7 +51,6 @@ KINDS: dict[str, Kind] = {"cross-entropy": "classes", "bce": "labels", "mse": "n
 @dataclass(frozen=True, kw_only=True)
 class CustomConfig(MixingFlags, TrainConfig):
     """Train your own network on your own data."""
-
     dataset: Literal["own", "synthetic", "given"] = "own"
     """own is --data; synthetic is generated from the seed; given is for Python programs, which hand it over."""
     data: str | None = None
@@ -80,7 +78,6 @@ class CustomConfig(MixingFlags, TrainConfig):
 @dataclass(frozen=True, kw_only=True)
 class Given:
     """What a Python program hands over, not by flags that name files."""
-
     splits: Splits | None = None
     model: Callable[..., Any] | nn.Module | None = None
     loss: Loss | None = None
@@ -90,7 +87,6 @@ class Given:
 
 class Facts(NamedTuple):
     """What the data says about the task."""
-
     kind: Kind
     names: tuple[str, ...]  # of the network's outputs
     shape: tuple[int, ...]  # of one sample's inputs; empty if they are no single tensor

@@ -15,8 +15,7 @@ if not __package__:  # run by path: our packages, not others of the same names
 
 from launch.stop import begin_script
 
-if __name__ == "__main__":
-    begin_script()  # before torch is imported, which takes seconds
+begin_script(__name__)  # before torch is imported, which takes seconds
 
 from datasets import fashion_mnist, synthetic_digits
 from launch.command_line import run
@@ -29,7 +28,6 @@ MEAN, STD = (0.2860,), (0.3530,)  # over the 60,000 training images; tests/test_
 @dataclass(frozen=True, kw_only=True)
 class FashionMnistConfig(mnist.MnistConfig):
     """Train a classifier of clothing on FashionMNIST."""
-
     recipe: str = "softmax"
     """softmax: the book's train_ch3. lenet: its train_ch6."""
     dataset: Literal["fashion-mnist", "synthetic"] = "fashion-mnist"  # pyright: ignore

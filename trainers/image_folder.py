@@ -19,8 +19,7 @@ if not __package__:  # run by path: our packages, not others of the same names
 
 from launch.stop import begin_script, ignore_signals
 
-if __name__ == "__main__":
-    begin_script()  # before torch is imported, which takes seconds
+begin_script(__name__)  # before torch is imported, which takes seconds
 
 import torch
 import torchvision
@@ -59,7 +58,6 @@ PART_BYTES = 2**28  # of a cache: as much is decoded again where a build was sto
 @dataclass(frozen=True, kw_only=True)
 class ImageFolderConfig(AugmentFlags):
     """Train an image classifier on a folder of images by class."""
-
     recipe: str = "fast"
     """fast: over 70 % on cats and dogs. cheatsheet: the tutorial's. finetune: a torchvision model at 224 pixels. For
     ImageNet, as published: resnet50-classic, -tv2 or -a3, convnext-t, vit-s, without repeated augmentation."""
@@ -70,10 +68,8 @@ class ImageFolderConfig(AugmentFlags):
     model: str = "cheatsheet"
     """cheatsheet, net, resnet9, a classifier of torchvision.models, or timm/NAME (pip install -e .[timm])."""
     pretrained: Path | None = None
-    """Start from the weights in a file, or by name: torchvision's (IMAGENET1K_V2, DEFAULT), or timm, with their size,
-    resize, interpolation, mean and std. A head for other classes is replaced by a new one."""
-    evaluate: Path | None = None
-    """Evaluate, do not train: a checkpoint, a file of weights as of --init-from, or a name that --pretrained knows."""
+    """Start from a file of weights, or by a name that --evaluate knows too: torchvision's (IMAGENET1K_V2, DEFAULT) or
+    timm; with their size, resize, interpolation, mean and std. A head for other classes is replaced by a new one."""
     image_size: Annotated[int | None, AtLeast(1, most=8192)] = None
     """Height and width that the network sees. Default: 32 for our networks, 224 for torchvision's."""
     train_size: Annotated[int | None, AtLeast(1, most=8192)] = None

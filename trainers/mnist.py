@@ -15,8 +15,7 @@ if not __package__:  # run by path: our packages, not others of the same names
 
 from launch.stop import begin_script
 
-if __name__ == "__main__":
-    begin_script()  # before torch is imported, which takes seconds
+begin_script(__name__)  # before torch is imported, which takes seconds
 
 from datasets import mnist, synthetic_digits
 from datasets.augment import Augmentation
@@ -31,7 +30,6 @@ from trainers.engine.session import entry_point, open_run, train_classifier
 @dataclass(frozen=True, kw_only=True)
 class MnistConfig(AugmentFlags):
     """Train a classifier of handwritten digits on MNIST."""
-
     recipe: str = "tutorial"
     """tutorial: its network, rates and number of epochs. fast: over 99 % in less time."""
     dataset: Literal["mnist", "synthetic"] = "mnist"

@@ -52,7 +52,6 @@ from trainers.engine.user_code import Reference, blaming, is_reference, made_aga
 @dataclass(frozen=True, kw_only=True)
 class PredictConfig:
     """Classify images with the network of a run."""
-
     images: Annotated[tuple[Path, ...], tyro.conf.Positional] = ()
     """Image files, and folders of them."""
     run: Path | None = None
@@ -79,7 +78,6 @@ class PredictConfig:
 
 class Picture(NamedTuple):
     """One image to classify: uint8 (C, H, W), or float as the network takes it; of custom.py a batch of one."""
-
     name: str
     pixels: Any
     true_class: str | None

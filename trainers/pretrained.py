@@ -31,7 +31,6 @@ from trainers.engine.user_code import timm_library
 @dataclass(frozen=True, kw_only=True)
 class NamedWeights:
     """Weights of a library, and its own functions for them."""
-
     what: str  # such as --pretrained IMAGENET1K_V2 of resnet50
     num_classes: int
     file: Callable[[], Path | None]  # where they are cached, if they are

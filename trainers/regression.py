@@ -13,8 +13,7 @@ if not __package__:  # run by path: our packages, not others of the same names
 
 from launch.stop import begin_script
 
-if __name__ == "__main__":
-    begin_script()  # before torch is imported, which takes seconds
+begin_script(__name__)  # before torch is imported, which takes seconds
 
 import torch
 from torch import Tensor, nn
@@ -35,7 +34,6 @@ from trainers.engine.user_code import check_loss, is_reference, options_in, refe
 @dataclass(frozen=True, kw_only=True)
 class RegressionConfig(TrainConfig):
     """Fit a linear relation."""
-
     recipe: str = "d2l"
     """d2l: 1,000 samples of two features. cheatsheet: ten samples of five features, with a loss of one's own."""
     dataset: Literal["two-features", "five-features"] = "two-features"

@@ -34,7 +34,6 @@ PICTURE_SIZE, PICTURES_SIZE, PICTURE_QUALITY = 800, 2000, 60  # pixels of one, o
 @dataclass(frozen=True, kw_only=True)
 class ReportConfig:
     """Show runs side by side."""
-
     runs: Annotated[tuple[Path, ...], tyro.conf.Positional] = ()
     """Run folders, such as runs/*. What one lacks, or holds damaged, is shown as missing."""
     out: Path = Path("report.html")

@@ -26,7 +26,6 @@ INPUT_SIZE, OUTPUT_SIZE, BATCH_SIZE, NUM_SAMPLES = 5, 2, 30, 100  # the tutorial
 @dataclass(frozen=True, kw_only=True)
 class SplitConfig:
     """Print how batches are split over replicas or ranks."""
-
     parallel: ParallelName = "auto"
     """auto: ddp under torchrun or srun, else none. dp: DataParallel over the GPUs of one process."""
     replicas: Annotated[int | None, AtLeast(1, most=1024)] = None

@@ -32,7 +32,8 @@ class Checkpointer:
         self._snapshot, self._copied = Snapshot(), threading.Event()
         self._copied.set()
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
-        self._under_way: Future[None] | None = None
+        self._under_way: Future[None] = Future()
+        self._under_way.set_result(None)
 
     def prepare(self, state: Mapping[str, Any]) -> None:
         """Get the snapshot's memory in the background, so that the first save is as quick as the others."""
@@ -65,17 +66,14 @@ class Checkpointer:
 
     def wait(self) -> None:
         """Wait for the save under way, whether or not it fails."""
-        if self._under_way is not None:
-            wait([self._under_way])
+        wait([self._under_way])
 
     def join(self) -> None:
         """Wait for the save under way; raises as it did."""
-        if self._under_way is not None:
-            began = time.perf_counter()
-            self.wait()
-            self.wait_seconds += time.perf_counter() - began
-            under_way, self._under_way = self._under_way, None
-            under_way.result()
+        began = time.perf_counter()
+        self.wait()
+        self.wait_seconds += time.perf_counter() - began
+        self._under_way.result()
 
     def _copy_and_write(self, is_best: bool) -> None:
         try:
