@@ -138,17 +138,25 @@ class CheatSheetNet(nn.Sequential):
                                      nn.Linear(120, num_classes))))
 
 
-class MnistNet(nn.Sequential):
+class MnistNet(nn.Module):
     """The MNIST tutorial's network for 1x28x28 images; its wider variant has 32 and 64 channels and 100 hidden.
     Gives log-probabilities. Cross-entropy leaves those as they are and so is the tutorial's nll_loss."""
 
     def __init__(self, num_classes: int, channels: tuple[int, int] = (10, 20), hidden: int = 50,
                  dropout: float = 0.5) -> None:
-        super().__init__(OrderedDict(
-            conv1=nn.Conv2d(1, channels[0], 5), pool1=nn.MaxPool2d(2), relu1=nn.ReLU(),
-            conv2=nn.Conv2d(channels[0], channels[1], 5), conv2_drop=nn.Dropout2d(dropout), pool2=nn.MaxPool2d(2),
-            relu2=nn.ReLU(), flatten=nn.Flatten(), fc1=nn.Linear(channels[1] * 4 * 4, hidden), relu3=nn.ReLU(),
-            fc1_drop=nn.Dropout(dropout), fc2=nn.Linear(hidden, num_classes), log_softmax=nn.LogSoftmax(1)))
+        super().__init__()
+        self.conv1 = nn.Conv2d(1, channels[0], 5)
+        self.conv2 = nn.Conv2d(channels[0], channels[1], 5)
+        self.conv2_drop = nn.Dropout2d(dropout)
+        self.fc1 = nn.Linear(channels[1] * 4 * 4, hidden)
+        self.fc1_drop = nn.Dropout(dropout)
+        self.fc2 = nn.Linear(hidden, num_classes)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Log-probabilities (B, num_classes) of images (B, 1, 28, 28)."""
+        features = F.relu(F.max_pool2d(self.conv1(images), 2))
+        features = F.relu(F.max_pool2d(self.conv2_drop(self.conv2(features)), 2)).flatten(1)
+        return F.log_softmax(self.fc2(self.fc1_drop(F.relu(self.fc1(features)))), dim=1)
 
 
 def softmax_regression(num_classes: int) -> nn.Sequential:
