@@ -88,7 +88,7 @@ class InMemory:
     def __call__(self, parts: Sequence[Tensor], epoch: int) -> Iterator[Batch]:
         """Several batches are prepared at once, where they are small."""
         size = max(map(len, parts), default=1)
-        most_samples, most_bytes = CHUNKS[self.inputs.device.type]
+        most_samples, most_bytes = CHUNKS["cpu" if self.inputs.device.type == "cpu" else "cuda"]
         together = max(1, min(most_samples, most_bytes // max(1, self.inputs[:1].nbytes)) // size)
         for start in range(0, len(parts), together):
             samples = sent(torch.cat(list(parts[start : start + together])), self.inputs.device)
