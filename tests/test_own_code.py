@@ -148,7 +148,7 @@ def test_random_numbers_that_no_key_reaches_are_named_once(tmp_path: Path, line:
 
 
 MISTAKES = {  # what the file says, the flags, what the one line says
-    "no such name": ("", ("--model", "mine.py:Nett"), "--model mine.py:Nett: the file has no Nett; it has "),
+    "no such name": ("", ("--model", "mine.py:Nett"), "--model mine.py:Nett: the file has no Nett; give a name that "),
     "no such file": ("", ("--model", "no.py:Net"), "--model no.py:Net: no such file"),
     "a neighbour that is not there": ("import nowhere  # here", (), "ModuleNotFoundError: No module named 'nowhere'"),
     "a syntax error": ("def broken(:  # here", (), "SyntaxError: "),
@@ -156,7 +156,7 @@ MISTAKES = {  # what the file says, the flags, what the one line says
     "other parameters": ("def load(folder):  # here\n            ...", (),
                          "TypeError: missing a required argument: 'folder'"),
     "an option of no meaning": ("", ("--model-options", "depth=3"),
-                                "--model-options depth: mine.py:model takes no depth; it takes num_classes"),
+                                "TypeError: got an unexpected keyword argument 'depth'"),
     "an option that is none": ("", ("--model-options", "depth"), "--model-options depth: must be key=value"),
     "too few outputs": ("def model():\n            return nn.Linear(3, 1)", (), "shape (12, 1) for 2 classes"),
     "numbers of another shape": ("""

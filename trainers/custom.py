@@ -71,8 +71,7 @@ class CustomConfig(MixingFlags, TrainConfig):
             raise UsageError(f"--data {self.data}: must be FILE.py:NAME, a function of yours; or --dataset synthetic")
         self.check_mixing(self.batch_size, 0 if self.evaluate is not None else self.rank_batch_size())
         if self.loss != "auto":
-            user_code.check_loss(self.loss, KINDS, label_smoothing=self.label_smoothing,
-                                 class_weights=self.class_weights)
+            user_code.check_loss(self, KINDS)
 
 
 @dataclass(frozen=True, kw_only=True)

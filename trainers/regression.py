@@ -46,7 +46,7 @@ class RegressionConfig(TrainConfig):
     def check(self) -> None:
         """The same, and that there is such a loss."""
         super().check()
-        check_loss(self.loss, LOSSES, label_smoothing=self.label_smoothing, class_weights=self.class_weights)
+        check_loss(self, LOSSES)
 
 
 RECIPES = recipes.read("regression")

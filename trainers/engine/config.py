@@ -269,8 +269,7 @@ class ImageConfig(TrainConfig):
         if self.shift >= (size := getattr(self, "train_size", None) or self.size()):
             raise UsageError(f"--shift {self.shift}: must be below the image size of {size}")
         if self.loss != "bce":  # which takes all that cross-entropy does
-            check_loss(self.loss, ("cross-entropy", "bce"), label_smoothing=self.label_smoothing,
-                       class_weights=self.class_weights)
+            check_loss(self, ("cross-entropy", "bce"))
 
     def augmentation(self, dataset: Statistics) -> dict[str, Any]:
         """The arguments of Augmentation; `dataset` is what `--normalize dataset` stands for."""

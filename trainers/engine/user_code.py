@@ -79,16 +79,14 @@ class Reference:
         """The object itself; UsageError if the file has none of that name."""
         found = vars(self.module())
         if self.name not in found:
-            own = ", ".join(name for name, value in found.items() if not name.startswith("_")
-                            and getattr(value, "__module__", None) == found["__name__"])
-            raise UsageError(f"{self.flag} {self.text}: the file has no {self.name}; it has "
-                             f"{own or 'no function or class of its own'}")
+            raise UsageError(f"{self.flag} {self.text}: the file has no {self.name}; give a name that it defines"
+                             f"{nearest(self.name, found)}")
         return found[self.name]
 
     def make(self, offered: Mapping[str, Any], *positional: Any, options: Mapping[str, Any] | None = None) -> Any:
         """Call it with what its signature asks for of `offered`, and with all options; UsageError if that fails."""
         with blaming([self], made := self.find()):
-            return call(made, offered, *positional, options=options, name=self)
+            return call(made, offered, *positional, options=options)
 
     def extra(self, name: str) -> Any:
         """A function that may stand beside it in the file, such as `logits` or `collate`; None if it does not."""
@@ -108,16 +106,11 @@ class Reference:
                                and not any(map(path.is_relative_to, foreign)))
 
 
-def call(made: Any, offered: Mapping[str, Any], *positional: Any, options: Mapping[str, Any] | None = None,
-         name: Reference | None = None) -> Any:
-    """Call something with what its signature asks for of `offered`, and all options; UsageError as Reference.make."""
-    signature, options = inspect.signature(made), options or {}
-    takes_any = any(each.kind is each.VAR_KEYWORD for each in signature.parameters.values())
-    if name is not None and (unknown := [key for key in options if key not in signature.parameters and not takes_any]):
-        raise UsageError(f"{name.flag}-options {unknown[0]}: {name.text} takes no {unknown[0]}; it takes "
-                         f"{', '.join(signature.parameters) or 'nothing'}")
-    chosen = {key: value for key, value in offered.items() if key in signature.parameters} | dict(options)
-    signature.bind(*positional, **chosen)  # its TypeError names what is missing
+def call(made: Any, offered: Mapping[str, Any], *positional: Any, options: Mapping[str, Any] | None = None) -> Any:
+    """Call something with what its signature asks for of `offered`, and with all options."""
+    signature = inspect.signature(made)
+    chosen = {key: value for key, value in offered.items() if key in signature.parameters} | dict(options or {})
+    signature.bind(*positional, **chosen)  # its TypeError names what is missing, or of no meaning
     return made(*positional, **chosen)
 
 
@@ -220,11 +213,12 @@ def options_in(words: Iterable[str], flag: str) -> dict[str, Any]:
     return options
 
 
-def check_loss(loss: str, known: Collection[str], *, label_smoothing: float, class_weights: Collection[float]) -> None:
+def check_loss(config: Any, known: Collection[str]) -> None:
     """Raise UsageError for an unknown `--loss`, or one that knows nothing of the flags of cross-entropy."""
+    loss = config.loss
     if loss not in known and not is_reference(loss):
         raise UsageError(f"--loss {loss}: unknown; choose {', '.join(known)} or FILE.py:NAME{nearest(loss, [*known])}")
-    if loss != "cross-entropy" and (label_smoothing or class_weights):
+    if loss != "cross-entropy" and (config.label_smoothing or config.class_weights):
         raise UsageError(f"--loss {loss}: takes no --label-smoothing or --class-weights, which are of cross-entropy")
 
 
