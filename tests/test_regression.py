@@ -90,9 +90,9 @@ def use_loss(text: str) -> None:
 
 
 @pytest.mark.parametrize(("code", "name", "words"), [
-    ("def other(a, b): ...", "loss", "has no loss; it has other"),
+    ("def other(a, b): ...", "loss", "has no loss; give a name that it defines"),
     ("x = 1", "x", "has no function x but int"),
-    ("x = 1", "y", "has no y; it has no function or class of its own"),
+    ("x = 1", "y", "has no y; give a name that it defines"),
     ("def loss(:", "loss", r"mine\.py line 1: SyntaxError: "),
     ("\nimport nowhere_to_be_found", "loss", r"mine\.py line 2: ModuleNotFoundError: No module named"),
     ("def loss(a): return a.mean()", "loss", r"mine\.py line 1: TypeError: "),

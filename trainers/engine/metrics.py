@@ -102,23 +102,21 @@ class Evaluation:
     metrics: dict[str, float] = field(default_factory=dict)  # further figures, by name
 
     @property
-    def class_counts(self) -> list[tuple[int, int]] | None:
-        """Of each class, the samples predicted right and all."""
-        if self.confusion_matrix is not None:
-            return [(row[label], sum(row)) for label, row in enumerate(self.confusion_matrix)]
-        pairs = self.wrong_and_right
-        return None if pairs is None else [(right, wrong + right) for wrong, right in pairs]
+    def class_counts(self) -> list[tuple[int, int]]:
+        """Of each class, the samples predicted right and all; empty without classes."""
+        rows = self.confusion_matrix or self.wrong_and_right or []
+        return [(row[label if self.confusion_matrix else 1], sum(row)) for label, row in enumerate(rows)]
 
     @property
     def accuracy(self) -> float | None:
         """The share of all samples predicted right."""
-        return None if (counts := self.class_counts) is None else sum(right for right, _ in counts) / self.num_samples
+        counts = self.class_counts
+        return sum(right for right, _ in counts) / self.num_samples if counts else None
 
     @property
     def per_class_accuracy(self) -> list[float | None] | None:
         """Of each class, the share predicted right; None for a class without samples."""
-        counts = self.class_counts
-        return None if counts is None else [right / samples if samples else None for right, samples in counts]
+        return [right / samples if samples else None for right, samples in self.class_counts] or None
 
     def summary(self) -> dict[str, float | None]:
         """The figures by which evaluations are compared."""

@@ -87,11 +87,6 @@ def buffers_kept(model: nn.Module) -> Iterator[None]:
             buffer.copy_(value)
 
 
-def num_parameters(model: nn.Module) -> int:
-    """How many numbers the model holds in its parameters, frozen ones included."""
-    return sum(parameter.numel() for parameter in model.parameters())
-
-
 def synchronize(device: torch.device) -> None:
     """Wait for the device; only where a time is taken."""
     if device.type == "cuda":

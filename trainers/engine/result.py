@@ -15,7 +15,6 @@ from launch.errors import printable, say
 from trainers.engine.checkpoints.snapshot import hash_tensors
 from trainers.engine.config import Statistics, TrainConfig
 from trainers.engine.metrics import Evaluation, with_metrics
-from trainers.engine.parallel import num_parameters
 from trainers.engine.run import pictures
 from trainers.engine.run.folder import OUT_OF_PATIENCE, RunFolder
 from trainers.engine.task import EvaluationBatches, TrainBatches
@@ -35,7 +34,7 @@ def summary(config: TrainConfig, trainer: Trainer, train: TrainBatches, where: s
             f"batch      {config.batch_size} = {config.rank_batch_size()} per rank x {world.world_size} ranks x "
             f"{config.accumulation_steps} accumulation\n"
             f"steps      {config.total_steps(per_epoch)} = {per_epoch} per epoch, {config.epochs} epochs{limit}\n"
-            f"model      {config.model}, {num_parameters(step.network):,} parameters, "
+            f"model      {config.model}, {step.num_parameters:,} parameters, "
             f"{sum(parameter.numel() for parameter in step.trained):,} trained, {config.precision}")
 
 
@@ -52,7 +51,7 @@ def finish(trainer: Trainer, evaluation: Evaluation, class_names: tuple[str, ...
         "warm_up_seconds": trainer.history.warm_up_seconds,
         "samples_per_second": trainer.step * batch_size / seconds if seconds else None,
         "data_wait_share": trainer.history.data_wait_share, "world_size": world.world_size,
-        "device": str(world.device), "precision": step.precision.name, "num_parameters": num_parameters(step.network),
+        "device": str(world.device), "precision": step.precision.name, "num_parameters": step.num_parameters,
         "parallel": {"DistributedDataParallel": "ddp", "DataParallel": "dp"}.get(type(step.model).__name__, "none"),
         "weights_sha256": hash_tensors(sorted(step.network.state_dict().items())),  # equal exactly when every bit is
         "peak_memory_bytes": peak_memory_bytes(world.device), "steps": trainer.step, "best": trainer.history.best,

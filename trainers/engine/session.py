@@ -133,8 +133,7 @@ def build_step(config: TrainConfig, model: nn.Module, task: Task, world: World, 
     if remark and world.is_main:
         say(remark)
     if not any(parameter.requires_grad for parameter in model.parameters()):
-        raise UsageError(f"--freeze {' '.join(config.freeze)}: leaves nothing to train; freeze less" if config.freeze
-                         else f"--model {config.model}: has no parameters to train; give it some")
+        raise UsageError(f"--model {config.model}: has no parameters to train; give it some, or --freeze less")
     ema = (None if config.ema_decay is None else
            MovingAverage(model, config.ema_decay, warmup_steps=config.ema_warmup_steps))
     optimizer = build_optimizer(model, config)

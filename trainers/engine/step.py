@@ -71,6 +71,7 @@ class TrainStep:
         self.precision, self.schedule, self.options, self.ema = precision, schedule, options, ema
         self.mark: Callable[[str, int], None] = world.watchdog.mark  # is told of phases, to notice a hang, or for times
         self.trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        self.num_parameters = sum(parameter.numel() for parameter in model.parameters())  # frozen ones too
         self.data_wait, self.sums = DataWait(world.device), TrainingSums(classification=task.num_classes is not None)
         self._side_stream = torch.cuda.Stream(world.device) if world.device.type == "cuda" else None
         self.gradient_norms: dict[str, Tensor] = {}
