@@ -78,18 +78,27 @@ class Trainer:
 
     def fit_epoch(self, train: TrainBatches, test: EvaluationBatches, last_step: int, progress: Progress) -> None:
         """The rest of the epoch, its evaluation if one is due, its record, and a checkpoint if one is due."""
-        options, self.last_evaluation = self.options, None
+        history, options, evaluation = self.history, self.options, None
         self.train_epoch(train, last_step, progress, checkpoint_every=options.checkpoint_every)
         if self.step >= last_step or (self.epoch + 1) % options.eval_every == 0:
-            self.last_evaluation = self.evaluate(test)
-        is_best = self._record_epoch(train, progress)
+            evaluation = self.evaluate(test)
+            self.write_line(options.split, evaluation.summary(), evaluation.metrics)
+        self.last_evaluation = evaluation
+        loss, accuracy = self.sums.means(self.world)
+        is_best = history.record(epoch=self.epoch, step=self.step, train_loss=loss, train_accuracy=accuracy,
+                                 evaluation=evaluation, split=options.split, by=options.best)
+        waited = max(gather(self.world, history.data_wait_seconds))
+        if (warning := history.record_wait(waited, getattr(train, "remedy", ""))) and self.world.is_main:
+            to_stderr(warning)
+        speed = self.step * train.global_batch_size / history.train_seconds
+        progress.line_above(epoch_text(history.epochs[-1], samples_per_second=speed))
         is_last = self.step >= last_step or self.out_of_patience
         self.finish_epoch(train)
         if is_best or is_last or options.checkpoint_every is None or self.step % options.checkpoint_every == 0:
             self._save(is_best=is_best)
         self.folder.write_status("RUNNING", step=self.step, epoch=self.epoch)
         if not is_last:  # the last picture is drawn once the run is DONE
-            self.report.curves(self.history.epochs, steps_per_epoch=train.steps_per_epoch)
+            self.report.curves(history.epochs, steps_per_epoch=train.steps_per_epoch)
 
     @property
     def out_of_patience(self) -> bool:
@@ -177,21 +186,6 @@ class Trainer:
         if split == "train" and self.train_step.gradient_norms:
             line["gradient_norms"] = {name: norm.item() for name, norm in self.train_step.gradient_norms.items()}
         self.report.line(with_metrics(line, metrics))
-
-    def _record_epoch(self, train: TrainBatches, progress: Progress) -> bool:
-        """Record the epoch and its evaluation, if there was one; returns whether that is the best so far."""
-        evaluation = self.last_evaluation
-        loss, accuracy = self.sums.means(self.world)
-        if evaluation is not None:
-            self.write_line(self.options.split, evaluation.summary(), evaluation.metrics)
-        is_best = self.history.record(epoch=self.epoch, step=self.step, train_loss=loss, train_accuracy=accuracy,
-                                      evaluation=evaluation, split=self.options.split, by=self.options.best)
-        waited = max(gather(self.world, self.history.data_wait_seconds))
-        if (warning := self.history.record_wait(waited, getattr(train, "remedy", ""))) and self.world.is_main:
-            to_stderr(warning)
-        speed = self.step * train.global_batch_size / self.history.train_seconds
-        progress.line_above(epoch_text(self.history.epochs[-1], samples_per_second=speed))
-        return is_best
 
     def _save(self, *, is_best: bool = False) -> None:
         """Hand the state to the checkpointer, once per step, while its loss is finite. A collective."""
