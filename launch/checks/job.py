@@ -1,12 +1,11 @@
 """What launch/doctor.py finds out about the job: who started this process, and where its ranks would meet."""
 
-import contextlib
 import os
 import socket
 
-from launch.checks.finding import Finding, fail, ok, warn, warn_if
+from launch.checks.finding import Finding, fail, ok, warn_if
 from launch.launcher import Launch
-from launch.network import address_towards
+from launch.network import address_towards, connect_problem
 from launch.stop import SIGNALS, signals_flag, stop_signals
 
 SHOWN_VARIABLES = (  # an allow-list: tokens and passwords live in the environment too
@@ -40,25 +39,18 @@ def signals_finding() -> Finding:
 
 def address_finding(launch: Launch) -> Finding:
     """What this machine's name means to itself; other nodes need an address that is not the loopback's."""
-    name, address = socket.gethostname(), ""
-    with contextlib.suppress(OSError):
-        address = socket.gethostbyname(name)
+    name, address = socket.gethostname(), address_towards(socket.gethostname())
     text = f"{name} -> {address or 'no address'}"
     if launch.world_size > launch.local_world_size:
         if route := address_towards(launch.address):
             return ok("host name", f"{text}; the way to {launch.address} is from {route}")
         return fail("host name", f"{text}; no route to {launch.address}", "check MASTER_ADDR and the network")
-    return warn_if(not address, "host name", f"{text}{' (enough for one node)' * address.startswith('127.')}",
+    return warn_if(address is None, "host name", text,
                    f"add `127.0.1.1 {name}` to /etc/hosts: torchrun looks its own name up")
 
 
 def port_finding(launch: Launch) -> Finding:
     """Whether the port at which ranks meet is free, as long as nobody of this job has opened it."""
-    if launch.launcher != "none":
-        return ok("port", f"{launch.port}: this job's")
-    try:
-        socket.create_server(("", launch.port)).close()
-    except OSError as error:
-        return warn("port", f"{launch.port}: {os.strerror(error.errno or 0)}",
-                    "torchrun --standalone picks a free one; over several nodes set --rdzv-endpoint HOST:PORT")
-    return ok("port", f"{launch.port} is free")
+    taken = launch.launcher == "none" and not connect_problem("localhost", launch.port)
+    return warn_if(taken, "port", f"{launch.port} is {'taken' if taken else 'free, or this job has it'}",
+                   "torchrun --standalone picks a free one; over several nodes set --rdzv-endpoint HOST:PORT")
