@@ -13,7 +13,7 @@ from pathlib import Path
 
 if not __package__:
     sys.path[0] = str(Path(__file__).resolve().parents[1])
-    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "FATAL")  # else pages of frames where a connection fails
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "FATAL")  # else pages of frames for a connection that fails
 
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.elastic.rendezvous import RendezvousError
@@ -45,8 +45,6 @@ def expect_ranks(seconds: int) -> None:
 
 if __name__ == "__main__":
     logging.disable(logging.ERROR)  # what stops torchrun itself is raised
-    if os.environ.get("TORCH_CPP_LOG_LEVEL") == "FATAL":
-        del os.environ["TORCH_CPP_LOG_LEVEL"]  # the ranks are not meant
     if allowed := parse_args(sys.argv[1:]).rdzv_conf.partition("join_timeout=")[2].partition(",")[0]:
         threading.Thread(target=expect_ranks, args=[int(allowed) + 5], daemon=True).start()
     try:

@@ -2,7 +2,6 @@
 
 import contextlib
 import os
-import platform
 import re
 import signal
 import subprocess
@@ -14,13 +13,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from tqdm import tqdm
 
 from launch.errors import AtLeast, UsageError, check_number, nearest, to_stderr
 from launch.files import ROOT, read_object
 from launch.launcher import usable_cores
-from launch.machine import processor
+from launch.machine import environment_record, processor
 from launch.stop import moments
 
 COUNT = AtLeast(1, most=1024)  # devices of a set-up, threads of a rank
@@ -54,10 +52,8 @@ class Setup:
 
 
 def this_machine() -> dict[str, Any]:
-    """What a benchmark's figures hold for: what this process may use."""
-    names = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
-    return {"host": platform.node(), "processor": processor(), "cores": usable_cores(),
-            "gpus": names if torch.cuda.is_available() else [], "torch": str(torch.__version__)}
+    """What a benchmark's figures hold for: what this process may use, and all that a run would record."""
+    return {"processor": processor(), "cores": usable_cores(), **environment_record()}
 
 
 def parse_setup(text: str, *, threads: int = 1) -> Setup:
