@@ -11,7 +11,6 @@ import argparse
 import errno
 import math
 import os
-import re
 import signal
 import socket
 import subprocess
@@ -26,7 +25,7 @@ if not __package__:
 
 from launch.errors import to_stderr
 from launch.files import ROOT
-from launch.launcher import host_names, parent_of, threads_per_rank
+from launch.launcher import host_names, parent_of
 from launch.network import address_among, connect_problem
 from launch.stop import signals_flag, stop_signals
 
@@ -58,9 +57,6 @@ def main() -> int:
         f"--rdzv-conf=is_host={str(is_host).lower()},join_timeout={(5 if is_elastic else 1) * ARRIVAL_SECONDS},"
         f"read_timeout={CONNECT_SECONDS},last_call_timeout=15"]
     command = options.command[1:] if options.command[:1] == ["--"] else options.command
-    ranks = re.search(r"--nproc[-_]per[-_]node[ =](\d+)(?= |$)", " ".join(command))  # not `gpu`, which torchrun counts
-    if ranks and int(ranks[1]) > 1:  # what the ranks would choose: torchrun prints a box where it is unset
-        os.environ.setdefault("OMP_NUM_THREADS", str(threads_per_rank(int(ranks[1]))))
     words = [sys.executable, str(ROOT / "launch" / "torchrun.py"), *rendezvous, signals_flag(), *command]
     return supervise(words, host, int(port))
 

@@ -63,12 +63,12 @@ def test_an_unknown_setup_is_refused_by_name(text: str):
 def test_every_setup_stands_for_the_command_a_person_would_type():
     def words(name: str) -> str:
         return " ".join(command(parse_setup(name), "cifar", ["--model", "net"]))
-    assert "torch.distributed.run" not in words("cpu:1")
+    assert "launch/torchrun.py" not in words("cpu:1")
     assert "--device cpu --parallel none" in words("cpu:1")
     assert "--nproc-per-node=2" in words("cpu:2")
     assert "--device cpu --parallel ddp --backend gloo" in words("cpu:2")
     assert "--device cuda --parallel none" in words("gpu:1")
-    assert "torch.distributed.run" not in words("dp:4")
+    assert "launch/torchrun.py" not in words("dp:4")
     assert "--parallel dp" in words("dp:4")
     assert "--nproc-per-node=1 " in words("ddp:1")
     options = "--precision bf16 --compile --channels-last --threads 2"

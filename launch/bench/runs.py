@@ -106,7 +106,7 @@ def why_not(setup: Setup, machine: dict[str, Any], batch_size: int) -> str | Non
 
 def command(setup: Setup, trainer: str, flags: list[str]) -> list[str]:
     """The command line: the trainer under python, or under torchrun."""
-    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={setup.ranks}"]
+    torchrun = [str(ROOT / "launch" / "torchrun.py"), "--standalone", f"--nproc-per-node={setup.ranks}"]
     parallel = "dp" if setup.kind == "dp" else "ddp" if setup.launched else "none"
     return [sys.executable, *(torchrun if setup.launched else []), str(ROOT / "trainers" / f"{trainer}.py"), *flags,
             "--device", "cpu" if setup.kind == "cpu" else "cuda", "--parallel", parallel,
@@ -119,8 +119,6 @@ def environment(setup: Setup) -> dict[str, str]:
     """This environment for the command: no launcher's variables, and for DataParallel just its GPUs."""
     launchers = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_", "TORCHELASTIC_", "SLURM_")
     kept = {name: value for name, value in os.environ.items() if not name.startswith(launchers)}
-    if setup.launched:
-        kept.setdefault("OMP_NUM_THREADS", str(setup.threads))  # else torchrun prints a box; ranks go by --threads
     if setup.kind == "dp":
         visible = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(setup.devices)))
         kept["CUDA_VISIBLE_DEVICES"] = ",".join(visible.split(",")[: setup.devices])
