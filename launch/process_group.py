@@ -16,7 +16,7 @@ from launch.launcher import Launch, choose_threads, read_launch
 from launch.machine import choose_backend, choose_device, keep_freed_memory
 from launch.network import library_defaults
 from launch.rendezvous import RENDEZVOUS_SECONDS, check_paths, described, meet
-from launch.watchdog import Watchdog, turn_on_flight_recorder
+from launch.watchdog import Watchdog
 
 T = TypeVar("T")
 NCCL_REMEDIES = {"Duplicate GPU": "start one rank per GPU, or use --backend gloo",
@@ -100,8 +100,9 @@ def join(world: World, store: dist.Store) -> None:
     assert world.backend is not None
     backend = f"cpu:gloo,cuda:{world.backend}" if world.device.type == "cuda" else world.backend
     check_paths(store, world)
-    if world.backend == "nccl":
-        turn_on_flight_recorder()
+    if world.backend == "nccl":  # which then remembers its last collectives, unless the environment says otherwise
+        library_defaults(TORCH_FR_BUFFER_SIZE="2000", unless="TORCH_NCCL_TRACE_BUFFER_SIZE")  # the old name
+        library_defaults(TORCH_NCCL_DUMP_ON_TIMEOUT="1")
     try:
         dist.init_process_group(
             backend, store=store, rank=world.rank, world_size=world.world_size,

@@ -28,7 +28,6 @@ from launch.files import ROOT
 from launch.heartbeats import Heartbeats
 from launch.launcher import Launch
 from launch.machine import free_shared_memory
-from launch.network import library_defaults
 from launch.stop import StopRequest, stop_request
 
 TICK_SECONDS = 0.5
@@ -193,12 +192,6 @@ class Watchdog:
         line = (f"ERROR distributed: rank {culprit} of {self.world_size}: no progress for {self.timeout_seconds:.0f} s "
                 f"at {where}; the others wait for it: {remedy}{dump_collectives(self.rank)}")
         self.failure.end(line, speaks=self.failure.claim_error_line(), stuck=silent)
-
-
-def turn_on_flight_recorder() -> None:
-    """Have NCCL remember its last collectives, unless the environment says otherwise; before the group is made."""
-    library_defaults(TORCH_FR_BUFFER_SIZE="2000", unless="TORCH_NCCL_TRACE_BUFFER_SIZE")  # the old name
-    library_defaults(TORCH_NCCL_DUMP_ON_TIMEOUT="1")
 
 
 def dump_collectives(rank: int) -> str:

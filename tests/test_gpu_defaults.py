@@ -16,7 +16,7 @@ from launch.failure import translated
 from launch.launcher import Launch
 from launch.machine import environment_record
 from launch.process_group import World, join, prepare
-from launch.watchdog import DUMP_PREFIXES, Watchdog, dump_collectives, turn_on_flight_recorder
+from launch.watchdog import DUMP_PREFIXES, Watchdog, dump_collectives
 from tests.helpers.processes import read_json
 from tests.helpers.server import NORMED, run
 
@@ -43,6 +43,17 @@ def variables(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
     return monkeypatch
 
 
+def join_in_vain(monkeypatch: pytest.MonkeyPatch, said: str = "no GPU") -> None:
+    """Join a group of NCCL's, which cannot be made."""
+    def fail(*_: object, **__: object) -> None:
+        raise dist.DistBackendError(f"NCCL error in: NCCLUtils.cpp:94, invalid usage, NCCL version 2.28\nncclInvalid"
+                                    f"Usage: This usually reflects invalid usage.\nLast error:\n{said}")
+
+    monkeypatch.setattr(dist, "init_process_group", fail)
+    monkeypatch.setattr(process_group, "check_paths", lambda store, world: None)
+    join(World(world_size=2, device=torch.device("cuda", 0), backend="nccl"), dist.HashStore())
+
+
 @pytest.mark.usefixtures("numbers")
 @pytest.mark.parametrize("deterministic", [False, True])
 def test_a_gpu_computes_by_tf32_and_tunes_cudnn_unless_deterministic(
@@ -67,13 +78,15 @@ def test_a_run_records_how_it_computes(tmp_path: Path) -> None:
 
 @pytest.mark.usefixtures("variables")
 def test_the_flight_recorder_is_on_unless_the_user_has_set_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    turn_on_flight_recorder()
+    with pytest.raises(DistributedError):
+        join_in_vain(monkeypatch)
     assert int(os.environ["TORCH_FR_BUFFER_SIZE"]) > 0
     assert os.environ["TORCH_NCCL_DUMP_ON_TIMEOUT"] == "1"
     monkeypatch.delenv("TORCH_FR_BUFFER_SIZE")
     monkeypatch.setenv("TORCH_NCCL_TRACE_BUFFER_SIZE", "0")
     monkeypatch.setenv("TORCH_NCCL_DUMP_ON_TIMEOUT", "0")
-    turn_on_flight_recorder()
+    with pytest.raises(DistributedError):
+        join_in_vain(monkeypatch)
     assert "TORCH_FR_BUFFER_SIZE" not in os.environ
     assert os.environ["TORCH_NCCL_DUMP_ON_TIMEOUT"] == "0"
 
@@ -121,15 +134,8 @@ def test_the_users_own_place_for_traces_is_left_alone(variables: pytest.MonkeyPa
 @pytest.mark.usefixtures("variables")
 def test_what_nccl_says_when_ranks_cannot_connect_has_a_remedy(
         monkeypatch: pytest.MonkeyPatch, said: str, remedy: str) -> None:
-    def fail(*_: object, **__: object) -> None:
-        raise dist.DistBackendError(f"NCCL error in: NCCLUtils.cpp:94, invalid usage, NCCL version 2.28\nncclInvalid"
-                                    f"Usage: This usually reflects invalid usage.\nLast error:\n{said}")
-
-    monkeypatch.setattr(dist, "init_process_group", fail)
-    monkeypatch.setattr(process_group, "check_paths", lambda store, world: None)
-    world = World(world_size=2, device=torch.device("cuda", 0), backend="nccl")
     with pytest.raises(DistributedError, match=f"{said.split()[0]}.*{remedy}"):
-        join(world, dist.HashStore())
+        join_in_vain(monkeypatch, said)
 
 
 def test_an_error_of_the_gpu_is_a_device_error() -> None:
