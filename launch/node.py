@@ -40,17 +40,16 @@ def main() -> int:
     parser.add_argument("--nodes", required=True, help="how many nodes, or the range 1:2 for an elastic run")
     parser.add_argument("--rendezvous", required=True, help="HOST:PORT at which the nodes meet")
     parser.add_argument("--id", required=True, help="names this start of the job; a restart needs another")
-    parser.add_argument("--me", default=os.environ.get("SLURMD_NODENAME", socket.gethostname()),
-                        help="this node's name, if not Slurm's")
     parser.add_argument("command", nargs=argparse.REMAINDER, help="torchrun's flags, the trainer and its flags")
     options = parser.parse_args()
     host, _, port = options.rendezvous.rpartition(":")
+    me = os.environ.get("SLURMD_NODENAME", socket.gethostname())
     node = int(os.environ.get("SLURM_NODEID", "0"))
     address = address_among([host, host_names(os.environ.get("SLURM_STEP_NODELIST") or host)[0 if node else -1]])
     is_elastic = not options.nodes.isdigit()  # as 1:2: none is waited for, and one may come later
-    is_host = host == options.me if is_elastic else node == 0
+    is_host = host == me if is_elastic else node == 0
     if address is None or address.startswith("127."):
-        address = options.me  # which the other nodes know as something else
+        address = me  # which the other nodes know as something else
     rendezvous = ["--standalone"] if options.nodes == "1" else [
         f"--nnodes={options.nodes}", "--rdzv-backend=c10d", f"--rdzv-endpoint={options.rendezvous}",
         f"--rdzv-id={options.id}", f"--local-addr={address}",
