@@ -44,15 +44,13 @@ def meet(launch: Launch, timeout_seconds: float) -> dist.Store:
 
 def wait_for_port(launch: Launch, wait_seconds: float) -> None:
     """Until something listens there. torch's own wait hears no signal, and ends with pages of C++ frames."""
-    refused = OSError("no answer")
+    refused = "no answer"
     for _ in moments(wait_seconds, patience=STOP_SECONDS):
-        try:
-            with socket.create_connection((launch.address, launch.port), timeout=STOP_SECONDS):
-                time.sleep(0.2)  # without, torch's own connection of some of 16 ranks stalled for 5 s (5 of 5 starts)
-                return
-        except OSError as error:
-            refused = error
-    raise refused
+        refused = connect_problem(launch.address, launch.port)
+        if not refused:
+            time.sleep(0.2)  # without, torch's own connection of some of 16 ranks stalled for 5 s (5 of 5 starts)
+            return
+    raise OSError(refused)
 
 
 def take_place(store: dist.Store, launch: Launch, wait_seconds: float) -> dist.Store:
