@@ -1,7 +1,6 @@
 """Augmentation keyed by (seed, epoch, sample): of a whole batch at a time on the device the model is on, or in workers.
 
-A sample gets the same crop and flip on the CPU and the GPU, alone or in a batch, at any world size: one hash for each
-choice; the pixels are moved by one gather and one select for the batch."""
+A sample gets the same crop and flip on the CPU and the GPU, alone or in a batch: one hash for each choice."""
 
 import functools
 import math
@@ -41,31 +40,22 @@ class Augmentation:
         mode = "constant" if self.padding == "zeros" else self.padding
         return F.pad(images, [self.shift] * 4, mode=mode) if self.shift else images
 
-    def __call__(self, prepared: Tensor, samples: Tensor, *, epoch: int) -> Tensor:
-        """Crop, flip and normalise some samples, int64 (B,), the keys of all choices and rows of the prepared data set,
-        uint8 (N, C, H + 2 shift, W + 2 shift): float32 (B, C, H, W)."""
-        return self.finished(self.moved(prepared, samples, samples, epoch), samples, epoch)
-
-    def batch(self, images: Tensor, samples: Tensor, *, epoch: int) -> Tensor:
-        """The same for images (B, C, H, W) that are not prepared, nor in memory with the rest of the data set; they may
-        be changed in place."""
-        return self.finished(self.moved(self.prepare(images), None, samples, epoch), samples, epoch)
-
-    def finished(self, images: Tensor, samples: Tensor, epoch: int) -> Tensor:
-        """What comes after crops and flips."""
-        images = normalize(images, self.mean, self.std)
+    def __call__(self, images: Tensor, samples: Tensor, *, epoch: int, rows: Tensor | None = None) -> Tensor:
+        """Crop, flip and normalise images (B, C, H, W), which may be changed in place, or these rows, int64 (B,), of a
+        prepared data set: float32 (B, C, H, W). `samples`, int64 (B,), are the keys of all choices."""
+        images = normalize(self.moved(images, samples, epoch, rows), self.mean, self.std)
         return erase(images, self.random_erase, samples, self.seed, epoch) if self.random_erase else images
 
-    def moved(self, prepared: Tensor, rows: Tensor | None, samples: Tensor, epoch: int) -> Tensor:
-        """Some rows (B,) of prepared images cropped and flipped, uint8, their choices keyed by `samples` (B,); all of
-        them (None) perhaps in place."""
+    def moved(self, images: Tensor, samples: Tensor, epoch: int, rows: Tensor | None = None) -> Tensor:
+        """The same, cropped and flipped only: uint8."""
         if self.shift:
+            prepared = self.prepare(images) if rows is None else images
             down = random_integers(samples, 2 * self.shift + 1, self.seed, epoch, Purpose.CROP_ROW)
             right = random_integers(samples, 2 * self.shift + 1, self.seed, epoch, Purpose.CROP_COLUMN)
             rows = torch.arange(len(prepared), device=prepared.device) if rows is None else rows
             images = crop(prepared, rows, down, right, self.shift)
-        else:
-            images = prepared if rows is None else prepared[rows]
+        elif rows is not None:
+            images = images[rows]
         if self.flip is not None:
             images = mirror(images, self.flipped(samples, epoch))
         if self.vertical_flip:
@@ -86,8 +76,7 @@ class Augmentation:
 
 @dataclass(frozen=True, kw_only=True)
 class KeyedTransforms:
-    """The work of one worker on training images: torchvision's transforms, one image after the other. They draw from
-    torch's generator, which is seeded by the sample, and left as it was, for dropout."""
+    """torchvision's transforms, of one training image at a time, drawn by torch's generator, seeded by the sample."""
 
     augmentation: Augmentation  # its crop and flips come first
     transforms: Sequence[Callable[[Tensor], Tensor]]
@@ -95,7 +84,7 @@ class KeyedTransforms:
     def __call__(self, images: Tensor, samples: list[int], epoch: int) -> Tensor:
         """uint8 images (B, C, H, W), as they are stored, of these samples; changed in place."""
         augmentation, keys = self.augmentation, torch.tensor(samples, dtype=torch.int64)
-        images.copy_(augmentation.moved(augmentation.prepare(images), None, keys, epoch))
+        images.copy_(augmentation.moved(images, keys, epoch))
         with torch.random.fork_rng(devices=[]):
             for row, sample in enumerate(samples):
                 torch.default_generator.manual_seed(key(augmentation.seed, epoch, Purpose.TRAIN_SAMPLE, sample))

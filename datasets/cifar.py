@@ -53,5 +53,4 @@ def prepare(data_dir: Path, *, download: bool, train: bool = True) -> None:
             raise DataError(f"{archive}: is damaged, or not the published one (its md5 is another than "
                             f"{CIFAR10.tgz_md5}); fetch {CIFAR10.url} again, or add --download")
     if download:
-        fetch(lambda place: CIFAR10(place, download=True), data_dir, CIFAR10.base_folder, name="CIFAR-10",
-              load=partial(load, train=train))
+        fetch(lambda place: CIFAR10(place, download=True), data_dir, folder.name, load=partial(load, train=train))

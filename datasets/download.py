@@ -23,8 +23,7 @@ def silence_ends() -> Iterator[None]:
         socket.setdefaulttimeout(before)
 
 
-def fetch(download: Callable[[str], object], data_dir: Path, folder: str, *, name: str,
-          load: Callable[[Path], object]) -> None:
+def fetch(download: Callable[[str], object], data_dir: Path, folder: str, *, load: Callable[[Path], object]) -> None:
     """Have `download` fill a temporary folder, then move what it wrote, called `folder`, into place; for one process
     per node. Does nothing if `load` can read what is there. DataError without network, or if damage arrives."""
     with contextlib.suppress(DataError):
@@ -37,8 +36,8 @@ def fetch(download: Callable[[str], object], data_dir: Path, folder: str, *, nam
                 download(place)
         except (OSError, RuntimeError) as error:
             reason = str(error).partition("\n")[0]
-            raise DataError(f"--download: {name} could not be fetched ({reason}); put it into --data-dir {data_dir} by "
-                            f"hand, or train on --dataset synthetic") from None
+            raise DataError(f"--download: {folder} could not be fetched ({reason}); put it into --data-dir {data_dir} "
+                            f"by hand, or train on --dataset synthetic") from None
 
     install(fill, data_dir, folder)
 
@@ -59,5 +58,4 @@ def install(fill: Callable[[str], object], data_dir: Path, folder: str) -> None:
                     place.parent.mkdir(parents=True, exist_ok=True)
                     os.replace(path, place)
     except OSError as error:
-        raise DataError(f"--data-dir {data_dir}: cannot be written ({error.strerror or error}); choose one that "
-                        f"can") from None
+        raise DataError(f"--data-dir {data_dir}: cannot be written ({error.strerror or error}); try another") from None

@@ -26,5 +26,4 @@ def load(data_dir: Path, *, train: bool = True) -> Splits:
 def prepare(data_dir: Path, *, download: bool, train: bool = True) -> None:
     """Fetch the four files, if they are not there; for one process per node. DataError as `fetch` raises."""
     if download:
-        fetch(lambda folder: FashionMNIST(folder, download=True), data_dir, "FashionMNIST", name="FashionMNIST",
-              load=load)
+        fetch(lambda folder: FashionMNIST(folder, download=True), data_dir, "FashionMNIST", load=load)

@@ -24,8 +24,7 @@ def load(folder: Path, class_names: tuple[str, ...], *, train: bool = True) -> S
 def load_split(folder: Path, split: str, class_names: tuple[str, ...]) -> TensorDataset:
     """One split: images uint8 (N, 1, 28, 28) and labels int64 (N,)."""
     images, labels = find(folder, f"{split}-images", 3), find(folder, f"{split}-labels", 1)
-    return in_memory(read(images, num_dimensions=3), read(labels, num_dimensions=1), class_names,
-                     source=f"{images} and {labels.name}")
+    return in_memory(read(images, 3), read(labels, 1), class_names, source=f"{images} and {labels.name}")
 
 
 def find(folder: Path, stem: str, num_dimensions: int) -> Path:
@@ -34,8 +33,7 @@ def find(folder: Path, stem: str, num_dimensions: int) -> Path:
     for name in names:
         if (folder / name).is_file():
             return folder / name
-    raise DataError(f"--data-dir: {folder / names[0]} (or .gz) is not there; add --download, or train on --dataset "
-                    f"synthetic")
+    raise DataError(f"--data-dir: {folder / names[0]} (or .gz) is not there; add --download, or --dataset synthetic")
 
 
 def in_memory(images: np.ndarray, labels: np.ndarray, class_names: tuple[str, ...], *, source: str) -> TensorDataset:
@@ -46,13 +44,12 @@ def in_memory(images: np.ndarray, labels: np.ndarray, class_names: tuple[str, ..
     if len(images) != len(labels) or len(images) == 0:
         raise DataError(f"{source}: {len(images)} images and {len(labels)} labels; {REMEDY}")
     if labels.min() < 0 or labels.max() >= len(class_names):
-        raise DataError(f"{source}: labels from {labels.min()} to {labels.max()}, not within 0 to "
-                        f"{len(class_names) - 1}; {REMEDY}")
-    return TensorDataset(inputs=torch.tensor(images).unsqueeze(1), targets=torch.tensor(labels, dtype=torch.int64),
-                         class_names=class_names)
+        raise DataError(f"{source}: labels {labels.min()} to {labels.max()} of {len(class_names)} classes; {REMEDY}")
+    inputs, targets = torch.tensor(images).unsqueeze(1), torch.tensor(labels, dtype=torch.int64)
+    return TensorDataset(inputs=inputs, targets=targets, class_names=class_names)
 
 
-def read(path: Path, *, num_dimensions: int) -> np.ndarray:
+def read(path: Path, num_dimensions: int) -> np.ndarray:
     """The array in one file: uint8, of as many dimensions as asked for; DataError for another header or length."""
     magic, header_size = bytes([0, 0, 8, num_dimensions]), 4 * (1 + num_dimensions)  # 8: of unsigned bytes
     try:

@@ -1,7 +1,6 @@
 """A folder of images by class, as torchvision's ImageFolder reads it: train/<class>/… and test/<class>/… (or val/).
 
-Without a test folder, or to keep it untouched while flags are tuned, one folder of classes is split by a fraction.
-Only names are read here; images/read.py reads the pixels, in loader workers (images/loaders.py) or into a pack."""
+Or one folder of classes is split by a fraction. Only names are read here; images/read.py reads the pixels."""
 
 import contextlib
 import hashlib
@@ -73,8 +72,7 @@ class ImageTree:
         return files
 
     def fingerprint(self, files: Mapping[str, Sequence[int]] | None = None, *, times: bool = False) -> str:
-        """A hash of names, labels and sizes, to notice data that changed since a checkpoint.
-        With `times`, of the modification times too: for a cache, where a copied folder may count as a new one."""
+        """A hash of names, labels and sizes, and `times`, if asked for, to notice data that changed."""
         digest = hashlib.sha256(self.listing_hash().encode())
         for size, time in (files or self.sizes_and_times()).values():
             digest.update(f"{size} {time if times else ''}\n".encode() if size >= 0 else b"unreadable\n")
@@ -85,7 +83,6 @@ def load(data_dir: Path, *, validation_fraction: float | None = None, seed: int 
          known: Sequence[str] | None = None) -> tuple[ImageTree | None, ImageTree]:
     """The training and the test split of `data_dir`, which holds train/ and test/ (or val/); or, to be split, train/
     alone or the classes themselves, of which `seed` sets this share of each apart. `known` are a checkpoint's classes.
-
     DataError for missing folders, empty classes, or classes of the test split that are not known."""
     if not os.path.isdir(data_dir):
         raise DataError(f"--data-dir {data_dir}: no such folder; give the one that holds train/ and test/, or train on "
@@ -133,8 +130,7 @@ def scan(folder: Path, *, class_names: Sequence[str] | None = None, owner: str =
     listing.left_out["outside of the class folders"] += len(listing.images) - len(images)
     left_out = describe_left_out(+listing.left_out)
     if not found:
-        raise DataError(f"--data-dir {folder}: holds no folder per class{left_out}; put images into "
-                        f"{folder.name}/<class>/")
+        raise DataError(f"--data-dir {folder}: holds no folder per class{left_out}; add one, {folder.name}/<class>/")
     labels = join_classes(found, names, place=f"--data-dir {folder}{os.sep}", owner=owner)
     empty = set(found) - broken - {image.partition(os.sep)[0] for image in images}
     if empty:
@@ -170,8 +166,7 @@ def shuffled(tree: ImageTree) -> ImageTree:
 
 
 def write_synthetic(folder: Path, *, seed: int) -> None:
-    """The images of synthetic.py as a folder of PNG files: 2,000 to train on and 500 to test, in two seconds.
-    For one process per node. The folder appears whole; nothing is done if it is there."""
+    """The images of synthetic.py as a folder of PNG files, whole, if it is not there; for one process per node."""
     if folder.is_dir():
         return
     splits = synthetic.load(seed=seed, num_train=2000, num_test=500)

@@ -1,7 +1,6 @@
 """Which files below a folder are images: one rule for training, prediction and caches.
 
-Hidden names, and those that archives and desktops leave behind, are none, at any depth below the folder that was given.
-Links are followed, but not in a circle."""
+Hidden names, and what archives and desktops leave behind, are none, at any depth below. Links are followed."""
 
 import os
 from collections import Counter
@@ -57,8 +56,7 @@ def is_hidden(name: str) -> bool:
 
 
 def list_images(root: Path, *, flag: str = "") -> Listing:
-    """All images below a folder; no file is opened, and only links cost a look of their own. DataError, with the flag,
-    if the folder cannot be read, or for a link to a folder that holds the link."""
+    """All images below a folder; no file is opened. DataError, with the flag, if it cannot be read, or for a circle."""
     listing = Listing()
     pending: list[tuple[str, tuple[str, ...]]] = [("", ())]  # folders, each with where the links were that led to it
     while pending:

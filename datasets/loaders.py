@@ -1,7 +1,6 @@
 """From a data set to the batches of one rank: a training loader that can start anywhere, an unpadded evaluation one.
 
-Both yield (inputs, targets), one micro-batch at a time. Where these come from is a `Read`: data in memory is here, held
-on the device as uint8; images are in images/loaders.py, people's own samples in samples.py."""
+Where batches come from is a `Read`: of data in memory here, of images in images/loaders.py, of others in samples.py."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -16,9 +15,9 @@ from datasets.tensors import TensorDataset
 
 Batch = tuple[Tensor, Tensor]
 Read = Callable[[Sequence[Tensor], int], Iterator[Any]]  # (the samples of each batch, the epoch) -> the batches
-# samples augmented at once, as small batches would pay the same two dozen kernels each, and at most the bytes of stored
-# inputs, as large images would fill the memory: what a core's cache holds, and what a GPU is busy with for long enough
-CHUNKS = {"cpu": (1024, 2**24), "cuda": (16384, 2**26)}
+# augmented at once, as small batches would pay the same two dozen kernels each: what a core's cache holds, and what keeps
+# a GPU busy for long enough; images in memory have at most 3 KiB
+CHUNK_SAMPLES, GPU_CHUNK_SAMPLES = 1024, 16384
 
 
 class TrainLoader:
@@ -88,12 +87,12 @@ class InMemory:
     def __call__(self, parts: Sequence[Tensor], epoch: int) -> Iterator[Batch]:
         """Several batches are prepared at once, where they are small."""
         size = max(map(len, parts), default=1)
-        most_samples, most_bytes = CHUNKS["cpu" if self.inputs.device.type == "cpu" else "cuda"]
-        together = max(1, min(most_samples, most_bytes // max(1, self.inputs[:1].nbytes)) // size)
+        most = CHUNK_SAMPLES if self.inputs.device.type == "cpu" else GPU_CHUNK_SAMPLES
+        together = max(1, most // size)
         for start in range(0, len(parts), together):
             samples = sent(torch.cat(list(parts[start : start + together])), self.inputs.device)
             if self.images is not None and self.trains:
-                inputs = self.images(self.inputs, samples, epoch=epoch)
+                inputs = self.images(self.inputs, samples, epoch=epoch, rows=samples)
             else:
                 inputs = self.inputs[samples] if self.images is None else self.images.normalize(self.inputs[samples])
             yield from zip(inputs.split(size), self.targets[samples].split(size), strict=True)

@@ -60,8 +60,7 @@ class Mixing:
         drawn = self.draw(samples[::2].to(device), seed=seed, epoch=epoch)
         for inputs, targets in batches:
             if not (isinstance(inputs, Tensor) and inputs.ndim == 4 and inputs.is_floating_point()):
-                raise DataError("--mixup and --cutmix: mix images, floats (B, C, H, W), and the inputs are none; leave "
-                                "both out")
+                raise DataError("--mixup and --cutmix: mix images, floats (B, C, H, W), and no others; leave both out")
             images, labels = (tensor.to(device, non_blocking=True) for tensor in (inputs, targets))
             of_pairs, drawn = drawn.tensor_split([len(inputs) // 2])
             yield self(images, labels, of_pairs)
@@ -81,10 +80,9 @@ def with_partner(values: Tensor, kept: Tensor) -> Tensor:
 
 
 def mixed(loaders: dict[str, Any], how: Mapping[str, Any], *, num_classes: int, device: torch.device) -> dict[str, Any]:
-    """The loaders of one rank, by split, the training batches mixed by `how`: arguments of Mixing, or none at all.
-    Partners stay on one rank after `off_epoch` too."""
+    """The loaders of one rank, by split, the training batches mixed by `how`: arguments of Mixing, or none at all."""
     if how and (loader := loaders.get("train")) is not None:
-        loader.sampler.group_size = 2
+        loader.sampler.group_size = 2  # after `off_epoch` too
         mixing = Mixing(num_classes=num_classes, **how)
         loader.mix = partial(mixing.batches, seed=loader.sampler.seed, device=device)
     return loaders

@@ -42,7 +42,7 @@ def load(data_dir: Path, *, train: bool = True) -> Splits:
 def prepare(data_dir: Path, *, download: bool, train: bool = True) -> None:
     """Fetch the four files, if they are not there; for one process per node. DataError as `fetch` raises."""
     if download:
-        fetch(lambda folder: MNIST(folder, download=True), data_dir, "MNIST", name="MNIST", load=load)
+        fetch(lambda folder: MNIST(folder, download=True), data_dir, "MNIST", load=load)
 
 
 def load_npz(path: Path) -> Splits:
@@ -55,8 +55,7 @@ def load_npz(path: Path) -> Splits:
                                 f"{' or '.join(', '.join(names) for names in NPZ_KEYS)}; fetch the file again")
             size = sum(member.file_size for member in archive.zip.infolist())
             if size > idx.MOST_BYTES:  # a small archive may unpack to any size
-                raise DataError(f"{path}: unpacks to {size:,} bytes, at most {idx.MOST_BYTES:,} are read; fetch the "
-                                f"file again")
+                raise DataError(f"{path}: unpacks to {size:,} bytes, above {idx.MOST_BYTES:,}; fetch the file again")
             arrays = [archive[name] for name in names]
     except DAMAGED_ARCHIVE as error:
         reason = "holds Python objects" if "allow_pickle" in str(error) else f"cannot be read ({error})"

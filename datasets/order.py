@@ -1,8 +1,7 @@
 """Which sample comes when: a pure function of (seed, epoch, position), whatever the number of ranks and workers.
 
-Optimizer step k of an epoch consumes order[k * G : (k + 1) * G], G the global batch; rank r takes every
-world_size-th of them, or every world_size-th pair where pairs are mixed (mixing.py). So a position in training is just
-(epoch, samples consumed), and a run may resume at another world size with no sample repeated or skipped."""
+Optimizer step k of an epoch consumes order[k * G : (k + 1) * G], G the global batch; rank r takes every world_size-th
+of them, or pair of them where pairs are mixed (mixing.py). So a position is just (epoch, samples consumed)."""
 
 from collections.abc import Iterator, Sized
 
@@ -20,8 +19,7 @@ def epoch_order(num_samples: int, *, seed: int, epoch: int) -> Tensor:
 
 
 def evaluation_indices(num_samples: int, *, rank: int, world_size: int) -> range:
-    """Indices that this rank evaluates: over all ranks every sample once, none padded, where DistributedSampler counts
-    some samples twice. ValueError if rank is outside [0, world_size)."""
+    """What this rank evaluates: over all ranks every sample once, none padded. ValueError for a rank out of range."""
     if not 0 <= rank < world_size:
         raise ValueError(f"rank {rank} is outside [0, {world_size})")
     return range(rank, num_samples, world_size)
@@ -40,8 +38,7 @@ class ResumableSampler(DistributedSampler[int]):
         self.group_size = 1  # neighbours in the order that go to one rank together: 2 for partners that will be mixed
 
     def set_position(self, epoch: int, samples_consumed: int) -> None:
-        """Start the next iteration there. `samples_consumed` counts over all ranks, in this epoch; ValueError if it is
-        no whole number of global batches."""
+        """Start the next iteration there, samples counted over all ranks. ValueError for a part of a global batch."""
         if samples_consumed % self.global_batch_size:
             raise ValueError(f"{samples_consumed} samples are no whole number of batches of {self.global_batch_size}")
         self.set_epoch(epoch)

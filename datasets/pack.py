@@ -1,8 +1,7 @@
 """Put all images of a data set into one folder of a few large files, which trainers/image_folder.py trains from.
 
     python datasets/pack.py --data-dir photos --out photos.pack --resize 256      # smaller JPEGs: several times faster
-    python datasets/pack.py --data-dir photos --out photos.pack --raw 256         # pixels: nothing to decode
-"""
+    python datasets/pack.py --data-dir photos --out photos.pack --raw 256         # pixels: nothing to decode"""
 
 import contextlib
 import fcntl
@@ -15,7 +14,6 @@ import sys
 import time
 import warnings
 import zlib
-from collections import Counter
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -32,10 +30,10 @@ from PIL import Image
 from tqdm import tqdm
 
 from datasets.errors import DataError
+from datasets.image_folder import describe
 from datasets.images.archives import open_sources
 from datasets.images.packed import ENTRY, FORMAT, RECORD, is_whole, part_name, unfinished
 from datasets.images.read import DECODER, BadImage, Stored, pixels, resize
-from datasets.listing import describe_left_out
 from launch.command_line import run
 from launch.errors import AtLeast, UsageError, say, to_stderr
 from launch.files import replace_file, sync_folder
@@ -252,9 +250,7 @@ def main(config: PackConfig) -> None:
             to_stderr(f"WARNING data: {len(twins):,} of {len(test):,} test images are byte for byte "
                       f"training images too, such as {sources['test'].path(int(twins[0]))}; they are no test")
     size = sum(path.stat().st_size for path in out.iterdir())
-    say(f"{out}: {' + '.join(f'{len(source):,} {split}' for split, source in sources.items())} images in "
-        f"{len(sources['train'].class_names)} classes, {size / 2**20:,.1f} MiB"
-        f"{describe_left_out(sum((source.left_out for source in sources.values()), Counter()))}")
+    say(f"{out}: {size / 2**20:,.1f} MiB, {describe(sources)}")
 
 
 if __name__ == "__main__":

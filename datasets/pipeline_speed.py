@@ -3,9 +3,8 @@
     python datasets/pipeline_speed.py pil:2          # torchvision's PIL transforms in 2 workers; v2:2 on tensors; batch
     python datasets/pipeline_speed.py timm:1 --data-dir photos     # photographs in files; torchvision:1, ours:1
 
-Without --data-dir, of synthetic 32x32 images: random crop after reflect padding by 2, random flip, normalise; with it,
-random resized crop (area 0.08 to 1) to 224, random flip, normalise; `timm:2+network` trains a trivial network too. One
-thread per process. Workers are running, and what they prefetched is used up, before the clock starts."""
+Of drawn 32x32 images, a random crop after reflect padding by 2; of photographs, one of 8 to 100 % of the area at 224; a
+random flip, normalise. `timm:2+network` trains a trivial network too. What workers prefetched is used up before."""
 
 import argparse
 import itertools
@@ -14,6 +13,8 @@ import re
 import sys
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
+from operator import getitem
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ if not __package__:  # run by path: our packages, not others of the same names
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset, RandomSampler
+from torch.utils.data import DataLoader, RandomSampler
 from torchvision import transforms
 from torchvision.datasets import ImageFolder
 from torchvision.transforms import v2
@@ -34,24 +35,12 @@ from datasets.images.loaders import DecodedImages, Decoder, Decoding
 from datasets.images.unreadable import BadImages
 from datasets.loaders import memory_loaders
 from datasets.tensors import TensorDataset
+from datasets.transforms import Images, Transformed
 
 SHIFT = 2
 MANY_BATCHES = 2000  # in a row; between epochs workers would run dry, more often the smaller the folder
 SIZE, SMALLEST_AREA = 224, 0.08  # of photographs
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, as torchvision and timm have them
-
-
-class Samples(Dataset):
-    """Single samples of a data set in memory, through a transform of PIL images or of uint8 tensors."""
-
-    def __init__(self, images: Any, targets: list[int], transform: Callable[[Any], Tensor]) -> None:
-        self.images, self.targets, self.transform = images, targets, transform
-
-    def __len__(self) -> int:
-        return len(self.targets)
-
-    def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        return self.transform(self.images[index]), self.targets[index]
 
 
 def single_samples(train: TensorDataset, kind: str, batch_size: int, workers: int) -> Iterator[Any]:
@@ -67,7 +56,8 @@ def single_samples(train: TensorDataset, kind: str, batch_size: int, workers: in
         transform = v2.Compose([
             v2.RandomCrop(32, padding=SHIFT, padding_mode="reflect"), v2.RandomHorizontalFlip(),
             v2.ToDtype(torch.float32, scale=True), v2.Normalize(list(synthetic.MEAN), list(synthetic.STD))])
-    return endless(Samples(images, train.targets.tolist(), transform), batch_size, workers)
+    samples = Transformed(Images(partial(getitem, images), train.targets), transform, transform, train=True)
+    return endless(samples, batch_size, workers)
 
 
 def endless(samples: Any, batch_size: int, workers: int) -> Iterator[Any]:
@@ -91,8 +81,7 @@ def mean_color(num_classes: int) -> nn.Module:
 
 
 def photographs(kind: str, data_dir: Path, batch_size: int, workers: int) -> Iterator[Any]:
-    """Batches without end of photographs in files: `torchvision`, `timm`, or `ours` from a folder or a pack; of any
-    size as if it were large, without the waits between epochs."""
+    """Batches of photographs without end, or waits between epochs, by `torchvision`, `timm` or `ours` (packs, too)."""
     if kind == "ours":
         module = packed if packed.is_pack(data_dir) else image_folder
         tree, _ = module.load(data_dir)

@@ -1,7 +1,6 @@
 """Ten classes of 32x32 colour images generated procedurally from a seed: no download, and not easy.
 
-Each image shows one shape of random size, place, angle and colour before a random gradient, under grain. The
-class is the shape alone, so a network must learn edges and their arrangement: the accuracy climbs over a few epochs."""
+Each shows a shape, its class, of random size, place, angle and colour before a random gradient, under grain."""
 
 import math
 from collections.abc import Callable

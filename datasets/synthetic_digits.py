@@ -1,7 +1,6 @@
 """Ten digits of 28x28 pixels generated procedurally from a seed, as a stand-in for MNIST that needs no download.
 
-Each digit is a line through a few points. Every image moves the points a little, then slants, turns, scales and shifts
-the whole, and draws it, white on black, with a pen of random width, under grain."""
+Each is a line through a few points, which are moved a little, then slanted, turned, scaled, shifted and grained."""
 
 import functools
 import math

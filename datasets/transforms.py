@@ -1,5 +1,4 @@
-"""People's own transforms of images, such as torchvision's v2: one image at a time, each under a random key of its own.
-"""
+"""People's own transforms of images, such as torchvision's v2: one image at a time, each under a key of its own."""
 
 import functools
 import inspect
@@ -21,6 +20,8 @@ from datasets.loaders import memory_loaders, split_loaders
 from datasets.samples import Explain, Reading, Splits, sample_loaders
 from datasets.tensors import ThreeSplits
 
+Normalize = Callable[[Tensor], Tensor]  # uint8 images (B, C, H, W) to floats
+
 
 def takes_train(transform: Callable[..., Any]) -> bool:
     """Whether a transform has a parameter `train`, and so serves evaluation too."""
@@ -38,8 +39,7 @@ class Images(NamedTuple):
 class Transformed(Dataset[Any]):
     """Images through a transform of the user's: (inputs, label). Without a `train`, it leaves test images alone."""
 
-    def __init__(self, images: Images, transform: Callable[..., Any], normalize: Callable[[Tensor], Tensor], *,
-                 train: bool) -> None:
+    def __init__(self, images: Images, transform: Callable[..., Any], normalize: Normalize, *, train: bool) -> None:
         self.images, self.transform, self.normalize, self.train = images, transform, normalize, train
         self.targets, self.takes_train = images.targets, takes_train(transform)
 
@@ -72,8 +72,7 @@ Own = tuple[Callable[[], Callable[..., Any]], Explain, str, Mapping[str, Any]]
 
 def image_loaders(splits: ThreeSplits, images: Augmentation, own: Own | None, keyed: KeyedTransforms | None, *,
                   workers: int, prepare_worker: Callable[[], None], device: torch.device, **how: Any) -> dict[str, Any]:
-    """The loaders of one rank for images in memory: a whole batch at a time, or one by one in workers where a user's
-    transform or `keyed` ones ask for that."""
+    """The loaders of one rank for images in memory: whole batches, or one by one for users' or `keyed` transforms."""
     present = Splits(*splits).present()
     if own is not None:
         own_images = {name: Images(functools.partial(operator.getitem, dataset.inputs), dataset.targets)
@@ -88,17 +87,14 @@ def image_loaders(splits: ThreeSplits, images: Augmentation, own: Own | None, ke
     return trained | memory_loaders(present, images, device=device, **how)
 
 
-def transformed_loaders(splits: Mapping[str, Images], normalize: Callable[[Tensor], Tensor], own: Own, **how: Any
-                        ) -> dict[str, Any]:
+def transformed_loaders(splits: Mapping[str, Images], normalize: Normalize, own: Own, **how: Any) -> dict[str, Any]:
     """The loaders of one rank for images that pass a user's transform, each under its own key."""
     make, explain, name, further = own
-    reading = Reading(functools.partial(open_transformed, splits, normalize, make), seed=how["seed"], name=name,
-                      explain=explain)
-    return sample_loaders(reading, **further, **how)
+    opening = functools.partial(open_transformed, splits, normalize, make)
+    return sample_loaders(Reading(opening, seed=how["seed"], name=name, explain=explain), **further, **how)
 
 
-def open_transformed(splits: Mapping[str, Images], normalize: Callable[[Tensor], Tensor],
-                     make: Callable[[], Callable[..., Any]]) -> Splits:
+def open_transformed(splits: Mapping[str, Images], normalize: Normalize, make: Callable[[], Any]) -> Splits:
     """The splits with the transform, in the process that reads them."""
     transform = make()
     return Splits(**{name: Transformed(images, transform, normalize, train=name == "train")

@@ -25,7 +25,7 @@ def test_padding_is_torchs(amount: int, mode: str) -> None:
 def test_a_crop_is_a_window_of_the_padded_image() -> None:
     augmentation = Augmentation(seed=1, shift=2, **HALF)
     prepared = augmentation.prepare(IMAGES)
-    out = denormalize(augmentation(prepared, torch.arange(40), epoch=3), **HALF)
+    out = denormalize(augmentation(prepared, torch.arange(40), epoch=3, rows=torch.arange(40)), **HALF)
     for sample in range(40):
         windows = [prepared[sample, :, row : row + 8, column : column + 8] for row in range(5) for column in range(5)]
         assert any(torch.allclose(out[sample], window / 255, atol=1e-6) for window in windows)
@@ -33,17 +33,20 @@ def test_a_crop_is_a_window_of_the_padded_image() -> None:
 
 def test_a_sample_is_augmented_alike_alone_and_in_any_batch() -> None:
     augmentation = Augmentation(seed=1, shift=2, flip="random", **HALF)
-    prepared = augmentation.prepare(IMAGES)
-    together = augmentation(prepared, torch.arange(40), epoch=3)
-    for sample in (0, 7, 39):
-        assert torch.equal(augmentation(prepared, torch.tensor([sample]), epoch=3)[0], together[sample])
+    prepared, samples = augmentation.prepare(IMAGES), torch.arange(40)
+    together = augmentation(prepared, samples, epoch=3, rows=samples)
+    assert torch.equal(augmentation(IMAGES.clone(), samples, epoch=3), together)  # that were not prepared
+    for sample in ([0], [7], [39]):
+        alone = augmentation(prepared, samples[sample], epoch=3, rows=samples[sample])
+        assert torch.equal(alone, together[sample])
 
 
 def test_epochs_differ_and_a_repeated_epoch_does_not() -> None:
     augmentation = Augmentation(seed=1, shift=2, flip="random", **HALF)
     prepared, samples = augmentation.prepare(IMAGES), torch.arange(40)
-    assert torch.equal(augmentation(prepared, samples, epoch=3), augmentation(prepared, samples, epoch=3))
-    assert not torch.equal(augmentation(prepared, samples, epoch=3), augmentation(prepared, samples, epoch=4))
+    third, again, fourth = (augmentation(prepared, samples, epoch=epoch, rows=samples) for epoch in (3, 3, 4))
+    assert torch.equal(third, again)
+    assert not torch.equal(third, fourth)
 
 
 def test_alternating_flips_show_each_side_in_any_two_consecutive_epochs() -> None:

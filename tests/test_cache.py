@@ -1,5 +1,6 @@
 """The cache of decoded images: equal to decoding, shared by the ranks of a node, never stale, whole or absent."""
 
+import errno
 import os
 import shutil
 import signal
@@ -13,7 +14,7 @@ import pytest
 import torch
 from PIL import Image
 
-from datasets import image_folder
+from datasets import image_folder, pack
 from datasets.augment import Augmentation
 from datasets.errors import DataError
 from datasets.image_folder import ImageTree
@@ -181,8 +182,12 @@ def test_a_disk_that_is_too_full_or_refuses_is_a_data_error(tree: ImageTree, tmp
     blocked.write_text("")
     with pytest.raises(DataError, match=r"--cache-dir .*cannot be written"):
         cached(tree, blocked / "cache")
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**9, 10**9, 1000))
-    with pytest.raises(DataError, match="the cache needs"):
+
+    def full(*given: Any, **how: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(pack, "replace_file", full)
+    with pytest.raises(DataError, match=r"--cache-dir .*cannot be written \(No space left on device\); free some"):
         cached(tree, tmp_path / "cache")
 
 

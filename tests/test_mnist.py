@@ -93,7 +93,7 @@ def damage(folder: Path, how: str) -> None:
 
 @pytest.mark.parametrize(("how", "words"), [
     ("truncated", "its header says 23536"), ("magic", "begins with 00000801"), ("huge", "its header says"),
-    ("empty", "begins with nothing"), ("counts", "30 images and 29 labels"), ("label", "labels from 10 to 10"),
+    ("empty", "begins with nothing"), ("counts", "30 images and 29 labels"), ("label", "labels 10 to 10 of 10 classes"),
     ("size", "27 x 28 pixels"), ("missing", "is not there"), ("gzip", "cannot be read"),
 ])
 def test_a_damaged_idx_file_is_named_with_its_fault(
@@ -266,9 +266,9 @@ def test_a_download_that_fails_leaves_nothing_and_one_that_works_is_whole(tmp_pa
             raise DataError("not there")
 
     with pytest.raises(DataError, match=r"MNIST could not be fetched \(no network\)"):
-        fetch(broken, tmp_path / "data", "MNIST", name="MNIST", load=load)
+        fetch(broken, tmp_path / "data", "MNIST", load=load)
     assert list((tmp_path / "data").iterdir()) == []
-    fetch(lambda folder: (Path(folder) / "MNIST" / "raw").mkdir(parents=True), tmp_path / "data", "MNIST", name="MNIST",
+    fetch(lambda folder: (Path(folder) / "MNIST" / "raw").mkdir(parents=True), tmp_path / "data", "MNIST",
           load=load)
     assert [path.name for path in (tmp_path / "data").iterdir()] == ["MNIST"]
-    fetch(broken, tmp_path / "data", "MNIST", name="MNIST", load=load)  # it is there: nothing is fetched
+    fetch(broken, tmp_path / "data", "MNIST", load=load)  # it is there: nothing is fetched

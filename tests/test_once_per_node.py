@@ -30,7 +30,7 @@ def test_a_server_that_falls_silent_is_given_up(tmp_path: Path, monkeypatch: pyt
     with socket.create_server(("127.0.0.1", 0)) as silent:
         url = f"http://127.0.0.1:{silent.getsockname()[1]}/"
         with pytest.raises(DataError, match=r"--download: X could not be fetched \(timed out\)"):
-            download.fetch(lambda folder: urllib.request.urlopen(url), tmp_path, "X", name="X", load=nothing_there)
+            download.fetch(lambda folder: urllib.request.urlopen(url), tmp_path, "X", load=nothing_there)
     assert socket.getdefaulttimeout() is None
     assert not list(tmp_path.iterdir())
 

@@ -203,7 +203,7 @@ def test_a_tar_file_that_cannot_be_used_is_named(number: int, tmp_path: Path) ->
 
 @pytest.mark.parametrize(("change", "said"), [
     ({"label": None}, "has no column label but image; rename"), ({"image": None}, "has no column image but label"),
-    ({"label": "names"}, "labels are of type string, no numbers"), ({"label": "floats"}, "of type double, no numbers"),
+    ({"label": "names"}, "labels of type string, no numbers"), ({"label": "floats"}, "of type double, no numbers"),
     ({"label": "missing"}, "row 0 has no label"), ({"label": "negative"}, "its label -1 is none of 10 classes"),
     ({"image": "numbers"}, "an image without bytes"),
 ])

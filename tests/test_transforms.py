@@ -90,7 +90,7 @@ def test_a_policy_is_torchvisions_own_under_the_seed_of_the_sample(name: str, ma
 def test_crop_and_flips_come_before_the_policy_and_draw_as_they_do_without_one() -> None:
     images, keyed = parts(auto_augment="trivialaugment", shift=2, flip="random", vertical_flip=0.5)
     samples = list(range(48))
-    moved = images.moved(images.prepare(IMAGES.inputs), torch.arange(48), torch.arange(48), 1)
+    moved = images.moved(IMAGES.inputs.clone(), torch.arange(48), 1)
     none = KeyedTransforms(augmentation=images, transforms=())
     assert torch.equal(none(IMAGES.inputs.clone(), samples, 1), moved)
     still = KeyedTransforms(augmentation=keyed.rest, transforms=keyed.transforms)
@@ -107,9 +107,9 @@ def test_some_images_are_turned_upside_down_and_no_others_change() -> None:
     images = Augmentation(seed=1, mean=(0.0,) * 3, std=(1.0,) * 3, vertical_flip=0.25)
     numbers = torch.arange(4000)
     pixels = (torch.arange(2)[:, None] * torch.ones(3, 1, 2)).to(torch.uint8).expand(4000, 3, 2, 2)
-    turned = images(pixels, numbers, epoch=0)[:, 0, 0, 0] > 0
+    turned = images(pixels, numbers, epoch=0, rows=numbers)[:, 0, 0, 0] > 0
     assert 0.22 < turned.float().mean() < 0.28
-    assert not torch.equal(turned, images(pixels, numbers, epoch=1)[:, 0, 0, 0] > 0)
+    assert not torch.equal(turned, images(pixels, numbers, epoch=1, rows=numbers)[:, 0, 0, 0] > 0)
 
 
 def test_a_rectangle_is_erased_after_normalisation_within_torchvisions_ranges() -> None:

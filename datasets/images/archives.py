@@ -94,8 +94,7 @@ def open_split(files: Sequence[Path], class_names: tuple[str, ...] | None = None
     if files[0].is_dir():
         return scan(files[0], class_names=class_names, owner="the training split")
     if (total := re.search(r"-of-(\d+)\.", files[0].name)) and len(files) != int(total[1]):
-        raise DataError(f"{files[0].parent}: holds {len(files)} of the {int(total[1])} files like {files[0].name}; "
-                        f"download the others")
+        raise DataError(f"{files[0].parent}: holds {len(files)} of the {int(total[1])} files; download the others")
     left_out: Counter[str] = Counter()
     rows: list[tuple[Path, Row]] = []
     known = class_names or ()
@@ -107,12 +106,11 @@ def open_split(files: Sequence[Path], class_names: tuple[str, ...] | None = None
             raise DataError(f"{file}: names its classes otherwise than {first}; make them the same")
         known = known or names
         rows += [(file, row) for row in found]
-    lowest = -1 if class_names is not None and {row[1] for _, row in rows} == {-1} else 0
+    labels, most = [row[1] for _, row in rows], len(known) or MOST_CLASSES
+    lowest = -1 if class_names is not None and {*labels} == {-1} else 0
     for file, (name, label, *_) in rows:
-        if not lowest <= label < (len(known) or MOST_CLASSES):
-            raise DataError(f"{file / name}: its label {label} is none of {len(known) or MOST_CLASSES:,} classes; "
-                            f"number them from 0")
-    labels = [row[1] for _, row in rows]
+        if not lowest <= label < most:
+            raise DataError(f"{file / name}: its label {label} is none of {most:,} classes; number them from 0")
     return ArchivedImages(folder=files[0].parent, rows=rows, left_out=left_out, unreadable={},
                           targets=torch.tensor(labels, dtype=torch.int64),
                           class_names=known or tuple(map(str, range(max(labels, default=-1) + 1))),
@@ -167,8 +165,7 @@ def list_parquet(path: Path, left_out: Counter[str]) -> tuple[list[Row], tuple[s
         if column not in schema.names:
             raise DataError(f"{path}: has no column {column} but {', '.join(schema.names)}; rename the one meant")
     if not str(schema.field("label").type).startswith(("int", "uint")):
-        raise DataError(f"{path}: the labels are of type {schema.field('label').type}, no numbers; number the classes "
-                        f"from 0")
+        raise DataError(f"{path}: labels of type {schema.field('label').type}, no numbers; number the classes from 0")
     labels = file.read(columns=["label"]).column(0).to_pylist()
     if None in labels:
         raise DataError(f"{path}: row {labels.index(None)} has no label; leave it out")

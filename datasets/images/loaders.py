@@ -63,10 +63,9 @@ class Decoding(Dataset[Any]):
     threads: int = 1  # that crop and resize stored pixels, where there is no worker
 
     def __getitem__(self, key: Key) -> DecodedBatch | DataError:
-        source, size = self.splits[key.split], self.size_of(key.split)
-        images = empty_batch(len(key.samples), *((3, size, size) if source.fitted else (size, size, 3)))
-        images = images if source.fitted else images.permute(0, 3, 1, 2)  # as they come from resizing
-        threads = self.threads if source.raw and get_worker_info() is None else 1
+        size = self.size_of(key.split)
+        images = empty_batch(len(key.samples), size, size, 3).permute(0, 3, 1, 2)  # as they are stored, and resized
+        threads = self.threads if self.splits[key.split].raw and get_worker_info() is None else 1
         found: list[tuple[int | None, Bad]] = [(None, [])] * len(key.samples)
 
         def fill(first: int) -> None:
@@ -195,7 +194,6 @@ class DecodedImages:
 
     def __call__(self, parts: Sequence[Tensor], epoch: int) -> Iterator[Batch]:
         """The batches, without images that nothing may replace; DataError for one too many, or a dead worker.
-
         Before the last of several, which all ranks reach in the same training step, they compare their bad images: not
         at the start, since rank 0 alone may take a first batch, for --show-batch."""
         for number, batch in enumerate(self.decoder.decode(self.split, parts, epoch), start=1):
@@ -204,6 +202,6 @@ class DecodedImages:
                 self.bad_images.share()
             images, samples = (sent(tensor, self.device) for tensor in (batch.images, torch.tensor(batch.samples)))
             if self.split == "train":
-                yield self.augmentation.batch(images, samples, epoch=epoch), self.targets[batch.sources]
+                yield self.augmentation(images, samples, epoch=epoch), self.targets[batch.sources]
             elif batch.sources:
                 yield self.augmentation.normalize(images), self.targets[batch.sources]

@@ -1,11 +1,9 @@
-"""A pack: all images of a data set in one folder of a few large files, mapped into memory, any of them read at once.
+"""A pack: all images of a data set in a few large files, mapped into memory that the ranks of a node share.
 
     pack.json               format, class names, number of images; bytes and sha256 of every other file
     train-00000.bin …       the images one after another, files' own bytes or pixels, each behind its name
     train.index             an ENTRY for each image
-    train.labels            int64 for each image
-
-The ranks of a node share the pages of the files, and a rank's own memory does not grow with them."""
+    train.labels            int64 for each image"""
 
 import hashlib
 import json
@@ -97,8 +95,7 @@ class PackedImages:
         """A bad image; where the pack is a cache, what ends the run."""
         if self.origin is None:
             return BadImage(f"{what}: copy or pack it again")
-        return DataError(f"--cache-dir {self.root.parent}: {self.root.name}: {what}; remove it, and the same command "
-                         f"builds it again")
+        return DataError(f"--cache-dir {self.root}: {what}; remove it, and the same command builds it again")
 
     @cached_property
     def checked(self) -> NDArray[np.bool_]:

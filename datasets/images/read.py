@@ -1,7 +1,7 @@
 """One image to uint8 RGB of a fixed size: any mode that Pillow reads, the right way up, never a bomb.
 
-Pillow looks at every file; simplejpeg, else torchvision, decodes ordinary JPEGs, and Pillow all that these refuse: of
-500 x 375, in one thread: simplejpeg 0.62 ms, torchvision 0.69, Pillow 0.90; the pixels are the same."""
+Pillow looks at every file; simplejpeg, if installed, decodes ordinary JPEGs, and Pillow what that refuses: of
+500 x 375, in one thread: simplejpeg 0.62 ms, Pillow 0.90; the pixels are the same."""
 
 import contextlib
 import io
@@ -16,7 +16,6 @@ from typing import Any, BinaryIO, Literal, NamedTuple
 import numpy as np
 import PIL
 import torch
-import torchvision
 from numpy.typing import NDArray
 from PIL import ExifTags, Image
 from torch import Tensor
@@ -34,8 +33,7 @@ except ImportError:  # an extra: `pip install -e ".[images]"`
 FitName = Literal["squash", "crop", "squash-crop"]
 InterpolationName = Literal["bilinear", "bicubic"]
 LARGEST_FILE = 2**30  # bytes; 89 megapixels, Pillow's limit on decompression bombs, need 512 MiB with 16 bits a channel
-DECODER = (f"simplejpeg {simplejpeg.__version__}" if simplejpeg else f"torchvision {torchvision.__version__}"
-           ) + f", Pillow {PIL.__version__}"
+DECODER = (f"simplejpeg {simplejpeg.__version__}, " if simplejpeg else "") + f"Pillow {PIL.__version__}"
 FORMATS = ("JPEG", "PNG", "GIF", "BMP", "PPM", "TIFF", "WEBP")  # MPO is a JPEG; to read EPS would start Ghostscript
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 UPRIGHT = {2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM,
@@ -74,7 +72,6 @@ def random_window(sample: int, *, seed: int, epoch: int, smallest_area: float) -
 def to_square(content: Stored, *, size: int, fit: FitName, window: Window | None = None,
               resize_size: int | None = None, interpolation: InterpolationName | None = None) -> Tensor:
     """An image, a file in one of FORMATS or its pixels (H, W, 3), as uint8 (3, size, size); BadImage as `pixels`.
-
     `fit`: squash the whole image into the square, or crop its middle to a square first; squash-crop squashes it into a
     square of `resize_size` and crops the middle of that. A `window` is squashed into the square instead. Where there is
     none, `resize_size` or `interpolation` ask for what `published` does."""
@@ -88,8 +85,7 @@ def to_square(content: Stored, *, size: int, fit: FitName, window: Window | None
 
 def published(image: NDArray[np.uint8], *, size: int, fit: FitName, resize_size: int | None,
               interpolation: InterpolationName | None) -> Tensor:
-    """Pixels (H, W, 3) as the evaluation transforms of torchvision and timm show them, to the bit: (3, size, size).
-    By Pillow: torch's own resize differs from it by a shade or two in some pixels."""
+    """Pixels (H, W, 3) to (3, size, size), to the bit as torchvision and timm evaluate: by Pillow's resize."""
     side = resize_size or size
     to = [side, side] if fit == "squash-crop" or (fit == "squash" and resize_size is None) else [side]
     picture: Any = Image.fromarray(image)
@@ -135,7 +131,6 @@ def read_file(path: str | Path) -> bytes:
 
 def pixels(content: Stored, *, shortest_side: int | None = None) -> NDArray[np.uint8]:
     """uint8 RGB (H, W, 3) of a file's content, turned as its EXIF orientation says; pixels stay as they are.
-
     BadImage for no image, a damaged one, or one beyond Pillow's limit on decompression bombs (89 megapixels). A JPEG
     may be decoded at a half, quarter or eighth while its sides keep at least `shortest_side`: several times faster."""
     if isinstance(content, np.ndarray):
@@ -166,32 +161,22 @@ def decode(content: Encoded, file: BinaryIO, shortest_side: int | None) -> NDArr
         if shortest_side is not None:
             image.draft(None, (shortest_side, shortest_side))  # pyright: ignore[reportArgumentType]
         rows = None
-        if image.format in ("JPEG", "MPO") and image.mode in ("L", "RGB"):
+        if simplejpeg and image.format in ("JPEG", "MPO") and image.mode in ("L", "RGB"):
             rows = decode_jpeg(content, image.size, scaled=image.size != full_size)
         if rows is None:
-            image.load()
-        orientation = None
+            rows = np.array(to_rgb(image))
+        upright = None
         with contextlib.suppress(*UNREADABLE):
-            orientation = image.getexif().get(ExifTags.Base.Orientation)
-        if rows is not None and orientation not in UPRIGHT:
-            return rows
-        shown = image if rows is None else Image.fromarray(rows)
-        return np.array(to_rgb(shown.transpose(UPRIGHT[orientation]) if orientation in UPRIGHT else shown))
+            upright = UPRIGHT.get(image.getexif().get(ExifTags.Base.Orientation, 1))
+        return rows if upright is None else np.array(Image.fromarray(rows).transpose(upright))
 
 
 def decode_jpeg(content: Encoded, size: tuple[int, int], *, scaled: bool) -> NDArray[np.uint8] | None:
-    """A JPEG's pixels of this width and height by the fast decoder; None where that refuses, and Pillow decides.
+    """A JPEG's pixels of this width and height by simplejpeg; None where that refuses, and Pillow decides.
     With `scaled`, decoded at the fraction of its size that Pillow's `draft` has chosen."""
     width, height = size if scaled else (0, 0)
-    try:
-        if simplejpeg:  # strict by default: anything odd in the data is an error, also what Pillow reads
-            rows = simplejpeg.decode_jpeg(content, "RGB", min_height=height, min_width=width)
-        elif scaled:
-            return None
-        else:
-            data = torch.frombuffer(content, dtype=torch.uint8)
-            channels: Any = torchvision.io.decode_jpeg(data, torchvision.io.ImageReadMode.RGB)
-            rows = channels.permute(1, 2, 0).numpy()
+    try:  # strict by default: anything odd in the data is an error, also what Pillow reads
+        rows = simplejpeg.decode_jpeg(content, "RGB", min_height=height, min_width=width)
     except (ValueError, RuntimeError):
         return None
     return rows if rows.shape[1::-1] == size else None

@@ -137,8 +137,7 @@ def end_workers(processes: Sequence[BaseProcess], lifeline: Connection) -> None:
 
 @contextlib.contextmanager
 def blocked_signals() -> Iterator[None]:
-    """Hold back from this thread the signals that this process has a handler for: those stop it, once it has saved.
-    One that comes meanwhile is delivered at the end."""
+    """Hold back, until the end, the signals that this process has a handler for: those stop it, once it has saved."""
     handled = [number for number in signal.valid_signals() if callable(signal.getsignal(number))]
     before = signal.pthread_sigmask(signal.SIG_BLOCK, handled)
     try:
