@@ -4,7 +4,7 @@ A sample gets the same crop and flip on the CPU and the GPU, alone or in a batch
 
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -16,7 +16,6 @@ from torch import Tensor
 from datasets.keyed_random import Purpose, key, random_integers, random_uniform
 
 ERASING = (Purpose.ERASE, Purpose.ERASE_AREA, Purpose.ERASE_RATIO, Purpose.ERASE_TOP, Purpose.ERASE_LEFT)
-
 CACHED_VALUES = 2**18  # 1 MiB of floats: a core's own cache holds them through the three steps of `normalize`
 
 
@@ -79,7 +78,7 @@ class KeyedTransforms:
     """torchvision's transforms, of one training image at a time, drawn by torch's generator, seeded by the sample."""
 
     augmentation: Augmentation  # its crop and flips come first
-    transforms: Sequence[Callable[[Tensor], Tensor]]
+    transform: Callable[[Tensor], Tensor]
 
     def __call__(self, images: Tensor, samples: list[int], epoch: int) -> Tensor:
         """uint8 images (B, C, H, W), as they are stored, of these samples; changed in place."""
@@ -88,10 +87,7 @@ class KeyedTransforms:
         with torch.random.fork_rng(devices=[]):
             for row, sample in enumerate(samples):
                 torch.default_generator.manual_seed(key(augmentation.seed, epoch, Purpose.TRAIN_SAMPLE, sample))
-                image = images[row]
-                for transform in self.transforms:
-                    image = transform(image)
-                images[row] = image
+                images[row] = self.transform(images[row])
         return images
 
     @property
@@ -120,8 +116,7 @@ def mirror(images: Tensor, chosen: Tensor, dimension: int = -1) -> Tensor:
 
 
 def erase(images: Tensor, share: float, samples: Tensor, *key_parts: int) -> Tensor:
-    """Zeros, in place, in a rectangle of this share of normalised images (B, C, H, W) (Zhong et al., 2017).
-    Areas and ratios are torchvision's; a side that is longer than the image is cut, where torchvision draws again."""
+    """Zeros, in place, in a rectangle of this share of images (B, C, H, W) (Zhong et al., 2017), as torchvision's."""
     height, width = images.shape[2:]
     chance, area, ratio, top, left = (random_uniform(samples, *key_parts, purpose).double() for purpose in ERASING)
     ratio = (math.log(0.3) + math.log(3.3 / 0.3) * ratio).exp()  # height / width

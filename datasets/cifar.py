@@ -42,8 +42,7 @@ def in_memory(dataset: CIFAR10) -> TensorDataset:
 
 
 def prepare(data_dir: Path, *, download: bool, train: bool = True) -> None:
-    """Unpack the published archive where it lies alone or among some of its files, or fetch what is missing; for one
-    process per node. DataError if the archive is damaged or the place cannot be written, or as `fetch` raises."""
+    """Unpack the published archive where files of it are missing, or fetch them; one process per node. DataError."""
     folder, archive = data_dir / CIFAR10.base_folder, data_dir / CIFAR10.filename
     files = [name for name, _ in (*CIFAR10.train_list[: 5 * train], *CIFAR10.test_list)] + [CIFAR10.meta["filename"]]
     if archive.is_file() and not all((folder / name).is_file() for name in files):

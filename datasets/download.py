@@ -43,8 +43,7 @@ def fetch(download: Callable[[str], object], data_dir: Path, folder: str, *, loa
 
 
 def install(fill: Callable[[str], object], data_dir: Path, folder: str) -> None:
-    """Have `fill` write to a temporary folder, then put `folder` of it into `data_dir`: whole, or file by file.
-    The temporary folder is gone at the end, or when this process exits. DataError if it cannot be written."""
+    """Have `fill` write to a temporary folder, then move `folder` of it to `data_dir`, whole or by file; DataError."""
     try:
         data_dir.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=data_dir, prefix=".new-", ignore_cleanup_errors=True) as temporary:

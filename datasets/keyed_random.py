@@ -1,7 +1,6 @@
 """Random numbers that are a hash of what they are for: (seed, epoch, purpose, sample index).
 
-No number depends on the one before: they are the same on the CPU and the GPU, at any world size, with any number of
-workers, and nothing has to be saved. By splitmix64's finaliser (Steele, Lea and Flood, 2014), in 64-bit integers."""
+No number depends on the one before, on device, world size or workers: by splitmix64 (Steele, Lea and Flood, 2014)."""
 
 import functools
 import math

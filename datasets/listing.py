@@ -23,8 +23,7 @@ class Listing:
     images: list[str] = field(default_factory=list)
     folders: list[str] = field(default_factory=list)  # those in it, not those below
     left_out: Counter[str] = field(default_factory=Counter)  # files that are no images, by extension, and hidden names
-    unreadable: dict[str, str] = field(default_factory=dict)
-    """Links to nothing, folders that cannot be listed, images that are no regular files; with the reason."""
+    unreadable: dict[str, str] = field(default_factory=dict)  # links to nothing, closed folders, pipes: with the reason
 
     def add(self, entry: os.DirEntry[str], name: str) -> bool:
         """Sort one name in; whether it is a folder to look into."""

@@ -1,7 +1,6 @@
 """Mixup and CutMix: both partners of a pair are mixed with each other, on the device, a whole batch at a time.
 
-Partners are neighbours in the epoch's order, which deals them to one rank (order.py). What happens to a pair is a hash
-of (seed, epoch, its first sample): the same at any world size, with any workers, before and after a resume."""
+Partners are neighbours in the epoch's order, on one rank (order.py). All is a hash of (seed, epoch, the first one)."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -22,10 +21,8 @@ class Mixing:
     """What is done to a pair of training images and their labels: of two kinds one, each to half of the pairs."""
 
     num_classes: int
-    mixup: float | None = None
-    """The images are averaged with lambda from Beta(this, this) (Zhang et al., 2018)."""
-    cutmix: float | None = None
-    """They exchange a box of 1 - lambda of their area, lambda from Beta(this, this) (Yun et al., 2019)."""
+    mixup: float | None = None  # images are averaged, lambda from Beta(this, this) (Zhang et al., 2018)
+    cutmix: float | None = None  # or exchange a box of 1 - lambda of their area, lambda likewise (Yun et al., 2019)
     off_epoch: int | None = None  # the epoch, counted from 0, from which on nothing is mixed
 
     def draw(self, pairs: Tensor, *, seed: int, epoch: int) -> Tensor:

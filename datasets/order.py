@@ -26,14 +26,12 @@ def evaluation_indices(num_samples: int, *, rank: int, world_size: int) -> range
 
 
 class ResumableSampler(DistributedSampler[int]):
-    """torch's DistributedSampler with another order (`epoch_order`), a position to start from in the epoch, and whole
-    global batches only: the incomplete last one is dropped, so that every step of every epoch has the same size."""
+    """torch's DistributedSampler in the order above, from any position on, without the incomplete last global batch."""
 
     def __init__(self, dataset: Sized, *, global_batch_size: int, rank: int, world_size: int, seed: int) -> None:
         super().__init__(dataset, num_replicas=world_size, rank=rank, shuffle=True, seed=seed, drop_last=True)  # pyright: ignore
-        self.num_dataset_samples = len(dataset)
         self.global_batch_size = global_batch_size
-        self.steps_per_epoch = self.num_dataset_samples // global_batch_size
+        self.steps_per_epoch = len(dataset) // global_batch_size
         self.samples_consumed = 0
         self.group_size = 1  # neighbours in the order that go to one rank together: 2 for partners that will be mixed
 
@@ -49,7 +47,7 @@ class ResumableSampler(DistributedSampler[int]):
 
     def indices(self) -> Tensor:
         """This rank's samples from the position to the end of the epoch, in order: int64."""
-        order = epoch_order(self.num_dataset_samples, seed=self.seed, epoch=self.epoch)
+        order = epoch_order(len(self.dataset), seed=self.seed, epoch=self.epoch)  # pyright: ignore (it is Sized)
         end = self.steps_per_epoch * self.global_batch_size
         return order[self.samples_consumed : end].view(-1, self.group_size)[self.rank :: self.num_replicas].flatten()
 

@@ -32,7 +32,7 @@ from tqdm import tqdm
 from datasets.errors import DataError
 from datasets.image_folder import describe
 from datasets.images.archives import open_sources
-from datasets.images.packed import ENTRY, FORMAT, RECORD, is_whole, part_name, unfinished
+from datasets.images.packed import ENTRY, FORMAT, PARTIAL, RECORD, is_whole, part_name
 from datasets.images.read import DECODER, BadImage, Stored, pixels, resize
 from launch.command_line import run
 from launch.errors import AtLeast, UsageError, say, to_stderr
@@ -40,6 +40,7 @@ from launch.files import replace_file, sync_folder
 from launch.launcher import usable_cores
 
 LONGEST_JPEG = 65_500  # pixels of a side that libjpeg writes
+Item = tuple[str, int, Stored, int]  # name, label, content, and 64 bits of the SHA-256 of the file's own bytes
 
 
 class BeingPacked(DataError):
@@ -73,9 +74,6 @@ class PackConfig:
             raise UsageError(f"--quality {self.quality}: without --resize files keep their own bytes; add --resize 256")
 
 
-Item = tuple[str, int, Stored, int]  # name, label, content, and 64 bits of the SHA-256 of the file's own bytes
-
-
 @dataclass(frozen=True, kw_only=True)
 class Packing:
     """What is packed, as what, and where to."""
@@ -85,8 +83,7 @@ class Packing:
     convert: Callable[[Stored], Stored]  # a file's bytes to what is stored of it; BadImage where they are no image
     head: Mapping[str, Any]  # the beginning of pack.json
     workers: int = field(default_factory=usable_cores)
-    is_cache: bool = False
-    """Then what cannot be read has no bytes, and is named when it is trained on."""
+    is_cache: bool = False  # then what cannot be read has no bytes, and is named when it is trained on
 
     def write(self) -> Iterator[None]:
         """Pack, once per image not there from before; DataError for another packer, a bad source or a full disk."""
@@ -147,8 +144,7 @@ class Packing:
 
 
 def smaller(own: Stored, *, side: int, quality: int | None) -> Stored:
-    """An image with its shorter side shrunk to `side`: pixels, or a JPEG of a quality; its own if it was as small, or
-    is still too long for a JPEG."""
+    """An image shrunk to a shorter side: pixels, or a JPEG of a quality; its own if it is small, or too long."""
     image = pixels(own, shortest_side=2 * side)
     height, width = image.shape[:2]
     scale = min(1.0, side / min(height, width))
@@ -210,7 +206,7 @@ def finish(folder: Path, out: Path, head: Mapping[str, Any]) -> None:
 @contextlib.contextmanager
 def begun(out: Path, plan: str) -> Iterator[Path]:
     """The folder of an unfinished pack, for this process alone; what is in it was begun by the same plan."""
-    folder = unfinished(out)
+    folder = out.with_name(out.name + PARTIAL)
     (folder / "pack").mkdir(parents=True, exist_ok=True)
     with open(folder / "lock", "w") as lock:
         try:

@@ -23,6 +23,7 @@ from datasets.loaders import split_loaders
 from datasets.tensors import held_out, join_classes
 
 NAMES = {"train": "training", "validation": "validation", "test": "test"}
+SEED_IT = "seed whatever splits or shuffles it, such as random_split(..., generator=torch.Generator().manual_seed(0))"
 Explain = Callable[[BaseException, str], BaseException]
 
 
@@ -108,9 +109,6 @@ class Reading(Dataset[Any]):
             if (own := class_names_of(dataset)) not in ((), names):
                 joined = join_classes(own, names, place=f"{self.name}: {NAMES[split]} class ", owner=owner)
                 self.labels[split] = torch.tensor(list(joined.values()))
-
-
-SEED_IT = "seed whatever splits or shuffles it, such as random_split(..., generator=torch.Generator().manual_seed(0))"
 
 
 def place_of(sample: int, split: str) -> str:

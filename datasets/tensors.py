@@ -77,7 +77,8 @@ def join_classes(found: Sequence[str], known: Sequence[str], *, place: str, owne
     labels = {name: label for label, name in enumerate(known)}
     for name in found:
         if name not in labels:
-            alike = next((other for other in known if folded(other) == folded(name)), None)
+            plain, *others = (unicodedata.normalize("NFC", each).casefold().strip() for each in (name, *known))
+            alike = next((other for other, text in zip(known, others, strict=True) if text == plain), None)
             remedy = ("leave it out, or train with images of it" if alike is None else
                       f"that one has {alike}, which is spelled in another way: rename one of them")
             raise DataError(f"{place}{name}: no such class in {owner}, which knows {some_of(known)}; {remedy}")
@@ -87,8 +88,3 @@ def join_classes(found: Sequence[str], known: Sequence[str], *, place: str, owne
 def some_of(names: Sequence[str]) -> str:
     """The first names of many."""
     return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
-
-
-def folded(name: str) -> str:
-    """A class name without what people and file systems do not tell apart: case, and how accents are stored."""
-    return unicodedata.normalize("NFC", name).casefold().strip()

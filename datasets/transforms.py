@@ -21,6 +21,8 @@ from datasets.samples import Explain, Reading, Splits, sample_loaders
 from datasets.tensors import ThreeSplits
 
 Normalize = Callable[[Tensor], Tensor]  # uint8 images (B, C, H, W) to floats
+# A transform of the user's: what makes it, what explains its errors, its flag, and further arguments of sample_loaders
+Own = tuple[Callable[[], Callable[..., Any]], Explain, str, Mapping[str, Any]]
 
 
 def takes_train(transform: Callable[..., Any]) -> bool:
@@ -64,10 +66,6 @@ def decoded(tree: ImageSource, sample: int, **frame: Any) -> Tensor:
 def full_size(content: Stored) -> Tensor:
     """uint8 (3, H, W) of an image; BadImage if it is unreadable."""
     return torch.from_numpy(pixels(content)).permute(2, 0, 1).contiguous()
-
-
-# A transform of the user's: what makes it, what explains its errors, its flag, and further arguments of sample_loaders
-Own = tuple[Callable[[], Callable[..., Any]], Explain, str, Mapping[str, Any]]
 
 
 def image_loaders(splits: ThreeSplits, images: Augmentation, own: Own | None, keyed: KeyedTransforms | None, *,

@@ -58,7 +58,7 @@ def test_a_second_process_that_packs_the_same_is_told_so(folder: Path, tmp_path:
 
 def test_training_from_a_pack_that_is_being_written_is_refused(folder: Path, tmp_path: Path) -> None:
     with pack.begun(tmp_path / "a.pack", "a plan"):
-        for path in (tmp_path / "a.pack", packed.unfinished(tmp_path / "a.pack")):
+        for path in (tmp_path / "a.pack", tmp_path / f"a.pack{packed.PARTIAL}"):
             ended = run_in(tmp_path, "--data-dir", path, trainer="image_folder", ranks=2)
             check(ended, Fault(name="writing", codes=(3,), ranks=2, error=rf"ERROR data: --data-dir {path}: is still"))
 

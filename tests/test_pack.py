@@ -413,7 +413,7 @@ def test_a_pack_killed_at_twenty_moments_and_started_again_is_byte_identical(tmp
         if killed.out.exists():
             assert same_files(config.out, killed.out)
             shutil.rmtree(killed.out)
-            shutil.rmtree(packed.unfinished(killed.out), ignore_errors=True)
+            shutil.rmtree(f"{killed.out}{packed.PARTIAL}", ignore_errors=True)
         else:
             with pytest.raises(DataError, match="still being packed, or packing was stopped"):
                 packed.load(killed.out)

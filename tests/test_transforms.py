@@ -91,9 +91,9 @@ def test_crop_and_flips_come_before_the_policy_and_draw_as_they_do_without_one()
     images, keyed = parts(auto_augment="trivialaugment", shift=2, flip="random", vertical_flip=0.5)
     samples = list(range(48))
     moved = images.moved(IMAGES.inputs.clone(), torch.arange(48), 1)
-    none = KeyedTransforms(augmentation=images, transforms=())
+    none = KeyedTransforms(augmentation=images, transform=lambda image: image)
     assert torch.equal(none(IMAGES.inputs.clone(), samples, 1), moved)
-    still = KeyedTransforms(augmentation=keyed.rest, transforms=keyed.transforms)
+    still = KeyedTransforms(augmentation=keyed.rest, transform=keyed.transform)
     assert torch.equal(keyed(IMAGES.inputs.clone(), samples, 1), still(moved, samples, 1))
 
 

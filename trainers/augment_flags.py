@@ -81,7 +81,7 @@ class AugmentFlags(MixingFlags, ImageConfig):
                   (self.grayscale, v2.RandomGrayscale(self.grayscale)),
                   (self.blur, functools.partial(blurred, share=self.blur)))
         chosen += [transform for share, transform in others if share]
-        return KeyedTransforms(augmentation=images, transforms=chosen) if chosen else None
+        return KeyedTransforms(augmentation=images, transform=v2.Compose(chosen)) if chosen else None
 
     def loaders(self, splits: ThreeSplits, images: Augmentation, world: World) -> dict[str, Any]:
         """The loaders of one rank for images in memory."""

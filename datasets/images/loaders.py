@@ -1,7 +1,6 @@
 """Images that are decoded while training: DataLoader workers read files, the device augments whole batches.
 
-A worker is sent what to decode together with the key of its random choices (epoch and sample), and keeps no state. So
-any number of workers gives the same bits, from any position in any epoch, and one pool serves all loaders."""
+A worker is sent what to decode with the key of its random choices, and keeps no state: any number gives the same."""
 
 import atexit
 import multiprocessing
@@ -66,11 +65,12 @@ class Decoding(Dataset[Any]):
         size = self.size_of(key.split)
         images = empty_batch(len(key.samples), size, size, 3).permute(0, 3, 1, 2)  # as they are stored, and resized
         threads = self.threads if self.splits[key.split].raw and get_worker_info() is None else 1
-        found: list[tuple[int | None, Bad]] = [(None, [])] * len(key.samples)
+        shown: list[int | None] = [None] * len(key.samples)
+        bad: Bad = []
 
         def fill(first: int) -> None:
-            for row in range(first, len(found), threads):
-                found[row] = self.fill(images[row], key, key.samples[row])
+            for row in range(first, len(shown), threads):
+                shown[row] = self.fill(images[row], key, key.samples[row], bad)
 
         try:
             if threads == 1:
@@ -80,30 +80,28 @@ class Decoding(Dataset[Any]):
                     list(pool.map(fill, range(threads)))
         except DataError as error:
             return error  # which no worker could raise in one line
-        rows = [row for row, (shown, _) in enumerate(found) if shown is not None]
-        images, samples = images if len(rows) == len(found) else images[rows], [key.samples[row] for row in rows]
+        rows = [row for row, each in enumerate(shown) if each is not None]
+        images, samples = images if len(rows) == len(shown) else images[rows], [key.samples[row] for row in rows]
         if self.keyed is not None and key.split == "train":
             self.keyed(images, samples, key.epoch)
-        return DecodedBatch(images, samples, [shown for shown, _ in found if shown is not None],
-                            [each for _, bad in found for each in bad])
+        return DecodedBatch(images, samples, [each for each in shown if each is not None], bad)
 
     def size_of(self, split: str) -> int:
         """Height and width of its images."""
         return self.train_size or self.size if split == "train" else self.size
 
-    def fill(self, image: Tensor, key: Key, sample: int) -> tuple[int | None, Bad]:
-        """Put what a sample shows into the batch; returns which image that is, if any, and those unreadable before.
+    def fill(self, image: Tensor, key: Key, sample: int, bad: Bad) -> int | None:
+        """Put what a sample shows into the batch; returns which image that is, if any, after those added to `bad`.
         A test image is never replaced by the next, which would count another one twice."""
-        bad: Bad = []
         num_images = len(self.splits[key.split])
         for offset in range(min(self.skip_bad + 1, num_images) if key.split == "train" else 1):
             shown = (sample + offset) % num_images
             try:
                 image.copy_(self.read(key, sample, shown))
-                return shown, bad
+                return shown
             except BadImage as error:
                 bad.append((str(self.splits[key.split].path(shown)), str(error)))
-        return None, bad
+        return None
 
     def read(self, key: Key, sample: int, shown: int) -> Tensor:
         """One image; a random window of it where training asks for that."""
@@ -193,9 +191,8 @@ class DecodedImages:
         self.bad_images, self.device = bad_images, device
 
     def __call__(self, parts: Sequence[Tensor], epoch: int) -> Iterator[Batch]:
-        """The batches, without images that nothing may replace; DataError for one too many, or a dead worker.
-        Before the last of several, which all ranks reach in the same training step, they compare their bad images: not
-        at the start, since rank 0 alone may take a first batch, for --show-batch."""
+        """The batches, without images that nothing may replace; DataError for one too many, or a dead worker. Before
+        the last of several, all ranks compare bad images: not at the first, which rank 0 may take alone."""
         for number, batch in enumerate(self.decoder.decode(self.split, parts, epoch), start=1):
             self.bad_images.add(batch.bad)
             if self.split == "train" and number == len(parts) > 1:

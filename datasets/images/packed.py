@@ -31,6 +31,7 @@ from datasets.tensors import join_classes
 FORMAT = 1
 RECORD = "pack.json"
 PARTIAL = ".partial"  # behind the name of a pack that is being written
+part_name = "{}-{:05d}.bin".format  # of a split and a number
 ENTRY = np.dtype([
     ("offset", "<u8"), ("length", "<u4"),  # of the image in its part
     ("name_length", "<u4"),  # of the name just before it
@@ -151,19 +152,9 @@ class PackedImages:
 ImageSource = ImageTree | PackedImages
 
 
-def part_name(split_name: str, number: int) -> str:
-    """The name of a file of images."""
-    return f"{split_name}-{number:05d}.bin"
-
-
-def unfinished(root: Path) -> Path:
-    """Where a pack is written before it is whole."""
-    return root.with_name(root.name + PARTIAL)
-
-
 def is_pack(path: Path) -> bool:
     """Whether this is a pack, or one that is not finished."""
-    return (path / RECORD).exists() or (unfinished(path).exists() and not path.exists()) or (
+    return (path / RECORD).exists() or (path.with_name(path.name + PARTIAL).exists() and not path.exists()) or (
         path.name.endswith(PARTIAL) and path.exists())
 
 

@@ -42,8 +42,6 @@ UPRIGHT = {2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4:
 
 logging.getLogger("PIL").addHandler(logging.NullHandler())  # else its remarks on odd tags would reach stderr
 UNREADABLE = (*DAMAGED, Image.DecompressionBombError)  # see tests/test_decoded.py
-
-
 Encoded = bytes | memoryview  # a file's content
 Stored = Encoded | NDArray[np.uint8]  # or pixels (H, W, 3)
 
@@ -72,9 +70,8 @@ def random_window(sample: int, *, seed: int, epoch: int, smallest_area: float) -
 def to_square(content: Stored, *, size: int, fit: FitName, window: Window | None = None,
               resize_size: int | None = None, interpolation: InterpolationName | None = None) -> Tensor:
     """An image, a file in one of FORMATS or its pixels (H, W, 3), as uint8 (3, size, size); BadImage as `pixels`.
-    `fit`: squash the whole image into the square, or crop its middle to a square first; squash-crop squashes it into a
-    square of `resize_size` and crops the middle of that. A `window` is squashed into the square instead. Where there is
-    none, `resize_size` or `interpolation` ask for what `published` does."""
+    `fit`: squash the image into the square, or crop its middle first; squash-crop squashes it to `resize_size` and then
+    crops its middle. A `window` is squashed instead. Without one, `resize_size` or `interpolation` mean `published`."""
     if window is None and (resize_size, interpolation) != (None, None):
         return published(pixels(content), size=size, fit=fit, resize_size=resize_size, interpolation=interpolation)
     smallest = window.area if window is not None else 1.0
@@ -172,8 +169,7 @@ def decode(content: Encoded, file: BinaryIO, shortest_side: int | None) -> NDArr
 
 
 def decode_jpeg(content: Encoded, size: tuple[int, int], *, scaled: bool) -> NDArray[np.uint8] | None:
-    """A JPEG's pixels of this width and height by simplejpeg; None where that refuses, and Pillow decides.
-    With `scaled`, decoded at the fraction of its size that Pillow's `draft` has chosen."""
+    """A JPEG's pixels by simplejpeg, None where that refuses; `scaled` to the size that Pillow's `draft` chose."""
     width, height = size if scaled else (0, 0)
     try:  # strict by default: anything odd in the data is an error, also what Pillow reads
         rows = simplejpeg.decode_jpeg(content, "RGB", min_height=height, min_width=width)

@@ -31,8 +31,7 @@ from torch.utils.data import get_worker_info
 
 from datasets.errors import DataError
 
-# Imported once by the server, for all workers, where they are installed. Libraries only: it would look for our own
-# packages in the wrong place.
+# Imported once by the server, for all workers, where they are installed; not ours, which it would not find.
 PRELOADED = ["torch", "torch.utils.data", "torchvision.transforms.v2", "PIL.Image", "simplejpeg"]
 MORE_ROOM = "give it more with docker run --shm-size=8g, or train with fewer --workers"
 MOST_LOCKS = 64  # of a pool; each is a file in /dev/shm
