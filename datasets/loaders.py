@@ -15,8 +15,7 @@ from datasets.tensors import TensorDataset
 
 Batch = tuple[Tensor, Tensor]
 Read = Callable[[Sequence[Tensor], int], Iterator[Any]]  # (the samples of each batch, the epoch) -> the batches
-# augmented at once, as small batches would pay the same two dozen kernels each: what a core's cache holds, and what a GPU
-# is busy with for long enough; images in memory have at most 3 KiB
+# augmented at once, as small batches would pay the same two dozen kernels each; images in memory have at most 3 KiB
 CHUNK_SAMPLES, GPU_CHUNK_SAMPLES = 1024, 16384
 
 
