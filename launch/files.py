@@ -59,13 +59,13 @@ def sync_folder(folder: Path) -> None:
 
 
 @contextlib.contextmanager
-def writing(path: Path) -> Iterator[None]:
+def writing(place: Path | str) -> Iterator[None]:
     """Raises CheckpointError for what the file system refuses in the block, with what to do about it."""
     try:
         yield
     except OSError as error:
-        raise CheckpointError(f"{path}: cannot be written ({error.strerror or error}); {remedy(error)}, then start the "
-                              f"same command again") from None
+        raise CheckpointError(f"{place}: cannot be written ({error.strerror or error}); {remedy(error)}, then start "
+                              f"the same command again") from None
 
 
 def remedy(error: OSError) -> str:

@@ -36,8 +36,7 @@ class NamedWeights:
     file: Callable[[], Path | None]  # where they are cached, if they are
     download: Callable[[], object]  # fetches them into there
     build: Callable[[int], nn.Module]  # the network with them; timm makes a new head for other classes
-    preprocessing: Callable[[], dict[str, Any]]  # size, resize_size, crop_share, fit (None: unknown), interpolation,
-    # and statistics: how the images of the published figure were prepared
+    preprocessing: dict[str, Any]  # of the published figure: size, crop_share, fit (None: unknown) and more
     options: dict[str, Any] = field(default_factory=dict)  # what models.build needs to make the same network
     head: str | None = None  # the layer that timm makes itself
 
@@ -71,26 +70,25 @@ class NamedWeights:
 def torchvision_weights(model: str, name: str, what: str) -> NamedWeights:
     """A member of one of torchvision's enums; options are what its constructors change where they are given weights."""
     weights: Any = torchvision_models.get_model_weights(model)[name]
+    own = weights.transforms()
+    (size,), (resize_size,) = own.crop_size, own.resize_size
     options = {"transform_input": True} if model in ("googlenet", "inception_v3") else {}
-
-    def preprocessing() -> dict[str, Any]:
-        own = weights.transforms()
-        (size,), (resize_size,) = own.crop_size, own.resize_size
-        return {"size": size, "resize_size": resize_size, "crop_share": size / resize_size, "fit": "crop",
-                "interpolation": own.interpolation.value, "statistics": (tuple(own.mean), tuple(own.std))}
-
     return NamedWeights(
         what=what, num_classes=len(weights.meta["categories"]), file=lambda: hub_file(weights.url),
         download=lambda: weights.get_state_dict(progress=False, check_hash=True, weights_only=True),
         build=lambda _: torchvision_models.get_model(model, weights=weights, progress=False),
-        preprocessing=preprocessing,
-        options={"image_size": weights.meta["min_size"][0]} if model.startswith("vit_") else options)
+        options={"image_size": weights.meta["min_size"][0]} if model.startswith("vit_") else options,
+        preprocessing={"size": size, "resize_size": resize_size, "crop_share": size / resize_size, "fit": "crop",
+                       "interpolation": own.interpolation.value, "statistics": (tuple(own.mean), tuple(own.std))})
 
 
 def timm_weights(model: str, what: str) -> NamedWeights:
     """The weights of a timm network's tag, by default of its first; preprocessing at the size of training."""
     timm = timm_library("--model")
     config = timm.get_pretrained_cfg(model)
+    own = timm.data.resolve_data_config({}, pretrained_cfg=config.to_dict())
+    (_, height, width), share = own["input_size"], own["crop_pct"]
+    fits = {"center": "crop", "squash": "squash" if share == 1 else "squash-crop"} if height == width else {}
 
     def build(num_classes: int) -> nn.Module:
         overlay = {"file": str(file()), **({"custom_load": False} if config.hf_hub_id else {})}  # that is for `url`
@@ -104,16 +102,12 @@ def timm_weights(model: str, what: str) -> NamedWeights:
         paths = [Path(path) for path in found if isinstance(path, str)]
         return paths[0] if paths else None if repository else hub_file(config.url)
 
-    def preprocessing() -> dict[str, Any]:
-        own = timm.data.resolve_data_config({}, pretrained_cfg=config.to_dict())
-        (_, height, width), share = own["input_size"], own["crop_pct"]
-        fits = {"center": "crop", "squash": "squash" if share == 1 else "squash-crop"} if height == width else {}
-        return {"size": height, "resize_size": math.floor(height / share), "crop_share": share,
-                "fit": fits.get(own["crop_mode"]), "interpolation": own["interpolation"],
-                "statistics": (own["mean"], own["std"])}
-
-    return NamedWeights(what=what, num_classes=config.num_classes, file=file, build=build, head=str(config.classifier),
-                        download=lambda: timm.create_model(model, pretrained=True), preprocessing=preprocessing)
+    return NamedWeights(
+        what=what, num_classes=config.num_classes, file=file, build=build, head=str(config.classifier),
+        download=lambda: timm.create_model(model, pretrained=True),
+        preprocessing={"size": height, "resize_size": math.floor(height / share), "crop_share": share,
+                       "fit": fits.get(own["crop_mode"]), "interpolation": own["interpolation"],
+                       "statistics": (own["mean"], own["std"])})
 
 
 def hub_file(url: str) -> Path | None:
@@ -169,7 +163,7 @@ def as_published(config: Any) -> Any:
     config.check()
     if (named := named_weights(config)) is None:
         return config
-    own, stated = named.preprocessing(), {*config.given, *config.in_file}
+    own, stated = named.preprocessing, {*config.given, *config.in_file}
     size = config.image_size or own["size"]
     new: dict[str, Any] = {"image_size": size, "interpolation": config.interpolation or own["interpolation"]}
     if "fit" not in stated and config.resize_size is None:

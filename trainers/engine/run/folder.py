@@ -14,7 +14,7 @@ from launch.files import read_lines, read_object, replace_file, sync_folder, wri
 from launch.machine import environment_record
 from trainers.engine.checkpoints.files import committed, step_of
 from trainers.engine.config import MAY_CHANGE
-from trainers.engine.run.ownership import Ownership, output_dir_writable, read_config
+from trainers.engine.run.ownership import Ownership, read_config
 
 OUT_OF_PATIENCE = "--patience"  # how the reason of a run begins that it ended
 
@@ -31,7 +31,7 @@ class RunFolder:
     def claim(self) -> None:
         """Create the folder and own it; CheckpointError if it cannot be written, or another live process owns it."""
         if self.is_main:
-            with output_dir_writable(self.path.parent):
+            with writing(f"--output-dir {self.path.parent}"):
                 self.checkpoints.mkdir(parents=True, exist_ok=True)
                 self.ownership.claim()
 

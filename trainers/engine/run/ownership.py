@@ -14,12 +14,12 @@ import shutil
 import socket
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from launch.errors import CheckpointError, UsageError, printable
-from launch.files import read_object, replace_file
+from launch.files import read_object, replace_file, writing
 from launch.launcher import REQUEUE, given_run_id, job_identity, launcher_identity, parent_of, slurm_job
 from trainers.engine.config import TrainConfig
 
@@ -104,9 +104,8 @@ def check_run_name(name: str | None) -> None:
 
 
 def unnamed_run(output_dir: Path, trainer: str, recipe: str, config: Mapping[str, Any] | None = None) -> str:
-    """The name of a run folder without `--run-name`: trainer, recipe and an id. `--rdzv-id` makes one name in every
-    start of the job; so does a Slurm job, for a command with the same flags, by config.json: others get `2-` ... before
-    the id. Else it is the time, with `-2` ... where a folder is another launcher's; a restart knows its owner.json."""
+    """The name of a run folder without `--run-name`: trainer, recipe, an id. That is `--rdzv-id`; a Slurm job's, with
+    `2-` ... before it for other flags; or the time, with `-2` ... where a folder is another launcher's."""
     kind, given = (re.sub(r"[^A-Za-z0-9._-]", "_", part) for part in (f"{trainer}-{recipe}", given_run_id() or ""))
     launcher = launcher_identity()
     if given and slurm_job() is None:
@@ -117,7 +116,7 @@ def unnamed_run(output_dir: Path, trainer: str, recipe: str, config: Mapping[str
     first, config = f"{kind}-{given or time.strftime('%Y%m%d-%H%M%S')}", config or {}
     others = (f"{kind}-{number}-{given}" if given else f"{first}-{number}" for number in itertools.count(2))
     content = {"owner.json": {"incarnation": 0, "launcher": launcher}, **({"config.json": config} if given else {})}
-    with output_dir_writable(output_dir):
+    with writing(f"--output-dir {output_dir}"):
         output_dir.mkdir(parents=True, exist_ok=True)
         return next(name for name in itertools.chain([first], others)
                     if (given and has_flags(output_dir / name, config)) or created(output_dir / name, content))
@@ -151,16 +150,6 @@ def created(folder: Path, content: Mapping[str, Mapping[str, Any]]) -> bool:
         return False
 
 
-@contextlib.contextmanager
-def output_dir_writable(output_dir: Path) -> Iterator[None]:
-    """Raises CheckpointError for a run folder that cannot be created or claimed."""
-    try:
-        yield
-    except OSError as error:
-        raise CheckpointError(f"--output-dir {output_dir}: cannot be written ({error.strerror}: {error.filename}); "
-                              f"choose a folder that can") from None
-
-
 def this_process() -> dict[str, Any]:
     """What owner.json says of its writer."""
     return {"host": socket.gethostname(), "pid": os.getpid(), **job_identity(), "launcher": launcher_identity()}
@@ -173,8 +162,7 @@ def is_restart_of(previous: Mapping[str, Any], mine: Mapping[str, Any]) -> bool:
 
 
 def replaces(previous: Mapping[str, Any], mine: Mapping[str, Any]) -> bool:
-    """Whether this is certainly the same job, started again, so that the earlier incarnation is dead or cut off: queued
-    again by Slurm, or restarted by the same torchrun, and not a second one of its id, or of its job."""
+    """Whether this is certainly the same job, queued again by Slurm or restarted by the same torchrun."""
     launcher = mine["launcher"] or {}
     return is_restart_of(previous, mine) and (
         mine["restart"] // REQUEUE > previous["restart"] // REQUEUE

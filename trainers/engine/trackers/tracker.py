@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from launch.errors import first_line, to_stderr
-from launch.files import read_object, replace_file
+from launch.files import read_lines, read_object, replace_file
 
 TrackerName = Literal["wandb", "mlflow", "trackio", "tensorboard"]
 START_SECONDS = 5.0  # that training waits for a tracker to start, so that its import is not among the timed steps
@@ -83,8 +83,8 @@ class TrackerThread:
 
         keep(last)
         self._ready.set()
-        past = (self.run.path / "metrics.jsonl").read_text().splitlines()
-        for line in chain(map(json.loads, past), iter(self._lines.get, None)):
+        past = [line for _, line in read_lines(self.run.path / "metrics.jsonl")]
+        for line in chain(past, iter(self._lines.get, None)):
             if line["step"] > last.get(line["split"], -1):
                 last[line["split"]] = line["step"]
                 if not tracker.forgets:
