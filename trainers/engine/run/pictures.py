@@ -1,12 +1,11 @@
 """Curves, confusion matrix and image grids as PNG bytes. matplotlib is imported by the first drawing, and without
 pyplot, which would look for a window system. Names are never read as markup; what the font lacks is drawn as a box."""
 
-import contextlib
 import io
 import logging
 import math
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -22,17 +21,9 @@ MOST_IMAGES, COLUMNS, MOST_MARKERS = 32, 8, 50  # of a grid; points of a curve u
 PLAIN: dict[str, Any] = {"parse_math": False}  # of text that is not ours: a `$` in it is no formula
 
 
-@contextlib.contextmanager
-def drawing() -> Iterator[None]:
-    """Draw one picture without matplotlib's remarks on fonts, layout and a config folder that cannot be written."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        logging.getLogger("matplotlib").setLevel(logging.ERROR)
-        yield
-
-
 def new_figure(width: float, height: float) -> Any:
     """An empty figure of that size in inches."""
+    logging.getLogger("matplotlib").setLevel(logging.ERROR)  # without remarks on fonts and its config folder
     from matplotlib.figure import Figure
 
     return Figure(figsize=(width, height), layout="constrained")
@@ -40,11 +31,12 @@ def new_figure(width: float, height: float) -> Any:
 
 def as_png(figure: Any, *, dpi: int = 110) -> bytes:
     """The figure as the content of a PNG file."""
-    figure.savefig(buffer := io.BytesIO(), format="png", dpi=dpi)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of layouts, and of what the font lacks
+        figure.savefig(buffer := io.BytesIO(), format="png", dpi=dpi)
     return buffer.getvalue()
 
 
-@drawing()
 def curves(epochs: Sequence[dict[str, Any]], *, steps_per_epoch: int, title: str = "") -> bytes:
     """Loss and, where there are classes, accuracy of the training and the evaluated set, at epochs and parts of one."""
     has_accuracy = any(line["train_accuracy"] is not None for line in epochs)
@@ -83,7 +75,6 @@ def draw_lines(axes: Any, places: Sequence[float], epochs: Sequence[dict[str, An
         axes.legend()
 
 
-@drawing()
 def confusion_matrix(matrix: Sequence[Sequence[int]], class_names: Sequence[str], *, title: str = "") -> bytes:
     """Rows are true classes, columns predicted ones; the colour is the share of the row, the number the count."""
     size = len(matrix)
@@ -112,7 +103,6 @@ def denormalize(inputs: Tensor, mean: tuple[float, ...], std: tuple[float, ...])
     return (inputs * torch.tensor(std)[:, None, None] + torch.tensor(mean)[:, None, None]).clamp(0, 1)
 
 
-@drawing()
 def image_grid(images: Tensor, captions: Sequence[str], *, right: Sequence[bool] = (), title: str = "") -> bytes:
     """Images with a line or two above each, green or red by `right`: float (N, C, H, W) in [0, 1], C 1 (grey) or 3."""
     num_images = min(len(images), MOST_IMAGES)
