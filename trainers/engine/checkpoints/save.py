@@ -6,10 +6,9 @@ import hashlib
 import json
 import os
 import shutil
-import threading
 import time
 from collections.abc import Callable, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -29,11 +28,10 @@ class Checkpointer:
 
     def __init__(self, folder: RunFolder, *, keep: int) -> None:
         self.folder, self.keep, self.num_saves, self.wait_seconds = folder, keep, 0, 0.0
-        self._snapshot, self._copied = Snapshot(), threading.Event()
-        self._copied.set()
-        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
-        self._under_way: Future[None] = Future()
-        self._under_way.set_result(None)
+        self._snapshot, self._thread = Snapshot(), ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
+        self._copied: Future[None] = Future()
+        self._copied.set_result(None)
+        self._under_way = self._copied
 
     def prepare(self, state: Mapping[str, Any]) -> None:
         """Get the snapshot's memory in the background, so that the first save is as quick as the others."""
@@ -53,20 +51,20 @@ class Checkpointer:
             raise CheckpointError(f"{place}: a checkpoint needs {needed / 2**20:.0f} MiB and {free / 2**20:.0f} MiB "
                                   f"are free; free some space, then start the same command again")
         self._snapshot.begin(state)
-        self._copied.clear()
-        self._under_way = self._thread.submit(self._copy_and_write, is_best)
+        self._copied = self._thread.submit(self._snapshot.copy_rest)
+        self._under_way = self._thread.submit(self._write, is_best)
         self.num_saves += 1
         self.wait_seconds += time.perf_counter() - began
 
     def finish_copy(self) -> None:
         """Wait until parameters and optimizer state are copied, and so may change."""
         began = time.perf_counter()
-        self._copied.wait()
+        self._copied.exception()  # waits; what it was, the save raises
         self.wait_seconds += time.perf_counter() - began
 
     def wait(self) -> None:
         """Wait for the save under way, whether or not it fails."""
-        wait([self._under_way])
+        self._under_way.exception()
 
     def join(self) -> None:
         """Wait for the save under way; raises as it did."""
@@ -75,11 +73,8 @@ class Checkpointer:
         self.wait_seconds += time.perf_counter() - began
         self._under_way.result()
 
-    def _copy_and_write(self, is_best: bool) -> None:
-        try:
-            self._snapshot.copy_rest()
-        finally:
-            self._copied.set()
+    def _write(self, is_best: bool) -> None:
+        self._copied.result()  # raises what the copy did
         if self._snapshot.queued is not None:
             self._snapshot.queued.synchronize()
         check_fence, place = self.folder.ownership.check, self.folder.checkpoints
