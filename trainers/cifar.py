@@ -41,10 +41,6 @@ class CifarConfig(AugmentFlags):
     width: Annotated[int | None, AtLeast(1, most=65536)] = None
     """Channels of the model's first trained convolution. Default: the model's own."""
 
-    def network(self) -> dict[str, Any]:
-        """Its name and options, for models.build."""
-        return {"width": self.width, **super().network()}
-
     def check(self) -> None:
         """Find mistakes in the flags before ranks wait for each other."""
         super().check()

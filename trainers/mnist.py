@@ -8,7 +8,7 @@ import sys
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 if not __package__:  # run by path: our packages, not others of the same names
     sys.path[0] = str(Path(__file__).resolve().parents[1])
@@ -30,6 +30,8 @@ from trainers.engine.session import entry_point, open_run, train_classifier
 @dataclass(frozen=True, kw_only=True)
 class MnistConfig(AugmentFlags):
     """Train a classifier of handwritten digits on MNIST."""
+    SIZE: ClassVar = 28
+
     recipe: str = "tutorial"
     """tutorial: its network, rates and number of epochs. fast: over 99 % in less time."""
     dataset: Literal["mnist", "synthetic"] = "mnist"
@@ -46,14 +48,6 @@ class MnistConfig(AugmentFlags):
     """Mean and std taken out of the images: none leaves [0, 1], half is 0.5 and 0.5, dataset those of MNIST."""
     padding: Literal["reflect", "zeros"] = "zeros"
     """What the padding shows."""
-
-    def size(self) -> int:
-        """Height and width of the images."""
-        return 28
-
-    def network(self) -> dict[str, Any]:
-        """Its name and options, for models.build."""
-        return {"channels": self.channels, "hidden": self.hidden, "dropout": self.dropout, **super().network()}
 
     def check(self) -> None:
         """Find mistakes in the flags before ranks wait for each other."""

@@ -236,6 +236,7 @@ class TrainConfig(ScheduleFlags):
 class ImageConfig(TrainConfig):
     """Flags shared by the trainers of image classifiers."""
     TITLES: ClassVar = {"normalize": "Data"}
+    SIZE: ClassVar = 32  # height and width of the images, where no flag says so
     OLD_SPELLINGS: ClassVar = {  # of flags without a value
         "--normalize": ("--normalize", "dataset"), "--no-normalize": ("--normalize", "none"),
         "--half-statistics": ("--normalize", "half"), "--no-half-statistics": ("--normalize", "dataset")}
@@ -256,12 +257,13 @@ class ImageConfig(TrainConfig):
 
     def size(self) -> int:
         """Height and width of the images that the network sees."""
-        return 32
+        return self.SIZE
 
     def network(self) -> dict[str, Any]:
-        """What models.build needs besides the number of classes: the name of the network, and its options."""
+        """What models.build needs besides the number of classes: the name of the network, and its options or None."""
         size = {"image_size": self.size()} if is_reference(self.model) else {}
-        return {"name": self.model, **size, **options_in(self.model_options, "--model-options")}
+        own = {name: getattr(self, name, None) for name in ("width", "channels", "hidden", "dropout")}  # as OF_A_MODEL
+        return {"name": self.model, **own, **size, **options_in(self.model_options, "--model-options")}
 
     def check(self) -> None:
         """The same, and that no image is shifted out of itself, where reflected padding ends too."""
