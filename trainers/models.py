@@ -139,8 +139,7 @@ class CheatSheetNet(nn.Sequential):
 
 
 class MnistNet(nn.Module):
-    """The MNIST tutorial's network for 1x28x28 images; its wider variant has 32 and 64 channels and 100 hidden.
-    Gives log-probabilities. Cross-entropy leaves those as they are and so is the tutorial's nll_loss."""
+    """The MNIST tutorial's network for 1x28x28 images: log-probabilities, which cross-entropy leaves as they are."""
 
     def __init__(self, num_classes: int, channels: tuple[int, int] = (10, 20), hidden: int = 50,
                  dropout: float = 0.5) -> None:

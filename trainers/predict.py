@@ -3,8 +3,7 @@
     python trainers/predict.py --run runs/NAME photos/ cat.jpg          # files, and all images of a folder
     python trainers/predict.py --run runs/NAME --test-images 32         # of the run's own test set
 
-The weights are those of the best checkpoint, their moving average if the run kept one. A true class that is known, from
-the test set or the name of an image's folder, is compared."""
+The weights are the best checkpoint's, or their moving average; a true class that is known is compared."""
 
 import importlib
 import itertools

@@ -77,8 +77,7 @@ def check_state(state: Any) -> None:
 
 
 def unlike(saved: Any, pattern: Any, name: str = "") -> str | None:
-    """The path of the first part of nested dicts and lists that is not of the pattern's kind; None if there is none.
-    A dict has at least the names of the pattern. None in the pattern stands for a flag that may be set."""
+    """The path of the first part of nested dicts and lists that is not of the pattern's kind; None if there is none."""
     children: list[tuple[Any, Any, str]] = []
     if isinstance(pattern, type):
         fits = isinstance(saved, pattern)

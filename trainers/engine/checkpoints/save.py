@@ -38,8 +38,7 @@ class Checkpointer:
         self._under_way = self._thread.submit(self._snapshot.allocate, state)
 
     def save(self, state: Mapping[str, Any], *, is_best: bool = False) -> None:
-        """Start to copy and write `state`, on rank 0; call `finish_copy` before the next optimizer step.
-        Raises what the save before did, which it waits for; CheckpointError if the disk is too full."""
+        """Start to copy and write `state`; `finish_copy` must follow. Raises what the save before it did."""
         self.join()
         began = time.perf_counter()
         self.folder.ownership.check()

@@ -170,8 +170,7 @@ def replaces(previous: Mapping[str, Any], mine: Mapping[str, Any]) -> bool:
 
 
 def still_beats(path: Path, previous: Mapping[str, Any], *, locked: bool) -> bool:
-    """Whether an owner that no file lock shows still writes heartbeats; waits for one. That this process has `locked`
-    means on the owner's host that it has ended, unless somebody deleted `lock`."""
+    """Whether an owner still writes heartbeats; waits for one. Not if its lock was free on its own host."""
     pid, here = previous.get("pid", 0), previous.get("host") == socket.gethostname()
     if previous.get("released", True) or (here and locked and (pid == os.getpid() or parent_of(pid) is None)):
         return False
