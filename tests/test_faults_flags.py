@@ -47,7 +47,7 @@ FLAGS = [
     Fault(name="a-policy-mistyped", ranks=2, flags=("--auto-augment", "randaugmemt"), codes=(2,), state=None,
           error="ERROR usage: .*randaugmemt.*--auto-augment"),
     Fault(name="a-magnitude-without-a-policy", ranks=2, flags=("--augment-magnitude", "9"), codes=(2,), state=None,
-          error="ERROR usage: --augment-magnitude 9: is of randaugment, 0 to 30, and augmix, .* augment None"),
+          error="ERROR usage: --augment-magnitude 9: is of randaugment, 0 to 30, and augmix, .*-augment None"),
     Fault(name="a-probability-above-1", flags=("--random-erase", "1.5"), codes=(2,), state=None,
           error="ERROR usage: --random-erase 1.5: must be at least 0 and at most 1"),
     Fault(name="data-missing", ranks=2, flags=("--dataset", "cifar10", "--data-dir", "nowhere"), codes=(3,),

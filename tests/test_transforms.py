@@ -170,8 +170,7 @@ def test_a_training_size_that_the_network_cannot_take_is_named(tmp_path: Path) -
 
 @pytest.mark.parametrize(("words", "line"), [
     (["--auto-augment", "augmix", "--augment-magnitude", "11"], "--augment-magnitude 11: .* augmix, 1 to 10"),
-    (["--auto-augment", "trivialaugment", "--augment-magnitude", "5"],
-     "--augment-magnitude 5: .*not of --auto-augment trivial"),
+    (["--auto-augment", "trivialaugment", "--augment-magnitude", "5"], "--augment-magnitude 5: .*-augment trivial"),
     (["--blur", "-0.1"], "--blur -0.1: must be at least 0"), (["--color-jitter", "nan"], "--color-jitter nan"),
     (["--train-size", "0"], "--train-size 0: must be at least 1"),
     (["--train-size", "20", "--shift", "20"], "--shift 20: must be below the image size of 20"),
