@@ -53,8 +53,7 @@ class ImageTree:
 
     def subset(self, samples: Tensor) -> "ImageTree":
         """Some of the images, in the order given."""
-        return replace(self, names=tuple(self.names[sample] for sample in samples.tolist()),
-                       targets=self.targets[samples])
+        return replace(self, names=tuple(self.names[each] for each in samples.tolist()), targets=self.targets[samples])
 
     def listing_hash(self) -> str:
         """A hash of names and labels, to see that all ranks found the same files."""

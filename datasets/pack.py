@@ -88,13 +88,14 @@ class Packing:
     def write(self) -> Iterator[None]:
         """Pack, once per image not there from before; DataError for another packer, a bad source or a full disk."""
         head = {"format": FORMAT, **self.head, "splits": {split: len(source) for split, source in self.sources.items()}}
-        known = () if self.is_cache else self.sources.values()  # a cache has it in its name
+        size, known = head["images_per_part"], () if self.is_cache else self.sources.values()  # in a cache's name
         plan = json.dumps({**head, "sources": [source.fingerprint() for source in known]})
         try:
             with begun(self.out, plan) as folder:
                 for split, source in self.sources.items():
                     labels = source.targets.tolist()
-                    for number, samples in enumerate(chunks(range(len(source)), self.head["images_per_part"])):
+                    for number, start in enumerate(range(0, len(source), size)):
+                        samples = range(start, min(start + size, len(source)))
                         name = part_name(split, number)
                         entries = folder / f"{name}.entries"
                         yield from ((None for _ in samples) if entries.exists() else
@@ -108,7 +109,8 @@ class Packing:
     def items(self, source: Any, samples: range, labels: list[int]) -> Iterator[Item]:
         """Some images of a split, in order."""
         with ThreadPoolExecutor(self.workers) as pool:  # what takes time is C code, which runs beside other threads
-            for some in chunks(samples, 32 * self.workers):
+            for start in range(0, len(samples), 32 * self.workers):  # not all at once, which would fill the memory
+                some = samples[start : start + 32 * self.workers]
                 yield from pool.map(lambda sample: self.item(source, sample, labels[sample]), some)
 
     def item(self, source: Any, sample: int, label: int) -> Item:
@@ -175,11 +177,6 @@ def write_part(path: Path, entries_path: Path, items: Iterable[Item]) -> Iterato
         os.fsync(file.fileno())
     sync_folder(path.parent)
     replace_file(entries_path, digest.digest() + np.array(entries, ENTRY).tobytes(), durable=True)
-
-
-def chunks(numbers: range, size: int) -> Iterator[range]:
-    """The same numbers, so many at a time."""
-    return (numbers[start : start + size] for start in range(0, len(numbers), size))
 
 
 def finish(folder: Path, out: Path, head: Mapping[str, Any]) -> None:

@@ -3,10 +3,10 @@
 A worker opens the splits itself, nothing of them is sent to it. Inputs and targets are tensors, or dicts or tuples."""
 
 import contextlib
-import functools
 import hashlib
 import random
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -202,9 +202,9 @@ def sample_loaders(reading: Reading, *, device: torch.device, workers: int = 0,
     """The loaders of one rank, by split; `how` as of split_loaders. Warns where random choices cannot be keyed."""
     decoder = Decoder(reading, workers=workers, pin_memory=device.type == "cuda", prepare_worker=prepare_worker)
     present = reading.splits.present()
-    loaders = split_loaders({split: (functools.partial(decoder.decode, split), len(dataset))
-                             for split, dataset in present.items()}, remedy=f"raise --workers from {workers}",
-                            evaluation_batch_size=min(64, how["batch_size"]), **how)
+    reads = {name: (partial(decoder.decode, name), len(dataset)) for name, dataset in present.items()}
+    loaders = split_loaders(reads, evaluation_batch_size=min(64, how["batch_size"]),
+                            remedy=f"raise --workers from {workers}", **how)
     if "train" in present and how["rank"] == 0:
         first, second = (digest(unless_failed(reading[Key("train", [0], 0)])) for _ in range(2))
         if first != second:

@@ -139,10 +139,9 @@ class Decoder:
         atexit.register(self.end_workers)  # before multiprocessing waits for workers that an error has left behind
         self.loader = DataLoader(
             decoding, batch_size=None, sampler=self.keys, num_workers=workers, pin_memory=pin_memory,
-            collate_fn=as_it_is,  # pyright: ignore[reportArgumentType]
-            multiprocessing_context=worker_context() if workers else None, persistent_workers=workers > 0,
+            collate_fn=as_it_is, multiprocessing_context=worker_context() if workers else None,  # pyright: ignore
+            prefetch_factor=PREFETCHED if workers else None, persistent_workers=workers > 0,
             worker_init_fn=partial(start_worker, prepare_worker, workers_end) if workers else None,
-            prefetch_factor=PREFETCHED if workers else None,
             generator=torch.Generator(),  # its own: numbers taken from torch's would alter the dropout of this step
         )
 

@@ -4,14 +4,12 @@ from collections.abc import Callable, Iterable, Mapping
 
 from datasets.errors import DataError
 
-Exchange = Callable[[dict[str, str]], list[dict[str, str]]]
-
 
 class BadImages:
     """The distinct unreadable images of a run so far, as {path: reason}, and how many there may be; `add`, `share` and
     `check` raise DataError for more. A rank is told of another's at the end of an epoch, and may pass it until then."""
 
-    def __init__(self, limit: int, *, exchange: Exchange = lambda mine: [mine],
+    def __init__(self, limit: int, *, exchange: Callable[[dict[str, str]], list[dict[str, str]]] = lambda mine: [mine],
                  log: Callable[[str], None] = lambda line: None, known: Mapping[str, str] | None = None) -> None:
         self.limit, self.exchange, self.log = limit, exchange, log
         self.known = dict(known or {})
