@@ -36,8 +36,13 @@ class Augmentation:
 
     def prepare(self, images: Tensor) -> Tensor:
         """Pad the whole data set once, (N, C, H, W) to (N, C, H + 2 shift, W + 2 shift), so that a crop is a gather."""
-        mode = "constant" if self.padding == "zeros" else self.padding
-        return F.pad(images, [self.shift] * 4, mode=mode) if self.shift else images
+        if self.padding == "zeros":
+            return F.pad(images, [self.shift] * 4) if self.shift else images
+        for dimension in (2, 3) if self.shift else ():  # reflected; F.pad does that to floats alone on some devices
+            size = images.shape[dimension]
+            places = torch.arange(-self.shift, size + self.shift, device=images.device).abs()
+            images = images.index_select(dimension, size - 1 - (size - 1 - places).abs())
+        return images
 
     def __call__(self, images: Tensor, samples: Tensor, *, epoch: int, rows: Tensor | None = None) -> Tensor:
         """Crop, flip and normalise images (B, C, H, W), which may be changed in place, or these rows, int64 (B,), of a

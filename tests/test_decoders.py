@@ -52,10 +52,12 @@ JPEGS: dict[str, bytes] = {
 }
 
 
-@pytest.fixture
-def decoder(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
-    """simplejpeg; whether it gave the pixels, by call."""
-    if read.simplejpeg is None:
+@pytest.fixture(params=["simplejpeg", "torchvision"])
+def decoder(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> list[bool]:
+    """Each of the decoders; whether it gave the pixels, by call."""
+    if request.param == "torchvision":
+        monkeypatch.setattr(read, "simplejpeg", None)
+    elif read.simplejpeg is None:
         pytest.skip("simplejpeg is not installed")
     calls: list[bool] = []
     real = read.decode_jpeg
