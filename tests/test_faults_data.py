@@ -61,7 +61,7 @@ def rename_image(path: Path) -> None:
 def test_another_file_is_refused_by_name_at_the_resume(spoilt: Path, change: Callable[[Path], None], said: str) -> None:
     change(some_file(spoilt))
     before = sorted(path.name for path in (spoilt / "r" / "checkpoints").iterdir())
-    ended = resume(spoilt, ranks=2)
+    ended = resume(spoilt, "--workers", "1", ranks=2)
     assert ended.codes == [4, 4], ended.err
     check(ended, Fault(name="file", codes=(4, 4), ranks=2, error=f"ERROR checkpoint: .*{said}; use the data"))
     assert read_json(spoilt / "r" / "status.json")["state"] == "FAILED"

@@ -70,7 +70,7 @@ def test_a_flipped_byte_of_a_pack_ends_the_run_by_name_and_is_skipped_where_that
     assert train is not None
     name = train.path(7)
     flip_a_byte(train, 7)
-    ended = run_in(tmp_path, "--data-dir", tmp_path / "a.pack", trainer="image_folder", ranks=2)
+    ended = run_in(tmp_path, "--data-dir", tmp_path / "a.pack", "--workers", "0", trainer="image_folder", ranks=2)
     assert set(ended.codes) <= {3, 6}
     assert 3 in ended.codes
     said = rf"ERROR data: {name}: .*damaged in train-00000\.bin"
@@ -82,7 +82,7 @@ def test_a_flipped_byte_of_a_pack_ends_the_run_by_name_and_is_skipped_where_that
 
 def test_a_pack_deleted_while_it_is_trained_from_is_one_line(folder: Path, tmp_path: Path) -> None:
     pack.main(PackConfig(data_dir=folder, out=tmp_path / "a.pack", images_per_part=1))
-    ended = run_in(tmp_path, "--data-dir", tmp_path / "a.pack", trainer="image_folder",
+    ended = run_in(tmp_path, "--data-dir", tmp_path / "a.pack", "--workers", "0", trainer="image_folder",
                    hook=at(0, "backward", delete(str(tmp_path / "a.pack"))))
     check(ended, Fault(name="gone", codes=(3,), error=r"ERROR data: .*: not readable as an image \(train-\d+\.bin can"
                        r"not be read \(.*No such file or directory.*\): copy or pack it again\)"))

@@ -51,3 +51,23 @@ def test_without_a_scaler_nothing_is_skipped_or_saved() -> None:
 def test_half_precision_on_a_cpu_is_refused() -> None:
     with pytest.raises(UsageError, match="use bf16"):
         Precision("fp16", CPU)
+
+
+def test_sgds_momentum_begins_at_zero_where_the_first_step_overflows() -> None:
+    """torch's fused kernel allocates it then and does not write it."""
+    torch.use_deterministic_algorithms(True)  # what is allocated is NaN and not, by chance, zero
+    try:
+        models = [nn.Linear(2, 1) for _ in range(2)]
+        models[1].load_state_dict(models[0].state_dict())
+        fused = torch.optim.SGD(models[0].parameters(), lr=0.1, momentum=0.9, fused=True)
+        reference = torch.optim.SGD(models[1].parameters(), lr=0.1, momentum=0.9, foreach=True)
+        for model, optimizer in zip(models, (fused, reference), strict=True):
+            precision = with_scaler()
+            for factor in (1e38, 1.0, 2.0):
+                precision.backward((model(torch.ones(1, 2)) * factor).sum())
+                precision.step(optimizer)
+                optimizer.zero_grad()
+            assert precision.num_skipped_steps == 1
+        assert torch.equal(models[0].weight, models[1].weight)
+    finally:
+        torch.use_deterministic_algorithms(False)

@@ -37,6 +37,8 @@ class Precision:
 
     def step(self, optimizer: Any) -> None:
         """Update the weights; in fp16 a step whose gradients overflowed is skipped, and the scale lowered."""
+        if self.scaler.is_enabled():
+            begin_momentum(optimizer)
         self.scaler.step(optimizer)
         if self.scaler.is_enabled():
             self._num_skipped += sum(self.scaler._found_inf_per_device(optimizer).values())  # of this call
@@ -51,3 +53,12 @@ class Precision:
         """The inverse."""
         self.scaler.load_state_dict(state)
         self._num_skipped.fill_(state.get("num_skipped_steps", 0))
+
+
+def begin_momentum(optimizer: Any) -> None:
+    """Let SGD's momentum begin at zero. Its fused kernel takes what memory held, where the first step is skipped."""
+    for part in getattr(optimizer, "parts", [optimizer]):
+        for group in part.param_groups if isinstance(part, torch.optim.SGD) else ():
+            for parameter in group["params"] if group["momentum"] else ():
+                if "momentum_buffer" not in part.state[parameter]:
+                    part.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
