@@ -100,7 +100,7 @@ def microseconds_of_keys(batch: int, repeats: int = 2000) -> float:
         with generators_kept():
             for sample in range(batch):
                 seed_sample(0, 0, Purpose.TRAIN_SAMPLE, sample)
-                torch.rand(()), random.random(), numpy.random.random()
+                _ = torch.rand(()), random.random(), numpy.random.random()
     return 1e6 * (time.perf_counter() - began) / (repeats * batch)
 
 
