@@ -4,15 +4,14 @@ from pathlib import Path
 
 from torchvision.datasets import FashionMNIST
 
-from datasets import idx
+from datasets import idx, tensors
 from datasets.download import fetch
 from datasets.errors import DataError
-from datasets.tensors import Splits
 
 CLASS_NAMES = ("t-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "ankle boot")
 
 
-def load(data_dir: Path, *, train: bool = True) -> Splits:
+def load(data_dir: Path, *, train: bool = True) -> tensors.Splits:
     """Training and test split from `data_dir/FashionMNIST/raw`, where torchvision puts it, or above; DataError as idx.
     Never from `data_dir` itself: MNIST's files have the same names."""
     folders = [data_dir / "FashionMNIST" / "raw", data_dir / "FashionMNIST"]

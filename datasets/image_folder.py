@@ -15,13 +15,10 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from datasets import synthetic
-from datasets.download import install
+from datasets import download, order, synthetic, tensors
 from datasets.errors import DataError
 from datasets.images.read import DECODER, read_file
 from datasets.listing import EXTENSIONS, describe_left_out, is_hidden, list_images
-from datasets.order import epoch_order
-from datasets.tensors import hold_out, join_classes, some_of
 
 TEST_NAMES = ("test", "val", "valid", "validation")
 
@@ -92,8 +89,8 @@ def load(data_dir: Path, *, validation_fraction: float | None = None, seed: int 
         return split(whole, validation_fraction, seed=seed)
     if not {*folders} & {*TEST_NAMES} or (train and "train" not in folders):
         missing = "train/" if train and "train" not in folders else "test/ or val/"
-        raise DataError(f"--data-dir {data_dir}: has no {missing} but {some_of(folders) or 'no folder'}; add it, or "
-                        f"split one folder of classes with --validation-fraction 0.2")
+        raise DataError(f"--data-dir {data_dir}: has no {missing} but {tensors.some_of(folders) or 'no folder'}; add "
+                        f"it, or split one folder of classes with --validation-fraction 0.2")
     training = scan(data_dir / "train") if train or (known is None and "train" in folders) else None
     owner = "the checkpoint" if training is None else "the training split"
     known = training.class_names if training is not None else known
@@ -130,14 +127,14 @@ def scan(folder: Path, *, class_names: Sequence[str] | None = None, owner: str =
     left_out = describe_left_out(+listing.left_out)
     if not found:
         raise DataError(f"--data-dir {folder}: holds no folder per class{left_out}; add one, {folder.name}/<class>/")
-    labels = join_classes(found, names, place=f"--data-dir {folder}{os.sep}", owner=owner)
+    labels = tensors.join_classes(found, names, place=f"--data-dir {folder}{os.sep}", owner=owner)
     empty = set(found) - broken - {image.partition(os.sep)[0] for image in images}
     if empty:
         raise DataError(f"--data-dir {folder / min(empty)}: holds no image ({' '.join(EXTENSIONS)}){left_out}; add "
                         f"some, or remove the folder")
     if len(names) == 1:
         inner = sorted({name.split(os.sep)[1] for name in images if name.count(os.sep) > 1})
-        remedy = (f" in {some_of(inner)}; if those are the classes, move them one level up, into {folder.name}/"
+        remedy = (f" in {tensors.some_of(inner)}; if those are the classes, move them one level up, into {folder.name}/"
                   if inner else f"; put those of each class into {folder.name}/<class>/")
         raise DataError(f"--data-dir {folder}: holds one class only, {names[0]} with {len(images)} images{remedy}")
     images.sort(key=lambda name: (name.partition(os.sep)[0], os.path.dirname(name), name))
@@ -155,13 +152,13 @@ def describe(splits: Mapping[str, Any]) -> str:
 
 def split(tree: ImageTree, fraction: float, *, seed: int) -> tuple[ImageTree, ImageTree]:
     """Set a share of each class apart by keyed random order, at least one image and never all; DataError for one."""
-    training, test = hold_out(tree, fraction, seed=seed)
+    training, test = tensors.hold_out(tree, fraction, seed=seed)
     return training, shuffled(replace(test, left_out=Counter(), unreadable={}))  # these are said of the training split
 
 
 def shuffled(tree: ImageTree) -> ImageTree:
     """The same images in a fixed random order, not class by class: the first ones are shown as examples."""
-    return tree.subset(epoch_order(len(tree), seed=0, epoch=0))
+    return tree.subset(order.epoch_order(len(tree), seed=0, epoch=0))
 
 
 def write_synthetic(folder: Path, *, seed: int) -> None:
@@ -177,4 +174,4 @@ def write_synthetic(folder: Path, *, seed: int) -> None:
                 path.parent.mkdir(parents=True, exist_ok=True)
                 Image.fromarray(image.permute(1, 2, 0).numpy()).save(path)
 
-    install(write, folder.parent, folder.name)
+    download.install(write, folder.parent, folder.name)

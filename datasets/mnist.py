@@ -11,10 +11,9 @@ from pathlib import Path
 import numpy as np
 from torchvision.datasets import MNIST
 
-from datasets import idx
+from datasets import idx, tensors
 from datasets.download import fetch
 from datasets.errors import DAMAGED, DataError
-from datasets.tensors import Splits, TensorDataset
 
 MEAN = (0.1307,)  # over the 60,000 training images; tests/test_mnist.py recomputes it
 STD = (0.3081,)  # likewise
@@ -27,7 +26,7 @@ NPZ_KEYS = (  # images and labels of the training set, then of the test set
 DAMAGED_ARCHIVE = (*DAMAGED, RuntimeError, NotImplementedError, zipfile.BadZipFile, lzma.LZMAError, tokenize.TokenError)
 
 
-def load(data_dir: Path, *, train: bool = True) -> Splits:
+def load(data_dir: Path, *, train: bool = True) -> tensors.Splits:
     """The training and test split; DataError if files are missing or damaged."""
     folders = [data_dir / "MNIST" / "raw", data_dir / "MNIST", data_dir]
     for folder in folders:
@@ -45,7 +44,7 @@ def prepare(data_dir: Path, *, download: bool, train: bool = True) -> None:
         fetch(lambda folder: MNIST(folder, download=True), data_dir, "MNIST", load=load)
 
 
-def load_npz(path: Path) -> Splits:
+def load_npz(path: Path) -> tensors.Splits:
     """Both splits from one file, whose keys say of which kind it is. Python objects in it are never unpickled."""
     try:
         with np.load(path, allow_pickle=False) as archive:
@@ -63,7 +62,7 @@ def load_npz(path: Path) -> Splits:
     return split_of(*arrays[:2], path=path, names=names[:2]), split_of(*arrays[2:], path=path, names=names[2:])
 
 
-def split_of(images: np.ndarray, labels: np.ndarray, *, path: Path, names: tuple[str, ...]) -> TensorDataset:
+def split_of(images: np.ndarray, labels: np.ndarray, *, path: Path, names: tuple[str, ...]) -> tensors.TensorDataset:
     """One split from images (N, 784), (N, 28, 28) or with one channel, and labels (N,) or one-hot (N, 10)."""
     source = f"{path}: {names[0]} and {names[1]}"
     if images.ndim < 2 or images[:1].size not in (0, idx.SIZE**2):

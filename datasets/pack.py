@@ -31,16 +31,13 @@ from tqdm import tqdm
 
 from datasets.errors import DataError
 from datasets.image_folder import describe
-from datasets.images.archives import open_sources
-from datasets.images.packed import ENTRY, FORMAT, PARTIAL, RECORD, is_whole, part_name
-from datasets.images.read import DECODER, BadImage, Stored, pixels, resize
-from launch.command_line import run
+from datasets.images import archives, packed, read
+from launch import command_line, launcher
 from launch.errors import AtLeast, UsageError, say, to_stderr
 from launch.files import replace_file, sync_folder
-from launch.launcher import usable_cores
 
 LONGEST_JPEG = 65_500  # pixels of a side that libjpeg writes
-Item = tuple[str, int, Stored, int]  # name, label, content, and 64 bits of the SHA-256 of the file's own bytes
+Item = tuple[str, int, read.Stored, int]  # name, label, content, and 64 bits of the SHA-256 of the file's own bytes
 
 
 class BeingPacked(DataError):
@@ -80,14 +77,15 @@ class Packing:
 
     sources: Mapping[str, Any]  # ImageSource or ArchivedImages of each split
     out: Path
-    convert: Callable[[Stored], Stored]  # a file's bytes to what is stored of it; BadImage where they are no image
+    convert: Callable[[read.Stored], read.Stored]  # a file's bytes to what is stored of it; BadImage for no image
     head: Mapping[str, Any]  # the beginning of pack.json
-    workers: int = field(default_factory=usable_cores)
+    workers: int = field(default_factory=launcher.usable_cores)
     is_cache: bool = False  # then what cannot be read has no bytes, and is named when it is trained on
 
     def write(self) -> Iterator[None]:
         """Pack, once per image not there from before; DataError for another packer, a bad source or a full disk."""
-        head = {"format": FORMAT, **self.head, "splits": {split: len(source) for split, source in self.sources.items()}}
+        lengths = {split: len(source) for split, source in self.sources.items()}
+        head = {"format": packed.FORMAT, **self.head, "splits": lengths}
         size, known = head["images_per_part"], () if self.is_cache else self.sources.values()  # in a cache's name
         plan = json.dumps({**head, "sources": [source.fingerprint() for source in known]})
         try:
@@ -96,7 +94,7 @@ class Packing:
                     labels = source.targets.tolist()
                     for number, start in enumerate(range(0, len(source), size)):
                         samples = range(start, min(start + size, len(source)))
-                        name = part_name(split, number)
+                        name = packed.part_name(split, number)
                         entries = folder / f"{name}.entries"
                         yield from ((None for _ in samples) if entries.exists() else
                                     write_part(folder / "pack" / name, entries, self.items(source, samples, labels)))
@@ -118,13 +116,13 @@ class Packing:
         path = source.path(sample)
         try:
             own = source.read(sample)
-        except BadImage as error:
+        except read.BadImage as error:
             if not self.is_cache:
                 raise DataError(f"{path}: cannot be read ({error}); repair or remove it") from None
             own = b""
         try:
             content = self.convert(own)
-        except BadImage as error:
+        except read.BadImage as error:
             content = own
             if not self.is_cache:
                 to_stderr(f"WARNING data: {path}: not readable as an image ({error}); packed as it is")
@@ -133,11 +131,11 @@ class Packing:
 
     def fill(self) -> Generator[None]:
         """Write a cache that is not there, or wait for another process that does."""
-        if not is_whole(self.out):
+        if not packed.is_whole(self.out):
             num_images = sum(map(len, self.sources.values()))
             to_stderr(f"decoding {num_images:,} images into {self.out} "
                       f"({3 * self.head['raw'] ** 2 * num_images / 2**20:.0f} MiB or more)")
-        while not is_whole(self.out):
+        while not packed.is_whole(self.out):
             try:
                 yield from self.write()
             except BeingPacked:
@@ -145,15 +143,15 @@ class Packing:
                 yield
 
 
-def smaller(own: Stored, *, side: int, quality: int | None) -> Stored:
+def smaller(own: read.Stored, *, side: int, quality: int | None) -> read.Stored:
     """An image shrunk to a shorter side: pixels, or a JPEG of a quality; its own if it is small, or too long."""
-    image = pixels(own, shortest_side=2 * side)
+    image = read.pixels(own, shortest_side=2 * side)
     height, width = image.shape[:2]
     scale = min(1.0, side / min(height, width))
     if quality is not None and (scale == 1 or scale * max(height, width) > LONGEST_JPEG):
         return own
     if scale < 1:
-        image = resize(image, round(scale * height), round(scale * width)).permute(1, 2, 0).contiguous().numpy()
+        image = read.resize(image, round(scale * height), round(scale * width)).permute(1, 2, 0).contiguous().numpy()
     if quality is None:
         return image
     Image.fromarray(image).save(buffer := io.BytesIO(), "JPEG", quality=quality)
@@ -176,7 +174,7 @@ def write_part(path: Path, entries_path: Path, items: Iterable[Item]) -> Iterato
         file.flush()
         os.fsync(file.fileno())
     sync_folder(path.parent)
-    replace_file(entries_path, digest.digest() + np.array(entries, ENTRY).tobytes(), durable=True)
+    replace_file(entries_path, digest.digest() + np.array(entries, packed.ENTRY).tobytes(), durable=True)
 
 
 def finish(folder: Path, out: Path, head: Mapping[str, Any]) -> None:
@@ -185,14 +183,14 @@ def finish(folder: Path, out: Path, head: Mapping[str, Any]) -> None:
     for split, num_images in head["splits"].items():
         contents = []
         for number in range(-(-num_images // head["images_per_part"])):
-            name = part_name(split, number)
+            name = packed.part_name(split, number)
             contents.append((folder / f"{name}.entries").read_bytes())
             files[name] = {"bytes": (folder / "pack" / name).stat().st_size, "sha256": contents[-1][:32].hex()}
-        index = np.frombuffer(b"".join(content[32:] for content in contents), ENTRY)
+        index = np.frombuffer(b"".join(content[32:] for content in contents), packed.ENTRY)
         for name, array in ((f"{split}.index", index), (f"{split}.labels", index["label"].astype("<i8"))):
             replace_file(folder / "pack" / name, array.tobytes(), durable=True)
             files[name] = {"bytes": array.nbytes, "sha256": hashlib.sha256(array.tobytes()).hexdigest()}
-    replace_file(folder / "pack" / RECORD, json.dumps({**head, "files": files}, indent=1).encode(), durable=True)
+    replace_file(folder / "pack" / packed.RECORD, json.dumps({**head, "files": files}, indent=1).encode(), durable=True)
     for path in (folder / "pack").glob(".*.tmp"):  # of a process that was killed
         path.unlink()
     os.rename(folder / "pack", out)
@@ -203,7 +201,7 @@ def finish(folder: Path, out: Path, head: Mapping[str, Any]) -> None:
 @contextlib.contextmanager
 def begun(out: Path, plan: str) -> Iterator[Path]:
     """The folder of an unfinished pack, for this process alone; what is in it was begun by the same plan."""
-    folder = out.with_name(out.name + PARTIAL)
+    folder = out.with_name(out.name + packed.PARTIAL)
     (folder / "pack").mkdir(parents=True, exist_ok=True)
     with open(folder / "lock", "w") as lock:
         try:
@@ -223,7 +221,7 @@ def main(config: PackConfig) -> None:
     out = config.out or Path(f"{os.path.abspath(config.data_dir)}.pack")
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
-    sources = open_sources(config.data_dir)
+    sources = archives.open_sources(config.data_dir)
     for path, reason in [item for source in sources.values() for item in source.unreadable.items()]:
         raise DataError(f"{path}: cannot be read ({reason}); repair or remove it")
     if not all(map(len, sources.values())):
@@ -232,13 +230,14 @@ def main(config: PackConfig) -> None:
         raise UsageError(f"--out {out}: is there already; remove it, or choose another")
     side, quality = config.raw or config.resize, config.resize and (config.quality or 90)
     convert = partial(smaller, side=side, quality=quality) if side is not None else lambda own: own
-    head = {"resize": config.resize, "quality": quality, "raw": config.raw, "decoder": DECODER if side else None,
+    head = {"resize": config.resize, "quality": quality, "raw": config.raw, "decoder": read.DECODER if side else None,
             "images_per_part": config.images_per_part, "class_names": sources["train"].class_names}
-    packing = Packing(sources=sources, out=out, convert=convert, head=head, workers=config.workers or usable_cores())
+    packing = Packing(sources=sources, out=out, convert=convert, head=head,
+                      workers=config.workers or launcher.usable_cores())
     for _ in tqdm(packing.write(), total=sum(map(len, sources.values())), unit=" images", disable=None):
         pass
     if "test" in sources:
-        test, train = (np.fromfile(out / f"{split}.index", ENTRY)["original"] for split in ("test", "train"))
+        test, train = (np.fromfile(out / f"{split}.index", packed.ENTRY)["original"] for split in ("test", "train"))
         if len(twins := np.isin(test, train).nonzero()[0]):
             to_stderr(f"WARNING data: {len(twins):,} of {len(test):,} test images are byte for byte "
                       f"training images too, such as {sources['test'].path(int(twins[0]))}; they are no test")
@@ -247,4 +246,4 @@ def main(config: PackConfig) -> None:
 
 
 if __name__ == "__main__":
-    run(main, PackConfig)
+    command_line.run(main, PackConfig)

@@ -28,13 +28,9 @@ from torchvision import transforms
 from torchvision.datasets import ImageFolder
 from torchvision.transforms import v2
 
-from datasets import image_folder, synthetic
-from datasets.augment import Augmentation
-from datasets.images import packed
-from datasets.images.loaders import DecodedImages, Decoder, Decoding
-from datasets.images.unreadable import BadImages
+from datasets import augment, image_folder, synthetic, tensors
+from datasets.images import loaders, packed, unreadable
 from datasets.loaders import memory_loaders
-from datasets.tensors import TensorDataset
 from datasets.transforms import Images, Transformed
 
 SHIFT = 2
@@ -43,7 +39,7 @@ SIZE, SMALLEST_AREA = 224, 0.08  # of photographs
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, as torchvision and timm have them
 
 
-def single_samples(train: TensorDataset, kind: str, batch_size: int, workers: int) -> Iterator[Any]:
+def single_samples(train: tensors.TensorDataset, kind: str, batch_size: int, workers: int) -> Iterator[Any]:
     """Batches without end from a DataLoader: `pil` as most tutorials do it, `v2` the same on uint8 tensors."""
     images: Any = train.inputs
     if kind == "pil":
@@ -66,9 +62,9 @@ def endless(samples: Any, batch_size: int, workers: int) -> Iterator[Any]:
     return iter(DataLoader(samples, batch_size, sampler=sampler, num_workers=workers))
 
 
-def whole_batches(train: TensorDataset, batch_size: int) -> Iterator[Any]:
+def whole_batches(train: tensors.TensorDataset, batch_size: int) -> Iterator[Any]:
     """Ours, epoch after epoch."""
-    augmentation = Augmentation(seed=0, mean=synthetic.MEAN, std=synthetic.STD, shift=SHIFT, flip="random")
+    augmentation = augment.Augmentation(seed=0, mean=synthetic.MEAN, std=synthetic.STD, shift=SHIFT, flip="random")
     loader = memory_loaders({"train": train}, augmentation, batch_size=batch_size, rank_batch_size=batch_size, rank=0,
                             world_size=1, seed=0, device=torch.device("cpu"))["train"]
     for epoch in itertools.count():
@@ -86,9 +82,10 @@ def photographs(kind: str, data_dir: Path, batch_size: int, workers: int) -> Ite
         module = packed if packed.is_pack(data_dir) else image_folder
         tree, _ = module.load(data_dir)
         assert tree is not None
-        decoder = Decoder(Decoding(splits={"train": tree}, size=SIZE, smallest_area=SMALLEST_AREA), workers=workers)
-        augmentation = Augmentation(seed=0, mean=MEAN, std=STD, flip="random")
-        read = DecodedImages("train", tree.targets, decoder, augmentation, BadImages(0), device=torch.device("cpu"))
+        decoding = loaders.Decoding(splits={"train": tree}, size=SIZE, smallest_area=SMALLEST_AREA)
+        augmentation = augment.Augmentation(seed=0, mean=MEAN, std=STD, flip="random")
+        read = loaders.DecodedImages("train", tree.targets, loaders.Decoder(decoding, workers=workers), augmentation,
+                                     unreadable.BadImages(0), device=torch.device("cpu"))
         parts = [torch.randint(len(tree), (batch_size,)) for _ in range(MANY_BATCHES)]
         return itertools.chain.from_iterable(read(parts, epoch) for epoch in itertools.count())
     if kind == "torchvision":  # as in its references/classification, without an automatic policy

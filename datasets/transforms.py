@@ -12,10 +12,8 @@ from torch.utils.data import Dataset
 
 from datasets.augment import Augmentation, KeyedTransforms
 from datasets.errors import DataError
+from datasets.images import packed, read, unreadable
 from datasets.images.loaders import DecodedImages, Decoder, FromMemory
-from datasets.images.packed import ImageSource
-from datasets.images.read import BadImage, Stored, pixels, to_square
-from datasets.images.unreadable import BadImages
 from datasets.loaders import memory_loaders, split_loaders
 from datasets.samples import Explain, Reading, Splits, sample_loaders
 from datasets.tensors import ThreeSplits
@@ -55,17 +53,17 @@ class Transformed(Dataset[Any]):
         return self.transform(self.images.read(sample), **how), self.targets[sample]
 
 
-def decoded(tree: ImageSource, sample: int, **frame: Any) -> Tensor:
+def decoded(tree: packed.ImageSource, sample: int, **frame: Any) -> Tensor:
     """uint8 (3, H, W) of an image file, at full size by default; DataError if it is unreadable."""
     try:
-        return to_square(tree.read(sample), **frame) if frame else full_size(tree.read(sample))
-    except BadImage as error:
+        return read.to_square(tree.read(sample), **frame) if frame else full_size(tree.read(sample))
+    except read.BadImage as error:
         raise DataError(f"{tree.path(sample)}: not readable as an image ({error}); repair or remove it") from None
 
 
-def full_size(content: Stored) -> Tensor:
+def full_size(content: read.Stored) -> Tensor:
     """uint8 (3, H, W) of an image; BadImage if it is unreadable."""
-    return torch.from_numpy(pixels(content)).permute(2, 0, 1).contiguous()
+    return torch.from_numpy(read.pixels(content)).permute(2, 0, 1).contiguous()
 
 
 def image_loaders(splits: ThreeSplits, images: Augmentation, own: Own | None, keyed: KeyedTransforms | None, *,
@@ -80,8 +78,8 @@ def image_loaders(splits: ThreeSplits, images: Augmentation, own: Own | None, ke
     if keyed is not None and (train := present.pop("train", None)) is not None:
         decoder = Decoder(FromMemory(images=train.inputs, keyed=keyed), workers=workers,
                           pin_memory=device.type == "cuda", prepare_worker=prepare_worker)
-        read = DecodedImages("train", train.targets, decoder, keyed.rest, BadImages(0), device=device)
-        trained = split_loaders({"train": (read, len(train))}, remedy=f"raise --workers from {workers}", **how)
+        decode = DecodedImages("train", train.targets, decoder, keyed.rest, unreadable.BadImages(0), device=device)
+        trained = split_loaders({"train": (decode, len(train))}, remedy=f"raise --workers from {workers}", **how)
     return trained | memory_loaders(present, images, device=device, **how)
 
 

@@ -16,14 +16,9 @@ from typing import Annotated, Any, Literal
 if not __package__:
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-from launch.bench.pipeline import benchmark_pipeline
-from launch.bench.runs import Job, calibrate, everything, parse_setup, plan, run_job, run_rounds, this_machine, why_not
-from launch.bench.summary import measured, summarise, warnings_of
-from launch.bench.table import FORMAT, check_output_dir, comparison, draw, page, read_results
-from launch.command_line import run
+from launch import command_line, files, stop
+from launch.bench import pipeline, runs, summary, table
 from launch.errors import MOST_SECONDS, Above, AtLeast, UsageError, nearest, say, to_stderr
-from launch.files import ROOT, replace_file
-from launch.stop import Stopped, catch_signals
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,44 +75,44 @@ class BenchmarkConfig:
 
 def main(config: BenchmarkConfig) -> int:
     """Check everything, run, summarise; returns the exit code."""
-    old = read_results(config.compare) if config.compare else None
+    old = table.read_results(config.compare) if config.compare else None
     if config.report is not None:
-        results, code = read_results(config.report), 0
-        say(page(results))
+        results, code = table.read_results(config.report), 0
+        say(table.page(results))
     else:
         check(config)
-        check_output_dir(config.output_dir)
-        catch_signals()  # Ctrl-C and a batch system's stop keep what was finished
+        table.check_output_dir(config.output_dir)
+        stop.catch_signals()  # Ctrl-C and a batch system's stop keep what was finished
         if config.pipeline:
-            return benchmark_pipeline(config.output_dir, rounds=config.rounds, seconds=config.seconds,
-                                      batch_size=config.batch_size, data_dir=config.data_dir)
-        machine = this_machine()
+            return pipeline.benchmark_pipeline(config.output_dir, rounds=config.rounds, seconds=config.seconds,
+                                               batch_size=config.batch_size, data_dir=config.data_dir)
+        machine = runs.this_machine()
         jobs, missing = jobs_of(config, machine)
         results = {
-            "format": FORMAT, "complete": False, "command": shlex.join(["python", *sys.argv]), "machine": machine,
+            "format": table.FORMAT, "complete": False, "command": shlex.join(["python", *sys.argv]), "machine": machine,
             **{name: getattr(config, name) for name in ("trainer", "model", "recipe", "dataset")}, "not_run": missing}
         code = measure_all(config, jobs, results)
     if old is not None and "rows" in results:
-        say(comparison(old, results))
+        say(table.comparison(old, results))
     return code
 
 
 def check(config: BenchmarkConfig) -> None:
     """UsageError for a trainer that does not exist or cannot measure."""
-    trainers = sorted(path.stem for path in (ROOT / "trainers").glob("*.py")  # those that train, and know --measure
-                      if "begin_script(" in path.read_text(encoding="utf-8"))
+    trainers = sorted(path.stem for path in (files.ROOT / "trainers").glob("*.py")
+                      if "begin_script(" in path.read_text(encoding="utf-8"))  # those that train, and know --measure
     if config.trainer not in trainers:
         raise UsageError(f"--trainer {config.trainer}: there is none of that name{nearest(config.trainer, trainers)}; "
                          f"choose from {', '.join(trainers)}")
 
 
-def jobs_of(config: BenchmarkConfig, machine: dict[str, Any]) -> tuple[list[Job], list[dict[str, Any]]]:
+def jobs_of(config: BenchmarkConfig, machine: dict[str, Any]) -> tuple[list[runs.Job], list[dict[str, Any]]]:
     """What will be run, and why the rest cannot be here; UsageError if nothing can, or not the baseline."""
-    setups = [parse_setup(text, threads=config.threads) for text in config.setups or everything(machine)]
+    setups = [runs.parse_setup(text, threads=config.threads) for text in config.setups or runs.everything(machine)]
     jobs, missing = [], {}
-    for job in plan(setups, batch_size=config.batch_size, scaling=config.scaling,
-                    rank_batch_size=config.rank_batch_size or config.batch_size):
-        if why := why_not(job.setup, machine, job.batch_size):
+    for job in runs.plan(setups, batch_size=config.batch_size, scaling=config.scaling,
+                         rank_batch_size=config.rank_batch_size or config.batch_size):
+        if why := runs.why_not(job.setup, machine, job.batch_size):
             missing[job.setup.name, why] = {"setup": job.setup.name, "batch_size": job.batch_size, "why": why}
         else:
             jobs.append(job)
@@ -132,49 +127,49 @@ def jobs_of(config: BenchmarkConfig, machine: dict[str, Any]) -> tuple[list[Job]
     return jobs, list(missing.values())
 
 
-def measure_all(config: BenchmarkConfig, jobs: list[Job], results: dict[str, Any]) -> int:
+def measure_all(config: BenchmarkConfig, jobs: list[runs.Job], results: dict[str, Any]) -> int:
     """All rounds, with benchmark.json rewritten after every run; then the table, the Markdown and the picture."""
     # recipe blitz is without oneDNN, which is faster at its batch of 4 and twice as slow at 128
     flags = ["--onednn", "--model", config.model, "--recipe", config.recipe, "--dataset", config.dataset,
              "--learning-rate", str(config.learning_rate), "--seed", str(config.seed)]
     flags += shlex.split(config.trainer_flags)
-    run_one = partial(run_job, trainer=config.trainer, flags=flags, timeout_seconds=config.timeout)
-    cores, runs = results["machine"]["cores"], list[dict[str, Any]]()
+    run_one = partial(runs.run_job, trainer=config.trainer, flags=flags, timeout_seconds=config.timeout)
+    cores, finished = results["machine"]["cores"], list[dict[str, Any]]()
     wanted = {job.setup.name: job.setup.ranks * job.setup.threads for job in jobs if job.setup.kind == "cpu"}
 
     def update() -> None:
-        results.update(summarise(jobs, runs, baseline=config.baseline), runs=runs)
+        results.update(summary.summarise(jobs, finished, baseline=config.baseline), runs=finished)
         results["warnings"] = [*(f"{name}: {number} threads on {cores} cores; they take turns"
                                  for name, number in wanted.items() if number > cores),
-                               *warnings_of(results["rows"], rounds=config.rounds)]
-        replace_file(config.output_dir / "benchmark.json", json.dumps(results, indent=1).encode() + b"\n")
+                               *summary.warnings_of(results["rows"], rounds=config.rounds)]
+        files.replace_file(config.output_dir / "benchmark.json", json.dumps(results, indent=1).encode() + b"\n")
 
     try:
-        warmup, steps = calibrate(jobs, steps=config.steps, warmup_steps=config.warmup_steps, seconds=config.seconds,
-                                  run=run_one)
+        warmup, steps = runs.calibrate(jobs, steps=config.steps, warmup_steps=config.warmup_steps,
+                                       seconds=config.seconds, run=run_one)
         results["method"] = {
             "steps": steps, "warmup_steps": warmup, "rank_batch_size": config.rank_batch_size or config.batch_size,
             **{name: getattr(config, name) for name in ("rounds", "threads", "seed", "batch_size")}}
         measures = {f"{job.setup.name}, batch {job.batch_size}": partial(run_one, job, steps=f"{warmup}:{steps}")
                     for job in jobs}
-        for _, result in run_rounds(measures, config.rounds):
-            runs.append(result)
+        for _, result in runs.run_rounds(measures, config.rounds):
+            finished.append(result)
             update()
         results["complete"] = True
-    except Stopped:
-        if not runs:
+    except stop.Stopped:
+        if not finished:
             say("stopped before the first run was finished: nothing is written")
             return 130
-        say(f"stopped: {len(runs)} finished runs are kept")
+        say(f"stopped: {len(finished)} finished runs are kept")
     update()
-    text, folder = page(results), config.output_dir
-    replace_file(folder / "benchmark.md", f"{text}\n\n![bars and scaling curves](benchmark.png)\n".encode())
-    if measured(results["rows"]):
-        draw(results, folder / "benchmark.png")
+    text, folder = table.page(results), config.output_dir
+    files.replace_file(folder / "benchmark.md", f"{text}\n\n![bars and scaling curves](benchmark.png)\n".encode())
+    if summary.measured(results["rows"]):
+        table.draw(results, folder / "benchmark.png")
     say(f"\n{text}\n\nwritten to {folder}/benchmark.json, .md, .png")
     wrong = any(row["error"] or row["verdict"] == "WRONG" for row in results["rows"])
     return int(wrong) if results["complete"] else 130
 
 
 if __name__ == "__main__":
-    run(main, BenchmarkConfig)
+    command_line.run(main, BenchmarkConfig)

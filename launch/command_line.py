@@ -19,9 +19,8 @@ from typing import Any, NoReturn
 import tyro
 import yaml
 
-from launch import errors
+from launch import errors, stop
 from launch.errors import UsageError, check_numbers, nearest
-from launch.stop import Stopped
 
 HELP_COLUMN = 27  # where the explanations of --help stand
 OF_ONE_RUN = ("run_name", "resume", "evaluate")  # all three are in a run's config.json; another run has its own
@@ -105,8 +104,8 @@ def from_words(config_class: type, args: Sequence[str], default: Any) -> Any:
     try:
         with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(complaint):
             config = tyro.cli(config_class, args=args, default=default, compact_help=False)
-    except SystemExit as stop:
-        if stop.code not in (0, None):
+    except SystemExit as ended:
+        if ended.code not in (0, None):
             raise UsageError(plain_text(complaint.getvalue())) from None
         if errors.launched_rank() == 0:
             width, text = max(60, min(120, shutil.get_terminal_size().columns)), printed.getvalue()
@@ -184,7 +183,7 @@ def in_one_line(call: Callable[[], Any], *, is_alone: bool = False) -> Any:
     """What `call` returns; a stop or user's error ends the process: all found it before they met, and rank 0 speaks."""
     try:
         return call()
-    except Stopped:
+    except stop.Stopped:
         sys.exit(errors.EXIT_PREEMPTED)
     except Exception as error:
         line = errors.user_line(error)

@@ -18,13 +18,12 @@ if not __package__:
     if missing:  # nothing below could be imported
         sys.exit(f"FAIL  versions: {sys.executable} has no {', '.join(missing)}; fix: pip install -e {sys.path[0]}")
 
+from launch import command_line, launcher
 from launch.checks.finding import Finding, fail
 from launch.checks.job import job_findings
 from launch.checks.machine import machine_findings
 from launch.checks.ranks import ranks_findings
-from launch.command_line import run
 from launch.errors import MOST_SECONDS, Above, AtLeast, DeviceError, UsageError, say
-from launch.launcher import Launch, read_launch
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,10 +51,10 @@ class DoctorConfig:
 def main(config: DoctorConfig) -> int:
     """Find out, print on rank 0, and return the exit code (the same on every rank)."""
     try:
-        launch = read_launch()
+        launch = launcher.read_launch()
         job = job_findings(launch)
     except UsageError as error:
-        launch, job = Launch(), [fail("launcher", str(error), "start with torchrun, srun python, or plain python")]
+        launch, job = launcher.Launch(), [fail("launcher", str(error), launcher.START_WITH)]
     batch_bytes = -(-config.batch_size // launch.world_size) * 3 * config.image_size**2
     findings = machine_findings(launch, Path(config.output_dir), workers=config.workers, batch_bytes=batch_bytes) + job
     ranks: list[dict[str, Any]] = []
@@ -90,4 +89,4 @@ def page(findings: list[Finding], ranks: list[dict[str, Any]]) -> str:
 
 
 if __name__ == "__main__":
-    run(main, DoctorConfig)
+    command_line.run(main, DoctorConfig)

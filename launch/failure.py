@@ -14,11 +14,8 @@ from typing import Any, NoReturn
 import torch
 import torch.distributed as dist
 
-from launch import errors
+from launch import errors, heartbeats, launcher, stop
 from launch.errors import DeviceError, DistributedError, UsageError, is_users
-from launch.heartbeats import Heartbeats
-from launch.launcher import Launch
-from launch.stop import moments, stop_request
 
 AGREE_SECONDS = 15  # for the ranks to agree on who prints an error, and to print it; the store answers in milliseconds
 LEAVE_SECONDS = 10.0  # for a rank to notice by itself that another has failed, and to end a save
@@ -29,12 +26,12 @@ LINGER_SECONDS = 5.0  # for which the host of the store waits for the others, wh
 class JobFailure:
     """One rank prints the line of an error and every rank leaves: they agree through the store of the heartbeats."""
 
-    def __init__(self, launch: Launch) -> None:
+    def __init__(self, launch: launcher.Launch) -> None:
         self.launch = launch
         self.step = 0  # at which this rank is, as the watchdog is told
-        self.heartbeats: Heartbeats | None = None  # until the ranks have met each prints its own
+        self.heartbeats: heartbeats.Heartbeats | None = None  # until the ranks have met each prints its own
         self.run: Any = None  # the run's folder, to be told: `failed(cause, step=…)` or `preempted(reason)`
-        self._launcher = (stop_request().launcher or os.getppid()) if launch.is_grouped else None
+        self._launcher = (stop.stop_request().launcher or os.getppid()) if launch.is_grouped else None
         self._claimed = threading.Lock()  # taken once: this process prints at most one error
         self._another_failed_at: float | None = None
         self._node_token: socket.socket | None = None  # held until the process ends
@@ -88,7 +85,7 @@ class JobFailure:
         if self.heartbeats is None or not self.launch.hosts_store or not self.heartbeats.has_left:
             return
         before = self.heartbeats.last()
-        for waited in moments(LINGER_SECONDS):
+        for waited in stop.moments(LINGER_SECONDS):
             last = self.heartbeats.last()
             silent = self.heartbeats.silent_since(before) if waited > LINGER_SECONDS / 2 else []
             if {*range(1, self.launch.world_size)} <= {*silent, *(rank for rank in last if last[rank][2] == "left")}:

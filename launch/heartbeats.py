@@ -15,8 +15,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from launch.launcher import parent_of
-from launch.stop import moments
+from launch import launcher, stop
 
 
 class Heartbeats:
@@ -41,7 +40,7 @@ class Heartbeats:
         """Until every rank has called this, or its host has gone, since it had seen them all; or for so long."""
         with suppress(RuntimeError):
             self.store.add("leaving", 1)
-            for _ in moments(seconds):
+            for _ in stop.moments(seconds):
                 if self.store.add("leaving", 0) >= self.world_size:
                     return
 
@@ -64,5 +63,5 @@ class Heartbeats:
         """SIGKILL those of the ranks that run on this host under the same launcher: they cannot end by themselves."""
         for rank, (_, _, _, host, pid, parent) in self.last().items():
             with suppress(ProcessLookupError, PermissionError):
-                if rank in ranks and host == self._me[0] and parent == self._me[2] == parent_of(pid):
+                if rank in ranks and host == self._me[0] and parent == self._me[2] == launcher.parent_of(pid):
                     os.kill(pid, signal.SIGKILL)

@@ -13,14 +13,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 
+from launch import files, launcher
 from launch.errors import DeviceError
-from launch.files import ROOT
-from launch.launcher import Launch
 
 
-def choose_device(device: str, launch: Launch) -> torch.device:
+def choose_device(device: str, launch: launcher.Launch) -> torch.device:
     """cpu, or this rank's GPU; DeviceError if there is none for it, or no CUDA where that is asked for."""
     if device == "cpu" or (device == "auto" and not torch.cuda.is_available()):
         return torch.device("cpu")
@@ -37,7 +35,7 @@ def choose_backend(backend: str, device: torch.device) -> str:
     """nccl on CUDA and gloo on the CPU, unless a backend is named; DeviceError if that is NCCL and cannot work here."""
     if backend == "auto":
         return "nccl" if device.type == "cuda" else "gloo"
-    if backend == "nccl" and (device.type != "cuda" or not dist.is_nccl_available()):
+    if backend == "nccl" and (device.type != "cuda" or not torch.distributed.is_nccl_available()):
         raise DeviceError(f"--backend nccl: needs CUDA, and the device is {device.type}; use --backend gloo")
     return backend
 
@@ -66,15 +64,14 @@ def environment_record() -> dict[str, Any]:
         "float32_matmul": torch.get_float32_matmul_precision(), "cudnn_benchmark": torch.backends.cudnn.benchmark,
         "cudnn_tf32": torch.backends.cudnn.allow_tf32, "deterministic": torch.are_deterministic_algorithms_enabled(),
         **{name: sys.modules[name].__version__ for name in ("torchvision", "numpy", "PIL") if name in sys.modules},
-        "started": datetime.now().astimezone().isoformat(timespec="seconds"),
-    }
+        "started": datetime.now().astimezone().isoformat(timespec="seconds")}
 
 
 def git_commit() -> str | None:
     """The commit of this checkout, with `-dirty` if files differ from it; None outside git."""
     try:
-        return subprocess.check_output(["git", "describe", "--always", "--dirty", "--abbrev=40"], cwd=ROOT, timeout=10,
-                                       stderr=subprocess.DEVNULL, text=True).strip()
+        return subprocess.check_output(["git", "describe", "--always", "--dirty", "--abbrev=40"], cwd=files.ROOT,
+                                       timeout=10, stderr=subprocess.DEVNULL, text=True).strip()
     except (OSError, subprocess.SubprocessError):
         return None
 

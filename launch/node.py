@@ -23,11 +23,7 @@ from types import FrameType
 if not __package__:
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-from launch.errors import to_stderr
-from launch.files import ROOT
-from launch.launcher import host_names, parent_of
-from launch.network import address_among, connect_problem
-from launch.stop import signals_flag, stop_signals
+from launch import errors, files, launcher, network, stop
 
 ARRIVAL_SECONDS = 60  # for the slowest node; srun starts them together
 CONNECT_SECONDS = 40  # of which torch makes 60 by trying again
@@ -45,7 +41,8 @@ def main() -> int:
     host, _, port = options.rendezvous.rpartition(":")
     me = os.environ.get("SLURMD_NODENAME", socket.gethostname())
     node = int(os.environ.get("SLURM_NODEID", "0"))
-    address = address_among([host, host_names(os.environ.get("SLURM_STEP_NODELIST") or host)[0 if node else -1]])
+    nodes = launcher.host_names(os.environ.get("SLURM_STEP_NODELIST") or host)
+    address = network.address_among([host, nodes[0 if node else -1]])
     is_elastic = not options.nodes.isdigit()  # as 1:2: none is waited for, and one may come later
     is_host = host == me if is_elastic else node == 0
     if address is None or address.startswith("127."):
@@ -56,7 +53,7 @@ def main() -> int:
         f"--rdzv-conf=is_host={str(is_host).lower()},join_timeout={(5 if is_elastic else 1) * ARRIVAL_SECONDS},"
         f"read_timeout={CONNECT_SECONDS},last_call_timeout=15"]
     command = options.command[1:] if options.command[:1] == ["--"] else options.command
-    words = [sys.executable, str(ROOT / "launch" / "torchrun.py"), *rendezvous, signals_flag(), *command]
+    words = [sys.executable, str(files.ROOT / "launch" / "torchrun.py"), *rendezvous, stop.signals_flag(), *command]
     return supervise(words, host, int(port))
 
 
@@ -70,7 +67,7 @@ def supervise(command: list[str], host: str, port: int) -> int:
         if process is not None and len(passed_on) == 1:  # Slurm sends SIGTERM two or three times when it preempts a job
             process.send_signal(number)
 
-    for number in stop_signals():
+    for number in stop.stop_signals():
         signal.signal(number, handle)
     process = subprocess.Popen(command)
     if passed_on:
@@ -83,18 +80,19 @@ def supervise(command: list[str], host: str, port: int) -> int:
         if has_children(process.pid) or (useful_at < math.inf and not unreachable(host, port)):
             useful_at = time.monotonic()
         elif time.monotonic() - useful_at > CUT_OFF_SECONDS:
-            to_stderr(f"{socket.gethostname()}: cut off from {host}:{port}, its ranks have ended; torchrun ended too")
+            errors.to_stderr(f"{socket.gethostname()}: cut off from {host}:{port}, its ranks have ended; torchrun "
+                             f"ended too")
             process.kill()
 
 
 def unreachable(host: str, port: int) -> bool:
     """Whether nothing at all comes back from there; a port that is closed is an answer."""
-    return connect_problem(host, port) not in ("", os.strerror(errno.ECONNREFUSED))
+    return network.connect_problem(host, port) not in ("", os.strerror(errno.ECONNREFUSED))
 
 
 def has_children(pid: int) -> bool:
     """Whether a process has started others that live; torchrun, while it waits, does not collect those that ended."""
-    return any(parent_of(int(entry.name)) == pid for entry in Path("/proc").glob("[0-9]*"))
+    return any(launcher.parent_of(int(entry.name)) == pid for entry in Path("/proc").glob("[0-9]*"))
 
 
 if __name__ == "__main__":

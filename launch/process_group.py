@@ -10,11 +10,9 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
+from launch import failure, launcher, network
 from launch.errors import MOST_SECONDS, DistributedError, first_line, is_users
-from launch.failure import JobFailure, exit_after, translated
-from launch.launcher import Launch, choose_threads, read_launch
 from launch.machine import choose_backend, choose_device, keep_freed_memory
-from launch.network import library_defaults
 from launch.rendezvous import RENDEZVOUS_SECONDS, check_paths, described, meet
 from launch.watchdog import Watchdog
 
@@ -24,7 +22,7 @@ NCCL_REMEDIES = {"Duplicate GPU": "start one rank per GPU, or use --backend gloo
 
 
 @dataclass(frozen=True, kw_only=True)
-class World(Launch):
+class World(launcher.Launch):
     """This process's place in the job, its device and its group. A world of one has no backend, needs no collective."""
 
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
@@ -47,18 +45,18 @@ class World(Launch):
 def process_group(backend: str = "auto", *, device: str = "auto", timeout_seconds: float = 300,
                   threads: int | None = None, deterministic: bool = False) -> Iterator[World]:
     """Join the other ranks for a `with` block, whose errors end all; DistributedError if not all come in a minute."""
-    launch = read_launch()
-    failure = JobFailure(launch)
-    watchdog = Watchdog(failure, timeout_seconds=timeout_seconds)
+    launch = launcher.read_launch()
+    job = failure.JobFailure(launch)
+    watchdog = Watchdog(job, timeout_seconds=timeout_seconds)
     try:
         try:
             watchdog.start()  # before the ranks meet: their launcher may die meanwhile
             store = meet(launch, timeout_seconds) if launch.is_grouped else None
         except DistributedError as error:
-            error.speaks = failure.claim_on_this_node(launch.port)
+            error.speaks = job.claim_on_this_node(launch.port)
             raise
         except RuntimeError as error:
-            raise translated(error) from None
+            raise failure.translated(error) from None
         watchdog.start(store)
         try:
             world = prepare(launch, watchdog, backend, device=device, threads=threads, deterministic=deterministic)
@@ -66,24 +64,24 @@ def process_group(backend: str = "auto", *, device: str = "auto", timeout_second
                 join(world, store)
             yield world
         except Exception as error:
-            failure.leave(error)
+            job.leave(error)
             raise
     finally:
         if dist.is_initialized():
-            with exit_after(30, DistributedError.exit_code):  # gloo needs milliseconds
+            with failure.exit_after(30, DistributedError.exit_code):  # gloo needs milliseconds
                 dist.destroy_process_group()
-        failure.linger()
+        job.linger()
         watchdog.stop()
 
 
-def prepare(launch: Launch, watchdog: Watchdog, backend: str, *, device: str, threads: int | None,
+def prepare(launch: launcher.Launch, watchdog: Watchdog, backend: str, *, device: str, threads: int | None,
             deterministic: bool) -> World:
     """Choose this rank's device, threads and backend, and set torch up for them; DeviceError if one is not here."""
     chosen = choose_device(device, launch)
-    num_threads = choose_threads(launch) if threads is None else threads
+    num_threads = launcher.choose_threads(launch) if threads is None else threads
     torch.set_num_threads(num_threads)
     if deterministic:
-        library_defaults(CUBLAS_WORKSPACE_CONFIG=":4096:8")  # cuBLAS reads it when CUDA is first used
+        network.library_defaults(CUBLAS_WORKSPACE_CONFIG=":4096:8")  # cuBLAS reads it when CUDA is first used
         torch.use_deterministic_algorithms(True)
     if chosen.type == "cpu":
         keep_freed_memory()
@@ -101,8 +99,8 @@ def join(world: World, store: dist.Store) -> None:
     backend = f"cpu:gloo,cuda:{world.backend}" if world.device.type == "cuda" else world.backend
     check_paths(store, world)
     if world.backend == "nccl":  # which then remembers its last collectives, unless the environment says otherwise
-        library_defaults(TORCH_FR_BUFFER_SIZE="2000", unless="TORCH_NCCL_TRACE_BUFFER_SIZE")  # the old name
-        library_defaults(TORCH_NCCL_DUMP_ON_TIMEOUT="1")
+        network.library_defaults(TORCH_FR_BUFFER_SIZE="2000", unless="TORCH_NCCL_TRACE_BUFFER_SIZE")  # the old name
+        network.library_defaults(TORCH_NCCL_DUMP_ON_TIMEOUT="1")
     try:
         dist.init_process_group(
             backend, store=store, rank=world.rank, world_size=world.world_size,

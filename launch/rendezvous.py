@@ -10,10 +10,9 @@ from datetime import timedelta
 
 import torch.distributed as dist
 
+from launch import network, stop
 from launch.errors import DistributedError, first_line
 from launch.launcher import Launch
-from launch.network import choose_interface, connect_problem, interface_address
-from launch.stop import moments
 
 RENDEZVOUS_SECONDS = 60  # for all ranks to have started; torchrun or srun starts them together
 STOP_SECONDS = 5  # for which a rank that was asked to stop waits for the others, so that all stop together
@@ -27,7 +26,7 @@ def described(launch: Launch) -> str:
 
 def meet(launch: Launch, timeout_seconds: float) -> dist.Store:
     """The key-value store that every rank can reach, once all have reached it; DistributedError as `take_place`."""
-    choose_interface(launch)
+    network.choose_interface(launch)
     wait_seconds = min(RENDEZVOUS_SECONDS, timeout_seconds)
     try:
         if not launch.hosts_store:  # the process that hosts it may start later than this one
@@ -45,8 +44,8 @@ def meet(launch: Launch, timeout_seconds: float) -> dist.Store:
 def wait_for_port(launch: Launch, wait_seconds: float) -> None:
     """Until something listens there. torch's own wait hears no signal, and ends with pages of C++ frames."""
     refused = "no answer"
-    for _ in moments(wait_seconds, patience=STOP_SECONDS):
-        refused = connect_problem(launch.address, launch.port)
+    for _ in stop.moments(wait_seconds, patience=STOP_SECONDS):
+        refused = network.connect_problem(launch.address, launch.port)
         if not refused:
             time.sleep(0.2)  # without, torch's own connection of some of 16 ranks stalled for 5 s (5 of 5 starts)
             return
@@ -59,7 +58,7 @@ def take_place(store: dist.Store, launch: Launch, wait_seconds: float) -> dist.S
     step = f"{os.environ.get('SLURM_JOB_ID')}.{os.environ.get('SLURM_STEP_ID')}" if launch.launcher == "slurm" else ""
     job = json.dumps([launch.world_size, os.environ.get("TORCHELASTIC_RUN_ID", step)])  # the same on all of its ranks
     pause = 0.01 * max(1.0, launch.world_size / 16)  # what the store must serve does not grow with W
-    looks = moments(wait_seconds, pause=pause, patience=STOP_SECONDS)
+    looks = stop.moments(wait_seconds, pause=pause, patience=STOP_SECONDS)
     if launch.rank > 0:
         return dist.PrefixStore(enter_roll(rolls, launch, job, looks), rolls)
     roll = dist.PrefixStore(str(rolls.add("open", 1)), rolls)
@@ -100,7 +99,7 @@ def check_paths(store: dist.Store, launch: Launch) -> None:
     name = os.environ.get("GLOO_SOCKET_IFNAME", "").partition(",")[0]
     if launch.local_world_size == launch.world_size or not name:
         return
-    host, address = socket.gethostname(), interface_address(name)
+    host, address = socket.gethostname(), network.interface_address(name)
     with socket.create_server((address or "", 0), backlog=8) as listener:  # nothing accepts: the kernel alone is asked
         path = f"{host} {address} {listener.getsockname()[1]} {name}" if address else ""
         store.set(f"path/{launch.rank}", path)
@@ -122,5 +121,5 @@ def problem_with_next(store: dist.Store, launch: Launch) -> str:
     host, address, port, name = told.split()
     if address.startswith("127.") and host != socket.gethostname():
         return f"{host} cannot be reached by other nodes at {address}"
-    reason = connect_problem(address, int(port))
+    reason = network.connect_problem(address, int(port))
     return reason and f"{socket.gethostname()} cannot connect to {host} at {address}:{port} ({name}): {reason}"

@@ -19,15 +19,15 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.elastic.rendezvous import RendezvousError
 from torch.distributed.run import main, parse_args
 
+from launch import network, node
 from launch.errors import DistributedError, first_line, to_stderr
-from launch.network import interface_of
-from launch.node import has_children
 
 
 def end(reason: str) -> None:
     """Say in one line why the nodes did not meet, as an ERROR on the one where they were to, and end the process."""
     flags = parse_args(sys.argv[1:])
-    where = f"{flags.rdzv_endpoint} (interface {interface_of(flags.local_addr) or 'unknown'}, {flags.local_addr})"
+    interface = network.interface_of(flags.local_addr) or "unknown"
+    where = f"{flags.rdzv_endpoint} (interface {interface}, {flags.local_addr})"
     to_stderr(f"{socket.gethostname()}: cannot meet at {where}: {reason}" if "is_host=false" in flags.rdzv_conf else
               f"ERROR distributed: rendezvous {where}: {reason}; see that all nodes started and nothing blocks that "
               f"port, or set MASTER_PORT to a free one, or MASTER_ADDR to the first node's name on another network")
@@ -38,7 +38,7 @@ def expect_ranks(seconds: int) -> None:
     """End if there are none by then: torch waits without end for what listens on that port and says nothing."""
     for _ in range(seconds):
         time.sleep(1)
-        if has_children(os.getpid()):
+        if node.has_children(os.getpid()):
             return
     end("no answer")
 

@@ -22,12 +22,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from launch import files, launcher, machine
 from launch.errors import EXIT_PREEMPTED, to_stderr
 from launch.failure import JobFailure
-from launch.files import ROOT
 from launch.heartbeats import Heartbeats
-from launch.launcher import Launch
-from launch.machine import free_shared_memory
 from launch.stop import StopRequest, stop_request
 
 TICK_SECONDS = 0.5
@@ -38,7 +36,7 @@ AGREED_SECONDS = 5.0  # the same where the steps since the last checkpoint are t
 WAITING = ("backward", "reduce", "left")  # phases in which a rank may be waiting for another
 READING = ("data", "evaluation data")  # phases in which it waits for its next batch
 DUMP_PREFIXES = ("TORCH_FR_DUMP_TEMP_FILE", "TORCH_NCCL_DEBUG_INFO_TEMP_FILE")  # torch's names, today's and the old
-OURS = f"{ROOT}{os.sep}"
+OURS = f"{files.ROOT}{os.sep}"
 READERS = (f"{OURS}datasets", f"{OURS}trainers/engine/checkpoints/load", f"{OURS}trainers/engine/checkpoints/weight")
 LIBRARIES = tuple({sys.prefix, sys.base_prefix, os.path.dirname(os.__file__), "<frozen"})
 
@@ -47,7 +45,7 @@ class Watchdog:
     """Heartbeats and hang detection; a single process has no store, and is watched as the module's text says."""
 
     def __init__(self, failure: JobFailure | None = None, *, timeout_seconds: float = 300) -> None:
-        self.failure = failure or JobFailure(Launch())
+        self.failure = failure or JobFailure(launcher.Launch())
         self.rank, self.world_size = self.failure.launch.rank, self.failure.launch.world_size
         self.timeout_seconds = timeout_seconds
         self.step, self.phase = 0, "start"
@@ -225,7 +223,7 @@ def place_of(frame: FrameType | None) -> str:
 def data_remedy() -> str:
     """What to do where no data comes."""
     return (f"see whether --data-dir, or what is read there, can still be read, and the --workers (/dev/shm has "
-            f"{(free_shared_memory() or 0) / 2**20:.0f} MiB free), or raise --timeout if it was only slow")
+            f"{(machine.free_shared_memory() or 0) / 2**20:.0f} MiB free), or raise --timeout if it was only slow")
 
 
 def context_switches(thread: int) -> str:

@@ -11,16 +11,13 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from launch.bench.runs import Job, execute, parse_setup, run_job, run_rounds, this_machine
-from launch.bench.table import Cells, as_table
+from launch import files, launcher, stop
+from launch.bench import runs, table
 from launch.errors import UsageError, say, to_stderr
-from launch.files import ROOT, replace_file
-from launch.launcher import usable_cores
-from launch.stop import Stopped
 
 Measure = Callable[[], dict[str, Any]]  # as run_job does: `benchmark` and `error`
 
-SCRIPT = ROOT / "datasets" / "pipeline_speed.py"
+SCRIPT = files.ROOT / "datasets" / "pipeline_speed.py"
 MEANING = {"pil": "PIL transforms, {} workers", "v2": "v2 tensor transforms, {} workers",
            "batch": "whole batch at once (ours)"}
 PACKS = {"a pack, short side 256, quality 90": ["--resize", "256", "--quality", "90"],
@@ -44,16 +41,16 @@ def photo_measures(data_dir: Path, folder: Path, *, seconds: float, batch_size: 
                                     for peer in [*peers, "ours"]}
     for number, (name, flags) in enumerate(PACKS.items()):
         to_stderr(f"packing {name}")
-        pack = [sys.executable, str(ROOT / "datasets" / "pack.py"), "--data-dir", str(data_dir), *flags]
-        error, _ = execute([*pack, "--out", str(folder / str(number))], dict(os.environ), float("inf"))
+        pack = [sys.executable, str(files.ROOT / "datasets" / "pack.py"), "--data-dir", str(data_dir), *flags]
+        error, _ = runs.execute([*pack, "--out", str(folder / str(number))], dict(os.environ), float("inf"))
         if error:
             raise UsageError(f"--data-dir {data_dir}: cannot be packed ({error}); correct that first")
         measures[f"ours, {name}"] = partial(measure, "ours:1", data_dir=folder / str(number))
     measures |= {f"{peer}, {TRAINED}": partial(measure, f"{peer}:2+network", data_dir=data_dir) for peer in peers}
     trained = ["--data-dir", str(data_dir), "--model", f"{SCRIPT}:mean_color", "--workers", "2", "--image-size", "224",
                "--random-crop", "0.08", "--shift", "0", "--flip", "random"]
-    job = Job(setup=parse_setup("cpu:1"), batch_size=batch_size, scalings=("strong",))
-    return {**measures, f"ours, {TRAINED}": partial(run_job, job, "image_folder", trained, steps="10:20",
+    job = runs.Job(setup=runs.parse_setup("cpu:1"), batch_size=batch_size, scalings=("strong",))
+    return {**measures, f"ours, {TRAINED}": partial(runs.run_job, job, "image_folder", trained, steps="10:20",
                                                     timeout_seconds=START_SECONDS + 60 * seconds)}
 
 
@@ -62,7 +59,7 @@ def images_per_second(name: str, *, seconds: float, batch_size: int, data_dir: P
     words = [sys.executable, str(SCRIPT), name, "--seconds", str(seconds), "--batch-size", str(batch_size),
              *(["--data-dir", str(data_dir)] if data_dir else [])]
     memory = TRAINERS_MEMORY if name.startswith(("ours", "batch")) else {}
-    error, printed = execute(words, {**os.environ, **memory}, START_SECONDS + 3 * seconds)
+    error, printed = runs.execute(words, {**os.environ, **memory}, START_SECONDS + 3 * seconds)
     figures = None if error else {"samples_per_second": json.loads(printed.splitlines()[-1])["images_per_second"]}
     return {"error": error, "benchmark": figures}
 
@@ -77,27 +74,27 @@ def benchmark_pipeline(output_dir: Path, *, rounds: int, seconds: float, batch_s
     with tempfile.TemporaryDirectory(dir=output_dir, prefix=".packs-") as folder:
         try:
             each: dict[str, Measure] = photo_measures(data_dir, Path(folder), **how) if data_dir else {
-                name: partial(images_per_second, name, **how) for name in variants(usable_cores())}
-            for name, result in run_rounds(each, rounds):
+                name: partial(images_per_second, name, **how) for name in variants(launcher.usable_cores())}
+            for name, result in runs.run_rounds(each, rounds):
                 if result["error"]:
                     errors.append(f"{name}: {result['error']}")
                 else:
                     rates.setdefault(name, {})[result["round"]] = result["benchmark"]["samples_per_second"]
-        except Stopped:
+        except stop.Stopped:
             to_stderr("stopped: finished runs are kept")
             errors.append("stopped")
     rows = [{"variant": name, "images_per_second": median(found.values()), "slowest_round": min(found.values()),
              "fastest_round": max(found.values()), "rounds": len(found)} for name, found in rates.items()]
-    results = {"format": 1, "batch_size": batch_size, "machine": this_machine(), "rows": rows, "errors": errors}
-    table = as_table(pipeline_cells(rates))
-    page = f"# Input pipeline\n\n{work}, batch {batch_size}, one thread per process\n\n{table}\n"
-    replace_file(output_dir / "pipeline.json", json.dumps(results, indent=1).encode() + b"\n")
-    replace_file(output_dir / "pipeline.md", page.encode())
+    results = {"format": 1, "batch_size": batch_size, "machine": runs.this_machine(), "rows": rows, "errors": errors}
+    page = (f"# Input pipeline\n\n{work}, batch {batch_size}, one thread per process\n\n"
+            f"{table.as_table(pipeline_cells(rates))}\n")
+    files.replace_file(output_dir / "pipeline.json", json.dumps(results, indent=1).encode() + b"\n")
+    files.replace_file(output_dir / "pipeline.md", page.encode())
     say(f"\n{page}\nwritten to {output_dir}/pipeline.json, .md")
     return 130 if errors[-1:] == ["stopped"] else int(bool(errors))
 
 
-def pipeline_cells(rates: Mapping[str, Mapping[int, float]]) -> Cells:
+def pipeline_cells(rates: Mapping[str, Mapping[int, float]]) -> table.Cells:
     """Header and rows, each relative to the first in the same rounds; photographs to timm's, or else torchvision's."""
     peers = {TRAINED in name: name for name in rates if name.startswith(("torchvision", "timm"))}  # the last one stays
     relative = f"x {peers[False].partition(',')[0]}" if False in peers else "relative"

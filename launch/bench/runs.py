@@ -15,11 +15,9 @@ from typing import Any
 
 from tqdm import tqdm
 
+from launch import files, launcher, stop
 from launch.errors import AtLeast, UsageError, check_number, nearest, to_stderr
-from launch.files import ROOT, read_object
-from launch.launcher import usable_cores
 from launch.machine import environment_record, processor
-from launch.stop import moments
 
 COUNT = AtLeast(1, most=1024)  # devices of a set-up, threads of a rank
 OPTIONS: dict[str, dict[str, Any]] = {
@@ -53,7 +51,7 @@ class Setup:
 
 def this_machine() -> dict[str, Any]:
     """What a benchmark's figures hold for: what this process may use, and all that a run would record."""
-    return {"processor": processor(), "cores": usable_cores(), **environment_record()}
+    return {"processor": processor(), "cores": launcher.usable_cores(), **environment_record()}
 
 
 def parse_setup(text: str, *, threads: int = 1) -> Setup:
@@ -106,10 +104,10 @@ def why_not(setup: Setup, machine: dict[str, Any], batch_size: int) -> str | Non
 
 def command(setup: Setup, trainer: str, flags: list[str]) -> list[str]:
     """The command line: the trainer under python, or under torchrun."""
-    torchrun = [str(ROOT / "launch" / "torchrun.py"), "--standalone", f"--nproc-per-node={setup.ranks}"]
+    starter = [str(files.ROOT / "launch" / "torchrun.py"), "--standalone", f"--nproc-per-node={setup.ranks}"]
     parallel = "dp" if setup.kind == "dp" else "ddp" if setup.launched else "none"
-    return [sys.executable, *(torchrun if setup.launched else []), str(ROOT / "trainers" / f"{trainer}.py"), *flags,
-            "--device", "cpu" if setup.kind == "cpu" else "cuda", "--parallel", parallel,
+    return [sys.executable, *(starter if setup.launched else []), str(files.ROOT / "trainers" / f"{trainer}.py"),
+            *flags, "--device", "cpu" if setup.kind == "cpu" else "cuda", "--parallel", parallel,
             "--backend", "gloo" if setup.gloo or setup.kind == "cpu" else "auto", "--precision", setup.precision,
             "--compile" if setup.compile else "--no-compile",
             "--channels-last" if setup.channels_last else "--no-channels-last", "--threads", str(setup.threads)]
@@ -163,7 +161,7 @@ def run_job(job: Job, trainer: str, flags: list[str], *, steps: str, timeout_sec
                                              "--output-dir", folder, "--run-name", "run"])
         began = time.perf_counter()
         error, _ = execute(words, environment(job.setup), timeout_seconds)
-        figures = None if error else (read_object(Path(folder, "run", "result.json")) or {}).get("benchmark")
+        figures = None if error else (files.read_object(Path(folder, "run", "result.json")) or {}).get("benchmark")
     return {"setup": job.setup.name, "batch_size": job.batch_size, "scalings": list(job.scalings),
             "command": " ".join(words), "wall_seconds": time.perf_counter() - began, "benchmark": figures,
             "error": error if error or figures else "exit code 0, but no figures in result.json"}
@@ -175,7 +173,7 @@ def execute(words: list[str], variables: dict[str, str], timeout_seconds: float)
         process = subprocess.Popen(words, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=variables,
                                    start_new_session=True)
         try:
-            for _ in moments(timeout_seconds, patience=0):
+            for _ in stop.moments(timeout_seconds, patience=0):
                 if process.poll() is not None:
                     break
             else:

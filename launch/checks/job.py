@@ -3,10 +3,9 @@
 import os
 import socket
 
+from launch import network, stop
 from launch.checks.finding import Finding, fail, ok, warn_if
 from launch.launcher import Launch
-from launch.network import address_towards, connect_problem
-from launch.stop import SIGNALS, signals_flag, stop_signals
 
 SHOWN_VARIABLES = (  # an allow-list: tokens and passwords live in the environment too
     "RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "TORCHELASTIC_RESTART_COUNT",
@@ -30,19 +29,19 @@ def job_findings(launch: Launch) -> list[Finding]:
 
 def signals_finding() -> Finding:
     """At which signals training saves and stops, and whether torchrun, if it started this process, passes them on."""
-    passed_on = os.environ.get("TORCHELASTIC_SIGNALS_TO_HANDLE", ",".join(number.name for number in SIGNALS))
-    lost = [number.name for number in SIGNALS if number.name not in map(str.strip, passed_on.split(","))]
-    text = f"a run saves and stops at {', '.join(number.name for number in stop_signals())}"
+    passed_on = os.environ.get("TORCHELASTIC_SIGNALS_TO_HANDLE", ",".join(number.name for number in stop.SIGNALS))
+    lost = [number.name for number in stop.SIGNALS if number.name not in map(str.strip, passed_on.split(","))]
+    text = f"a run saves and stops at {', '.join(number.name for number in stop.stop_signals())}"
     return warn_if(bool(lost), "signals", f"{text}; torchrun would die of {', '.join(lost)}" if lost else text,
-                   f"start torchrun with {signals_flag()}")
+                   f"start torchrun with {stop.signals_flag()}")
 
 
 def address_finding(launch: Launch) -> Finding:
     """What this machine's name means to itself; other nodes need an address that is not the loopback's."""
-    name, address = socket.gethostname(), address_towards(socket.gethostname())
+    name, address = socket.gethostname(), network.address_towards(socket.gethostname())
     text = f"{name} -> {address or 'no address'}"
     if launch.world_size > launch.local_world_size:
-        if route := address_towards(launch.address):
+        if route := network.address_towards(launch.address):
             return ok("host name", f"{text}; the way to {launch.address} is from {route}")
         return fail("host name", f"{text}; no route to {launch.address}", "check MASTER_ADDR and the network")
     return warn_if(address is None, "host name", text,
@@ -51,6 +50,6 @@ def address_finding(launch: Launch) -> Finding:
 
 def port_finding(launch: Launch) -> Finding:
     """Whether the port at which ranks meet is free, as long as nobody of this job has opened it."""
-    taken = launch.launcher == "none" and not connect_problem("localhost", launch.port)
+    taken = launch.launcher == "none" and not network.connect_problem("localhost", launch.port)
     return warn_if(taken, "port", f"{launch.port} is {'taken' if taken else 'free, or this job has it'}",
                    "torchrun --standalone picks a free one; over several nodes set --rdzv-endpoint HOST:PORT")

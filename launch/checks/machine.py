@@ -15,16 +15,15 @@ import torch.cuda.nccl as cuda_nccl
 import torch.distributed as dist
 from torch.torch_version import TorchVersion
 
+from launch import files, launcher
 from launch.checks.finding import Finding, fail, ok, warn, warn_if
-from launch.files import ROOT, replace_file
-from launch.launcher import Launch, choose_threads, threads_per_rank, usable_cores
 from launch.machine import free_shared_memory, processor
 
 GIB = 2**30
 BATCHES_PER_WORKER = 3  # in /dev/shm: DataLoader asks for two ahead, and one is being used; docker gives 64 MiB
 
 
-def machine_findings(launch: Launch, output_dir: Path, *, batch_bytes: int, workers: int) -> list[Finding]:
+def machine_findings(launch: launcher.Launch, output_dir: Path, *, batch_bytes: int, workers: int) -> list[Finding]:
     """The whole page for this process's machine, in the order in which things go wrong."""
     return [versions_finding(), *device_findings(), cores_finding(launch),
             shared_memory_finding(batch_bytes=batch_bytes, workers=workers * launch.local_world_size),
@@ -41,13 +40,13 @@ def versions_finding() -> Finding:
                 wrong.append(f"{versions[-1]} is older than {least}")
         except metadata.PackageNotFoundError:
             wrong.append(f"{name} is missing")
-    return (fail("versions", "; ".join(wrong), f"pip install -e {ROOT}") if wrong else
+    return (fail("versions", "; ".join(wrong), f"pip install -e {files.ROOT}") if wrong else
             ok("versions", ", ".join(versions)))
 
 
 def required_versions() -> dict[str, str]:
     """Dependencies of pyproject.toml: name -> lowest version, "0" where any will do."""
-    block = (ROOT / "pyproject.toml").read_text().partition("\ndependencies = [")[2].partition("]")[0]
+    block = (files.ROOT / "pyproject.toml").read_text().partition("\ndependencies = [")[2].partition("]")[0]
     return {name: least or "0" for name, least in re.findall(r'"([\w-]+)(?:>=([\d.]+))?"', block)}
 
 
@@ -79,13 +78,13 @@ def device_findings() -> Iterator[Finding]:
         yield ok("backends", f"gloo{nccl}")
 
 
-def cores_finding(launch: Launch) -> Finding:
+def cores_finding(launch: launcher.Launch) -> Finding:
     """Whether the threads of this node's ranks fit onto the cores that they may use."""
-    cores, threads, ranks = usable_cores(), choose_threads(launch), launch.local_world_size
+    cores, threads, ranks = launcher.usable_cores(), launcher.choose_threads(launch), launch.local_world_size
     text = f"{cores} of {os.cpu_count()} usable; {ranks} rank{'s' * (ranks > 1)} here x {threads} threads"
     return warn_if(ranks * threads > cores, "cores", text,
-                   f"set OMP_NUM_THREADS={threads_per_rank(ranks)}, start fewer ranks, or ask the scheduler for more "
-                   f"cores (--cpus-per-task)")
+                   f"set OMP_NUM_THREADS={launcher.threads_per_rank(ranks)}, start fewer ranks, or ask the scheduler "
+                   f"for more cores (--cpus-per-task)")
 
 
 def shared_memory_finding(*, batch_bytes: int, workers: int) -> Finding:
@@ -105,7 +104,7 @@ def output_finding(output_dir: Path) -> Finding:
     try:
         with tempfile.TemporaryDirectory(prefix=".doctor-", dir=folder) as scratch:
             start = time.perf_counter()
-            replace_file(Path(scratch, "file"), b"new", durable=True)
+            files.replace_file(Path(scratch, "file"), b"new", durable=True)
             seconds = time.perf_counter() - start
         free_bytes = shutil.disk_usage(folder).free
     except OSError as error:

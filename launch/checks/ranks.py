@@ -12,18 +12,16 @@ from typing import Any
 
 import torch
 
+from launch import files, launcher, machine
 from launch.checks.finding import Finding, fail, ok, warn, warn_if
 from launch.errors import DeviceError, DistributedError, user_line
-from launch.files import ROOT
-from launch.launcher import Launch, choose_threads
-from launch.machine import choose_backend, choose_device
 from launch.process_group import World, barrier, gather, process_group, time_all_reduce
 
 BUCKET_BYTES = 25 * 2**20  # what DistributedDataParallel sends at once by default (bucket_cap_mb)
 SLOW_BYTES_PER_SECOND = 50e6  # a ResNet-18's gradients, 45 MB, would take a second per step
 
 
-def ranks_findings(launch: Launch, mine: list[Finding], *, device: str, backend: str, timeout_seconds: float
+def ranks_findings(launch: launcher.Launch, mine: list[Finding], *, device: str, backend: str, timeout_seconds: float
                    ) -> tuple[list[Finding], list[dict[str, Any]]]:
     """Findings of all machines (`mine`: of this rank's), then about the ranks together; and one record per rank."""
     try:
@@ -40,14 +38,14 @@ def ranks_findings(launch: Launch, mine: list[Finding], *, device: str, backend:
     return [*gathered(machines, ranks), *found], ranks
 
 
-def rank_record(launch: Launch, device: str) -> dict[str, Any]:
+def rank_record(launch: launcher.Launch, device: str) -> dict[str, Any]:
     """What the other ranks need to know about this one; `device` is None where it would get none."""
     record: dict[str, Any] = {
         "rank": launch.rank, "local_rank": launch.local_rank, "host": socket.gethostname(), "pid": os.getpid(),
-        "threads": choose_threads(launch), "torch": torch.__version__, "code": code_hash(),
+        "threads": launcher.choose_threads(launch), "torch": torch.__version__, "code": code_hash(),
         "device": None, "uuid": None, "problem": None}
     try:
-        chosen = choose_device(device, launch)
+        chosen = machine.choose_device(device, launch)
     except DeviceError as error:
         return {**record, "problem": str(error)}
     uuid = f"GPU-{torch.cuda.get_device_properties(chosen).uuid}" if chosen.type == "cuda" else None
@@ -57,9 +55,9 @@ def rank_record(launch: Launch, device: str) -> dict[str, Any]:
 def code_hash() -> str:
     """sha256 over this checkout's code and recipes: also tells apart what was edited and not committed."""
     digest = hashlib.sha256()
-    found = [path for name in ("launch", "datasets", "trainers") for path in (ROOT / name).rglob("*")]
+    found = [path for name in ("launch", "datasets", "trainers") for path in (files.ROOT / name).rglob("*")]
     for path in sorted(path for path in found if path.suffix in (".py", ".yaml")):
-        digest.update(f"{path.relative_to(ROOT)}\0".encode() + path.read_bytes())
+        digest.update(f"{path.relative_to(files.ROOT)}\0".encode() + path.read_bytes())
     return digest.hexdigest()[:12]
 
 
@@ -118,7 +116,7 @@ def all_reduce_finding(world: World, ranks: list[dict[str, Any]], backend: str, 
     if devices.state == "FAIL":
         return warn("all_reduce", "not tried: the ranks have no devices of their own", "see rank devices")
     mine = torch.device(ranks[world.rank]["device"])
-    chosen = choose_backend(backend, mine)
+    chosen = machine.choose_backend(backend, mine)
     if mine.type == "cuda":
         torch.cuda.set_device(mine)
     try:
