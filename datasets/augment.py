@@ -1,5 +1,4 @@
 """Augmentation keyed by (seed, epoch, sample): of a whole batch at a time on the device the model is on, or in workers.
-
 A sample gets the same crop and flip on the CPU and the GPU, alone or in a batch: one hash for each choice."""
 
 import functools
@@ -10,8 +9,7 @@ from typing import Literal
 
 import numpy as np
 import torch
-import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from datasets.keyed_random import Purpose, key, random_integers, random_uniform
 
@@ -37,8 +35,8 @@ class Augmentation:
     def prepare(self, images: Tensor) -> Tensor:
         """Pad the whole data set once, (N, C, H, W) to (N, C, H + 2 shift, W + 2 shift), so that a crop is a gather."""
         if self.padding == "zeros":
-            return F.pad(images, [self.shift] * 4) if self.shift else images
-        for dimension in (2, 3) if self.shift else ():  # reflected; F.pad does that to floats alone on some devices
+            return nn.functional.pad(images, [self.shift] * 4) if self.shift else images
+        for dimension in (2, 3) if self.shift else ():  # reflected; pad() does that to floats alone on some devices
             size = images.shape[dimension]
             places = torch.arange(-self.shift, size + self.shift, device=images.device).abs()
             images = images.index_select(dimension, size - 1 - (size - 1 - places).abs())
@@ -107,8 +105,7 @@ def crop(padded: Tensor, samples: Tensor, rows: Tensor, columns: Tensor, shift: 
     if padded.device.type == "cpu":  # numpy copies whole rows, 5 times as fast as torch's element by element
         views = np.lib.stride_tricks.sliding_window_view(padded.numpy(), (height, width), axis=(2, 3))
         return torch.from_numpy(views[samples.numpy(), :, rows.numpy(), columns.numpy()])
-    windows = padded.unfold(2, height, 1).unfold(3, width, 1)  # a view: (N, C, 2 shift + 1, 2 shift + 1, H, W)
-    return windows[samples, :, rows, columns]
+    return padded.unfold(2, height, 1).unfold(3, width, 1)[samples, :, rows, columns]  # of a view, (N, C, y, x, H, W)
 
 
 def mirror(images: Tensor, chosen: Tensor, dimension: int = -1) -> Tensor:

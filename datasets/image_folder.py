@@ -1,5 +1,4 @@
 """A folder of images by class, as torchvision's ImageFolder reads it: train/<class>/… and test/<class>/… (or val/).
-
 Or one folder of classes is split by a fraction. Only names are read here; images/read.py reads the pixels."""
 
 import contextlib

@@ -1,5 +1,4 @@
 """Random numbers that are a hash of what they are for: (seed, epoch, purpose, sample index).
-
 No number depends on the one before, on device, world size or workers: by splitmix64 (Steele, Lea and Flood, 2014)."""
 
 import functools

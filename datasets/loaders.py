@@ -1,5 +1,4 @@
 """From a data set to the batches of one rank: a training loader that can start anywhere, an unpadded evaluation one.
-
 Where batches come from is a `Read`: of data in memory here, of images in images/loaders.py, of others in samples.py."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -86,8 +85,7 @@ class InMemory:
     def __call__(self, parts: Sequence[Tensor], epoch: int) -> Iterator[Batch]:
         """Several batches are prepared at once, where they are small."""
         size = max(map(len, parts), default=1)
-        most = CHUNK_SAMPLES if self.inputs.device.type == "cpu" else GPU_CHUNK_SAMPLES
-        together = max(1, most // size)
+        together = max(1, (CHUNK_SAMPLES if self.inputs.device.type == "cpu" else GPU_CHUNK_SAMPLES) // size)
         for start in range(0, len(parts), together):
             samples = sent(torch.cat(list(parts[start : start + together])), self.inputs.device)
             if self.images is not None and self.trains:

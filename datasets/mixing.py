@@ -1,5 +1,4 @@
 """Mixup and CutMix: both partners of a pair are mixed with each other, on the device, a whole batch at a time.
-
 Partners are neighbours in the epoch's order, on one rank (order.py). All is a hash of (seed, epoch, the first one)."""
 
 from collections.abc import Iterator, Mapping
@@ -8,8 +7,7 @@ from functools import partial
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from datasets.errors import DataError
 from datasets.keyed_random import Purpose, random_beta, random_integers, random_uniform
@@ -45,7 +43,7 @@ class Mixing:
             outside = 1 - rows[:, None, :, None] * columns[:, None, None, :]
             of_pixels = torch.where(has_box[:, None, None, None] == 1, outside, of_pixels)
             kept = torch.where(has_box == 1, outside.mean((1, 2, 3)), kept)  # a box at the edge is smaller than drawn
-        labels = F.one_hot(targets, self.num_classes) if targets.ndim == 1 else targets
+        labels = nn.functional.one_hot(targets, self.num_classes) if targets.ndim == 1 else targets
         return with_partner(inputs, of_pixels), with_partner(labels.float(), kept[:, None])
 
     def batches(self, batches: Iterator[Any], samples: Tensor, epoch: int, *, seed: int, device: torch.device
@@ -80,6 +78,5 @@ def mixed(loaders: dict[str, Any], how: Mapping[str, Any], *, num_classes: int, 
     """The loaders of one rank, by split, the training batches mixed by `how`: arguments of Mixing, or none at all."""
     if how and (loader := loaders.get("train")) is not None:
         loader.sampler.group_size = 2  # after `off_epoch` too
-        mixing = Mixing(num_classes=num_classes, **how)
-        loader.mix = partial(mixing.batches, seed=loader.sampler.seed, device=device)
+        loader.mix = partial(Mixing(num_classes=num_classes, **how).batches, seed=loader.sampler.seed, device=device)
     return loaders

@@ -1,5 +1,4 @@
 """MNIST (LeCun, Cortes and Burges, 1998): 60,000 training and 10,000 test images of 28x28 pixels, handwritten digits.
-
 Read from the four IDX files, plain or gzipped, in `data_dir/MNIST/raw` (where torchvision puts them),
 `data_dir/MNIST` or `data_dir` itself, or else from `mnist.npz` in one of these, of either kind in common use."""
 
@@ -20,16 +19,14 @@ STD = (0.3081,)  # likewise
 CLASS_NAMES = tuple("0123456789")
 NPZ_KEYS = (  # images and labels of the training set, then of the test set
     ("x_train", "y_train", "x_test", "y_test"),  # Keras
-    ("trainInps", "trainTargs", "testInps", "testTargs"),  # flat images, one-hot labels
-)
+    ("trainInps", "trainTargs", "testInps", "testTargs"))  # flat images, one-hot labels
 # RuntimeError for encrypted or deeply nested content, NotImplementedError for a method of compression
 DAMAGED_ARCHIVE = (*DAMAGED, RuntimeError, NotImplementedError, zipfile.BadZipFile, lzma.LZMAError, tokenize.TokenError)
 
 
 def load(data_dir: Path, *, train: bool = True) -> tensors.Splits:
     """The training and test split; DataError if files are missing or damaged."""
-    folders = [data_dir / "MNIST" / "raw", data_dir / "MNIST", data_dir]
-    for folder in folders:
+    for folder in (data_dir / "MNIST" / "raw", data_dir / "MNIST", data_dir):
         if list(folder.glob("t*ubyte*")):
             return idx.load(folder, CLASS_NAMES, train=train)  # says which of the four is missing
         if (folder / "mnist.npz").is_file():

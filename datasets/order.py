@@ -1,5 +1,4 @@
 """Which sample comes when: a pure function of (seed, epoch, position), whatever the number of ranks and workers.
-
 Optimizer step k of an epoch consumes order[k * G : (k + 1) * G], G the global batch; rank r takes every world_size-th
 of them, or pair of them where pairs are mixed (mixing.py). So a position is just (epoch, samples consumed)."""
 

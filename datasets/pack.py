@@ -241,8 +241,7 @@ def main(config: PackConfig) -> None:
         if len(twins := np.isin(test, train).nonzero()[0]):
             to_stderr(f"WARNING data: {len(twins):,} of {len(test):,} test images are byte for byte "
                       f"training images too, such as {sources['test'].path(int(twins[0]))}; they are no test")
-    size = sum(path.stat().st_size for path in out.iterdir())
-    say(f"{out}: {size / 2**20:,.1f} MiB, {describe(sources)}")
+    say(f"{out}: {sum(path.stat().st_size for path in out.iterdir()) / 2**20:,.1f} MiB, {describe(sources)}")
 
 
 if __name__ == "__main__":

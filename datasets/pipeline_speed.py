@@ -138,8 +138,7 @@ def main() -> None:
     num_images, began = 0, time.perf_counter()
     while time.perf_counter() - began < flags.seconds:
         num_images += len(next(batches)[0])
-    rate = num_images / (time.perf_counter() - began)
-    print(json.dumps({"variant": flags.variant, "images_per_second": rate}))
+    print(json.dumps({"variant": flags.variant, "images_per_second": num_images / (time.perf_counter() - began)}))
 
 
 if __name__ == "__main__":

@@ -1,5 +1,4 @@
 """Any map-style data set as batches: samples are read one by one, each under a random key of its own.
-
 A worker opens the splits itself, nothing of them is sent to it. Inputs and targets are tensors, or dicts or tuples."""
 
 import contextlib
@@ -16,11 +15,10 @@ from torch import Tensor
 from torch.utils.data import Dataset, IterableDataset, Subset, TensorDataset, default_collate
 from torchvision.transforms.v2.functional import pil_to_tensor
 
+from datasets import loaders, tensors
 from datasets.errors import DataError
 from datasets.images.loaders import Decoder, Key, unless_failed
 from datasets.keyed_random import GOLDEN, WORD, Purpose, key, mix
-from datasets.loaders import split_loaders
-from datasets.tensors import held_out, join_classes
 
 NAMES = {"train": "training", "validation": "validation", "test": "test"}
 SEED_IT = "seed whatever splits or shuffles it, such as random_split(..., generator=torch.Generator().manual_seed(0))"
@@ -107,7 +105,7 @@ class Reading(Dataset[Any]):
         """Take labels for positions in these names, which `owner` knows; DataError for a class that it lacks."""
         for split, dataset in self.splits.present().items():
             if (own := class_names_of(dataset)) not in ((), names):
-                joined = join_classes(own, names, place=f"{self.name}: {NAMES[split]} class ", owner=owner)
+                joined = tensors.join_classes(own, names, place=f"{self.name}: {NAMES[split]} class ", owner=owner)
                 self.labels[split] = torch.tensor(list(joined.values()))
 
 
@@ -191,7 +189,7 @@ def set_apart(splits: Splits, fraction: float, *, seed: int) -> Splits:
     labels = torch.as_tensor(np.asarray(found)) if found is not None else torch.zeros(len(train))
     are_classes = labels.ndim == 1 and not labels.is_floating_point()
     by_class = are_classes and int(labels.unique(return_counts=True)[1].min()) > 1
-    chosen = held_out(labels if by_class else torch.zeros(len(train)), fraction, seed=seed)
+    chosen = tensors.held_out(labels if by_class else torch.zeros(len(train)), fraction, seed=seed)
     parts = [Subset(train, mask.nonzero().flatten().tolist()) for mask in (~chosen, chosen)]
     return splits._replace(train=parts[0], validation=parts[1])
 
@@ -203,11 +201,11 @@ def sample_loaders(reading: Reading, *, device: torch.device, workers: int = 0,
     decoder = Decoder(reading, workers=workers, pin_memory=device.type == "cuda", prepare_worker=prepare_worker)
     present = reading.splits.present()
     reads = {name: (partial(decoder.decode, name), len(dataset)) for name, dataset in present.items()}
-    loaders = split_loaders(reads, evaluation_batch_size=min(64, how["batch_size"]),
-                            remedy=f"raise --workers from {workers}", **how)
+    by_split = loaders.split_loaders(reads, evaluation_batch_size=min(64, how["batch_size"]),
+                                     remedy=f"raise --workers from {workers}", **how)
     if "train" in present and how["rank"] == 0:
         first, second = (digest(unless_failed(reading[Key("train", [0], 0)])) for _ in range(2))
         if first != second:
             warn(f"WARNING data: {reading.name}: training sample 0 differs between two readings under one key, as a "
                  f"resumed run will; draw from torch, random, np.random or default_rng(torch.initial_seed() % 2**32)")
-    return loaders
+    return by_split

@@ -1,5 +1,4 @@
 """Ten classes of 32x32 colour images generated procedurally from a seed: no download, and not easy.
-
 Each shows a shape, its class, of random size, place, angle and colour before a random gradient, under grain."""
 
 import math
@@ -37,13 +36,11 @@ def generate(samples: range, *, seed: int, draw: Callable[[Tensor, int], Tensor]
 
 def generate_some(index: Tensor, seed: int) -> Tensor:
     """The images of these sample numbers, uint8 (N, 3, 32, 32)."""
-    labels = index % len(CLASS_NAMES)
     traits = random_uniform(index[:, None] * 16 + torch.arange(16), seed, Purpose.SYNTHETIC)  # (N, 16) in [0, 1)
     images = background_of(traits)
     for label in range(len(CLASS_NAMES)):
-        mine = labels == label
-        mask = shape_mask(label, traits[mine])[:, None]
-        images[mine] += mask * (traits[mine, 8:11, None, None] - images[mine])
+        mine = index % len(CLASS_NAMES) == label
+        images[mine] += shape_mask(label, traits[mine])[:, None] * (traits[mine, 8:11, None, None] - images[mine])
     pixels = torch.arange(SIZE * SIZE).view(1, SIZE, SIZE)
     noise = random_uniform(index[:, None, None, None] * SIZE**2 + pixels, seed, Purpose.SYNTHETIC_GRAIN) - 0.5
     images = (images + NOISE * math.sqrt(12) * noise).clamp_(0, 1)  # the same noise in every channel: grain
@@ -77,15 +74,12 @@ def signed_distance(shape: str, u: Tensor, v: Tensor, radius: Tensor) -> Tensor:
     square = torch.maximum(u.abs(), v.abs()) - radius * 0.9
     arm, wave = radius * 0.25, 2 * math.pi / (radius * 0.8)
     shapes: dict[str, Callable[[], Tensor]] = {
-        "disc": lambda: disc,
-        "ring": lambda: (disc + radius * 0.2).abs() - radius * 0.2,
-        "square": lambda: square,
-        "frame": lambda: (square + radius * 0.2).abs() - radius * 0.2,
+        "disc": lambda: disc, "ring": lambda: (disc + radius * 0.2).abs() - radius * 0.2,
+        "square": lambda: square, "frame": lambda: (square + radius * 0.2).abs() - radius * 0.2,
         "triangle": lambda: torch.maximum(0.87 * u.abs() + 0.5 * v, -v) - radius * 0.55,
         "cross": lambda: torch.maximum(square, torch.minimum(u.abs(), v.abs()) - arm),
         "saltire": lambda: torch.maximum(disc, torch.minimum((u + v).abs(), (u - v).abs()) * 0.71 - arm),
         "bars": lambda: torch.maximum(square, torch.sin(v * wave) * 2),
         "columns": lambda: torch.maximum(square, torch.sin(u * wave) * 2),
-        "checks": lambda: torch.maximum(square, torch.sin(u * wave) * torch.sin(v * wave) * 3),
-    }
+        "checks": lambda: torch.maximum(square, torch.sin(u * wave) * torch.sin(v * wave) * 3)}
     return shapes[shape]()

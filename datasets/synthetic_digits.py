@@ -1,5 +1,4 @@
 """Ten digits of 28x28 pixels generated procedurally from a seed, as a stand-in for MNIST that needs no download.
-
 Each is a line through a few points, which are moved a little, then slanted, turned, scaled, shifted and grained."""
 
 import functools
@@ -27,17 +26,15 @@ STROKES = (  # (x, y) in a unit square, y downwards
     ((0.1, 0.0), (0.9, 0.0), (0.4, 1.0)),
     ((0.5, 0.47), (0.2, 0.25), (0.5, 0.0), (0.8, 0.25), (0.5, 0.47), (0.15, 0.75), (0.5, 1.0), (0.85, 0.75),
      (0.5, 0.47)),
-    ((0.25, 1.0), (0.7, 0.65), (0.85, 0.25), (0.5, 0.0), (0.15, 0.25), (0.5, 0.5), (0.8, 0.35)),
-)
+    ((0.25, 1.0), (0.7, 0.65), (0.85, 0.25), (0.5, 0.0), (0.15, 0.25), (0.5, 0.5), (0.8, 0.35)))
 
 
 def generate_some(index: Tensor, seed: int) -> Tensor:
     """The images of these sample numbers, uint8 (N, 1, 28, 28)."""
-    labels = index % len(CLASS_NAMES)
     traits = random_uniform(index[:, None] * TRAITS + torch.arange(TRAITS), seed, Purpose.DIGITS) - 0.5  # (N, TRAITS)
     images = torch.empty(len(index), SIZE, SIZE)
     for label, stroke in enumerate(STROKES):
-        mine = labels == label
+        mine = index % len(CLASS_NAMES) == label
         images[mine] = ink(torch.tensor(stroke), traits[mine])
     pixels = torch.arange(SIZE**2).view(SIZE, SIZE)
     grain = random_uniform(index[:, None, None] * SIZE**2 + pixels, seed, Purpose.DIGITS_GRAIN)

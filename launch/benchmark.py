@@ -2,8 +2,7 @@
 
     python launch/benchmark.py                                            # everything this machine has
     python launch/benchmark.py --model resnet18 --batch-size 512 --setups cpu:1 cpu:2 gpu:1 dp:8 ddp:2 ddp:8+bf16
-    python launch/benchmark.py --pipeline --data-dir photos               # images/s of ways to load photographs
-"""
+    python launch/benchmark.py --pipeline --data-dir photos               # images/s of ways to load photographs"""
 
 import json
 import shlex

@@ -1,8 +1,7 @@
 """One page about this machine and job: what would run, what would not, and the fix. Exit code 5 if anything is FAIL.
 
     python launch/doctor.py
-    torchrun --nproc-per-node 2 launch/doctor.py          also: the ranks, their devices, one timed all_reduce
-"""
+    torchrun --nproc-per-node 2 launch/doctor.py          also: the ranks, their devices, one timed all_reduce"""
 
 import importlib.util
 import json

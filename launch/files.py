@@ -79,11 +79,10 @@ def remedy(error: OSError) -> str:
 
 def read_object(path: Path) -> dict[str, Any] | None:
     """The JSON object in a file, or None if it is missing, damaged or something else."""
-    try:
+    with contextlib.suppress(OSError, ValueError, RecursionError):
         content = json.loads(path.read_text()) if path.is_file() else None  # to read a pipe may wait without end
-    except (OSError, ValueError, RecursionError):
-        return None
-    return content if isinstance(content, dict) else None
+        return content if isinstance(content, dict) else None
+    return None
 
 
 def read_lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:

@@ -1,8 +1,6 @@
 """What ranks tell each other beside their collectives, through the job's key-value store.
-
 A heartbeat is [count, step, phase, host, pid, parent's pid]. Any rank may set the keys `stop` (asked to), `failed` (by
-the first that did) and `stuck` (the rank that cannot come to the step at which all would stop).
-"""
+the first that did) and `stuck` (the rank that cannot come to the step at which all would stop)."""
 
 import json
 import os

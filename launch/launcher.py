@@ -117,11 +117,10 @@ def host_names(node_list: str) -> list[str]:
 def usable_cores() -> int:
     """Cores this process may use: its affinity, or the cgroup's CPU quota where that is smaller."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    try:
-        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
-        return cores if quota == "max" else max(1, min(cores, int(quota) // int(period)))
-    except (OSError, ValueError):
-        return cores
+    with contextlib.suppress(OSError, ValueError):  # the latter where the quota is `max`
+        quota, period = map(int, Path("/sys/fs/cgroup/cpu.max").read_text().split())
+        return max(1, min(cores, quota // period))
+    return cores
 
 
 def choose_threads(launch: Launch) -> int:
@@ -198,7 +197,6 @@ def parent_of(pid: int) -> int | None:
 
 def stat_of(pid: int) -> list[str]:
     """What the kernel tells of a process, from its state on (the command's name before it may hold spaces), or []."""
-    try:
+    with contextlib.suppress(OSError):
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    except OSError:
-        return []
+    return []

@@ -69,11 +69,10 @@ def environment_record() -> dict[str, Any]:
 
 def git_commit() -> str | None:
     """The commit of this checkout, with `-dirty` if files differ from it; None outside git."""
-    try:
+    with contextlib.suppress(OSError, subprocess.SubprocessError):
         return subprocess.check_output(["git", "describe", "--always", "--dirty", "--abbrev=40"], cwd=files.ROOT,
                                        timeout=10, stderr=subprocess.DEVNULL, text=True).strip()
-    except (OSError, subprocess.SubprocessError):
-        return None
+    return None
 
 
 def processor() -> str:

@@ -4,8 +4,7 @@
         --nproc-per-node 4 trainers/cifar.py --epochs 20
 
 What torchrun lacks: a rendezvous that cannot come up ends in a minute; nodes get an address that others can reach; a
-stop signal that comes again does not interrupt the ranks' saving; cut off, it ends when its ranks have.
-"""
+stop signal that comes again does not interrupt the ranks' saving; cut off, it ends when its ranks have."""
 
 import argparse
 import errno

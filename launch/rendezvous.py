@@ -10,21 +10,20 @@ from datetime import timedelta
 
 import torch.distributed as dist
 
-from launch import network, stop
+from launch import launcher, network, stop
 from launch.errors import DistributedError, first_line
-from launch.launcher import Launch
 
 RENDEZVOUS_SECONDS = 60  # for all ranks to have started; torchrun or srun starts them together
 STOP_SECONDS = 5  # for which a rank that was asked to stop waits for the others, so that all stop together
 
 
-def described(launch: Launch) -> str:
+def described(launch: launcher.Launch) -> str:
     """Who could not meet the others, where and on which interface: how the error lines of a rendezvous begin."""
     return (f"rank {launch.rank} of {launch.world_size} at {launch.address}:{launch.port} "
             f"(interface {os.environ.get('GLOO_SOCKET_IFNAME', 'default')})")
 
 
-def meet(launch: Launch, timeout_seconds: float) -> dist.Store:
+def meet(launch: launcher.Launch, timeout_seconds: float) -> dist.Store:
     """The key-value store that every rank can reach, once all have reached it; DistributedError as `take_place`."""
     network.choose_interface(launch)
     wait_seconds = min(RENDEZVOUS_SECONDS, timeout_seconds)
@@ -41,7 +40,7 @@ def meet(launch: Launch, timeout_seconds: float) -> dist.Store:
                                ) from None
 
 
-def wait_for_port(launch: Launch, wait_seconds: float) -> None:
+def wait_for_port(launch: launcher.Launch, wait_seconds: float) -> None:
     """Until something listens there. torch's own wait hears no signal, and ends with pages of C++ frames."""
     refused = "no answer"
     for _ in stop.moments(wait_seconds, patience=STOP_SECONDS):
@@ -52,7 +51,7 @@ def wait_for_port(launch: Launch, wait_seconds: float) -> None:
     raise OSError(refused)
 
 
-def take_place(store: dist.Store, launch: Launch, wait_seconds: float) -> dist.Store:
+def take_place(store: dist.Store, launch: launcher.Launch, wait_seconds: float) -> dist.Store:
     """This job's part of the store, by rank 0's token, once its round's roll is full; RuntimeError if it is not."""
     rolls = dist.PrefixStore("trainers", store)
     step = f"{os.environ.get('SLURM_JOB_ID')}.{os.environ.get('SLURM_STEP_ID')}" if launch.launcher == "slurm" else ""
@@ -73,7 +72,7 @@ def take_place(store: dist.Store, launch: Launch, wait_seconds: float) -> dist.S
     raise RuntimeError(f"missing: rank {', '.join(missing[:8])}")
 
 
-def enter_roll(rolls: dist.Store, launch: Launch, job: str, looks: Iterator[float]) -> str:
+def enter_roll(rolls: dist.Store, launch: launcher.Launch, job: str, looks: Iterator[float]) -> str:
     """The token that rank 0 sets, once the roll in which this rank has a place is full."""
     number, refused = b"", "rank 0 did not come"
     for _ in looks:
@@ -94,7 +93,7 @@ def enter_roll(rolls: dist.Store, launch: Launch, job: str, looks: Iterator[floa
     raise RuntimeError(refused or "rank 0 gave up")
 
 
-def check_paths(store: dist.Store, launch: Launch) -> None:
+def check_paths(store: dist.Store, launch: launcher.Launch) -> None:
     """Let every rank open a port on its interface and connect to that of the next; all raise what one rank finds."""
     name = os.environ.get("GLOO_SOCKET_IFNAME", "").partition(",")[0]
     if launch.local_world_size == launch.world_size or not name:
@@ -113,7 +112,7 @@ def check_paths(store: dist.Store, launch: Launch) -> None:
                                    f"GLOO_SOCKET_IFNAME to the interface that joins the nodes")
 
 
-def problem_with_next(store: dist.Store, launch: Launch) -> str:
+def problem_with_next(store: dist.Store, launch: launcher.Launch) -> str:
     """Why this rank cannot connect to the next; empty if it can, or if that one says itself what is wrong."""
     told = store.get(f"path/{(launch.rank + 1) % launch.world_size}").decode()
     if not told:

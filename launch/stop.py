@@ -1,8 +1,6 @@
 """A stop that loses nothing: a signal sets a flag, and all ranks agree on the step at which they stop.
-
 SIGTERM, SIGUSR1 and SIGUSR2 are what Slurm, torchrun, Kubernetes and Grid Engine send, SIGXCPU comes at a limit on CPU
-time, SIGHUP from a terminal that closes; SIGINT is Ctrl-C and SIGQUIT Ctrl-\\.
-"""
+time, SIGHUP from a terminal that closes; SIGINT is Ctrl-C and SIGQUIT Ctrl-\\."""
 
 import atexit
 import contextlib

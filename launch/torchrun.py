@@ -1,7 +1,6 @@
 """torchrun without its own reports: the rank that failed first has said why, and nodes that do not meet are one line.
 
-    python launch/torchrun.py --standalone --nproc-per-node=2 trainers/cifar.py --epochs 3
-"""
+    python launch/torchrun.py --standalone --nproc-per-node=2 trainers/cifar.py --epochs 3"""
 
 import logging
 import os

@@ -1,8 +1,6 @@
 """Threads beside the training loop that see what the loop cannot while it waits. How the process ends is failure.py's.
-
 `_talk` tells the other ranks how far this one is, and looks for one that has failed, was asked to stop, or hangs.
-`_watch` never asks a machine or a disk, so that nothing can hold it up; alone, it ends waits for data only.
-"""
+`_watch` never asks a machine or a disk, so that nothing can hold it up; alone, it ends waits for data only."""
 
 import contextlib
 import faulthandler

@@ -1,5 +1,4 @@
 """Images that are decoded while training: DataLoader workers read files, the device augments whole batches.
-
 A worker is sent what to decode with the key of its random choices, and keeps no state: any number gives the same."""
 
 import atexit
@@ -19,9 +18,8 @@ from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from datasets.augment import Augmentation, KeyedTransforms
 from datasets.errors import DataError
-from datasets.images.packed import ImageSource
+from datasets.images import packed, unreadable
 from datasets.images.read import BadImage, FitName, InterpolationName, random_window, to_square
-from datasets.images.unreadable import BadImages
 from datasets.images.workers import PREFETCHED, blocked_signals, empty_batch, end_workers, start_worker, worker_context
 from datasets.loaders import Batch, sent
 
@@ -49,7 +47,7 @@ class DecodedBatch(NamedTuple):
 class Decoding(Dataset[Any]):
     """The work of one worker: files to a batch of uint8 images. It is copied to every worker, and holds no state."""
 
-    splits: Mapping[str, ImageSource]
+    splits: Mapping[str, packed.ImageSource]
     size: int
     fit: FitName = "squash"
     resize_size: int | None = None
@@ -142,8 +140,7 @@ class Decoder:
             collate_fn=as_it_is, multiprocessing_context=worker_context() if workers else None,  # pyright: ignore
             prefetch_factor=PREFETCHED if workers else None, persistent_workers=workers > 0,
             worker_init_fn=partial(start_worker, prepare_worker, workers_end) if workers else None,
-            generator=torch.Generator(),  # its own: numbers taken from torch's would alter the dropout of this step
-        )
+            generator=torch.Generator())  # its own: numbers taken from torch's would alter the dropout of this step
 
     def decode(self, split: str, parts: Sequence[Tensor], epoch: int) -> Iterator[Any]:
         """A `Read` of any split; raises what stands in the place of a batch, and DataError if a worker dies."""
@@ -185,7 +182,7 @@ class DecodedImages:
     """A `Read` of one split: images decoded by workers, augmented (`train`) or normalised a whole batch at a time."""
 
     def __init__(self, split: str, targets: Tensor, decoder: Decoder, augmentation: Augmentation,
-                 bad_images: BadImages, *, device: torch.device) -> None:
+                 bad_images: unreadable.BadImages, *, device: torch.device) -> None:
         self.split, self.targets, self.decoder, self.augmentation = split, targets, decoder, augmentation
         self.bad_images, self.device = bad_images, device
 

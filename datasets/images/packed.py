@@ -23,10 +23,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from datasets import image_folder, tensors
 from datasets.errors import DAMAGED, DataError
-from datasets.image_folder import ImageTree, shuffled, split
 from datasets.images.read import DECODER, BadImage, Stored
-from datasets.tensors import join_classes
 
 FORMAT = 1
 RECORD = "pack.json"
@@ -37,8 +36,7 @@ ENTRY = np.dtype([
     ("name_length", "<u4"),  # of the name just before it
     ("crc32", "<u4"), ("label", "<u4"),
     ("height", "<u4"), ("width", "<u4"),  # of pixels (height, width, 3); 0 for the bytes of a file
-    ("original", "<u8"),  # a hash of the bytes that were packed, to find equal ones
-])
+    ("original", "<u8")])  # a hash of the bytes that were packed, to find equal ones
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,7 +75,7 @@ class PackedImages:
         names = self.record["class_names"]
         if tuple(names) == self.class_names:
             return labels
-        known = join_classes(names, self.class_names, place=f"--data-dir {self.root}: ", owner="the checkpoint")
+        known = tensors.join_classes(names, self.class_names, place=f"--data-dir {self.root}: ", owner="the checkpoint")
         return torch.tensor([known[name] for name in names])[labels]
 
     def map(self, name: str) -> mmap.mmap:
@@ -106,9 +104,8 @@ class PackedImages:
     def find(self, sample: int) -> tuple[Any, int, str]:
         """The entry of an image, its row in the index, and the file it is in."""
         row = sample if self.rows is None else int(self.rows[sample])
-        part = part_name(self.split, row // self.record["images_per_part"])
-        index = self.map(f"{self.split}.index")
-        return np.frombuffer(index, ENTRY, count=1, offset=row * ENTRY.itemsize)[0], row, part
+        entry = np.frombuffer(self.map(f"{self.split}.index"), ENTRY, count=1, offset=row * ENTRY.itemsize)[0]
+        return entry, row, part_name(self.split, row // self.record["images_per_part"])
 
     def path(self, sample: int) -> Path:
         """Pack, split and name of an image."""
@@ -149,7 +146,7 @@ class PackedImages:
 
 # The images of one split, in a fixed order. Loaders know no more of them than: length, targets, class_names,
 # read(sample) and path(sample); left_out and unreadable; decoder, raw and fitted; fingerprint() and folder.
-ImageSource = ImageTree | PackedImages
+ImageSource = image_folder.ImageTree | PackedImages
 
 
 def is_pack(path: Path) -> bool:
@@ -175,10 +172,10 @@ def load(root: Path, *, validation_fraction: float | None = None, seed: int = 0,
     training = PackedImages(root=root, split="train", record=record, class_names=tuple(known or record["class_names"]),
                             decoder=None if record["raw"] else DECODER, raw=bool(record["raw"]))
     if validation_fraction is not None:
-        return split(training, validation_fraction, seed=seed)  # pyright: ignore (an ImageTree to it)
+        return image_folder.split(training, validation_fraction, seed=seed)  # pyright: ignore (an ImageTree to it)
     if "test" not in record["splits"]:
         raise DataError(f"--data-dir {root}: has no test images; set some apart with --validation-fraction 0.2")
-    return training if train else None, shuffled(replace(training, split="test"))  # pyright: ignore
+    return training if train else None, image_folder.shuffled(replace(training, split="test"))  # pyright: ignore
 
 
 def load_test(root: Path, known: Sequence[str]) -> PackedImages | None:

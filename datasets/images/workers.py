@@ -1,5 +1,4 @@
 """Processes that decode images beside the training process, which stop signals do not reach.
-
 They are forked from a new process (`forkserver`): a copy of the training process would hold the sockets to the other
 ranks open, which then do not notice when it dies, and its threads' locks. A dead worker is an error of the loader."""
 
@@ -16,11 +15,7 @@ import tempfile
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from multiprocessing import forkserver, resource_tracker
-from multiprocessing.connection import Connection
-from multiprocessing.process import BaseProcess
-from multiprocessing.reduction import ForkingPickler
-from multiprocessing.util import get_temp_dir
+from multiprocessing import connection, forkserver, process, reduction, resource_tracker, util
 from typing import Any
 
 import numpy as np
@@ -51,7 +46,7 @@ def worker_context() -> multiprocessing.context.BaseContext:
         raise DataError(f"--workers: none can be started ({error.strerror}; {shared_memory()}); {MORE_ROOM}") from None
     if len(tempfile.gettempdir()) > LONGEST_FOLDER:
         before, tempfile.tempdir = tempfile.tempdir, "/tmp"
-        get_temp_dir()  # for multiprocessing's sockets; made by the first call, and removed at exit
+        util.get_temp_dir()  # for multiprocessing's sockets; made by the first call, and removed at exit
         tempfile.tempdir = before
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOADED)
@@ -111,10 +106,10 @@ def empty_batch(*shape: int) -> Tensor:
     return torch.empty(shape, dtype=torch.uint8)
 
 
-def start_worker(prepare: Callable[[], None] | None, lifeline: Connection, worker: int) -> None:
+def start_worker(prepare: Callable[[], None] | None, lifeline: connection.Connection, worker: int) -> None:
     """What a worker does first. Its parent is the server, so it would outlive a killed training process: it waits on a
     pipe whose other end that process alone holds, and ends when it closes, however it died."""
-    ForkingPickler.register(Tensor, shared_or_whole)
+    reduction.ForkingPickler.register(Tensor, shared_or_whole)
     if prepare is not None:
         prepare()
 
@@ -126,11 +121,11 @@ def start_worker(prepare: Callable[[], None] | None, lifeline: Connection, worke
     threading.Thread(target=end_with_parent, name="lifeline", daemon=True).start()
 
 
-def end_workers(processes: Sequence[BaseProcess], lifeline: Connection) -> None:
+def end_workers(processes: Sequence[process.BaseProcess], lifeline: connection.Connection) -> None:
     """Also those that still start, and would miss the locks that this process takes along."""
     lifeline.close()
-    for process in processes:
-        process.kill()
+    for each in processes:
+        each.kill()
     mapped.clear()
 
 

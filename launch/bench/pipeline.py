@@ -16,7 +16,6 @@ from launch.bench import runs, table
 from launch.errors import UsageError, say, to_stderr
 
 Measure = Callable[[], dict[str, Any]]  # as run_job does: `benchmark` and `error`
-
 SCRIPT = files.ROOT / "datasets" / "pipeline_speed.py"
 MEANING = {"pil": "PIL transforms, {} workers", "v2": "v2 tensor transforms, {} workers",
            "batch": "whole batch at once (ours)"}

@@ -38,8 +38,7 @@ def page(results: dict[str, Any]) -> str:
         as_table(speed_cells(results["rows"], results["baseline"])),
         "## Where a step goes (per rank; * = the machine was busy)", as_table(step_cells(results["rows"])),
         *(f"not run: {one['setup']}: {one['why']}" for one in results["not_run"]),
-        *(f"WARNING: {line}" for line in results["warnings"]),
-    ])
+        *(f"WARNING: {line}" for line in results["warnings"])])
 
 
 def speed_cells(rows: list[dict[str, Any]], baseline: str | None) -> Cells:
@@ -64,8 +63,8 @@ def step_cells(rows: list[dict[str, Any]]) -> Cells:
         phases = [row["step_seconds"][name] for name in STEP_PHASES]
         cells.append([row["setup"], str(row["batch_size"]),
                       *("" if seconds is None else f"{1000 * seconds:.2f} ms" for seconds in phases),
-                      f"{row['peak_memory_bytes'] / 2**20:,.0f} MiB", number(row["flops_per_second"] / 1e9),
-                      f"{100 * row['utilisation']:.1f} %"])
+                      f"{row['peak_memory_bytes'] / 2**20:,.0f} MiB",
+                      number(row["flops_per_second"] / 1e9), f"{100 * row['utilisation']:.1f} %"])
     return cells
 
 

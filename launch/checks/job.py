@@ -3,9 +3,8 @@
 import os
 import socket
 
-from launch import network, stop
+from launch import launcher, network, stop
 from launch.checks.finding import Finding, fail, ok, warn_if
-from launch.launcher import Launch
 
 SHOWN_VARIABLES = (  # an allow-list: tokens and passwords live in the environment too
     "RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "TORCHELASTIC_RESTART_COUNT",
@@ -14,7 +13,7 @@ SHOWN_VARIABLES = (  # an allow-list: tokens and passwords live in the environme
     "OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES", "GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME", "NCCL_DEBUG")
 
 
-def job_findings(launch: Launch) -> list[Finding]:
+def job_findings(launch: launcher.Launch) -> list[Finding]:
     """Which launcher's variables would be followed, those that are set, this machine's name, the port."""
     alone = launch.launcher == "none"
     chosen = {"torchrun": "torchrun", "slurm": "srun", "none": "none, one process"}[launch.launcher]
@@ -36,7 +35,7 @@ def signals_finding() -> Finding:
                    f"start torchrun with {stop.signals_flag()}")
 
 
-def address_finding(launch: Launch) -> Finding:
+def address_finding(launch: launcher.Launch) -> Finding:
     """What this machine's name means to itself; other nodes need an address that is not the loopback's."""
     name, address = socket.gethostname(), network.address_towards(socket.gethostname())
     text = f"{name} -> {address or 'no address'}"
@@ -48,7 +47,7 @@ def address_finding(launch: Launch) -> Finding:
                    f"add `127.0.1.1 {name}` to /etc/hosts: torchrun looks its own name up")
 
 
-def port_finding(launch: Launch) -> Finding:
+def port_finding(launch: launcher.Launch) -> Finding:
     """Whether the port at which ranks meet is free, as long as nobody of this job has opened it."""
     taken = launch.launcher == "none" and not network.connect_problem("localhost", launch.port)
     return warn_if(taken, "port", f"{launch.port} is {'taken' if taken else 'free, or this job has it'}",

@@ -1,7 +1,5 @@
 """What launch/doctor.py finds out when it is started as the job would be: do the ranks reach and agree with each other?
-
-All collectives but one run over gloo: where GPUs are handed out wrongly, NCCL would hang, and the page not come.
-"""
+All collectives but one run over gloo: where GPUs are handed out wrongly, NCCL would hang, and the page not come."""
 
 import hashlib
 import os
