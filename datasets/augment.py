@@ -1,5 +1,4 @@
-"""Augmentation keyed by (seed, epoch, sample): of a whole batch at a time on the device the model is on, or in workers.
-A sample gets the same crop and flip on the CPU and the GPU, alone or in a batch: one hash for each choice."""
+"""Augmentation keyed by (seed, epoch, sample), a batch at a time: the same on CPU and GPU, alone or in any batch."""
 
 import functools
 import math

@@ -13,8 +13,7 @@ from datasets.download import fetch, install
 from datasets.errors import DataError
 from datasets.tensors import Splits, TensorDataset
 
-MEAN = (0.4914, 0.4822, 0.4465)  # per channel, over the 50,000 training images; tests/test_cifar.py recomputes it
-STD = (0.2470, 0.2435, 0.2616)  # likewise
+MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)  # of training images; see tests/test_cifar.py
 
 
 class TestBatch(CIFAR10):

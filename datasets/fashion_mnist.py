@@ -12,8 +12,7 @@ CLASS_NAMES = ("t-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shi
 
 
 def load(data_dir: Path, *, train: bool = True) -> tensors.Splits:
-    """Training and test split from `data_dir/FashionMNIST/raw`, where torchvision puts it, or above; DataError as idx.
-    Never from `data_dir` itself: MNIST's files have the same names."""
+    """Both splits from `data_dir/FashionMNIST/raw` or above, not `data_dir`, the place of MNIST's; DataError as idx."""
     folders = [data_dir / "FashionMNIST" / "raw", data_dir / "FashionMNIST"]
     for folder in folders:
         if folder.is_dir() and list(folder.glob("t*ubyte*")):

@@ -16,8 +16,7 @@ REMEDY = "fetch the file again, or train on --dataset synthetic"
 
 
 def load(folder: Path, class_names: tuple[str, ...], *, train: bool = True) -> Splits:
-    """The training and test split from four files in a folder, plain or .gz, `idx3-ubyte` after a hyphen or a dot.
-    DataError if a file is missing or damaged, or does not fit the others."""
+    """Both splits from a folder's four files, plain or .gz; DataError if one is missing, damaged or fits no other."""
     return load_split(folder, "train", class_names) if train else None, load_split(folder, "t10k", class_names)
 
 

@@ -1,5 +1,4 @@
-"""A folder of images by class, as torchvision's ImageFolder reads it: train/<class>/… and test/<class>/… (or val/).
-Or one folder of classes is split by a fraction. Only names are read here; images/read.py reads the pixels."""
+"""A folder of images by class, as torchvision's ImageFolder reads it: train/<class>/… and test/<class>/… (or val/)."""
 
 import contextlib
 import hashlib
@@ -12,7 +11,6 @@ from typing import Any
 
 import torch
 from PIL import Image
-from torch import Tensor
 
 from datasets import download, order, synthetic, tensors
 from datasets.errors import DataError
@@ -28,7 +26,7 @@ class ImageTree:
 
     folder: Path
     names: tuple[str, ...]  # paths below the folder
-    targets: Tensor  # int64 (N,)
+    targets: torch.Tensor  # int64 (N,)
     class_names: tuple[str, ...]
     left_out: Counter[str] = field(default_factory=Counter)  # files that are no images, by extension, and hidden names
     unreadable: Mapping[str, str] = field(default_factory=dict)  # what the listing could not read: path and reason
@@ -47,7 +45,7 @@ class ImageTree:
         """The content of an image; BadImage if it cannot be read."""
         return read_file(self.path(sample))
 
-    def subset(self, samples: Tensor) -> "ImageTree":
+    def subset(self, samples: torch.Tensor) -> "ImageTree":
         """Some of the images, in the order given."""
         return replace(self, names=tuple(self.names[each] for each in samples.tolist()), targets=self.targets[samples])
 
@@ -76,9 +74,8 @@ class ImageTree:
 
 def load(data_dir: Path, *, validation_fraction: float | None = None, seed: int = 0, train: bool = True,
          known: Sequence[str] | None = None) -> tuple[ImageTree | None, ImageTree]:
-    """The training and the test split of `data_dir`, which holds train/ and test/ (or val/); or, to be split, train/
-    alone or the classes themselves, of which `seed` sets this share of each apart. `known` are a checkpoint's classes.
-    DataError for missing folders, empty classes, or classes of the test split that are not known."""
+    """Training and test split: train/ and test/ (or val/) of `data_dir`; or of train/ alone, or the classes themselves,
+    this share of each by `seed`. `known` are a checkpoint's classes. DataError for missing, empty or unknown ones."""
     if not os.path.isdir(data_dir):
         raise DataError(f"--data-dir {data_dir}: no such folder; give the one that holds train/ and test/, or train on "
                         f"--dataset synthetic")

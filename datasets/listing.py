@@ -1,5 +1,4 @@
-"""Which files below a folder are images: one rule for training, prediction and caches.
-Hidden names, and what archives and desktops leave behind, are none, at any depth below. Links are followed."""
+"""Which files below a folder are images, links followed: one rule for training, prediction and caches."""
 
 import os
 from collections import Counter

@@ -48,8 +48,7 @@ class EvaluationLoader:
 
 def split_loaders(reads: Mapping[str, tuple[Read, int]], *, batch_size: int, rank_batch_size: int, seed: int, rank: int,
                   world_size: int, remedy: str = "", evaluation_batch_size: int = 64) -> dict[str, Any]:
-    """The loader of each split on this rank, by name, from its `Read` and number of samples: of `train` one to train
-    with, of others to evaluate with. DataError if the training set is smaller than one global batch."""
+    """A rank's loaders by split, from its `Read` and length, to train (`train`) or evaluate; DataError for too few."""
     loaders: dict[str, Any] = {}
     for split, (read, num_samples) in reads.items():
         if split == "train":

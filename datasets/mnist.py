@@ -1,6 +1,5 @@
 """MNIST (LeCun, Cortes and Burges, 1998): 60,000 training and 10,000 test images of 28x28 pixels, handwritten digits.
-Read from the four IDX files, plain or gzipped, in `data_dir/MNIST/raw` (where torchvision puts them),
-`data_dir/MNIST` or `data_dir` itself, or else from `mnist.npz` in one of these, of either kind in common use."""
+From IDX files, plain or .gz, in `data_dir/MNIST/raw` (torchvision's), `data_dir/MNIST` or `data_dir`, or mnist.npz."""
 
 import lzma
 import tokenize
@@ -14,8 +13,7 @@ from datasets import idx, tensors
 from datasets.download import fetch
 from datasets.errors import DAMAGED, DataError
 
-MEAN = (0.1307,)  # over the 60,000 training images; tests/test_mnist.py recomputes it
-STD = (0.3081,)  # likewise
+MEAN, STD = (0.1307,), (0.3081,)  # over the 60,000 training images; tests/test_mnist.py recomputes them
 CLASS_NAMES = tuple("0123456789")
 NPZ_KEYS = (  # images and labels of the training set, then of the test set
     ("x_train", "y_train", "x_test", "y_test"),  # Keras

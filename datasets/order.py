@@ -5,15 +5,13 @@ of them, or pair of them where pairs are mixed (mixing.py). So a position is jus
 from collections.abc import Iterator, Sized
 
 import torch
-from torch import Tensor
 from torch.utils.data import DistributedSampler
 
 from datasets.keyed_random import Purpose, random_bits
 
 
-def epoch_order(num_samples: int, *, seed: int, epoch: int) -> Tensor:
-    """The epoch's order of all training samples: a permutation of range(num_samples), int64, on the CPU.
-    Sorted by keyed random bits: torch.randperm's is not promised to stay the same over versions of torch."""
+def epoch_order(num_samples: int, *, seed: int, epoch: int) -> torch.Tensor:
+    """A permutation of range(num_samples), int64, by keyed bits: torch.randperm's may change with torch's version."""
     return torch.argsort(random_bits(torch.arange(num_samples), seed, epoch, Purpose.ORDER), stable=True)
 
 
@@ -29,9 +27,8 @@ class ResumableSampler(DistributedSampler[int]):
 
     def __init__(self, dataset: Sized, *, global_batch_size: int, rank: int, world_size: int, seed: int) -> None:
         super().__init__(dataset, num_replicas=world_size, rank=rank, shuffle=True, seed=seed, drop_last=True)  # pyright: ignore
-        self.global_batch_size = global_batch_size
+        self.global_batch_size, self.samples_consumed = global_batch_size, 0
         self.steps_per_epoch = len(dataset) // global_batch_size
-        self.samples_consumed = 0
         self.group_size = 1  # neighbours in the order that go to one rank together: 2 for partners that will be mixed
 
     def set_position(self, epoch: int, samples_consumed: int) -> None:
@@ -44,7 +41,7 @@ class ResumableSampler(DistributedSampler[int]):
     def __iter__(self) -> Iterator[int]:
         return iter(self.indices().tolist())
 
-    def indices(self) -> Tensor:
+    def indices(self) -> torch.Tensor:
         """This rank's samples from the position to the end of the epoch, in order: int64."""
         order = epoch_order(len(self.dataset), seed=self.seed, epoch=self.epoch)  # pyright: ignore (it is Sized)
         end = self.steps_per_epoch * self.global_batch_size

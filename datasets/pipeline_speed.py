@@ -49,9 +49,8 @@ def single_samples(train: tensors.TensorDataset, kind: str, batch_size: int, wor
             transforms.RandomHorizontalFlip(), transforms.ToTensor(),
             transforms.Normalize(synthetic.MEAN, synthetic.STD)])
     else:
-        transform = v2.Compose([
-            v2.RandomCrop(32, padding=SHIFT, padding_mode="reflect"), v2.RandomHorizontalFlip(),
-            v2.ToDtype(torch.float32, scale=True), v2.Normalize(list(synthetic.MEAN), list(synthetic.STD))])
+        transform = v2.Compose([v2.RandomCrop(32, padding=SHIFT, padding_mode="reflect"), v2.RandomHorizontalFlip(),
+                                v2.ToDtype(torch.float32, scale=True), v2.Normalize(synthetic.MEAN, synthetic.STD)])
     samples = Transformed(Images(partial(getitem, images), train.targets), transform, transform, train=True)
     return endless(samples, batch_size, workers)
 

@@ -1,5 +1,4 @@
-"""Any map-style data set as batches: samples are read one by one, each under a random key of its own.
-A worker opens the splits itself, nothing of them is sent to it. Inputs and targets are tensors, or dicts or tuples."""
+"""Any map-style data set as batches: each sample is read under a key of its own, by workers that open the splits."""
 
 import contextlib
 import hashlib
@@ -187,8 +186,7 @@ def set_apart(splits: Splits, fraction: float, *, seed: int) -> Splits:
     """The splits with this share of the training set for validation; of each class, where targets say which."""
     found, train = targets_of(splits.train), splits.train
     labels = torch.as_tensor(np.asarray(found)) if found is not None else torch.zeros(len(train))
-    are_classes = labels.ndim == 1 and not labels.is_floating_point()
-    by_class = are_classes and int(labels.unique(return_counts=True)[1].min()) > 1
+    by_class = labels.ndim == 1 and not labels.is_floating_point() and labels.unique(return_counts=True)[1].min() > 1
     chosen = tensors.held_out(labels if by_class else torch.zeros(len(train)), fraction, seed=seed)
     parts = [Subset(train, mask.nonzero().flatten().tolist()) for mask in (~chosen, chosen)]
     return splits._replace(train=parts[0], validation=parts[1])

@@ -1,5 +1,4 @@
-"""Ten classes of 32x32 colour images generated procedurally from a seed: no download, and not easy.
-Each shows a shape, its class, of random size, place, angle and colour before a random gradient, under grain."""
+"""Ten shapes, 32x32 pixels in colour, drawn from a seed: of any size, place and angle, on a gradient, under grain."""
 
 import math
 from collections.abc import Callable
@@ -12,8 +11,7 @@ from datasets.keyed_random import Purpose, random_uniform
 from datasets.tensors import TensorDataset
 
 CLASS_NAMES = ("disc", "ring", "square", "frame", "triangle", "cross", "saltire", "bars", "columns", "checks")
-MEAN = (0.5, 0.5, 0.5)  # colours are uniform in [0, 1]
-STD = (0.25, 0.25, 0.25)
+MEAN, STD = (0.5, 0.5, 0.5), (0.25, 0.25, 0.25)  # colours are uniform in [0, 1]
 SIZE = 32
 NUM_TRAIN, NUM_TEST = 10_000, 2_000
 GENERATED_AT_ONCE = 500  # of 10,000 at once, the intermediate results took a gigabyte in every rank
@@ -35,7 +33,7 @@ def generate(samples: range, *, seed: int, draw: Callable[[Tensor, int], Tensor]
 
 
 def generate_some(index: Tensor, seed: int) -> Tensor:
-    """The images of these sample numbers, uint8 (N, 3, 32, 32)."""
+    """The images of these sample numbers, uint8 (N, 3, 32, 32); their noise is grain, the same in every channel."""
     traits = random_uniform(index[:, None] * 16 + torch.arange(16), seed, Purpose.SYNTHETIC)  # (N, 16) in [0, 1)
     images = background_of(traits)
     for label in range(len(CLASS_NAMES)):
@@ -43,8 +41,7 @@ def generate_some(index: Tensor, seed: int) -> Tensor:
         images[mine] += shape_mask(label, traits[mine])[:, None] * (traits[mine, 8:11, None, None] - images[mine])
     pixels = torch.arange(SIZE * SIZE).view(1, SIZE, SIZE)
     noise = random_uniform(index[:, None, None, None] * SIZE**2 + pixels, seed, Purpose.SYNTHETIC_GRAIN) - 0.5
-    images = (images + NOISE * math.sqrt(12) * noise).clamp_(0, 1)  # the same noise in every channel: grain
-    return images.mul_(255).round_().to(torch.uint8)
+    return (images + NOISE * math.sqrt(12) * noise).clamp_(0, 1).mul_(255).round_().to(torch.uint8)
 
 
 def background_of(traits: Tensor) -> Tensor:
@@ -63,15 +60,13 @@ def shape_mask(label: int, traits: Tensor) -> Tensor:
     y, x = grid[:, None] - centre[:, 0, None, None], grid - centre[:, 1, None, None]
     angle = (traits[:, 3, None, None] - 0.5) * 0.7  # up to 20 degrees either way
     u, v = torch.cos(angle) * x + torch.sin(angle) * y, torch.cos(angle) * y - torch.sin(angle) * x
-    radius = 6 + 6 * traits[:, 2, None, None]
-    contrast = 0.5 + 0.5 * traits[:, 5, None, None]
+    radius, contrast = 6 + 6 * traits[:, 2, None, None], 0.5 + 0.5 * traits[:, 5, None, None]
     return torch.sigmoid(-2 * signed_distance(CLASS_NAMES[label], u, v, radius)) * contrast
 
 
 def signed_distance(shape: str, u: Tensor, v: Tensor, radius: Tensor) -> Tensor:
     """Distance in pixels to the outline of a shape, negative inside, at the points (u, v) of its own axes."""
-    disc = torch.hypot(u, v) - radius
-    square = torch.maximum(u.abs(), v.abs()) - radius * 0.9
+    disc, square = torch.hypot(u, v) - radius, torch.maximum(u.abs(), v.abs()) - radius * 0.9
     arm, wave = radius * 0.25, 2 * math.pi / (radius * 0.8)
     shapes: dict[str, Callable[[], Tensor]] = {
         "disc": lambda: disc, "ring": lambda: (disc + radius * 0.2).abs() - radius * 0.2,

@@ -1,8 +1,6 @@
-"""Ten digits of 28x28 pixels generated procedurally from a seed, as a stand-in for MNIST that needs no download.
-Each is a line through a few points, which are moved a little, then slanted, turned, scaled, shifted and grained."""
+"""Ten digits of 28x28 pixels drawn from a seed, a stand-in for MNIST: lines through points that are moved about."""
 
 import functools
-import math
 
 import torch
 from torch import Tensor
@@ -38,8 +36,7 @@ def generate_some(index: Tensor, seed: int) -> Tensor:
         images[mine] = ink(torch.tensor(stroke), traits[mine])
     pixels = torch.arange(SIZE**2).view(SIZE, SIZE)
     grain = random_uniform(index[:, None, None] * SIZE**2 + pixels, seed, Purpose.DIGITS_GRAIN)
-    images = (images + GRAIN * (grain - 0.5)).clamp_(0, 1)
-    return images.mul_(255).round_().to(torch.uint8).unsqueeze(1)
+    return (images + GRAIN * (grain - 0.5)).clamp_(0, 1).mul_(255).round_().to(torch.uint8).unsqueeze(1)
 
 
 def ink(stroke: Tensor, traits: Tensor) -> Tensor:
@@ -49,7 +46,7 @@ def ink(stroke: Tensor, traits: Tensor) -> Tensor:
     points = place(stroke - 0.5 + 0.16 * wobble, traits)
     pixels = torch.arange(SIZE, dtype=torch.float32)
     grid = torch.stack(torch.meshgrid(pixels, pixels, indexing="xy"), -1)  # (28, 28, 2): x, y
-    nearest = torch.full((len(traits), SIZE, SIZE), math.inf)
+    nearest = torch.full((len(traits), SIZE, SIZE), torch.inf)
     for start, end in zip(points.unbind(1)[:-1], points.unbind(1)[1:], strict=True):
         nearest = torch.minimum(nearest, distance_to_segment(grid, start[:, None, None], end[:, None, None]))
     pen = 1.3 + 1.2 * traits[:, 0, None, None]  # half the width of the line, in pixels

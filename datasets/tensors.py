@@ -56,8 +56,7 @@ def hold_out(dataset: Any, fraction: float | None, *, seed: int) -> tuple[Any, A
 
 
 def held_out(targets: Tensor, fraction: float, *, seed: int, class_names: Sequence[str] = ()) -> Tensor:
-    """Which samples are set apart, bool (N,): of each class at least one and never all, by keyed random order.
-    DataError if a class, or a set without classes, has a single sample."""
+    """Which samples are set apart, bool (N,), by keyed order: some of each class, not all; DataError for a lone one."""
     chosen = torch.zeros(len(targets), dtype=torch.bool)
     order = random_bits(torch.arange(len(targets)), seed, Purpose.SPLIT)
     classes = torch.zeros(len(targets), dtype=torch.int64) if targets.is_floating_point() else targets
@@ -72,8 +71,7 @@ def held_out(targets: Tensor, fraction: float, *, seed: int, class_names: Sequen
 
 
 def join_classes(found: Sequence[str], known: Sequence[str], *, place: str, owner: str) -> dict[str, int]:
-    """The label of each class that was found: its position among those that the `owner` knows, which may be more.
-    DataError for a name that is not known, saying `place` and which are."""
+    """Each found class's label: its position in those the `owner` knows; DataError, saying `place`, for another one."""
     labels = {name: label for label, name in enumerate(known)}
     for name in found:
         if name not in labels:

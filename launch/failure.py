@@ -96,8 +96,7 @@ class JobFailure:
         if self.heartbeats is None or not self.heartbeats.store.check(["failed"]) or self._claimed.locked():
             return
         self._another_failed_at = self._another_failed_at or time.monotonic()
-        allowed = LEAVE_SECONDS + (LINGER_SECONDS if self.launch.hosts_store else 0)
-        if time.monotonic() - self._another_failed_at > allowed:
+        if time.monotonic() - self._another_failed_at > LEAVE_SECONDS + LINGER_SECONDS * self.launch.hosts_store:
             self.end("ERROR distributed: another rank has failed")
 
     def end_without_launcher(self) -> NoReturn:

@@ -1,6 +1,5 @@
-"""What ranks tell each other beside their collectives, through the job's key-value store.
-A heartbeat is [count, step, phase, host, pid, parent's pid]. Any rank may set the keys `stop` (asked to), `failed` (by
-the first that did) and `stuck` (the rank that cannot come to the step at which all would stop)."""
+"""What ranks tell each other by the job's key-value store: heartbeats, [count, step, phase, host, pid, parent's pid],
+and the keys `stop` (asked to), `failed` (by the first) and `stuck` (the rank that cannot come to a stop's step)."""
 
 import json
 import os

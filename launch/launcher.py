@@ -99,10 +99,9 @@ def host_names(node_list: str) -> list[str]:
     """The hosts of a Slurm node list: `gpu[03-05,9],login` gives gpu03, gpu04, gpu05, gpu9 and login."""
     names = []
     for part in re.split(r",(?![^\[]*\])", node_list):
-        brackets = re.search(r"\[([^\]]*)\]", part)
-        if brackets is None and re.fullmatch(r"[\w.-]+", part) is None:
-            raise ValueError(f"{part!r} is no host name of a Slurm node list")
-        if brackets is None:
+        if (brackets := re.search(r"\[([^\]]*)\]", part)) is None:
+            if re.fullmatch(r"[\w.-]+", part) is None:
+                raise ValueError(f"{part!r} is no host name of a Slurm node list")
             names.append(part)
             continue
         for piece in brackets[1].split(","):
@@ -172,8 +171,7 @@ def launcher_identity() -> dict[str, Any] | None:
 
 def slurm_job() -> str | None:
     """The id of the Slurm job that started this process, or an array task's `<array job>_<task>`; a requeue keeps it.
-    An interactive allocation, in which many commands are run, is no such job: the shell of salloc (no task number, or
-    that of the interactive step) or of `srun --pty`, and steps started there."""
+    None in an interactive allocation, of many commands: of salloc (no task or the interactive step's), `srun --pty`."""
     interactive = (os.environ.get("SLURM_STEP_ID") == "4294967290" or "SLURM_PTY_PORT" in os.environ
                    or os.environ.get("SLURM_JOB_NAME") == "interactive")  # salloc's defaults
     is_batch = os.environ.get("ENVIRONMENT") == "BATCH"  # whatever it inherits from the shell that submitted it

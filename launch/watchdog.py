@@ -4,7 +4,6 @@
 
 import contextlib
 import faulthandler
-import math
 import os
 import sys
 import tempfile
@@ -50,7 +49,7 @@ class Watchdog:
         self._seconds = self._changed_at = 0.0  # by a clock that stands still while the process is itself stopped
         self._before: dict[int, list[Any]] | None = None  # heartbeats at half of the timeout
         self._stopping, self._threads = threading.Event(), list[threading.Thread]()
-        self._asked_at = self._answered_at = math.inf  # when a stop was first seen, and when the store last answered
+        self._asked_at = self._answered_at = float("inf")  # when a stop was first seen, and the store last answered
         self._trainer = (threading.get_ident(), threading.get_native_id())  # the thread that trains
         self._switches, self._moved_at, self._has_warned, self._watched_at = "", 0.0, False, time.monotonic()
 

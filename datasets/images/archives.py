@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from datasets.errors import DAMAGED, DataError
 from datasets.image_folder import TEST_NAMES, ImageTree, scan
@@ -36,7 +35,7 @@ class ArchivedImages:
 
     folder: Path  # what the names of the images are below
     rows: Sequence[tuple[Path, Row]]
-    targets: Tensor  # int64 (N,)
+    targets: torch.Tensor  # int64 (N,)
     class_names: tuple[str, ...]
     left_out: Counter[str]
     unreadable: Mapping[str, str]
@@ -95,9 +94,7 @@ def open_split(files: Sequence[Path], class_names: tuple[str, ...] | None = None
         return scan(files[0], class_names=class_names, owner="the training split")
     if (total := re.search(r"-of-(\d+)\.", files[0].name)) and len(files) != int(total[1]):
         raise DataError(f"{files[0].parent}: holds {len(files)} of the {int(total[1])} files; download the others")
-    left_out: Counter[str] = Counter()
-    rows: list[tuple[Path, Row]] = []
-    known = class_names or ()
+    left_out, rows, known = Counter[str](), list[tuple[Path, Row]](), class_names or ()
     for file in files:
         with damage_named(file):
             found, names = (list_tar if file.suffix == ".tar" else list_parquet)(file, left_out)
@@ -119,8 +116,7 @@ def open_split(files: Sequence[Path], class_names: tuple[str, ...] | None = None
 
 def list_tar(path: Path, left_out: Counter[str]) -> tuple[list[Row], tuple[str, ...]]:
     """The images of one tar file; its classes have no names."""
-    images: dict[str, tarfile.TarInfo] = {}
-    labels: dict[str, int] = {}
+    images, labels = dict[str, tarfile.TarInfo](), dict[str, int]()
     with tarfile.open(path, "r:") as archive:
         for member in archive:
             folder, name = posixpath.split(member.name)

@@ -1,5 +1,4 @@
-"""Images that are decoded while training: DataLoader workers read files, the device augments whole batches.
-A worker is sent what to decode with the key of its random choices, and keeps no state: any number gives the same."""
+"""Images decoded while training: DataLoader workers, which keep no state, read files; the device augments batches."""
 
 import atexit
 import multiprocessing
@@ -11,7 +10,6 @@ from functools import partial
 from multiprocessing.process import BaseProcess
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, get_worker_info
@@ -89,8 +87,7 @@ class Decoding(Dataset[Any]):
         return self.train_size or self.size if split == "train" else self.size
 
     def fill(self, image: Tensor, key: Key, sample: int, bad: Bad) -> int | None:
-        """Put what a sample shows into the batch; returns which image that is, if any, after those added to `bad`.
-        A test image is never replaced by the next, which would count another one twice."""
+        """Fill in the image of a sample, in training of the next readable one; returns which, if any. Adds to `bad`."""
         num_images = len(self.splits[key.split])
         for offset in range(min(self.skip_bad + 1, num_images) if key.split == "train" else 1):
             shown = (sample + offset) % num_images
@@ -104,7 +101,7 @@ class Decoding(Dataset[Any]):
     def read(self, key: Key, sample: int, shown: int) -> Tensor:
         """One image; a random window of it where training asks for that."""
         content, window, size = self.splits[key.split].read(shown), None, self.size_of(key.split)
-        if self.splits[key.split].fitted and isinstance(content, np.ndarray):
+        if self.splits[key.split].fitted and not isinstance(content, bytes | memoryview):
             return torch.from_numpy(content).permute(2, 0, 1)
         if key.split == "train" and self.smallest_area < 1:
             window = random_window(sample, seed=self.seed, epoch=key.epoch, smallest_area=self.smallest_area)

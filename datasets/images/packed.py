@@ -20,7 +20,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from datasets import image_folder, tensors
@@ -97,7 +96,7 @@ class PackedImages:
         return DataError(f"--cache-dir {self.root}: {what}; remove it, and the same command builds it again")
 
     @cached_property
-    def checked(self) -> NDArray[np.bool_]:
+    def checked(self) -> np.ndarray:
         """Which pixels, by row, this process has compared with their CRC-32."""
         return np.zeros(self.record["splits"][self.split], np.bool_)
 
@@ -137,9 +136,8 @@ class PackedImages:
 
     def fingerprint(self, *, times: bool = False) -> str:
         """A hash of all that is in the pack, by the sha256 of its files."""
-        rows = b"" if self.rows is None else self.rows.numpy().tobytes()
-        text = self.split + json.dumps(self.record, sort_keys=True)
-        return hashlib.sha256(text.encode() + rows).hexdigest()[:16]
+        text = (self.split + json.dumps(self.record, sort_keys=True)).encode()
+        return hashlib.sha256(text if self.rows is None else text + self.rows.numpy().tobytes()).hexdigest()[:16]
 
     listing_hash = fingerprint
 
@@ -190,8 +188,7 @@ def read_record(root: Path) -> dict[str, Any]:
                         f"python datasets/pack.py again")
     try:
         record = json.loads((root / RECORD).read_bytes())
-        files = record["files"].items() if record["format"] == FORMAT else ()
-        for name, facts in files:
+        for name, facts in record["files"].items() if record["format"] == FORMAT else ():
             if (root / name).stat().st_size != facts["bytes"]:
                 raise ValueError(f"{name} is not {facts['bytes']:,} bytes long")
             if not name.endswith(".bin"):

@@ -74,8 +74,7 @@ def to_square(content: Stored, *, size: int, fit: FitName, window: Window | None
     crops its middle. A `window` is squashed instead. Without one, `resize_size` or `interpolation` mean `published`."""
     if window is None and (resize_size, interpolation) != (None, None):
         return published(pixels(content), size=size, fit=fit, resize_size=resize_size, interpolation=interpolation)
-    smallest = window.area if window is not None else 1.0
-    image = pixels(content, shortest_side=math.ceil(2 * size / math.sqrt(smallest)))
+    image = pixels(content, shortest_side=math.ceil(2 * size / math.sqrt(1.0 if window is None else window.area)))
     top, left, height, width = part(*image.shape[:2], fit=fit, window=window)
     return resize(image[top : top + height, left : left + width], size, size, interpolation or "bilinear")
 
@@ -157,9 +156,8 @@ def decode(content: Encoded, file: BinaryIO, shortest_side: int | None) -> NDArr
         full_size = image.size
         if shortest_side is not None:
             image.draft(None, (shortest_side, shortest_side))  # pyright: ignore[reportArgumentType]
-        rows = None
-        if image.format in ("JPEG", "MPO") and image.mode in ("L", "RGB"):
-            rows = decode_jpeg(content, image.size, scaled=image.size != full_size)
+        is_plain = image.format in ("JPEG", "MPO") and image.mode in ("L", "RGB")
+        rows = decode_jpeg(content, image.size, scaled=image.size != full_size) if is_plain else None
         if rows is None:
             rows = np.array(to_rgb(image))
         upright = None

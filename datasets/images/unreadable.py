@@ -11,8 +11,7 @@ class BadImages:
 
     def __init__(self, limit: int, *, exchange: Callable[[dict[str, str]], list[dict[str, str]]] = lambda mine: [mine],
                  log: Callable[[str], None] = lambda line: None, known: Mapping[str, str] | None = None) -> None:
-        self.limit, self.exchange, self.log = limit, exchange, log
-        self.known = dict(known or {})
+        self.limit, self.exchange, self.log, self.known = limit, exchange, log, dict(known or {})
 
     def add(self, found: Iterable[tuple[str, str]], *, log: bool = True) -> None:
         """Add images, and log those that are new."""

@@ -1,6 +1,6 @@
-"""Processes that decode images beside the training process, which stop signals do not reach.
-They are forked from a new process (`forkserver`): a copy of the training process would hold the sockets to the other
-ranks open, which then do not notice when it dies, and its threads' locks. A dead worker is an error of the loader."""
+"""Processes that decode images beside the training process, which stop signals do not reach; a dead one is an error.
+They are forked from a server: copies of the training process would keep its sockets open, so that other ranks would not
+notice its death, and its threads' locks."""
 
 import contextlib
 import functools
@@ -107,8 +107,7 @@ def empty_batch(*shape: int) -> Tensor:
 
 
 def start_worker(prepare: Callable[[], None] | None, lifeline: connection.Connection, worker: int) -> None:
-    """What a worker does first. Its parent is the server, so it would outlive a killed training process: it waits on a
-    pipe whose other end that process alone holds, and ends when it closes, however it died."""
+    """What a worker does first: as the server's child, it watches a pipe, and ends when the training process has."""
     reduction.ForkingPickler.register(Tensor, shared_or_whole)
     if prepare is not None:
         prepare()

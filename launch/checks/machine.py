@@ -82,9 +82,8 @@ def cores_finding(launch: launcher.Launch) -> Finding:
     """Whether the threads of this node's ranks fit onto the cores that they may use."""
     cores, threads, ranks = launcher.usable_cores(), launcher.choose_threads(launch), launch.local_world_size
     text = f"{cores} of {os.cpu_count()} usable; {ranks} rank{'s' * (ranks > 1)} here x {threads} threads"
-    return warn_if(ranks * threads > cores, "cores", text,
-                   f"set OMP_NUM_THREADS={launcher.threads_per_rank(ranks)}, start fewer ranks, or ask the scheduler "
-                   f"for more cores (--cpus-per-task)")
+    return warn_if(ranks * threads > cores, "cores", text, f"set OMP_NUM_THREADS={launcher.threads_per_rank(ranks)}, "
+                   f"start fewer ranks, or ask the scheduler for more cores (--cpus-per-task)")
 
 
 def shared_memory_finding(*, batch_bytes: int, workers: int) -> Finding:

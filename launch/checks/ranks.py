@@ -30,8 +30,7 @@ def ranks_findings(launch: launcher.Launch, mine: list[Finding], *, device: str,
             found = [devices, code_finding(ranks), clocks_finding(world, ranks),
                      all_reduce_finding(world, ranks, backend, devices)]
     except (DistributedError, RuntimeError) as error:
-        text = (user_line(error) or str(error)).removeprefix("ERROR distributed: ")
-        where, _, fix = text.partition("; ")
+        where, _, fix = (user_line(error) or str(error)).removeprefix("ERROR distributed: ").partition("; ")
         return [*mine, fail("ranks", where, fix or "see that every node runs the same command")], []
     return [*gathered(machines, ranks), *found], ranks
 
