@@ -16,7 +16,7 @@ REMEDY = "fetch the file again, or train on --dataset synthetic"
 
 
 def load(folder: Path, class_names: tuple[str, ...], *, train: bool = True) -> Splits:
-    """Both splits from a folder's four files, plain or .gz; DataError if one is missing, damaged or fits no other."""
+    """Both splits from a folder's four files, plain or .gz; DataError if one is missing, damaged or unlike the rest."""
     return load_split(folder, "train", class_names) if train else None, load_split(folder, "t10k", class_names)
 
 

@@ -74,8 +74,8 @@ class ImageTree:
 
 def load(data_dir: Path, *, validation_fraction: float | None = None, seed: int = 0, train: bool = True,
          known: Sequence[str] | None = None) -> tuple[ImageTree | None, ImageTree]:
-    """Training and test split: train/ and test/ (or val/) of `data_dir`; or of train/ alone, or the classes themselves,
-    this share of each by `seed`. `known` are a checkpoint's classes. DataError for missing, empty or unknown ones."""
+    """Training and test split: train/ and test/ (or val/) of `data_dir`; or of train/ alone or classes there, the rest
+    and this share of each, by `seed`. `known` are a checkpoint's. DataError for missing, empty or unknown folders."""
     if not os.path.isdir(data_dir):
         raise DataError(f"--data-dir {data_dir}: no such folder; give the one that holds train/ and test/, or train on "
                         f"--dataset synthetic")

@@ -171,7 +171,7 @@ def launcher_identity() -> dict[str, Any] | None:
 
 def slurm_job() -> str | None:
     """The id of the Slurm job that started this process, or an array task's `<array job>_<task>`; a requeue keeps it.
-    None in an interactive allocation, of many commands: of salloc (no task or the interactive step's), `srun --pty`."""
+    None in an interactive allocation, of many commands: salloc's (no task, or its own step's) or `srun --pty`'s."""
     interactive = (os.environ.get("SLURM_STEP_ID") == "4294967290" or "SLURM_PTY_PORT" in os.environ
                    or os.environ.get("SLURM_JOB_NAME") == "interactive")  # salloc's defaults
     is_batch = os.environ.get("ENVIRONMENT") == "BATCH"  # whatever it inherits from the shell that submitted it

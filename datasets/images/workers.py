@@ -1,6 +1,6 @@
 """Processes that decode images beside the training process, which stop signals do not reach; a dead one is an error.
-They are forked from a server: copies of the training process would keep its sockets open, so that other ranks would not
-notice its death, and its threads' locks."""
+They are forked from a new process (`forkserver`): copies of the training process would hold its sockets open, so that
+the other ranks would not notice its death, and its threads' locks."""
 
 import contextlib
 import functools
