@@ -9,10 +9,7 @@ import torch
 from torch import Tensor
 from torchvision.transforms import AutoAugmentPolicy, InterpolationMode, v2
 
-from datasets.augment import Augmentation, KeyedTransforms
-from datasets.mixing import mixed
-from datasets.tensors import ThreeSplits, hold_out
-from datasets.transforms import image_loaders
+from datasets import augment, mixing, tensors, transforms
 from launch.errors import AtLeast, UsageError
 from launch.process_group import World
 from launch.stop import ignore_signals
@@ -65,7 +62,7 @@ class AugmentFlags(MixingFlags, ImageConfig):
         """The arguments of Augmentation; `dataset` is what `--normalize dataset` stands for."""
         return {**super().augmentation(dataset), "vertical_flip": self.vertical_flip, "random_erase": self.random_erase}
 
-    def keyed(self, images: Augmentation) -> KeyedTransforms | None:
+    def keyed(self, images: augment.Augmentation) -> augment.KeyedTransforms | None:
         """What workers do to one training image at a time, in torchvision's order; None for nothing."""
         chosen: list[Any] = []
         if self.auto_augment is not None:
@@ -81,18 +78,19 @@ class AugmentFlags(MixingFlags, ImageConfig):
                   (self.grayscale, v2.RandomGrayscale(self.grayscale)),
                   (self.blur, functools.partial(blurred, share=self.blur)))
         chosen += [transform for share, transform in others if share]
-        return KeyedTransforms(augmentation=images, transform=v2.Compose(chosen)) if chosen else None
+        return augment.KeyedTransforms(augmentation=images, transform=v2.Compose(chosen)) if chosen else None
 
-    def loaders(self, splits: ThreeSplits, images: Augmentation, world: World) -> dict[str, Any]:
+    def loaders(self, splits: tensors.ThreeSplits, images: augment.Augmentation, world: World) -> dict[str, Any]:
         """The loaders of one rank for images in memory."""
         keyed = self.keyed(images)
-        loaders = image_loaders(splits, images, own_transform(self), keyed, prepare_worker=ignore_signals,
-                                workers=self.num_workers(decodes=keyed is not None), **self.batches(), **world.shard)
-        return mixed(loaders, self.mixing(), num_classes=len(splits[-1].class_names), device=world.device)
+        workers = self.num_workers(decodes=keyed is not None)
+        loaders = transforms.image_loaders(splits, images, own_transform(self), keyed, prepare_worker=ignore_signals,
+                                           workers=workers, **self.batches(), **world.shard)
+        return mixing.mixed(loaders, self.mixing(), num_classes=len(splits[-1].class_names), device=world.device)
 
 
 def load_splits(config: Any, world: World, known: Sequence[str] | None = None, *, published: Any, drawn: Any
-                ) -> ThreeSplits:
+                ) -> tensors.ThreeSplits:
     """Training, validation and test set in memory; for --evaluate the last alone, with the checkpoint's classes."""
     trains = config.evaluate is None
     if config.dataset == "synthetic":
@@ -100,7 +98,8 @@ def load_splits(config: Any, world: World, known: Sequence[str] | None = None, *
     else:
         once_per_node(world, lambda: published.prepare(config.data_dir, download=config.download, train=trains))
         train, test = published.load(config.data_dir, train=trains)
-    return *hold_out(train if trains else None, config.validation_fraction, seed=config.seed), test.with_classes(known)
+    kept = tensors.hold_out(train if trains else None, config.validation_fraction, seed=config.seed)
+    return *kept, test.with_classes(known)
 
 
 def blurred(image: Tensor, *, share: float) -> Tensor:

@@ -26,23 +26,18 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset, default_collate
 
-from datasets import samples, synthetic
-from datasets.augment import normalize
+from datasets import augment, mixing, samples, synthetic
 from datasets.errors import DataError
 from datasets.images.loaders import Key
-from datasets.mixing import mixed
-from datasets.samples import Explain, Reading, Splits, sample_loaders
 from launch.command_line import run
 from launch.errors import AtLeast, UsageError, to_stderr
 from launch.process_group import World, gather
 from trainers import models
-from trainers.engine import user_code
+from trainers.engine import session, user_code
 from trainers.engine.config import TrainConfig
 from trainers.engine.run.card import CARD_FILE, ModelCard
-from trainers.engine.session import entry_point, open_run, train_model
 from trainers.engine.task import Loss, Metric, MixingFlags, Task, classification_task, with_own_code
 from trainers.engine.trainer import Run
-from trainers.engine.user_code import Reference, is_reference, options_in
 
 Kind = Literal["classes", "labels", "numbers"]  # what the targets are
 KINDS: dict[str, Kind] = {"cross-entropy": "classes", "bce": "labels", "mse": "numbers"}
@@ -67,7 +62,7 @@ class CustomConfig(MixingFlags, TrainConfig):
         super().check()
         if self.dataset != "given":
             models.check_name(self.model, models.OURS | models.GREY)
-        if self.dataset == "own" and not is_reference(self.data):
+        if self.dataset == "own" and not user_code.is_reference(self.data):
             raise UsageError(f"--data {self.data}: must be FILE.py:NAME, a function of yours; or --dataset synthetic")
         self.check_mixing(self.batch_size, 0 if self.evaluate is not None else self.rank_batch_size())
         if self.loss != "auto":
@@ -77,11 +72,11 @@ class CustomConfig(MixingFlags, TrainConfig):
 @dataclass(frozen=True, kw_only=True)
 class Given:
     """What a Python program hands over, not by flags that name files."""
-    splits: Splits | None = None
+    splits: samples.Splits | None = None
     model: Callable[..., Any] | nn.Module | None = None
     loss: Loss | None = None
     metric: Metric | None = None
-    explain: Explain | None = None
+    explain: samples.Explain | None = None
 
 
 class Facts(NamedTuple):
@@ -91,7 +86,7 @@ class Facts(NamedTuple):
     shape: tuple[int, ...]  # of one sample's inputs; empty if they are no single tensor
 
 
-def open_own(reference: Reference, data_dir: Path, seed: int) -> Splits:
+def open_own(reference: user_code.Reference, data_dir: Path, seed: int) -> samples.Splits:
     """Run the user's file and call its function, in the process that will read the samples."""
     user_code.seed_everything(seed)
     reference.find()
@@ -99,21 +94,21 @@ def open_own(reference: Reference, data_dir: Path, seed: int) -> Splits:
     return splits_in(reference.make({"data_dir": data_dir}), reference.extra("collate"), reference.text)
 
 
-def splits_in(found: Any, collate: Any, name: str) -> Splits:
+def splits_in(found: Any, collate: Any, name: str) -> samples.Splits:
     """What a user's function returned; UsageError if that is no two or three data sets."""
     if not isinstance(found, tuple | list) or len(found) not in (2, 3):
         raise UsageError(f"--data {name}: gives {type(found).__name__}, not (train, test) or (train, validation, test)")
-    return Splits(train=found[0], validation=found[1] if len(found) == 3 else None, test=found[-1],
-                  collate=collate if callable(collate) else default_collate)
+    return samples.Splits(train=found[0], validation=found[1] if len(found) == 3 else None, test=found[-1],
+                          collate=collate if callable(collate) else default_collate)
 
 
-def wanted(opening: Callable[[], Splits], config: CustomConfig) -> Splits:
+def wanted(opening: Callable[[], samples.Splits], config: CustomConfig) -> samples.Splits:
     """The splits that a run needs: `--validation-fraction` of the training set apart, for --evaluate the test set."""
     splits, fraction, name = opening(), config.validation_fraction, f"--data {config.data or 'given'}"
     for split in ("test",) if config.evaluate is not None else ("test", "train"):
         samples.check_map_style(getattr(splits, split), samples.NAMES[split], name)
     if config.evaluate is not None:
-        return Splits(test=splits.test, collate=splits.collate)
+        return samples.Splits(test=splits.test, collate=splits.collate)
     if fraction is None:
         return splits
     if splits.validation is not None:
@@ -121,26 +116,26 @@ def wanted(opening: Callable[[], Splits], config: CustomConfig) -> Splits:
     return samples.set_apart(splits, fraction, seed=config.seed)
 
 
-def open_synthetic(seed: int) -> Splits:
+def open_synthetic(seed: int) -> samples.Splits:
     """The drawn images of synthetic.py, normalised."""
-    train, test = (TensorDataset(normalize(part.inputs, synthetic.MEAN, synthetic.STD), part.targets)
+    train, test = (TensorDataset(augment.normalize(part.inputs, synthetic.MEAN, synthetic.STD), part.targets)
                    for part in synthetic.load(seed=seed))
     vars(train)["classes"] = vars(test)["classes"] = synthetic.CLASS_NAMES
-    return Splits(train=train, test=test)
+    return samples.Splits(train=train, test=test)
 
 
 def load_data(config: CustomConfig, world: World, known: Sequence[str] | None = None, given: Given = Given()
-              ) -> Reading:
+              ) -> samples.Reading:
     """The splits, the same on all ranks, with a checkpoint's `known` classes; for --evaluate the test set alone."""
-    reference, explain = Reference("--data", config.data or "given"), given.explain
+    reference, explain = user_code.Reference("--data", config.data or "given"), given.explain
     if given.splits is not None:
-        opening = functools.partial(Splits, *given.splits)
+        opening = functools.partial(samples.Splits, *given.splits)
     elif config.dataset == "synthetic":
         opening = functools.partial(open_synthetic, config.seed)
     else:
         opening, explain = functools.partial(open_own, reference, config.data_dir, config.seed), reference.explain
     name = f"--data {reference.text}"
-    reading = Reading(functools.partial(wanted, opening, config), seed=config.seed, name=name, explain=explain)
+    reading = samples.Reading(functools.partial(wanted, opening, config), seed=config.seed, name=name, explain=explain)
     if len(set(gather(world, reading.facts))) > 1:
         raise DataError(f"{name}: the ranks found different samples; {samples.SEED_IT}")
     names = tuple(known or samples.class_names_of(next(iter(reading.splits.present().values()))))
@@ -151,7 +146,7 @@ def load_data(config: CustomConfig, world: World, known: Sequence[str] | None = 
     return reading
 
 
-def learn_facts(config: CustomConfig, reading: Reading, known: Sequence[str] | None) -> Facts:
+def learn_facts(config: CustomConfig, reading: samples.Reading, known: Sequence[str] | None) -> Facts:
     """What the first samples say; the targets of all others will be held to it."""
     split, dataset = next(iter(reading.splits.present().items()))
     read = [samples.unless_failed(reading[Key(split, [sample], 0)]) for sample in range(min(8, len(dataset)))]
@@ -190,9 +185,9 @@ def build_model(config: CustomConfig, facts: Facts, given: Given = Given()) -> n
     offered = {"num_classes": len(facts.names), "image_size": facts.shape[-1] if len(facts.shape) == 3 else None}
     if given.model is not None:
         return given.model if isinstance(given.model, nn.Module) else user_code.call(given.model, offered)
-    if not is_reference(config.model):
+    if not user_code.is_reference(config.model):
         del offered["image_size"]
-    return models.build(config.model, **offered, **options_in(config.model_options, "--model-options"))
+    return models.build(config.model, **offered, **user_code.options_in(config.model_options, "--model-options"))
 
 
 def build_task(config: CustomConfig, facts: Facts, device: torch.device, given: Given = Given()) -> Task:
@@ -238,23 +233,23 @@ def write_card(config: CustomConfig, facts: Facts, run: Run) -> None:
     run.folder.write_json(CARD_FILE, asdict(ModelCard(
         trainer=run.trainer, model=user_code.absolute(config.model), class_names=facts.names, mean=(0.0,) * channels,
         std=(1.0,) * channels, image_size=(height, width), kind=facts.kind, user_code=run.user_code,
-        options=options_in(config.model_options, "--model-options"))))
+        options=user_code.options_in(config.model_options, "--model-options"))))
 
 
-@entry_point
+@session.entry_point
 def main(config: CustomConfig, given: Given = Given()) -> dict[str, Any]:
     """One run, on this rank; returns its result."""
-    with open_run(config, "custom") as run:
+    with session.open_run(config, "custom") as run:
         reading = load_data(config, run.world, run.known, given)
         facts = learn_facts(config, reading, run.known)
         write_card(config, facts, run)
         names = facts.names if facts.kind == "classes" else ()
-        loaders = sample_loaders(reading, workers=config.num_workers(), prepare_worker=ignore_signals, warn=to_stderr,
-                                 **config.batches(), **run.world.shard)
-        loaders = mixed(loaders, config.mixing(), num_classes=len(facts.names), device=run.world.device)
-        return train_model(config, run, build_model(config, facts, given),
-                           build_task(config, facts, run.world.device, given), class_names=names,
-                           dataset=reading if config.evaluate is None else None, **loaders)
+        loaders = samples.sample_loaders(reading, workers=config.num_workers(), prepare_worker=ignore_signals,
+                                         warn=to_stderr, **config.batches(), **run.world.shard)
+        loaders = mixing.mixed(loaders, config.mixing(), num_classes=len(facts.names), device=run.world.device)
+        return session.train_model(config, run, build_model(config, facts, given),
+                                   build_task(config, facts, run.world.device, given), class_names=names,
+                                   dataset=reading if config.evaluate is None else None, **loaders)
 
 
 if __name__ == "__main__":

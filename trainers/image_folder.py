@@ -25,19 +25,14 @@ import torch
 import torchvision
 from torch import nn
 
-from datasets import image_folder
+from datasets import image_folder, mixing, pack, samples, transforms
 from datasets.augment import Augmentation
 from datasets.errors import DataError
-from datasets.images import packed
+from datasets.images import packed, read
 from datasets.images.loaders import DecodedImages, Decoder, Decoding
-from datasets.images.packed import ImageSource, PackedImages
-from datasets.images.read import DECODER, FitName, InterpolationName, to_square
+from datasets.images.packed import ImageSource
 from datasets.images.unreadable import BadImages
 from datasets.loaders import check_size, split_loaders
-from datasets.mixing import mixed
-from datasets.pack import Packing, smaller
-from datasets.samples import Splits
-from datasets.transforms import Images, decoded, transformed_loaders
 from launch.command_line import run
 from launch.errors import Above, AtLeast, UsageError, first_line, printable, say, to_stderr
 from launch.process_group import World, from_main, gather
@@ -74,11 +69,11 @@ class ImageFolderConfig(AugmentFlags):
     """Height and width that the network sees. Default: 32 for our networks, 224 for torchvision's."""
     train_size: Annotated[int | None, AtLeast(1, most=8192)] = None
     """Height and width of training images, where smaller ones than the evaluation's do. Default: --image-size."""
-    fit: FitName = "squash"
+    fit: read.FitName = "squash"
     """Squash images into a square, crop their middle, or squash to --resize-size and crop that (timm's NFNets)."""
     resize_size: Annotated[int | None, AtLeast(1, most=8192)] = None
     """Resize the shorter side to this and crop the middle, --fit squash too, as published evaluations do."""
-    interpolation: InterpolationName | None = None
+    interpolation: read.InterpolationName | None = None
     """By which images are resized. Default: bilinear."""
     normalize: Literal["none", "half", "imagenet"] = "imagenet"
     """Mean and std taken out of each channel: none leaves [0, 1], half is 0.5 and 0.5."""
@@ -129,7 +124,7 @@ class ImageFolderConfig(AugmentFlags):
             raise UsageError(f"--cache-dir {self.cache_dir}: does nothing alone; add --cache")
 
 
-def load_data(config: ImageFolderConfig, world: World, known: Sequence[str] | None = None) -> Splits:
+def load_data(config: ImageFolderConfig, world: World, known: Sequence[str] | None = None) -> samples.Splits:
     """The splits that there are, names and labels; for --evaluate the test split, with the checkpoint's classes."""
     folder = config.data_dir
     if config.dataset == "synthetic":
@@ -145,7 +140,7 @@ def load_data(config: ImageFolderConfig, world: World, known: Sequence[str] | No
     return splits
 
 
-def find_splits(config: ImageFolderConfig, folder: Path, known: Sequence[str] | None) -> Splits:
+def find_splits(config: ImageFolderConfig, folder: Path, known: Sequence[str] | None) -> samples.Splits:
     """What `load_data` hands to every rank."""
     trains = config.evaluate is None
     module = packed if packed.is_pack(folder) else image_folder
@@ -153,9 +148,9 @@ def find_splits(config: ImageFolderConfig, folder: Path, known: Sequence[str] | 
                                    train=trains, known=known)
     train = train if trains else None
     if config.validation_fraction is None:
-        return Splits(train, None, evaluated)
+        return samples.Splits(train, None, evaluated)
     test = module.load_test(folder, evaluated.class_names)
-    return Splits(train, evaluated if trains or test is None else None, test)
+    return samples.Splits(train, evaluated if trains or test is None else None, test)
 
 
 def build_model(config: ImageFolderConfig, num_classes: int, world: World) -> nn.Module:
@@ -194,10 +189,11 @@ def build_loaders(config: ImageFolderConfig, splits: dict[str, ImageSource], ima
         say(f"data       {printable(image_folder.describe(splits))}")
     bad_images.add([item for tree in splits.values() for item in tree.unreadable.items()], log=world.is_main)
     if (own := own_transform(config, decodes=True)) is not None:
-        files = {name: Images(partial(decoded, tree), tree.targets, {"size": config.size(), **config.frame()})
+        how = {"size": config.size(), **config.frame()}
+        files = {name: transforms.Images(partial(transforms.decoded, tree), tree.targets, how)
                  for name, tree in splits.items()}
         return {"dataset": splits.get("train"),
-                **transformed_loaders(files, images.normalize, own, **config.batches(), **world.shard)}
+                **transforms.transformed_loaders(files, images.normalize, own, **config.batches(), **world.shard)}
     found, keyed = from_cache(config, splits, world) if config.cache else splits, config.keyed(images)
     decodes = not all(tree.raw for tree in found.values())
     decoding = Decoding(splits=found, size=config.size(), **config.frame(), train_size=config.train_size, keyed=keyed,
@@ -229,23 +225,23 @@ def from_cache(config: ImageFolderConfig, splits: dict[str, ImageSource], world:
         if not packed.is_whole(packing.out):
             raise DataError(f"--cache-dir {folder}: the cache built for this run is gone; choose a folder that every "
                             f"rank of the node sees and nothing clears")
-        found[split] = PackedImages(root=packing.out, split=split, record=packed.read_record(packing.out), raw=True,
-                                    fitted=packing.head["fitted"], class_names=tree.class_names, origin=tree.folder,
-                                    decoder=packing.head["decoder"])
+        found[split] = packed.PackedImages(
+            root=packing.out, split=split, record=packed.read_record(packing.out), raw=True, origin=tree.folder,
+            fitted=packing.head["fitted"], class_names=tree.class_names, decoder=packing.head["decoder"])
     return found
 
 
-def cache_of(config: ImageFolderConfig, split: str, tree: ImageSource, folder: Path, mark: str | None) -> Packing:
+def cache_of(config: ImageFolderConfig, split: str, tree: ImageSource, folder: Path, mark: str | None) -> pack.Packing:
     """Pixels of a split, whose files have this mark: as the network sees them or, to be cropped at random, larger."""
     crops, frame = split == "train" and config.random_crop is not None, config.frame()
     size = config.train_size or config.size() if split == "train" else config.size()
     frame["resize_size"] = config.resize_size and round(config.resize_size * size / config.size())
     side = min(math.ceil(size / math.sqrt(config.random_crop or 1)), max(256, size * 8 // 7)) if crops else size
-    how = [packed.FORMAT, mark, crops or frame, DECODER, torchvision.__version__]
+    how = [packed.FORMAT, mark, crops or frame, read.DECODER, torchvision.__version__]
     name = f"{split}-{side}px-{hashlib.sha256(repr(how).encode()).hexdigest()[:16]}.pack"
-    return Packing(
+    return pack.Packing(
         sources={split: tree}, out=folder / name, is_cache=True,
-        convert=partial(smaller, side=side, quality=None) if crops else lambda own: to_square(
+        convert=partial(pack.smaller, side=side, quality=None) if crops else lambda own: read.to_square(
             own, size=size, **frame).permute(1, 2, 0).contiguous().numpy(),
         head={"raw": side, "fitted": not crops, "class_names": tree.class_names,
               "decoder": f"{tree.decoder or 'pixels'}, cached at {side}" if crops else tree.decoder,
@@ -261,8 +257,8 @@ def main(config: ImageFolderConfig) -> dict[str, Any]:
         splits = load_data(config, run.world, run.known).present()
         class_names = next(iter(splits.values())).class_names
         images = Augmentation(**config.augmentation(IMAGENET))
-        loaders = mixed(build_loaders(config, splits, images, run), config.mixing(), num_classes=len(class_names),
-                        device=run.world.device)
+        loaders = build_loaders(config, splits, images, run)
+        loaders = mixing.mixed(loaders, config.mixing(), num_classes=len(class_names), device=run.world.device)
         return train_classifier(config, run, build_model(config, len(class_names), run.world), class_names,
                                 (images.mean, images.std), **loaders)
 

@@ -23,28 +23,20 @@ import tyro
 from torch import nn
 from torchvision.transforms.v2.functional import rgb_to_grayscale
 
-from datasets.augment import normalize
+from datasets import augment, listing, samples, tensors, transforms
 from datasets.errors import DataError
 from datasets.images.loaders import Key
 from datasets.images.packed import ImageSource
 from datasets.images.read import BadImage, Stored, read_file, to_square
-from datasets.listing import describe_left_out, find_images
-from datasets.samples import Reading, unless_failed
-from datasets.tensors import some_of
-from datasets.transforms import full_size, takes_train
+from launch import launcher, machine
 from launch.command_line import parse, run
 from launch.errors import AtLeast, CheckpointError, UsageError, first_line, say, to_stderr
-from launch.launcher import read_launch
-from launch.machine import choose_device
 from launch.process_group import World
 from trainers import models
-from trainers.engine.checkpoints.load import check_fits, load_or_fail, newest_good
-from trainers.engine.export import export
-from trainers.engine.history import saved_class_names
-from trainers.engine.predictions import Prediction, as_json, as_lines
+from trainers.engine import export, history, predictions, task
+from trainers.engine.checkpoints import load
+from trainers.engine.run import pictures
 from trainers.engine.run.card import CARD_FILE, ModelCard, read_card
-from trainers.engine.run.pictures import MOST_IMAGES, predictions
-from trainers.engine.task import apply, logits_of, map_tensors
 from trainers.engine.user_code import Reference, blaming, is_reference, made_again
 
 
@@ -85,18 +77,18 @@ class Picture(NamedTuple):
 def load_model(run: Path, card: ModelCard, checkpoint: Path | None, device: torch.device) -> tuple[nn.Module, Path]:
     """The network with its trained weights, of the best or the newest whole checkpoint, and the file they are from."""
     if checkpoint is not None:
-        state, source = load_or_fail(checkpoint), checkpoint
+        state, source = load.load_or_fail(checkpoint), checkpoint
     else:
-        damaged, source, state = newest_good(run / "checkpoints", try_best=True)
+        damaged, source, state = load.newest_good(run / "checkpoints", try_best=True)
         for path, damage in damaged.items():
             to_stderr(f"WARNING checkpoint: {path}: {damage}; using another one")
         if state is None:
             raise CheckpointError(f"--run {run}: has no whole checkpoint; wait for its first epoch to end, or train "
                                   f"again")
-    known = saved_class_names(state)
+    known = history.saved_class_names(state)
     if known not in ((), card.class_names):
-        raise CheckpointError(f"{source}: knows the classes {some_of(known)}, and {run / CARD_FILE} has "
-                              f"{some_of(card.class_names)}; use a checkpoint and a {CARD_FILE} of one run")
+        raise CheckpointError(f"{source}: knows the classes {tensors.some_of(known)}, and {run / CARD_FILE} has "
+                              f"{tensors.some_of(card.class_names)}; use a checkpoint and a {CARD_FILE} of one run")
     try:
         model = models.build(card.model, num_classes=len(card.class_names), **card.options)
     except (ValueError, TypeError, RuntimeError, UsageError) as error:
@@ -106,11 +98,11 @@ def load_model(run: Path, card: ModelCard, checkpoint: Path | None, device: torc
                               f"the version of this code that trained it") from None
     if state["ema"] is not None:
         state = {**state, "model": state["ema"]}
-    check_fits(state, model, source)
+    load.check_fits(state, model, source)
     model.load_state_dict(state["model"])
     if is_reference(card.model):  # which may return more than logits
         own = Reference("--model", card.model).extra("logits")
-        model.register_forward_hook(lambda module, inputs, outputs: (own if callable(own) else logits_of)(outputs))
+        model.register_forward_hook(lambda module, inputs, outputs: (own if callable(own) else task.logits_of)(outputs))
     return model.eval().to(device), source
 
 
@@ -121,18 +113,18 @@ class Reader:
         self.run, self.card, self.bad = run, card, dict[str, str]()
         text = str(card.transform)
         own = made_again(Reference("--transform", text), 0) if is_reference(text) else None
-        self.transform = partial(own, train=False) if own is not None and takes_train(own) else None
+        self.transform = partial(own, train=False) if own is not None and transforms.takes_train(own) else None
 
     def files(self, paths: tuple[Path, ...]) -> Iterator[Picture]:
         """Image files and folders of them; the name of an image's folder may be its class."""
         for path in paths:
             try:
-                files, left_out = find_images(path)
+                files, left_out = listing.find_images(path)
             except DataError as error:
                 self.bad[str(path)] = str(error).removeprefix(f"{path}: ")
                 continue
             if left_out:
-                to_stderr(f"{path}{describe_left_out(left_out)}")
+                to_stderr(f"{path}{listing.describe_left_out(left_out)}")
             for file in files:
                 parent = file.absolute().parent.name
                 yield from self.picture(file, partial(read_file, file), parent if parent in self.card.class_names
@@ -145,7 +137,7 @@ class Reader:
             raise UsageError(f"{path}: a run of custom.py knows no preprocessing of files; use --test-images, which "
                              f"reads its own data set")
         try:
-            pixels = full_size(read()) if self.transform else to_square(
+            pixels = transforms.full_size(read()) if self.transform else to_square(
                 read(), size=card.image_size[0], fit=card.fit, resize_size=card.resize_size,
                 interpolation=card.interpolation)
         except BadImage as error:
@@ -166,12 +158,12 @@ class Reader:
                                   f"config.json is not readable ({error}); name image files, not --test-images"
                                   ) from None
         found = load_data(replace(config, evaluate=source, data_dir=data_dir or config.data_dir), World(), names)
-        _, validation, test, *_ = found.splits if isinstance(found, Reading) else found
+        _, validation, test, *_ = found.splits if isinstance(found, samples.Reading) else found
         test: Any = validation if test is None else test
         self.bad |= getattr(test, "unreadable", {})
         for sample in range(min(number, len(test))):
-            if isinstance(found, Reading):
-                inputs, targets = unless_failed(found[Key("test", [sample], 0)])
+            if isinstance(found, samples.Reading):
+                inputs, targets = samples.unless_failed(found[Key("test", [sample], 0)])
                 yield Picture(f"test {sample}", inputs, names[int(targets[0])])
             elif isinstance(test, ImageSource):
                 yield from self.picture(test.path(sample), partial(test.read, sample), names[int(test.targets[sample])])
@@ -181,19 +173,20 @@ class Reader:
 
 
 @torch.no_grad()
-def classify(model: nn.Module, batch: list[Picture], card: ModelCard, device: torch.device) -> list[Prediction]:
+def classify(model: nn.Module, batch: list[Picture], card: ModelCard, device: torch.device
+             ) -> list[predictions.Prediction]:
     """Probabilities of a batch of images."""
     own = card.trainer == "custom"
     inputs = batch[0].pixels if own else torch.stack([picture.pixels for picture in batch])
-    inputs = map_tensors(lambda tensor: tensor.to(device), inputs)
+    inputs = task.map_tensors(lambda tensor: tensor.to(device), inputs)
     if not own and inputs.dtype == torch.uint8:
-        inputs = normalize(inputs, card.mean, card.std)
-    probabilities = apply(model, inputs).float().softmax(1).cpu().tolist()  # of log-probabilities too
-    return [Prediction(picture.name, dict(zip(card.class_names, row, strict=True)), picture.true_class)
+        inputs = augment.normalize(inputs, card.mean, card.std)
+    probabilities = task.apply(model, inputs).float().softmax(1).cpu().tolist()  # of log-probabilities too
+    return [predictions.Prediction(picture.name, dict(zip(card.class_names, row, strict=True)), picture.true_class)
             for picture, row in zip(batch, probabilities, strict=True)]
 
 
-def draw(path: Path, shown: list[Picture], classified: list[Prediction], *, asked: bool) -> None:
+def draw(path: Path, shown: list[Picture], classified: list[predictions.Prediction], *, asked: bool) -> None:
     """The pictures with predicted and true names, as a PNG; one that was not asked for costs a warning at most."""
     names, shares = zip(*(each.ranked[0] for each in classified), strict=True)
     images = torch.stack([picture.pixels.view(picture.pixels.shape[-3:]) for picture in shown])
@@ -201,7 +194,7 @@ def draw(path: Path, shown: list[Picture], classified: list[Prediction], *, aske
     images = images.float() / 255 if is_raw else (images - images.min()) / (images.max() - images.min())
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(predictions(images, [each.true_class for each in classified], names, shares=shares))
+        path.write_bytes(pictures.predictions(images, [each.true_class for each in classified], names, shares=shares))
     except (OSError, ValueError, RuntimeError) as error:
         if asked and isinstance(error, OSError):
             raise UsageError(f"--picture {path}: cannot be written ({error.strerror}); choose another folder") from None
@@ -224,28 +217,28 @@ def predict(config: PredictConfig, run: Path, card: ModelCard) -> int:
     """The same for a run that has a card."""
     if card.kind != "classes" and (config.images or config.test_images):
         raise UsageError(f"--run {run}: its network gives {card.kind}, not classes; only --export works with it")
-    device = choose_device(config.device, read_launch())
+    device = machine.choose_device(config.device, launcher.read_launch())
     model, source = load_model(run, card, config.checkpoint, device)
     if config.export is not None:
         if not card.mean:
             raise UsageError(f"--export {config.export}: the network's inputs are no images (C, H, W); export it with "
                              f"torch.export in a program of your own")
-        for line in export(model, config.export, image_shape=(len(card.mean), *card.image_size)):
+        for line in export.export(model, config.export, image_shape=(len(card.mean), *card.image_size)):
             (to_stderr if config.json else say)(line)
-    classified: list[Prediction] = []
+    classified: list[predictions.Prediction] = []
     shown: list[Picture] = []
     reader = Reader(run, card)
-    pictures, bad = reader.files(config.images), reader.bad
+    found, bad = reader.files(config.images), reader.bad
     if config.test_images is not None:
-        pictures = itertools.chain(pictures, reader.test_set(config.test_images, source, config.data_dir))
+        found = itertools.chain(found, reader.test_set(config.test_images, source, config.data_dir))
     size = 1 if card.trainer == "custom" else config.batch_size  # theirs may have any shape, and no two the same
-    while batch := list(itertools.islice(pictures, size)):
+    while batch := list(itertools.islice(found, size)):
         classified += classify(model, batch, card, device)
-        shown += batch[: MOST_IMAGES - len(shown)]
+        shown += batch[: pictures.MOST_IMAGES - len(shown)]
     if config.json and (classified or bad):
-        say(as_json(classified, source, bad), is_result=True)
+        say(predictions.as_json(classified, source, bad), is_result=True)
     elif classified:
-        say(as_lines(classified, top=config.top), is_result=True)
+        say(predictions.as_lines(classified, top=config.top), is_result=True)
     for path, reason in bad.items() if len(bad) > 1 else ():
         to_stderr(f"WARNING data: {path}: {reason}")
     shapes = {getattr(each.pixels, "shape", ()) for each in shown}

@@ -18,17 +18,14 @@ begin_script(__name__)  # before torch is imported, which takes seconds
 import torch
 from torch import Tensor, nn
 
-from datasets import regression
-from datasets.loaders import memory_loaders
+from datasets import loaders, regression, tensors
 from datasets.samples import Splits
-from datasets.tensors import TensorDataset, ThreeSplits, hold_out
 from launch.command_line import run
 from launch.errors import say
 from trainers import models, recipes
+from trainers.engine import session, user_code
 from trainers.engine.config import TrainConfig
-from trainers.engine.session import entry_point, open_run, train_model
 from trainers.engine.task import Loss, Task, with_own_code
-from trainers.engine.user_code import check_loss, is_reference, options_in, references
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,7 +43,7 @@ class RegressionConfig(TrainConfig):
     def check(self) -> None:
         """The same, and that there is such a loss."""
         super().check()
-        check_loss(self, LOSSES)
+        user_code.check_loss(self, LOSSES)
 
 
 RECIPES = recipes.read("regression")
@@ -68,17 +65,19 @@ def learned_text(model: nn.Module, relation: regression.LinearRelation) -> str:
     return "\n".join(["learned", *lines, f"generated with w = {list(relation.weights)}, b = {bias}"])
 
 
-def load_data(config: RegressionConfig) -> ThreeSplits:
+def load_data(config: RegressionConfig) -> tensors.ThreeSplits:
     """Training, validation and test split; for --evaluate the latter alone."""
     train, test = regression.load(config.dataset, seed=config.seed)
-    return *hold_out(train if config.evaluate is None else None, config.validation_fraction, seed=config.seed), test
+    trained = train if config.evaluate is None else None
+    return *tensors.hold_out(trained, config.validation_fraction, seed=config.seed), test
 
 
-def build_model(config: RegressionConfig, samples: TensorDataset) -> nn.Module:
+def build_model(config: RegressionConfig, samples: tensors.TensorDataset) -> nn.Module:
     """One linear layer, or the user's network, from the seed: float32 (B, features) to (B, 1)."""
     torch.manual_seed(config.seed)
-    if is_reference(config.model):
-        return models.build(config.model, num_classes=1, **options_in(config.model_options, "--model-options"))
+    if user_code.is_reference(config.model):
+        options = user_code.options_in(config.model_options, "--model-options")
+        return models.build(config.model, num_classes=1, **options)
     return nn.Sequential(nn.Linear(samples.inputs.shape[1], 1))
 
 
@@ -86,18 +85,18 @@ def build_task(config: RegressionConfig, device: torch.device) -> Task:
     """The loss, and the user's metric."""
     loss = LOSSES.get(config.loss, my_mse)  # or the user's, which takes its place
     task = Task(loss=loss, test_loss=loss, num_classes=None)
-    return with_own_code(task, references(config), device)
+    return with_own_code(task, user_code.references(config), device)
 
 
-@entry_point
+@session.entry_point
 def main(config: RegressionConfig) -> dict[str, Any]:
     """One run, on this rank; returns its result."""
-    with open_run(config, "regression") as run:
+    with session.open_run(config, "regression") as run:
         train, validation, test = load_data(config)
         model, task, shard = build_model(config, test), build_task(config, run.world.device), run.world.shard
         present = Splits(train, validation, test).present()
-        result = train_model(config, run, model, task, dataset=train,
-                             **memory_loaders(present, None, **config.batches(), **shard))
+        result = session.train_model(config, run, model, task, dataset=train,
+                                     **loaders.memory_loaders(present, None, **config.batches(), **shard))
         if "loss" in result and run.world.is_main:  # not where --measure timed some steps
             say(learned_text(model, regression.RELATIONS[config.dataset]))
         return result

@@ -13,13 +13,10 @@ from launch.errors import UsageError, first_line, is_users
 from launch.failure import translated
 from launch.process_group import World
 from launch.stop import StopRequest
-from trainers.engine.dropout import default_generators, seed_dropout, seed_own_code
-from trainers.engine.metrics import Evaluation, EvaluationSums, TrainingSums, sync_buffers
+from trainers.engine import dropout, metrics, parallel, user_code
 from trainers.engine.optimizer import MovingAverage
-from trainers.engine.parallel import buffers_kept, gradient_sync, unwrap
 from trainers.engine.precision import Precision
 from trainers.engine.task import Batch, EvaluationBatches, Task, apply, map_tensors
-from trainers.engine.user_code import is_reference
 
 SINGLE = {"accumulation_steps": "lower it, or raise --batch-size", "batch_size": "raise it, or use fewer ranks"}
 
@@ -67,12 +64,13 @@ class TrainStep:
     def __init__(self, model: nn.Module, optimizer: Any, task: Task, world: World, *, precision: Precision,
                  schedule: Callable[[int], float], options: StepOptions, ema: MovingAverage | None = None) -> None:
         self.model, self.optimizer, self.task, self.world = model, optimizer, task, world
-        self.network = unwrap(model)  # without its wrapper for several devices: no `module.` before its names
+        self.network = parallel.unwrap(model)  # without its wrapper for several devices: no `module.` before its names
         self.precision, self.schedule, self.options, self.ema = precision, schedule, options, ema
         self.mark: Callable[[str, int], None] = world.watchdog.mark  # is told of phases, to notice a hang, or for times
         self.trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         self.num_parameters = sum(parameter.numel() for parameter in model.parameters())  # frozen ones too
-        self.data_wait, self.sums = DataWait(world.device), TrainingSums(classification=task.num_classes is not None)
+        self.data_wait = DataWait(world.device)
+        self.sums = metrics.TrainingSums(classification=task.num_classes is not None)
         self._side_stream = torch.cuda.Stream(world.device) if world.device.type == "cuda" else None
         self.gradient_norms: dict[str, Tensor] = {}
         self.is_under_way = False  # begun and not ended, as where a stop interrupts a wait for data: no state to save
@@ -80,7 +78,7 @@ class TrainStep:
             module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)
             and {parameter.requires_grad for parameter in module.parameters(recurse=False)} == {False}]
         self._memory_format = torch.channels_last if options.channels_last else torch.contiguous_format
-        self._dropout_generators = default_generators(model, world.device)
+        self._dropout_generators = dropout.default_generators(model, world.device)
 
     @property
     def evaluated_model(self) -> nn.Module:
@@ -92,7 +90,7 @@ class TrainStep:
         """One optimizer update from the next `accumulation_steps` micro-batches. Nothing in it waits for the device.
         The steps so far key dropout and the rate; `before_update` is called once the gradients are there."""
         mark, options = self.mark, self.options
-        first = seed_dropout(self._dropout_generators, seed=options.seed, step=step, rank=self.world.rank)
+        first = dropout.seed_dropout(self._dropout_generators, seed=options.seed, step=step, rank=self.world.rank)
         for group in self.optimizer.param_groups:
             group["lr"] = group["initial_lr"] * self.schedule(step)
         for micro_step in range(options.accumulation_steps):
@@ -100,8 +98,8 @@ class TrainStep:
             with self.data_wait:
                 inputs, targets = self.next_batch(batches)
             if self.task.is_own:
-                seed_own_code(first + micro_step)
-            with gradient_sync(self.model, last=micro_step == options.accumulation_steps - 1):
+                dropout.seed_own_code(first + micro_step)
+            with parallel.gradient_sync(self.model, last=micro_step == options.accumulation_steps - 1):
                 mark("forward", step)
                 self.is_under_way = True
                 outputs, loss = self.forward(inputs, targets)
@@ -148,21 +146,22 @@ class TrainStep:
             return self.task.logits(outputs), self.task.loss(outputs, targets)
 
     @torch.no_grad()
-    def evaluate(self, test: EvaluationBatches, stop: StopRequest) -> Evaluation:
+    def evaluate(self, test: EvaluationBatches, stop: StopRequest) -> metrics.Evaluation:
         """Count every sample of the test set once, over all ranks, through the unwrapped model or its moving average,
         with rank 0's buffers. No collective in the loop: ranks may have more batches than others. Raises Stopped."""
         if self.task.is_own:
-            seed_own_code(seed_dropout(self._dropout_generators, seed=self.options.seed, step=-1, rank=self.world.rank))
+            dropout.seed_own_code(dropout.seed_dropout(self._dropout_generators, seed=self.options.seed, step=-1,
+                                                       rank=self.world.rank))
         model = self.evaluated_model.eval()
-        sync_buffers(model, self.world)
-        sums = EvaluationSums(self.world.device, num_classes=self.task.num_classes, metrics=self.task.metrics)
+        metrics.sync_buffers(model, self.world)
+        sums = metrics.EvaluationSums(self.world.device, num_classes=self.task.num_classes, metrics=self.task.metrics)
         self.world.watchdog.mark("evaluation data")
         for number, (inputs, targets) in enumerate(test):
             self.world.watchdog.mark("evaluate")
             if stop:
                 break
             if self.task.is_own:
-                seed_own_code(self.options.seed + number)
+                dropout.seed_own_code(self.options.seed + number)
             inputs, targets = self.to_device(inputs, targets)
             with self.precision.autocast():
                 outputs = apply(model, inputs)
@@ -211,7 +210,7 @@ def gradient_norms(model: nn.Module) -> dict[str, Tensor]:
 def tried_first(step: TrainStep, batches: Iterator[Batch], flags: Mapping[str, Any]) -> Iterator[Batch]:
     """The batches; before the first is handed out, the network is tried on blanks of its shape, or UsageError."""
     for first in batches:
-        with buffers_kept(step.network), torch.no_grad():
+        with parallel.buffers_kept(step.network), torch.no_grad():
             for set_mode in (step.network.eval, step.train_mode)[: 1 if flags.get("evaluate") is not None else 2]:
                 set_mode()
                 try_network(step, first[0], flags)
@@ -233,7 +232,7 @@ def try_network(step: TrainStep, inputs: Any, flags: Mapping[str, Any]) -> None:
         with torch.random.fork_rng(devices), step.precision.autocast():
             apply(step.network.forward, inputs)
     except Exception as error:  # whatever a network does with inputs that it was not made for
-        if is_users(translated(error)) or is_reference(flags.get("model")):  # of their code: their line is named
+        if is_users(translated(error)) or user_code.is_reference(flags.get("model")):  # whose line is then named
             raise
         model, reason = f"--model {flags.get('model')}", first_line(error)
         if flags.get("evaluate") is not None:

@@ -12,10 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from launch.errors import CheckpointError, first_line
-from trainers.engine.checkpoints.files import committed, manifest_path, step_of
-from trainers.engine.checkpoints.save import FORMAT, file_sha256, manifest
-from trainers.engine.checkpoints.snapshot import not_finite, strange_kind, tensors_in
-from trainers.engine.checkpoints.weights import first_three, inflates, model_differences, read_weights_file
+from trainers.engine.checkpoints import files, save, snapshot, weights
 
 NUMBER = math.nan  # of any sign, NaN too, or None where there was none
 PATTERN: dict[str, Any] = {  # what saving writes; 0 stands for any number from 0 on, ... for all other names or items
@@ -32,21 +29,21 @@ class Damaged(Exception):
 def load_verified(path: Path) -> dict[str, Any]:
     """The state in a checkpoint file, on the CPU; Damaged if any check fails, CheckpointError if it may not be read."""
     try:
-        for file in (manifest_path(path), path):
+        for file in (files.manifest_path(path), path):
             if not file.is_file():
                 raise Damaged(f"{file.name} is no regular file" if file.exists() else f"{file.name} is missing")
-        written = manifest_path(path).read_bytes()
+        written = files.manifest_path(path).read_bytes()
         expected = json.loads(written)
         size, sha256 = int(expected["size"]), str(expected["sha256"])
         if path.stat().st_size != size:
             raise Damaged(f"{path.stat().st_size} bytes, the manifest says {size}")
-        if file_sha256(path) != sha256:
+        if save.file_sha256(path) != sha256:
             raise Damaged("its sha256 is not the manifest's")
-        if inflates(path):
+        if weights.inflates(path):
             raise Damaged("its records claim to be larger than the file")
         state = torch.load(path, map_location="cpu", weights_only=True)
         check_state(state)
-        if manifest(state, size=size, sha256=sha256) != written:
+        if save.manifest(state, size=size, sha256=sha256) != written:
             raise Damaged("its manifest describes another state")
         return state
     except (Damaged, MemoryError):
@@ -61,12 +58,12 @@ def check_state(state: Any) -> None:
     """Raise Damaged unless this is what saving writes."""
     if missing := [key for key in PATTERN if not isinstance(state, dict) or key not in state]:
         raise Damaged(f"lacks {', '.join(missing)}")
-    if state["format"] != FORMAT:
-        raise Damaged(f"format {state['format']}, this code reads {FORMAT}")
-    for name, tensor in tensors_in(state):
-        if kind := strange_kind(name, tensor, complex_too=False):
+    if state["format"] != save.FORMAT:
+        raise Damaged(f"format {state['format']}, this code reads {save.FORMAT}")
+    for name, tensor in snapshot.tensors_in(state):
+        if kind := snapshot.strange_kind(name, tensor, complex_too=False):
             raise Damaged(kind)
-    if name := not_finite(state):
+    if name := snapshot.not_finite(state):
         raise Damaged(f"{name} is not dense and finite")
     absent = [name for name in ("ema", "best") if state[name] is None]
     if name := unlike(state, {name: part for name, part in PATTERN.items() if name not in absent}):
@@ -114,10 +111,10 @@ def newest_good(folder: Path, *, try_best: bool = False,
     """The newest checkpoint that passes all checks and is not `unfit`, or best.pt with `try_best`; and those before."""
     damaged: dict[Path, str] = {}
     best = [folder / "best.pt"] if try_best and (folder / "best.pt").exists() else []
-    for path in [*best, *reversed(committed(folder))]:
+    for path in [*best, *reversed(files.committed(folder))]:
         try:
             state = load_verified(path)
-            if path not in best and step_of(path) != state["step"]:  # copied: what counts as newest goes by the name
+            if path not in best and files.step_of(path) != state["step"]:  # copied: what is newest goes by the name
                 raise Damaged(f"it holds step {state['step']}")
             if name := unfit(state):
                 raise Damaged(f"{name} is not what this run writes")
@@ -129,9 +126,9 @@ def newest_good(folder: Path, *, try_best: bool = False,
 
 def is_checkpoint(path: Path) -> bool:
     """Whether a file is a checkpoint of ours, whole or not; else it may hold the weights of others."""
-    if manifest_path(path).exists():
+    if files.manifest_path(path).exists():
         return True
-    content = read_weights_file(path, str(path))
+    content = weights.read_weights_file(path, str(path))
     return isinstance(content, Mapping) and {"samples_consumed", "fingerprint"} <= content.keys()
 
 
@@ -139,9 +136,9 @@ def load_or_fail(path: Path) -> dict[str, Any]:
     """The state of a checkpoint that the user named; raises CheckpointError if it is missing or damaged."""
     if not path.is_file():
         raise CheckpointError(f"{path}: no such checkpoint; look in the run folder's checkpoints/")
-    if not manifest_path(path).exists():
-        raise CheckpointError(f"{path}: its manifest is missing; copy {manifest_path(path).name} too, from the folder "
-                              f"that {path.name} is from, or use --init-from if only its weights are wanted")
+    if not files.manifest_path(path).exists():
+        raise CheckpointError(f"{path}: its manifest is missing; copy {files.manifest_path(path).name} too, from the "
+                              f"folder that {path.name} is from, or use --init-from if only its weights are wanted")
     try:
         return load_verified(path)
     except Damaged as damage:
@@ -151,7 +148,7 @@ def load_or_fail(path: Path) -> dict[str, Any]:
 def check_fits(state: Mapping[str, Any], model: nn.Module, source: Path, *, config: Mapping[str, Any] | None = None,
                fingerprint: Mapping[str, Any] | None = None) -> None:
     """Raise CheckpointError if a checkpoint does not fit the model, flags or data of the run that resumes from it."""
-    differences = model_differences(state["model"], model.state_dict())
+    differences = weights.model_differences(state["model"], model.state_dict())
     for name in ("optimizer", "ema_decay", "freeze"):  # they decide what the optimizer's state looks like
         was, now = state["config"].get(name), (config or {}).get(name)
         if config is not None and was != now:
@@ -162,5 +159,5 @@ def check_fits(state: Mapping[str, Any], model: nn.Module, source: Path, *, conf
             differences.append(f"{name} was {was} and is {now}")
     if differences:
         other = "" if config is None else ", or another --run-name"  # an evaluation is a run of its own already
-        raise CheckpointError(f"{source}: does not fit this run: {first_three(differences)}; use the flags and data it "
-                              f"was made with{other}")
+        raise CheckpointError(f"{source}: does not fit this run: {weights.first_three(differences)}; use the flags and "
+                              f"data it was made with{other}")
