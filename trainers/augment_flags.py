@@ -28,7 +28,6 @@ SIGMA, KERNEL = (0.1, 2.0), 13  # of the blur, in pixels (DeiT III, 2022), and w
 class AugmentFlags(MixingFlags, ImageConfig):
     """Flags of augmentation: of whole batches on the device, and of one image at a time in workers."""
     TITLES: ClassVar = {"vertical_flip": "Data"}
-
     vertical_flip: Annotated[float, AtLeast(0, most=1)] = 0.0
     """Share of the training images that are turned upside down."""
     auto_augment: Literal["randaugment", "trivialaugment", "autoaugment", "augmix"] | None = None

@@ -69,9 +69,8 @@ def main(config: CifarConfig) -> dict[str, Any]:
         source = cifar if config.dataset == "cifar10" else synthetic
         images = Augmentation(**config.augmentation((source.MEAN, source.STD)))
         loaders = config.loaders((train, validation, test), images, run.world)
-        model = build_model(config, train, len(test.class_names), images)
-        return session.train_classifier(config, run, model, test.class_names, (images.mean, images.std), dataset=train,
-                                        **loaders)
+        return session.train_classifier(config, run, build_model(config, train, len(test.class_names), images),
+                                        test.class_names, (images.mean, images.std), dataset=train, **loaders)
 
 
 if __name__ == "__main__":

@@ -33,11 +33,10 @@ from launch.command_line import run
 from launch.errors import AtLeast, UsageError, to_stderr
 from launch.process_group import World, gather
 from trainers import models
-from trainers.engine import session, user_code
+from trainers.engine import session, trainer, user_code
 from trainers.engine.config import TrainConfig
 from trainers.engine.run.card import CARD_FILE, ModelCard
 from trainers.engine.task import Loss, Metric, MixingFlags, Task, classification_task, with_own_code
-from trainers.engine.trainer import Run
 
 Kind = Literal["classes", "labels", "numbers"]  # what the targets are
 KINDS: dict[str, Kind] = {"cross-entropy": "classes", "bce": "labels", "mse": "numbers"}
@@ -219,7 +218,6 @@ def elementwise(name: str, loss: Loss, outputs: Tensor, targets: Any) -> Tensor:
 def label_metrics(logits: Tensor, targets: Tensor) -> dict[str, float]:
     """The share of rows that are right in every label, and torchmetrics' mean average precision."""
     from torchmetrics.functional.classification import multilabel_average_precision
-
     exact = ((logits > 0) == (targets > 0)).all(1).float().mean().item()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of labels that no sample has
@@ -227,7 +225,7 @@ def label_metrics(logits: Tensor, targets: Tensor) -> dict[str, float]:
     return {"exact_match": exact, "mean_average_precision": precision.item()}
 
 
-def write_card(config: CustomConfig, facts: Facts, run: Run) -> None:
+def write_card(config: CustomConfig, facts: Facts, run: trainer.Run) -> None:
     """model.json: how to build the network again, and what it takes."""
     channels, height, width = facts.shape if len(facts.shape) == 3 else (0, 0, 0)
     run.folder.write_json(CARD_FILE, asdict(ModelCard(

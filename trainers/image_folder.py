@@ -23,7 +23,6 @@ begin_script(__name__)  # before torch is imported, which takes seconds
 
 import torch
 import torchvision
-from torch import nn
 
 from datasets import image_folder, mixing, pack, samples, transforms
 from datasets.augment import Augmentation
@@ -38,11 +37,10 @@ from launch.errors import Above, AtLeast, UsageError, first_line, printable, say
 from launch.process_group import World, from_main, gather
 from trainers import models, recipes
 from trainers.augment_flags import AugmentFlags
+from trainers.engine import session, user_code
 from trainers.engine.config import IMAGENET, Statistics
 from trainers.engine.once_per_node import found_once, once_per_node
-from trainers.engine.session import entry_point, open_run, train_classifier
 from trainers.engine.trainer import Run
-from trainers.engine.user_code import is_reference, own_transform
 from trainers.pretrained import as_published, find_weights, named_weights, start_from
 
 OUR_MODELS = ("cheatsheet", "net", "resnet9")  # other names are torchvision's, resnet18 too
@@ -104,7 +102,7 @@ class ImageFolderConfig(AugmentFlags):
 
     def full_name(self) -> str:
         """The name of the network, for models.build."""
-        as_it_is = self.model in OUR_MODELS or "/" in self.model or is_reference(self.model)
+        as_it_is = self.model in OUR_MODELS or "/" in self.model or user_code.is_reference(self.model)
         return self.model if as_it_is else f"torchvision/{self.model}"
 
     def network(self) -> dict[str, Any]:
@@ -153,11 +151,11 @@ def find_splits(config: ImageFolderConfig, folder: Path, known: Sequence[str] | 
     return samples.Splits(train, evaluated if trains or test is None else None, test)
 
 
-def build_model(config: ImageFolderConfig, num_classes: int, world: World) -> nn.Module:
+def build_model(config: ImageFolderConfig, num_classes: int, world: World) -> torch.nn.Module:
     """The network, from the seed and `--pretrained`, tried on a blank image of the size that is evaluated."""
     model, size = models.from_flags(config, num_classes), config.size()
     try:
-        if not is_reference(config.model) and config.transform is None:
+        if not user_code.is_reference(config.model) and config.transform is None:
             with torch.no_grad():
                 model.eval()(torch.zeros(1, 3, size, size))
     except (RuntimeError, AssertionError) as error:
@@ -170,7 +168,6 @@ def build_model(config: ImageFolderConfig, num_classes: int, world: World) -> nn
 def remember_bad_images(config: ImageFolderConfig, run: Run) -> BadImages:
     """The unreadable images of this run, those of before an interruption included; kept in bad_images.json."""
     world, folder = run.world, run.folder
-
     def exchange(mine: dict[str, str]) -> list[dict[str, str]]:
         all_found = gather(world, mine)
         if any(all_found):
@@ -188,7 +185,7 @@ def build_loaders(config: ImageFolderConfig, splits: dict[str, ImageSource], ima
     if world.is_main:
         say(f"data       {printable(image_folder.describe(splits))}")
     bad_images.add([item for tree in splits.values() for item in tree.unreadable.items()], log=world.is_main)
-    if (own := own_transform(config, decodes=True)) is not None:
+    if (own := user_code.own_transform(config, decodes=True)) is not None:
         how = {"size": config.size(), **config.frame()}
         files = {name: transforms.Images(partial(transforms.decoded, tree), tree.targets, how)
                  for name, tree in splits.items()}
@@ -248,19 +245,19 @@ def cache_of(config: ImageFolderConfig, split: str, tree: ImageSource, folder: P
               "images_per_part": max(1, PART_BYTES // (3 * side**2))})
 
 
-@entry_point
+@session.entry_point
 def main(config: ImageFolderConfig) -> dict[str, Any]:
     """One run, on this rank; returns its result."""
     config = as_published(config)
-    with open_run(config, "image_folder", named=named_weights(config) is not None) as run:
+    with session.open_run(config, "image_folder", named=named_weights(config) is not None) as run:
         config = run.config
         splits = load_data(config, run.world, run.known).present()
         class_names = next(iter(splits.values())).class_names
         images = Augmentation(**config.augmentation(IMAGENET))
         loaders = build_loaders(config, splits, images, run)
         loaders = mixing.mixed(loaders, config.mixing(), num_classes=len(class_names), device=run.world.device)
-        return train_classifier(config, run, build_model(config, len(class_names), run.world), class_names,
-                                (images.mean, images.std), **loaders)
+        return session.train_classifier(config, run, build_model(config, len(class_names), run.world), class_names,
+                                        (images.mean, images.std), **loaders)
 
 
 if __name__ == "__main__":

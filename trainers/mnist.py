@@ -17,8 +17,7 @@ from launch.stop import begin_script
 
 begin_script(__name__)  # before torch is imported, which takes seconds
 
-from datasets import mnist, synthetic_digits
-from datasets.augment import Augmentation
+from datasets import augment, mnist, synthetic_digits
 from launch.command_line import run
 from launch.errors import AtLeast, UsageError
 from trainers import models, recipes
@@ -31,7 +30,6 @@ from trainers.engine.session import entry_point, open_run, train_classifier
 class MnistConfig(AugmentFlags):
     """Train a classifier of handwritten digits on MNIST."""
     SIZE: ClassVar = 28
-
     recipe: str = "tutorial"
     """tutorial: its network, rates and number of epochs. fast: over 99 % in less time."""
     dataset: Literal["mnist", "synthetic"] = "mnist"
@@ -69,7 +67,7 @@ def main(config: MnistConfig, trainer: str = "mnist", load: Any = load_data,
     with open_run(config, trainer) as run:
         config = run.config
         train, validation, test = load(config, run.world, run.known)
-        images = Augmentation(**config.augmentation(statistics))
+        images = augment.Augmentation(**config.augmentation(statistics))
         loaders = config.loaders((train, validation, test), images, run.world)
         return train_classifier(config, run, models.from_flags(config, len(test.class_names)), test.class_names,
                                 (images.mean, images.std), dataset=train, **loaders)

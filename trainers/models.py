@@ -1,5 +1,4 @@
-"""Every network for images, and `build`, which finds one by name.
-`width` is always the number of channels of the first convolution that is trained; the other layers scale with it."""
+"""Every network for images, and `build`, to find one by name. `width`: channels of the first convolution trained."""
 
 from collections import OrderedDict
 from collections.abc import Callable, Collection
@@ -9,7 +8,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision import models as torchvision_models
-from torchvision.models.resnet import BasicBlock
 from torchvision.ops import Conv2dNormActivation
 
 from launch.errors import UsageError, first_line, nearest
@@ -122,8 +120,8 @@ def residual_layer(channels_in: int, channels_out: int, *, stride: int) -> nn.Se
     if stride != 1:
         shortcut = nn.Sequential(nn.Conv2d(channels_in, channels_out, 1, stride=stride, bias=False),
                                  nn.BatchNorm2d(channels_out))
-    return nn.Sequential(BasicBlock(channels_in, channels_out, stride, shortcut),
-                         BasicBlock(channels_out, channels_out))
+    block = torchvision_models.resnet.BasicBlock
+    return nn.Sequential(block(channels_in, channels_out, stride, shortcut), block(channels_out, channels_out))
 
 
 class CheatSheetNet(nn.Sequential):

@@ -8,12 +8,11 @@ The weights are the best checkpoint's, or their moving average; a true class tha
 import importlib
 import itertools
 import sys
-import typing
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple, get_type_hints
 
 if not __package__:  # run by path: our packages, not others of the same names
     sys.path[0] = str(Path(__file__).resolve().parents[1])
@@ -127,8 +126,8 @@ class Reader:
                 to_stderr(f"{path}{listing.describe_left_out(left_out)}")
             for file in files:
                 parent = file.absolute().parent.name
-                yield from self.picture(file, partial(read_file, file), parent if parent in self.card.class_names
-                                        else None)
+                known = parent if parent in self.card.class_names else None
+                yield from self.picture(file, partial(read_file, file), known)
 
     def picture(self, path: Path, read: Callable[[], Stored], true_class: str | None) -> Iterator[Picture]:
         """An image at the size and with the channels that the network was trained on; none of a bad one."""
@@ -151,7 +150,7 @@ class Reader:
         names = self.card.class_names
         try:
             trainer = importlib.import_module(f"trainers.{self.card.trainer}")
-            load_data, config_class = trainer.load_data, typing.get_type_hints(trainer.main)["config"]
+            load_data, config_class = trainer.load_data, get_type_hints(trainer.main)["config"]
             config = parse(config_class, args=["--config", f"{self.run}/config.json"])
         except (ImportError, AttributeError, KeyError, UsageError) as error:
             raise CheckpointError(f"--run {self.run}: {CARD_FILE}: {self.card.trainer} is no trainer of images, or its "

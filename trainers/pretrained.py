@@ -15,7 +15,6 @@ from typing import Any
 from urllib.parse import urlparse
 
 import torch
-from torch import nn
 from torchvision import models as torchvision_models
 
 from datasets.download import silence_ends
@@ -35,7 +34,7 @@ class NamedWeights:
     num_classes: int
     file: Callable[[], Path | None]  # where they are cached, if they are
     download: Callable[[], object]  # fetches them into there
-    build: Callable[[int], nn.Module]  # the network with them; timm makes a new head for other classes
+    build: Callable[[int], torch.nn.Module]  # the network with them; timm makes a new head for other classes
     preprocessing: dict[str, Any]  # of the published figure: size, crop_share, fit (None: unknown) and more
     options: dict[str, Any] = field(default_factory=dict)  # what models.build needs to make the same network
     head: str | None = None  # the layer that timm makes itself
@@ -53,7 +52,7 @@ class NamedWeights:
         if (path := self.file()) is not None:
             read_weights_file(path, f"{self.what}: {path}")
 
-    def put_into(self, model: nn.Module, num_classes: int) -> str:
+    def put_into(self, model: torch.nn.Module, num_classes: int) -> str:
         """Put them into a network of models.build, with a new head for other classes; returns what was done."""
         try:
             library = self.build(num_classes)
@@ -89,8 +88,7 @@ def timm_weights(model: str, what: str) -> NamedWeights:
     own = timm.data.resolve_data_config({}, pretrained_cfg=config.to_dict())
     (_, height, width), share = own["input_size"], own["crop_pct"]
     fits = {"center": "crop", "squash": "squash" if share == 1 else "squash-crop"} if height == width else {}
-
-    def build(num_classes: int) -> nn.Module:
+    def build(num_classes: int) -> torch.nn.Module:
         overlay = {"file": str(file()), **({"custom_load": False} if config.hf_hub_id else {})}  # that is for `url`
         return timm.create_model(model, pretrained=True, pretrained_cfg_overlay=overlay, num_classes=num_classes)
 
@@ -118,8 +116,7 @@ def hub_file(url: str) -> Path | None:
 
 @functools.cache
 def find_weights(network: str, name: Path | None, flag: str) -> NamedWeights | None:
-    """The weights that a flag names, for `torchvision/NAME` or `timm/NAME`; None where it names a file, or nothing.
-    UsageError for a word that is neither a file nor a name of that network's weights."""
+    """The weights that a flag names, of torchvision or timm; None for a file or nothing; UsageError for any other."""
     library, _, model = network.partition("/")
     if name is None or name.exists() or name.suffix or len(name.parts) > 1 or library not in ("torchvision", "timm"):
         return None
@@ -141,9 +138,8 @@ def named_weights(config: Any) -> NamedWeights | None:
     return find_weights(config.full_name(), getattr(config, flag), f"--{flag}")
 
 
-def start_from(config: Any, model: nn.Module, num_classes: int, world: World) -> None:
-    """Put the weights of `--pretrained`, or of a name to evaluate, into a new network. A collective; DataError for an
-    evaluation of other classes."""
+def start_from(config: Any, model: torch.nn.Module, num_classes: int, world: World) -> None:
+    """Put the weights that flags name into a new network. A collective; DataError to evaluate them on other classes."""
     line = None
     if (named := named_weights(config)) is not None:
         if config.evaluate is not None and num_classes != named.num_classes:
@@ -158,8 +154,7 @@ def start_from(config: Any, model: nn.Module, num_classes: int, world: World) ->
 
 
 def as_published(config: Any) -> Any:
-    """An ImageFolderConfig with the preprocessing of the weights that it names, where its flags say nothing else;
-    UsageError if that is a way that is not known here."""
+    """An ImageFolderConfig with its named weights' preprocessing, where no flag says else; UsageError if unknown."""
     config.check()
     if (named := named_weights(config)) is None:
         return config

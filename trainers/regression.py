@@ -84,8 +84,7 @@ def build_model(config: RegressionConfig, samples: tensors.TensorDataset) -> nn.
 def build_task(config: RegressionConfig, device: torch.device) -> Task:
     """The loss, and the user's metric."""
     loss = LOSSES.get(config.loss, my_mse)  # or the user's, which takes its place
-    task = Task(loss=loss, test_loss=loss, num_classes=None)
-    return with_own_code(task, user_code.references(config), device)
+    return with_own_code(Task(loss=loss, test_loss=loss, num_classes=None), user_code.references(config), device)
 
 
 @session.entry_point

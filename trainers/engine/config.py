@@ -22,9 +22,9 @@ from trainers.engine.user_code import check_loss, check_optimizer, is_reference,
 MAY_CHANGE = frozenset({
     "data_dir", "download", "output_dir", "run_name", "epochs", "max_steps", "accumulation_steps", "device", "backend",
     "parallel", "find_unused_parameters", "compile", "compile_mode", "channels_last", "workers", "threads", "onednn",
-    "deterministic", "eval_every", "checkpoint_every", "keep_checkpoints", "resume", "evaluate", "timeout",
-    "tensorboard", "track", "metric", "init_from", "config", "dry_run", "patience", "pictures", "log_gradients",
-    "show_batch", "profile", "save_weights", "cache", "cache_dir", "skip_bad"})
+    "deterministic", "eval_every", "checkpoint_every", "keep_checkpoints", "resume", "evaluate", "timeout", "track",
+    "tensorboard", "metric", "init_from", "config", "dry_run", "patience", "pictures", "log_gradients", "show_batch",
+    "profile", "save_weights", "cache", "cache_dir", "skip_bad"})
 
 Statistics = tuple[tuple[float, ...], tuple[float, ...]]  # mean and std per channel, in units of the full range [0, 1]
 IMAGENET: Statistics = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))  # torchvision's weights expect these

@@ -1,6 +1,5 @@
-"""A trained network as a program that runs without this code: torch.export, and ONNX if its packages are installed.
-`torch.export.load("model.pt2").module()` takes normalised float32 images (B, C, H, W), any B. Each file is read back
-and run on random images, and its outputs must be the model's."""
+"""A trained network as a program without this code: torch.export, and ONNX if its packages are installed; both are read
+back and compared. `torch.export.load("model.pt2").module()` takes normalised float32 images (B, C, H, W), any B."""
 
 import contextlib
 import copy
@@ -19,8 +18,7 @@ TOLERANCE = 1e-4  # relative to the largest output; kernels of another library a
 
 
 def export(model: nn.Module, path: Path, *, image_shape: tuple[int, int, int]) -> list[str]:
-    """Write `path` with the suffix .pt2 and, with onnx and onnxscript, .onnx, for (C, H, W) images; one line per file.
-    UsageError if one cannot be written, CheckpointError if a program's outputs are not the model's."""
+    """Write .pt2 and, with onnxscript, .onnx, for (C, H, W) images; a line for each. UsageError, CheckpointError."""
     model = copy.deepcopy(model).cpu().eval()
     images = torch.randn(3, *image_shape, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():

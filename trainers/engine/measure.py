@@ -13,17 +13,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
-from torch.nn.parallel import DistributedDataParallel
-from torch.profiler import ProfilerAction
 from torch.utils.flop_counter import FlopCounterMode
 
+from launch import network, process_group
 from launch.errors import CheckpointError, say, to_stderr
-from launch.network import library_defaults
-from launch.process_group import barrier, from_main, gather
 from trainers.engine import metrics, parallel, precision, result
-from trainers.engine.checkpoints import load, save
-from trainers.engine.checkpoints.snapshot import hash_tensors, tensors_in
+from trainers.engine.checkpoints import load, save, snapshot
 from trainers.engine.config import TrainConfig, measured_steps
 from trainers.engine.run.report import Progress
 from trainers.engine.task import TrainBatches, apply
@@ -49,14 +44,14 @@ def write_measurement(trainer: Trainer, train: TrainBatches, steps: str) -> dict
     mine = {"seconds": seconds, **used, "peak_memory_bytes": result.peak_memory_bytes(world.device),
             **time_phases(trainer, train, timed)}
     flops = flops_per_sample(trainer, train)
-    ranks = gather(world, mine | {"matrix_flops_per_second": matrix_flops_per_second(trainer)})
+    ranks = process_group.gather(world, mine | {"matrix_flops_per_second": matrix_flops_per_second(trainer)})
     slowest = max(rank["seconds"] for rank in ranks)
     found = {"benchmark": {
         "warmup_steps": warmup, "steps": timed, "batch_size": train.global_batch_size, "seconds": slowest,
         "samples_per_second": timed * train.global_batch_size / slowest, "loss": loss, "weights_moved": moved,
         "flops_per_sample": flops, "world_size": world.world_size, "threads_per_rank": world.threads,
         "device": world.device.type, "backend": world.backend, "batch_norm": any(
-            isinstance(module, nn.modules.batchnorm._BatchNorm) for module in trainer.train_step.model.modules()),
+            isinstance(module, torch.nn.modules.batchnorm._BatchNorm) for module in trainer.train_step.model.modules()),
         **{name: [rank[name] for rank in ranks] for name in ranks[0] if name != "seconds"}}}
     trainer.folder.write_json("result.json", found)
     trainer.folder.write_status("DONE", step=trainer.step, epoch=trainer.epoch)
@@ -69,24 +64,22 @@ def dry_run(trainer: Trainer, train: TrainBatches, config: TrainConfig) -> dict[
     advance(trainer, train, 1)  # compiles, allocates
     began = history.train_seconds
     advance(trainer, train, DRY_STEPS)
-    step_seconds = max(gather(world, (history.train_seconds - began) / DRY_STEPS))
-    memory = max(gather(world, result.peak_memory_bytes(world.device)))
+    step_seconds = max(process_group.gather(world, (history.train_seconds - began) / DRY_STEPS))
+    memory = max(process_group.gather(world, result.peak_memory_bytes(world.device)))
     state = trainer.state(trainer.sums.of_all_ranks(world))
-
     def save_and_load() -> int:
         path = save.write_checkpoint(trainer.folder.checkpoints, state)
         loaded = load.load_or_fail(path)
-        if len({hash_tensors(tensors_in(each["model"])) for each in (state, loaded)}) > 1:
+        if len({snapshot.hash_tensors(snapshot.tensors_in(each["model"])) for each in (state, loaded)}) > 1:
             raise CheckpointError(f"{path}: what was loaded differs from what was saved; check the disk")
         return path.stat().st_size
 
-    num_bytes = from_main(world, save_and_load)
+    num_bytes = process_group.from_main(world, save_and_load)
     num_files, num_steps = config.keep_checkpoints + 2, config.total_steps(train.steps_per_epoch)  # best, unfinished
     if world.is_main:
-        free = shutil.disk_usage(trainer.folder.path).free
         say(f"memory     {memory / 2**20:,.0f} MiB at most, per rank\n"
             f"files      checkpoints of {num_bytes / 2**20:,.1f} MiB, up to {num_files} of them; "
-            f"{free / 2**20:,.0f} MiB are free\n"
+            f"{shutil.disk_usage(trainer.folder.path).free / 2**20:,.0f} MiB are free\n"
             f"time       about {num_steps * step_seconds:,.0f} s: {num_steps:,} steps of {step_seconds:.3g} s, "
             f"without evaluations\n"
             f"dry run    {DRY_STEPS + 1} steps, a save and a load worked; nothing is kept")
@@ -122,10 +115,10 @@ def time_phases(trainer: Trainer, train: TrainBatches, steps: int) -> dict[str, 
     model, world = trainer.train_step.model, trainer.world
     synced, alone = PhaseClock(world.device), PhaseClock(world.device)
     part = max(1, min(steps, MOST_PHASE_STEPS) // 4)
-    averages = isinstance(model, DistributedDataParallel) and world.world_size > 1
+    averages = isinstance(model, torch.nn.parallel.DistributedDataParallel) and world.world_size > 1
     try:
         for clock in (synced, alone, synced, alone):
-            barrier(world)
+            process_group.barrier(world)
             clock.mark("between steps")
             trainer.train_step.mark = clock.mark
             with model.no_sync() if clock is alone and averages else nullcontext():  # pyright: ignore
@@ -133,10 +126,8 @@ def time_phases(trainer: Trainer, train: TrainBatches, steps: int) -> dict[str, 
             clock.mark("between steps")
     finally:
         trainer.train_step.mark = world.watchdog.mark
-
     def per_step(*phases: str, clocks: Sequence[PhaseClock] = (synced,) if averages else (synced, alone)) -> float:
         return sum(clock.seconds.get(phase, 0.0) for clock in clocks for phase in phases) / (2 * part * len(clocks))
-
     gradients, bare = per_step("forward", "backward"), per_step("forward", "backward", clocks=[alone])
     return {"data_seconds": per_step("data"), "optimizer_seconds": per_step("optimizer"),
             "forward_backward_seconds": min(bare, gradients) if averages else gradients,
@@ -153,11 +144,11 @@ def profiled(trainer: Trainer, steps: str | None) -> Iterator[None]:
     first, number = measured_steps(steps)
     place, on_gpu = folder.path / "profile" / f"rank-{world.rank}", world.device.type == "cuda"
 
-    def action(num_steps: int) -> ProfilerAction:
+    def action(num_steps: int) -> torch.profiler.ProfilerAction:
         left = first + number - start - num_steps  # until the recording ends
         if not 1 <= left <= number:
-            return ProfilerAction.NONE
-        return ProfilerAction.RECORD_AND_SAVE if left == 1 else ProfilerAction.RECORD
+            return torch.profiler.ProfilerAction.NONE
+        return torch.profiler.ProfilerAction.RECORD_AND_SAVE if left == 1 else torch.profiler.ProfilerAction.RECORD
 
     def write(profiler: torch.profiler.profile) -> None:
         written.append(place)
@@ -179,7 +170,7 @@ def profiled(trainer: Trainer, steps: str | None) -> Iterator[None]:
             torch.cuda.memory._record_memory_history(max_entries=100_000)
         phase.enter_context(torch.profiler.record_function(name))  # a range that the trace shows
 
-    library_defaults(KINETO_LOG_LEVEL="99")  # no lines of its own, an ERROR for want of a GPU among them
+    network.library_defaults(KINETO_LOG_LEVEL="99")  # no lines of its own, an ERROR for want of a GPU among them
     with torch.profiler.profile(schedule=action, on_trace_ready=write, record_shapes=True) as profiler:
         trainer.train_step.mark = mark
         try:
@@ -219,7 +210,7 @@ def matrix_flops_per_second(trainer: Trainer) -> float:
     size, dtype = MATRIX_SIZE[device.type], precision.DTYPES.get(trainer.train_step.precision.name, torch.float32)
     left, right = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
     product = left @ right  # warm-up
-    barrier(trainer.world)
+    process_group.barrier(trainer.world)
     fastest, until = float("inf"), time.perf_counter() + MATRIX_SECONDS
     while time.perf_counter() < until:
         parallel.synchronize(device)

@@ -86,7 +86,6 @@ def found_once(world: World, find: Callable[[], T], *, folder: Path, digest: Cal
 def in_thread(work: Callable[[], object]) -> Generator[object]:
     """Run a function in a thread; yields while it lives, STILL where it waits, and raises what it raised."""
     errors, switches = [], ""
-
     def run() -> None:
         try:
             work()

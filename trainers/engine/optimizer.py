@@ -6,8 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim import Optimizer
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.optim import Optimizer, swa_utils
 
 from launch.errors import UsageError, first_line
 from trainers.engine.config import TrainConfig
@@ -80,8 +79,7 @@ def layer_numbers(model: nn.Module) -> dict[str, int]:
     """The layer of each parameter by its name, counted from the inputs; timm's models know theirs. Else each child is a
     layer, but a Sequential or ModuleList, and what holds one directly below the model, is as many as its children."""
     if hasattr(model, "group_matcher"):
-        from timm.models import group_parameters  # pyright: ignore[reportMissingImports]
-
+        group_parameters = timm_library("--layer-decay", "timm.models").group_parameters
         return group_parameters(model, model.group_matcher(coarse=False), reverse=True)  # pyright: ignore
     containers = (nn.Sequential, nn.ModuleList)
 
@@ -143,7 +141,6 @@ class MuonWithAdamW:
                  sgd: Mapping[str, Any] | None = None, lr: float, weight_decay: float, **options: Any) -> None:
         def is_matrix(each: nn.Parameter) -> bool:  # or filters that flatten to one; a row or column alone is a vector
             return each.ndim >= (2 if sgd is None else 3) and 1 < len(each) < each.numel()
-
         def chosen(matrices: bool, rate: float = lr) -> list[dict[str, Any]]:
             """The groups with only their matrices, or with only the rest; those left empty are dropped."""
             parts = [{**group, "lr": group.get("lr", lr) * (rate / lr if lr else 1),
@@ -187,7 +184,7 @@ class MuonWithAdamW:
             part.load_state_dict(saved)
 
 
-class MovingAverage(AveragedModel):
+class MovingAverage(swa_utils.AveragedModel):
     """An exponential moving average of weights and buffers; torch's copies its counter to the GPU, which waits."""
 
     def __init__(self, model: nn.Module, decay: float, *, warmup_steps: int = 0) -> None:
@@ -201,7 +198,7 @@ class MovingAverage(AveragedModel):
         if self.num_updates == 0:
             torch._foreach_copy_(averages, values)
         warm = (1 + self.num_updates) / (self.warmup_steps + self.num_updates) if self.warmup_steps else 1.0
-        update = get_ema_multi_avg_fn(min(self.decay, warm))
+        update = swa_utils.get_ema_multi_avg_fn(min(self.decay, warm))
         for floats in (True, False) if self.num_updates else ():
             pairs = [pair for pair in zip(averages, values, strict=True) if pair[0].is_floating_point() is floats]
             if pairs:

@@ -12,10 +12,9 @@ from launch.errors import CheckpointError, UsageError, first_line, launched_rank
 from launch.files import read_object, writing
 from launch.launcher import job_identity
 from launch.process_group import from_main, gather
+from trainers.engine import history, optimizer
 from trainers.engine.checkpoints import files, load, snapshot, weights
 from trainers.engine.config import ImageConfig, TrainConfig
-from trainers.engine.history import saved_class_names
-from trainers.engine.optimizer import MovingAverage
 from trainers.engine.run import card, ownership
 from trainers.engine.run.folder import RunFolder
 from trainers.engine.step import TrainStep
@@ -78,7 +77,7 @@ def find_evaluated(config: TrainConfig, *, named: bool) -> tuple[dict[str, Any] 
         return None, None, config
     if not path.is_file() or load.is_checkpoint(path):
         state = load.load_or_fail(path)
-        names, saved = saved_class_names(state), state["config"]
+        names, saved = history.saved_class_names(state), state["config"]
     for folder in (path.absolute().parent.parent, path.absolute().parent):
         with contextlib.suppress(CheckpointError):
             run_card = card.read_card(folder)
@@ -98,7 +97,7 @@ def load_evaluated(config: TrainConfig, run: Run, trainer: Trainer) -> None:
     if state is not None:
         load.check_fits(state, train_step.network, path)
         if state["ema"] is not None:
-            train_step.ema = MovingAverage(train_step.network, decay=1.0)
+            train_step.ema = optimizer.MovingAverage(train_step.network, decay=1.0)
         train_step.load_weights(state)
         trainer.step, trainer.epoch, trainer.history.best = state["step"], state["epoch"], state["best"]
         return check_same_on_all_ranks(trainer, path)
@@ -139,10 +138,10 @@ def check_same_on_all_ranks(trainer: Trainer, source: Path) -> None:
 
 def unlike_run(state: Mapping[str, Any], train_step: TrainStep) -> str | None:
     """The path of the first part of a state that what is trained cannot continue from; None if there is none."""
-    live, optimizer, memory = train_step.state(), train_step.optimizer, state["optimizer"]
+    live, learns, memory = train_step.state(), train_step.optimizer, state["optimizer"]
     if name := load.unlike(state, {part: live[part] for part in ("model", "ema", "optimizer") if live[part]}):
         return name
-    for saved, part in zip(memory.get("parts", [memory]), getattr(optimizer, "parts", [optimizer]), strict=False):
+    for saved, part in zip(memory.get("parts", [memory]), getattr(learns, "parts", [learns]), strict=False):
         if not type(part).__module__.startswith(("torch.", "trainers.")):
             continue  # timm's and people's own remember what they like
         parameters = dict(enumerate(parameter for group in part.param_groups for parameter in group["params"]))

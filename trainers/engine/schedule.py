@@ -30,7 +30,6 @@ def schedule(name: ScheduleName, *, total_steps: int, warmup_steps: int = 0, mil
     `total_steps`. Each of the `milestones`, in steps, divides the rate by ten, in place of `step`'s own. `floor` is the
     lowest share of the peak: where linear, cosine and onecycle end, and below which step does not fall."""
     remaining = max(1, total_steps - warmup_steps)
-
     def multiplier(step: int) -> float:
         if step < warmup_steps:
             return (step + 1) / warmup_steps
@@ -50,7 +49,6 @@ def schedule(name: ScheduleName, *, total_steps: int, warmup_steps: int = 0, mil
 class ScheduleFlags:
     """The flags of a run's length and learning rate."""
     TITLES: ClassVar = {"epochs": "Optimization"}
-
     epochs: Annotated[int, AtLeast(1)] = 10
     """Passes over the training set."""
     max_steps: Annotated[int | None, AtLeast(1)] = None

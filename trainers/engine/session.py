@@ -23,9 +23,8 @@ from trainers.engine.checkpoints import load, save
 from trainers.engine.config import ImageConfig, Statistics, TrainConfig
 from trainers.engine.optimizer import MovingAverage, build_optimizer, freeze
 from trainers.engine.precision import Precision
-from trainers.engine.run import card, ownership
+from trainers.engine.run import card, ownership, report
 from trainers.engine.run.folder import RunFolder
-from trainers.engine.run.report import Report
 from trainers.engine.step import StepOptions, TrainStep
 from trainers.engine.task import EvaluationBatches, Task, TrainBatches, classification_task, with_own_code
 from trainers.engine.trackers.tracker import TrackedRun, TrackerThread
@@ -118,8 +117,8 @@ def build_trainer(config: TrainConfig, run: Run, model: nn.Module, task: Task, *
         "eval_every", "checkpoint_every", "max_bad_steps", "log_gradients", "patience")})
     return Trainer(build_step(config, model, task, world, steps_per_epoch=steps_per_epoch), run, options=options,
                    checkpointer=save.Checkpointer(run.folder, keep=config.keep_checkpoints), config=to_plain(config),
-                   report=Report(run.folder, pictures=config.pictures, trackers=trackers), fingerprint=fingerprint,
-                   data=data)
+                   report=report.Report(run.folder, pictures=config.pictures, trackers=trackers), data=data,
+                   fingerprint=fingerprint)
 
 
 def build_step(config: TrainConfig, model: nn.Module, task: Task, world: World, *, steps_per_epoch: int) -> TrainStep:

@@ -1,5 +1,4 @@
-"""One optimizer step, and one evaluation: what happens to a batch between the loader and the next batch. Before the
-first of them, the network is tried on blanks."""
+"""One optimizer step, and one evaluation: what happens to a batch; before the first the network is tried on blanks."""
 
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -227,9 +226,9 @@ def try_network(step: TrainStep, inputs: Any, flags: Mapping[str, Any]) -> None:
         inputs = torch.zeros_like(inputs[:2], device=step.world.device)
     else:
         inputs = step.to_device(inputs, ())[0]
-    devices = [step.world.device] if step.world.device.type == "cuda" else []
+    device = step.world.device
     try:
-        with torch.random.fork_rng(devices), step.precision.autocast():
+        with torch.random.fork_rng([device] if device.type == "cuda" else []), step.precision.autocast():
             apply(step.network.forward, inputs)
     except Exception as error:  # whatever a network does with inputs that it was not made for
         if is_users(translated(error)) or user_code.is_reference(flags.get("model")):  # whose line is then named

@@ -25,7 +25,6 @@ TrainBatches = Any
 class MixingFlags:
     """Flags of the trainers that can mix samples in pairs, so that targets become shares of labels."""
     TITLES: ClassVar = {"mixup": "Data"}
-
     mixup: Annotated[float | None, Above(0, such_as=0.2)] = None
     """Mix the images of each pair with each other, and their labels, by lambda and 1 - lambda from Beta(this, this).
     Targets are then rows of shares, one per class; also those of a loss of yours."""
@@ -157,8 +156,7 @@ def weighted_cross_entropy(logits: Tensor, targets: Tensor, *, weights: Tensor, 
     return F.cross_entropy(logits, targets, weight=weights, label_smoothing=label_smoothing, reduction="none").mean()
 
 
-def label_wise(logits: Tensor, targets: Tensor, *, weights: Tensor | None = None, label_smoothing: float = 0.0
-               ) -> Tensor:
+def label_wise(logits: Tensor, targets: Tensor, *, weights: Any = None, label_smoothing: float = 0.0) -> Tensor:
     """Binary cross-entropy of each class against the rest, the mean over classes and batch; targets as above."""
     shares = targets if targets.is_floating_point() else F.one_hot(targets, logits.shape[1]).float()
     factors = None

@@ -8,10 +8,8 @@ from typing import Any, Literal
 from launch.errors import NumericError, to_stderr
 from launch.process_group import World, from_main, gather
 from launch.stop import StopAgreement, Stopped, StopRequest
+from trainers.engine import history, metrics, parallel
 from trainers.engine.checkpoints.save import Checkpointer
-from trainers.engine.history import DataRecord, History
-from trainers.engine.metrics import BestName, Evaluation, with_metrics
-from trainers.engine.parallel import warmed_up
 from trainers.engine.run.folder import RunFolder
 from trainers.engine.run.report import Progress, Report, epoch_text
 from trainers.engine.step import TrainStep, tried_first
@@ -41,7 +39,7 @@ class LoopOptions:
     max_bad_steps: int  # in a row, with a loss that is not finite
     log_gradients: bool
     split: Literal["test", "validation"]  # what the evaluations during training are of, for metrics.jsonl
-    best: BestName  # the figure by which one is the best
+    best: metrics.BestName  # the figure by which one is the best
     patience: int | None  # evaluations without a better one after which training ends
 
 
@@ -49,20 +47,20 @@ class Trainer:
     """Trains one model on one rank, in step with the other ranks."""
 
     def __init__(self, train_step: TrainStep, run: Run, *, checkpointer: Checkpointer, report: Report,
-                 options: LoopOptions, config: dict[str, Any], fingerprint: dict[str, Any], data: DataRecord) -> None:
+                 options: LoopOptions, config: dict[str, Any], fingerprint: dict[str, Any], data: history.DataRecord
+                 ) -> None:
         self.train_step, self.sums = train_step, train_step.sums
         self.world, self.folder, self.stop = run.world, run.folder, run.stop
         self.checkpointer, self.report, self.options = checkpointer, report, options
         self.config, self.fingerprint, self.data = config, fingerprint, data
         self.step = self.epoch = self.samples_consumed = 0
         self.saved_step: int | None = None  # the last one whose state was handed to the checkpointer, or loaded
-        self.history = History()
-        self.last_evaluation: Evaluation | None = None
+        self.history = history.History()
+        self.last_evaluation: metrics.Evaluation | None = None
         self._agreement = StopAgreement(run.world.world_size)
 
     def fit(self, train: TrainBatches, test: EvaluationBatches, *, last_step: int) -> None:
-        """Train from the present position to the end; Stopped on every rank at one step, once the state is saved.
-        Raises NumericError after too many steps with a non-finite loss, CheckpointError if the disk refuses."""
+        """Train from here to the end; Stopped on every rank, once the state is saved; NumericError, CheckpointError."""
         progress = Progress(shown=self.world.is_main, total_steps=last_step, step=self.step)
         try:
             while (self.step < last_step and not self.out_of_patience) or not self.history.has_recorded(self.step):
@@ -78,27 +76,27 @@ class Trainer:
 
     def fit_epoch(self, train: TrainBatches, test: EvaluationBatches, last_step: int, progress: Progress) -> None:
         """The rest of the epoch, its evaluation if one is due, its record, and a checkpoint if one is due."""
-        history, options, evaluation = self.history, self.options, None
+        past, options, evaluation = self.history, self.options, None
         self.train_epoch(train, last_step, progress, checkpoint_every=options.checkpoint_every)
         if self.step >= last_step or (self.epoch + 1) % options.eval_every == 0:
             evaluation = self.evaluate(test)
             self.write_line(options.split, evaluation.summary(), evaluation.metrics)
         self.last_evaluation = evaluation
         loss, accuracy = self.sums.means(self.world)
-        is_best = history.record(epoch=self.epoch, step=self.step, train_loss=loss, train_accuracy=accuracy,
-                                 evaluation=evaluation, split=options.split, by=options.best)
-        waited = max(gather(self.world, history.data_wait_seconds))
-        if (warning := history.record_wait(waited, getattr(train, "remedy", ""))) and self.world.is_main:
+        is_best = past.record(epoch=self.epoch, step=self.step, train_loss=loss, train_accuracy=accuracy,
+                              evaluation=evaluation, split=options.split, by=options.best)
+        waited = max(gather(self.world, past.data_wait_seconds))
+        if (warning := past.record_wait(waited, getattr(train, "remedy", ""))) and self.world.is_main:
             to_stderr(warning)
-        speed = self.step * train.global_batch_size / history.train_seconds
-        progress.line_above(epoch_text(history.epochs[-1], samples_per_second=speed))
+        speed = self.step * train.global_batch_size / past.train_seconds
+        progress.line_above(epoch_text(past.epochs[-1], samples_per_second=speed))
         is_last = self.step >= last_step or self.out_of_patience
         self.finish_epoch(train)
         if is_best or is_last or options.checkpoint_every is None or self.step % options.checkpoint_every == 0:
             self._save(is_best=is_best)
         self.folder.write_status("RUNNING", step=self.step, epoch=self.epoch)
         if not is_last:  # the last picture is drawn once the run is DONE
-            self.report.curves(history.epochs, steps_per_epoch=train.steps_per_epoch)
+            self.report.curves(past.epochs, steps_per_epoch=train.steps_per_epoch)
 
     @property
     def out_of_patience(self) -> bool:
@@ -118,8 +116,8 @@ class Trainer:
         self.history.start_clock()
         if not self.history.samples_here:
             batches = tried_first(step, batches, self.config)
-            batches = warmed_up(step.model, self.world, batches,
-                                loss=lambda *batch: step.forward(*step.to_device(*batch))[1])
+            batches = parallel.warmed_up(step.model, self.world, batches,
+                                         loss=lambda *batch: step.forward(*step.to_device(*batch))[1])
             self.history.end_warm_up(self.world.device)
         while self.samples_consumed < train.steps_per_epoch * train.global_batch_size and self.step < last_step:
             step_in_epoch = self.samples_consumed // train.global_batch_size + 1
@@ -149,7 +147,7 @@ class Trainer:
             self.epoch, self.samples_consumed = self.epoch + 1, 0
             self.sums.reset()
 
-    def evaluate(self, test: EvaluationBatches) -> Evaluation:
+    def evaluate(self, test: EvaluationBatches) -> metrics.Evaluation:
         """As TrainStep.evaluate; where nothing was trained the network is tried first."""
         if self.config.get("evaluate") is not None:
             test = tried_first(self.train_step, iter(test), self.config)
@@ -177,15 +175,15 @@ class Trainer:
         progress.show_figures(loss=loss, accuracy=accuracy, samples_per_second=speed, seconds_left=seconds_left)
         self.history.start_clock()
 
-    def write_line(self, split: str, figures: Mapping[str, float | None], metrics: Mapping[str, float],
+    def write_line(self, split: str, figures: Mapping[str, float | None], others: Mapping[str, float],
                    speed: float | None = None) -> None:
-        """One line of metrics.jsonl: loss, accuracy, perhaps accuracy_top5, and metrics at the present position."""
+        """One line of metrics.jsonl: loss, accuracy, perhaps accuracy_top5, and others at the present position."""
         rate = self.train_step.optimizer.param_groups[0]["lr"]
         line = {"split": split, "step": self.step, "epoch": self.epoch, **figures, "learning_rate": rate,
                 "samples_per_second": speed, "seconds": self.history.train_seconds}
         if split == "train" and self.train_step.gradient_norms:
             line["gradient_norms"] = {name: norm.item() for name, norm in self.train_step.gradient_norms.items()}
-        self.report.line(with_metrics(line, metrics))
+        self.report.line(metrics.with_metrics(line, others))
 
     def _save(self, *, is_best: bool = False) -> None:
         """Hand the state to the checkpointer, once per step, while its loss is finite. A collective."""

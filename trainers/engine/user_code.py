@@ -1,6 +1,5 @@
-"""People's own code, named `FILE.py:NAME` by a flag: a class, a function or a ready object in a file of theirs.
-The file is run once in each process that needs it, after `--seed` is set, and finds its neighbours. Whatever goes wrong
-in it, whenever, is one line: `--model my.py:Net: my.py line 12: ValueError: message`."""
+"""People's own code, `FILE.py:NAME` in a flag: a class, a function or an object. The file is run once in each process,
+after `--seed` is set, and finds its neighbours. An error in it is one line: `--model my.py:Net: my.py line 12: ...`."""
 
 import ast
 import contextlib

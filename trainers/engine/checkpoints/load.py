@@ -1,6 +1,5 @@
-"""Loading a checkpoint: everything is checked before it is used, and a damaged file costs one warning. First manifest,
-size and sha256 (torch.load verifies no CRC), then tensors and entries, and that saving would write this manifest for
-them. Then, against the run that resumes: names, shapes and dtypes, optimizer, data set and global batch."""
+"""Loading a checkpoint, of which everything is checked before it is used: manifest, size, sha256 (torch.load checks no
+CRC), tensors and entries; then, against the run that resumes: names, shapes, dtypes, optimizer, data, global batch."""
 
 import json
 import math

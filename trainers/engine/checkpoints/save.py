@@ -1,6 +1,5 @@
-"""Checkpoints that are whole or absent, written in the background; load.py reads them. Training hands over its state on
-rank 0; a thread writes a snapshot of it to a temporary file, fsyncs that, reads it back, renames it, fsyncs the folder,
-and then commits it by writing its manifest the same way. A file without a manifest was never finished."""
+"""Checkpoints that are whole or absent, written in the background; load.py reads them. A thread writes a snapshot of
+the state to a temporary file, fsyncs it, reads it back, renames it, fsyncs the folder, and commits by its manifest."""
 
 import hashlib
 import json
@@ -87,8 +86,7 @@ class Checkpointer:
 
 def write_checkpoint(folder: Path, state: Mapping[str, Any], *, check_fence: Callable[[], None] = no_check,
                      sync_metrics: Callable[[], None] = lambda: None) -> Path:
-    """Write one checkpoint durably and return its path; the manifest, written last, commits it. CheckpointError
-    if what is read back differs, NumericError if a tensor is not finite: no run could resume from it."""
+    """Write a checkpoint durably; its path. CheckpointError if it reads back otherwise, NumericError if not finite."""
     if name := not_finite(state):
         raise NumericError(f"step {state['step']}: {name} is not finite, so it was not saved; start again with a "
                            f"lower --learning-rate or with --clip-grad-norm, as another --run-name; the last good "

@@ -1,6 +1,5 @@
-"""A copy of the training state that a thread can write while training continues. On a CPU it copies what only the
-optimizer step changes during the next forward and backward pass; a GPU's tensors are queued into pinned memory. The
-memory is kept from save to save: fresh memory costs a page fault for every 4 KiB, several times the copy itself."""
+"""A copy of the training state that a thread can write while training continues: made during the next forward and
+backward pass, or queued by a GPU. Its memory is kept: fresh memory's page faults cost several times the copy itself."""
 
 import ctypes
 import hashlib

@@ -103,9 +103,8 @@ def put_weights(model: nn.Module, saved: dict[str, Tensor], taken: str, *, sourc
     if new_head:
         taken += replace_head(weights, model)
     if differences := model_differences(weights, current, dtypes=False):
-        classes = "" if new_head else ", with as many classes"
         raise CheckpointError(f"{source}: does not fit the model: {first_three(differences)}; choose the --model it "
-                              f"was made with{classes}")
+                              f"was made with{'' if new_head else ', with as many classes'}")
     if name := not_finite(weights):
         raise CheckpointError(f"{source}: {name} is not dense and finite; use another file")
     model.load_state_dict(weights)

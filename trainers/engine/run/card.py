@@ -33,14 +33,12 @@ class ModelCard:
         own = self.trainer == "custom"  # whose inputs may be images of any number of channels, or none
         blank = own and (self.mean, self.std, self.image_size) == ((), (), (0, 0))
         for name, is_good in {
-            "trainer": str(self.trainer).isidentifier(),
-            "model": isinstance(self.model, str),
+            "trainer": str(self.trainer).isidentifier(), "model": isinstance(self.model, str),
             "class_names": are_all(self.class_names, str) and len({*self.class_names}) == len(self.class_names),
             "mean": blank or (are_all(self.mean, (int, float)) and (own or len(self.mean) in (1, 3))),
             "std": blank or (are_all(self.std, (int, float), above=0) and len(self.std) == len(self.mean)),
             "image_size": blank or (are_all(self.image_size, int, above=0) and len(self.image_size) == 2),
-            "kind": self.kind in ("classes", "labels", "numbers"),
-            "fit": self.fit in ("squash", "crop", "squash-crop"),
+            "kind": self.kind in ("classes", "labels", "numbers"), "fit": self.fit in ("squash", "crop", "squash-crop"),
             "resize_size": self.resize_size is None or are_all((self.resize_size,), int, above=0),
             "interpolation": self.interpolation in (None, "bilinear", "bicubic"),
         }.items():

@@ -116,8 +116,8 @@ class RunFolder:
 
     def first_evaluated_split(self) -> str | None:
         """The split of the first evaluation that metrics.jsonl holds; None before there is one."""
-        splits = (line["split"] for _, line in read_lines(self.path / "metrics.jsonl"))
-        return next((split for split in splits if split != "train"), None)
+        lines = read_lines(self.path / "metrics.jsonl")
+        return next((line["split"] for _, line in lines if line["split"] != "train"), None)
 
     def set_aside(self) -> None:
         """Make room for a run from the start: what an earlier one left is renamed, not overwritten."""
@@ -128,8 +128,7 @@ class RunFolder:
                 self.checkpoints.mkdir(exist_ok=True)
 
     def begin(self, config: Mapping[str, Any], *, world: Mapping[str, Any]) -> bool:
-        """Record the config; False if the run is DONE and it asks for no more. UsageError for flags that alter the run,
-        and for an evaluation alone, whose result would replace that of the run."""
+        """Record the config; False if the run is DONE and it asks for no more. UsageError for what would alter it."""
         before, status = read_config(self.path), self.read_json("status.json") or {}
         is_done, is_empty = status.get("state") == "DONE", not committed(self.checkpoints)
         has_progress = not is_empty  # without, nothing is altered by other flags

@@ -25,7 +25,6 @@ def new_figure(width: float, height: float) -> Any:
     """An empty figure of that size in inches."""
     logging.getLogger("matplotlib").setLevel(logging.ERROR)  # without remarks on fonts and its config folder
     from matplotlib.figure import Figure
-
     return Figure(figsize=(width, height), layout="constrained")
 
 
@@ -58,7 +57,6 @@ def draw_lines(axes: Any, places: Sequence[float], epochs: Sequence[dict[str, An
                in_percent: bool = False) -> None:
     """One line for each split that has values of this name, or of its top 5, on a whole-numbered axis of epochs."""
     from matplotlib.ticker import MaxNLocator
-
     for label, style in ((f"{split}_{name}{top}", {**style, "alpha": opacity}) for split, style in STYLES.items()
                          for top, opacity in (("", 1.0), ("_top5", 0.5))):
         values = [line.get(label) for line in epochs]
@@ -112,8 +110,7 @@ def image_grid(images: Tensor, captions: Sequence[str], *, right: Sequence[bool]
     for place, axes in enumerate(figure.subplots(rows, columns, squeeze=False).flatten()):
         axes.axis("off")
         if place < num_images:
-            pixels = images[place].float().clamp(0, 1).permute(1, 2, 0).cpu().numpy()
-            axes.imshow(pixels, cmap="gray", vmin=0, vmax=1)
+            axes.imshow(images[place].float().clamp(0, 1).permute(1, 2, 0).cpu().numpy(), cmap="gray", vmin=0, vmax=1)
             colour = "black" if not right else RIGHT if right[place] else WRONG
             axes.set_title("\n".join(map(printable, captions[place].split("\n"))), fontsize=8, color=colour, **PLAIN)
     figure.suptitle(printable(title), fontsize=10, **PLAIN)

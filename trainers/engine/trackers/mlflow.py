@@ -32,7 +32,6 @@ def start(run: TrackedRun) -> Tracker:
         for name, value in run.config.items():
             client.log_param(number, name, str(value)[:500])  # the most that all servers take
     client.update_run(number, status="RUNNING")
-
     def log(step: int, values: Mapping[str, float]) -> None:
         now, metric = int(1000 * time.time()), mlflow.entities.Metric
         client.log_batch(number, [metric(re.sub(r"[^\w/.\- :]", "_", name), value, now, step)  # what it allows in names

@@ -13,7 +13,6 @@ def start(run: TrackedRun) -> Tracker:
     show = threading.excepthook  # not errors of TensorBoard's own thread: its next event raises them again
     threading.excepthook = lambda error: type(error.thread).__module__.startswith("tensorboard") or show(error)
     writer = make_writer(str(run.path / "tensorboard"), purge_step=None if run.id else 0)
-
     def log(step: int, values: Mapping[str, float]) -> None:
         for name, value in values.items():
             writer.add_scalar(name, value, step)

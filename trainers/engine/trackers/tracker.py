@@ -77,10 +77,8 @@ class TrackerThread:
         start = importlib.import_module(f"trainers.engine.trackers.{self.name}").start
         tracker: Tracker = start(self.run._replace(id=before.get("id")))
         last: dict[str, int] = dict(before["last"]) if tracker.id == before.get("id") else {}  # step, by split
-
         def keep(steps: Mapping[str, int]) -> None:
             replace_file(record, json.dumps({"id": tracker.id, "last": steps}).encode())
-
         keep(last)
         self._ready.set()
         past = [line for _, line in read_lines(self.run.path / "metrics.jsonl")]

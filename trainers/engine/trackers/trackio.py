@@ -18,11 +18,9 @@ def start(run: TrackedRun) -> Tracker:
     with contextlib.redirect_stdout(io.StringIO()):
         following = trackio.init(run.project, name=name, config=dict(run.config), resume="allow", embed=False,
                                  auto_log_gpu=False, auto_log_cpu=False)
-
     def check() -> None:
         if failures := getattr(following, "_warned_failures", None):
             raise RuntimeError(f"cannot write ({', '.join(sorted(failures))})")
-
     def finish(state: str) -> None:
         with contextlib.redirect_stdout(io.StringIO()):
             following.finish()

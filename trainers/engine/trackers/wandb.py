@@ -32,10 +32,8 @@ def start(run: TrackedRun) -> Tracker:
     mark = Path(following.dir) / "unfinished"
     if mode == "offline":
         mark.touch()
-
     def log(step: int, values: Mapping[str, float]) -> None:
         following.log({**values, **{f"{name.partition('/')[0]}/step": step for name in values}})
-
     def finish(state: str) -> None:
         following.finish(exit_code=0 if state == "DONE" else 1)
         mark.unlink(missing_ok=True)
