@@ -13,10 +13,9 @@ from datasets import augment, mixing, tensors, transforms
 from launch.errors import AtLeast, UsageError
 from launch.process_group import World
 from launch.stop import ignore_signals
+from trainers.engine import task, user_code
 from trainers.engine.config import ImageConfig, Statistics
 from trainers.engine.once_per_node import once_per_node
-from trainers.engine.task import MixingFlags
-from trainers.engine.user_code import own_transform
 
 POLICIES = {"randaugment": v2.RandAugment, "trivialaugment": v2.TrivialAugmentWide, "autoaugment": v2.AutoAugment,
             "augmix": v2.AugMix}
@@ -25,7 +24,7 @@ SIGMA, KERNEL = (0.1, 2.0), 13  # of the blur, in pixels (DeiT III, 2022), and w
 
 
 @dataclass(frozen=True, kw_only=True)
-class AugmentFlags(MixingFlags, ImageConfig):
+class AugmentFlags(task.MixingFlags, ImageConfig):
     """Flags of augmentation: of whole batches on the device, and of one image at a time in workers."""
     TITLES: ClassVar = {"vertical_flip": "Data"}
     vertical_flip: Annotated[float, AtLeast(0, most=1)] = 0.0
@@ -83,8 +82,8 @@ class AugmentFlags(MixingFlags, ImageConfig):
         """The loaders of one rank for images in memory."""
         keyed = self.keyed(images)
         workers = self.num_workers(decodes=keyed is not None)
-        loaders = transforms.image_loaders(splits, images, own_transform(self), keyed, prepare_worker=ignore_signals,
-                                           workers=workers, **self.batches(), **world.shard)
+        loaders = transforms.image_loaders(splits, images, user_code.own_transform(self), keyed, workers=workers,
+                                           prepare_worker=ignore_signals, **self.batches(), **world.shard)
         return mixing.mixed(loaders, self.mixing(), num_classes=len(splits[-1].class_names), device=world.device)
 
 

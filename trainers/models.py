@@ -178,7 +178,6 @@ def lenet(num_classes: int) -> nn.Sequential:
 
 OURS: dict[str, Callable[..., nn.Module]] = {"net": Net, "whitenet": WhiteNet, "resnet9": ResNet9, "resnet18": ResNet18,
                                              "cheatsheet": CheatSheetNet}
-# for 1x28x28 images; the others take colour
 GREY: dict[str, Callable[..., nn.Module]] = {"mnistnet": MnistNet, "softmax": softmax_regression, "lenet": lenet}
 
 

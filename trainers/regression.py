@@ -18,8 +18,7 @@ begin_script(__name__)  # before torch is imported, which takes seconds
 import torch
 from torch import Tensor, nn
 
-from datasets import loaders, regression, tensors
-from datasets.samples import Splits
+from datasets import loaders, regression, samples, tensors
 from launch.command_line import run
 from launch.errors import say
 from trainers import models, recipes
@@ -72,13 +71,13 @@ def load_data(config: RegressionConfig) -> tensors.ThreeSplits:
     return *tensors.hold_out(trained, config.validation_fraction, seed=config.seed), test
 
 
-def build_model(config: RegressionConfig, samples: tensors.TensorDataset) -> nn.Module:
+def build_model(config: RegressionConfig, data: tensors.TensorDataset) -> nn.Module:
     """One linear layer, or the user's network, from the seed: float32 (B, features) to (B, 1)."""
     torch.manual_seed(config.seed)
     if user_code.is_reference(config.model):
         options = user_code.options_in(config.model_options, "--model-options")
         return models.build(config.model, num_classes=1, **options)
-    return nn.Sequential(nn.Linear(samples.inputs.shape[1], 1))
+    return nn.Sequential(nn.Linear(data.inputs.shape[1], 1))
 
 
 def build_task(config: RegressionConfig, device: torch.device) -> Task:
@@ -93,7 +92,7 @@ def main(config: RegressionConfig) -> dict[str, Any]:
     with session.open_run(config, "regression") as run:
         train, validation, test = load_data(config)
         model, task, shard = build_model(config, test), build_task(config, run.world.device), run.world.shard
-        present = Splits(train, validation, test).present()
+        present = samples.Splits(train, validation, test).present()
         result = session.train_model(config, run, model, task, dataset=train,
                                      **loaders.memory_loaders(present, None, **config.batches(), **shard))
         if "loss" in result and run.world.is_main:  # not where --measure timed some steps

@@ -240,7 +240,6 @@ class ImageConfig(TrainConfig):
     OLD_SPELLINGS: ClassVar = {  # of flags without a value
         "--normalize": ("--normalize", "dataset"), "--no-normalize": ("--normalize", "none"),
         "--half-statistics": ("--normalize", "half"), "--no-half-statistics": ("--normalize", "dataset")}
-
     loss: str = "cross-entropy"
     """cross-entropy, bce (each class against the rest), or FILE.py:NAME: yours, of (outputs, targets)."""
     transform: str | None = None

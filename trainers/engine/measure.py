@@ -1,6 +1,5 @@
-"""`--measure WARMUP:STEPS`: what a set-up is worth, for launch/benchmark.py; `--dry-run`: what a run would take; and
-`--profile STEP:STEPS`. The window is timed on the loop that trains, votes, reports and all; then some steps are split
-into phases, which needs waits for the device. Communication is what gradient averaging adds to forward and backward."""
+"""`--measure`, `--dry-run` and `--profile`. A window is timed on the loop that trains, votes and reports; then some
+steps are split into phases, with waits for the device; communication is what averaging adds to forward and backward."""
 
 import math
 import os
@@ -17,11 +16,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from launch import network, process_group
 from launch.errors import CheckpointError, say, to_stderr
-from trainers.engine import metrics, parallel, precision, result
+from trainers.engine import metrics, parallel, precision, result, task
 from trainers.engine.checkpoints import load, save, snapshot
 from trainers.engine.config import TrainConfig, measured_steps
 from trainers.engine.run.report import Progress
-from trainers.engine.task import TrainBatches, apply
 from trainers.engine.trainer import Trainer
 
 MOST_PHASE_STEPS = 40  # steps split into phases: half of them with gradient averaging, half without
@@ -29,7 +27,7 @@ MATRIX_SIZE, MATRIX_SECONDS = {"cpu": 1024, "cuda": 8192}, 0.3
 DRY_STEPS = 3  # timed, after the first
 
 
-def write_measurement(trainer: Trainer, train: TrainBatches, steps: str) -> dict[str, Any]:
+def write_measurement(trainer: Trainer, train: task.TrainBatches, steps: str) -> dict[str, Any]:
     """Time steps as `--measure` says, then split some more into phases; write result.json and return its content.
     The same on every rank. Seconds and samples are of the timed window and over all ranks; lists are by rank."""
     world, sums, start = trainer.world, trainer.train_step.sums, weights(trainer)
@@ -58,7 +56,7 @@ def write_measurement(trainer: Trainer, train: TrainBatches, steps: str) -> dict
     return found
 
 
-def dry_run(trainer: Trainer, train: TrainBatches, config: TrainConfig) -> dict[str, Any]:
+def dry_run(trainer: Trainer, train: task.TrainBatches, config: TrainConfig) -> dict[str, Any]:
     """Some steps, one save and one load, and what the whole run would need, printed by rank 0; nothing is kept."""
     world, history = trainer.world, trainer.history
     advance(trainer, train, 1)  # compiles, allocates
@@ -86,7 +84,7 @@ def dry_run(trainer: Trainer, train: TrainBatches, config: TrainConfig) -> dict[
     return {"memory_bytes": memory, "checkpoint_bytes": num_bytes, "step_seconds": step_seconds}
 
 
-def advance(trainer: Trainer, train: TrainBatches, steps: int) -> None:
+def advance(trainer: Trainer, train: task.TrainBatches, steps: int) -> None:
     """So many steps more, over as many epochs as that takes."""
     last_step = trainer.step + steps
     progress = Progress(shown=False, total_steps=last_step, step=trainer.step)
@@ -110,7 +108,7 @@ class PhaseClock:
         self._phase, self._since = phase, now
 
 
-def time_phases(trainer: Trainer, train: TrainBatches, steps: int) -> dict[str, float | None]:
+def time_phases(trainer: Trainer, train: task.TrainBatches, steps: int) -> dict[str, float | None]:
     """Seconds per step of this rank in each phase; communication is None for one process and inside DataParallel."""
     model, world = trainer.train_step.model, trainer.world
     synced, alone = PhaseClock(world.device), PhaseClock(world.device)
@@ -194,12 +192,12 @@ def usage() -> dict[str, float]:
     return {"cpu_seconds": used.ru_utime + used.ru_stime, "queued_seconds": queued, "machine_seconds": machine}
 
 
-def flops_per_sample(trainer: Trainer, train: TrainBatches) -> float:
+def flops_per_sample(trainer: Trainer, train: task.TrainBatches) -> float:
     """Floating-point operations of forward and backward, a multiply-add being two (torch's FlopCounterMode)."""
     step = trainer.train_step
     inputs, targets = step.to_device(*next(train.batches(trainer.epoch, trainer.samples_consumed)))
     with FlopCounterMode(display=False) as counter:
-        step.task.loss(apply(step.network.forward, inputs), targets).backward()  # not what torch.compile made of it
+        step.task.loss(task.apply(step.network.forward, inputs), targets).backward()  # not what torch.compile made
     step.optimizer.zero_grad(set_to_none=True)
     return counter.get_total_flops() / metrics.num_samples(targets)
 

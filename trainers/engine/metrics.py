@@ -1,6 +1,5 @@
-"""Loss and accuracy over all ranks, counted exactly: sums stay on the device until a line is reported. An evaluation is
-a confusion matrix, whose total is the number of test samples, and a loss sum, added over the ranks by ONE all_reduce.
-Of many thousand classes two columns are kept, wrong and right: the matrix of 21,841 classes is 3.8 GB."""
+"""Loss and accuracy over all ranks, counted exactly. An evaluation is a confusion matrix and a loss sum, added over the
+ranks by ONE all_reduce; of many thousand classes two columns, wrong and right: a matrix of 21,841 classes is 3.8 GB."""
 
 import math
 from collections.abc import Callable, Mapping

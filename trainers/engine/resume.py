@@ -1,7 +1,7 @@
 """Which checkpoint a run resumes from, by `--resume` and what is on disk, and putting its weights into a trainer."""
 
 import contextlib
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -26,8 +26,7 @@ PREPROCESSING = ("image_size", "resize_size", "fit", "interpolation", *NORMALIZA
 MOMENTS = ("momentum_buffer", "exp_avg", "exp_avg_sq", "square_avg")  # of optimizers, as large as their parameter
 
 
-def choose_checkpoint(resume: str, folder: RunFolder,
-                      unfit: Callable[[dict[str, Any]], str | None] = lambda state: None) -> Path | None:
+def choose_checkpoint(resume: str, folder: RunFolder, unfit: load.Check = lambda state: None) -> Path | None:
     """The checkpoint to resume from, by --resume and what is on disk, or None; CheckpointError if none is whole. Rank 0
     only; removes what killed saves left. One `unfit` for the run is damaged, unless all are: then flags differ."""
     check_fence = folder.ownership.check

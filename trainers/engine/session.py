@@ -36,8 +36,7 @@ class AlreadyDone(BaseException):
 
 
 def entry_point(main: Callable[..., dict[str, Any]]) -> Callable[..., dict[str, Any]]:
-    """Let `main(config)` return the stored result of a run that was DONE before it was called.
-    A dry run has a temporary folder, on the file system of --output-dir: rank 0's, as no other rank writes or reads."""
+    """Let `main(config)` return the stored result of a run that is DONE; a dry run has a temporary folder, rank 0's."""
     @functools.wraps(main)
     def call(config: Any, *more: Any) -> dict[str, Any]:
         try:

@@ -218,8 +218,7 @@ def tried_first(step: TrainStep, batches: Iterator[Batch], flags: Mapping[str, A
 
 
 def try_network(step: TrainStep, inputs: Any, flags: Mapping[str, Any]) -> None:
-    """Run the network, as written and not compiled, on two blanks of this size; random generators stay as they were.
-    Dicts and tuples of tensors are taken as they are: lengths and indices among them must fit each other."""
+    """Run the network, as written and not compiled, on two blanks of this size; dicts and tuples stay as they are."""
     size, num_samples = f"a {type(inputs).__name__}", None
     if isinstance(inputs, Tensor):  # two samples behave as any larger micro-batch; one may have no variance
         size, num_samples = " x ".join(map(str, inputs.shape[1:])), len(inputs)

@@ -9,7 +9,7 @@ from launch.errors import NumericError, to_stderr
 from launch.process_group import World, from_main, gather
 from launch.stop import StopAgreement, Stopped, StopRequest
 from trainers.engine import history, metrics, parallel
-from trainers.engine.checkpoints.save import Checkpointer
+from trainers.engine.checkpoints.save import LOWER_RATE, Checkpointer
 from trainers.engine.run.folder import RunFolder
 from trainers.engine.run.report import Progress, Report, epoch_text
 from trainers.engine.step import TrainStep, tried_first
@@ -160,9 +160,8 @@ class Trainer:
         self.history.pause_clock(self.world.device)  # for good, if all are to stop
         bad_steps = self._agreement.vote(self.stop, self.sums.bad_steps)
         if bad_steps >= (1 if self.step == last_step else self.options.max_bad_steps):
-            raise NumericError(f"step {self.step}: the loss is not finite for {bad_steps} consecutive steps; start "
-                               f"again with a lower --learning-rate or with --clip-grad-norm, as another --run-name; "
-                               f"the last good checkpoint is kept")
+            raise NumericError(f"step {self.step}: the loss is not finite for {bad_steps} consecutive steps; "
+                               f"{LOWER_RATE}")
 
     def _report(self, progress: Progress, last_step: int) -> None:
         """One line of metrics.jsonl, of the epoch so far: a collective, and the one place that waits for the device."""

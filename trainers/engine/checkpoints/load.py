@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from launch.errors import CheckpointError, first_line
 from trainers.engine.checkpoints import files, save, snapshot, weights
 
+Check = Callable[[dict[str, Any]], str | None]  # of a state: the name of what does not fit
 NUMBER = math.nan  # of any sign, NaN too, or None where there was none
 PATTERN: dict[str, Any] = {  # what saving writes; 0 stands for any number from 0 on, ... for all other names or items
     "format": 0, "model": {...: Tensor}, "optimizer": {}, "scaler": {...: NUMBER}, "ema": {...: Tensor}, "step": 0,
@@ -105,8 +106,7 @@ class Newest(NamedTuple):
     state: dict[str, Any] | None = None  # of the newest that passes every check; None if there is none
 
 
-def newest_good(folder: Path, *, try_best: bool = False,
-                unfit: Callable[[dict[str, Any]], str | None] = lambda state: None) -> Newest:
+def newest_good(folder: Path, *, try_best: bool = False, unfit: Check = lambda state: None) -> Newest:
     """The newest checkpoint that passes all checks and is not `unfit`, or best.pt with `try_best`; and those before."""
     damaged: dict[Path, str] = {}
     best = [folder / "best.pt"] if try_best and (folder / "best.pt").exists() else []

@@ -20,6 +20,8 @@ from trainers.engine.checkpoints.snapshot import Snapshot, not_finite, tensors_i
 from trainers.engine.run.folder import RunFolder
 
 FORMAT = 1
+LOWER_RATE = ("start again with a lower --learning-rate or with --clip-grad-norm, as another --run-name; the last good "
+              "checkpoint is kept")
 
 
 class Checkpointer:
@@ -75,22 +77,19 @@ class Checkpointer:
         self._copied.result()  # raises what the copy did
         if self._snapshot.queued is not None:
             self._snapshot.queued.synchronize()
-        check_fence, place = self.folder.ownership.check, self.folder.checkpoints
+        folder, place, fence = self.folder, self.folder.checkpoints, self.folder.ownership.check
         with writing(place):
-            path = write_checkpoint(place, self._snapshot.tree, check_fence=check_fence,
-                                    sync_metrics=self.folder.sync_metrics)
+            path = write_checkpoint(place, self._snapshot.tree, check_fence=fence, sync_metrics=folder.sync_metrics)
             if is_best:
-                give_name(path, "best", check_fence=check_fence)
-            prune(place, keep=self.keep, check_fence=check_fence)
+                give_name(path, "best", check_fence=fence)
+            prune(place, keep=self.keep, check_fence=fence)
 
 
 def write_checkpoint(folder: Path, state: Mapping[str, Any], *, check_fence: Callable[[], None] = no_check,
                      sync_metrics: Callable[[], None] = lambda: None) -> Path:
     """Write a checkpoint durably; its path. CheckpointError if it reads back otherwise, NumericError if not finite."""
     if name := not_finite(state):
-        raise NumericError(f"step {state['step']}: {name} is not finite, so it was not saved; start again with a "
-                           f"lower --learning-rate or with --clip-grad-norm, as another --run-name; the last good "
-                           f"checkpoint is kept")
+        raise NumericError(f"step {state['step']}: {name} is not finite, so it was not saved; {LOWER_RATE}")
     path = checkpoint_path(folder, state["step"])
     with replacing(path, check_fence) as temporary:
         with open(temporary, "wb") as file:

@@ -1,6 +1,5 @@
-"""`--init-from PATH` and `--pretrained PATH`: weights in a file of ours, torchvision's references, timm, Lightning or
-pytorch/examples, or a plain state_dict, of torch.save or safetensors. A moving average is taken where there is one: it
-is what was evaluated. No code of a file is run, and each record's CRC and size are checked, as torch.load does not."""
+"""`--init-from` and `--pretrained`: weights in a file of ours, torchvision, timm, Lightning, pytorch/examples or plain
+state_dicts; a moving average where there is one. No code of a file is run, and records' CRC and size are checked."""
 
 import argparse
 import pickle

@@ -1,6 +1,5 @@
-"""Who may write to a run folder: one live process, and of two incarnations of a job the later one. The owner locks
-`lock`; `owner.json` holds its fencing token, a number that every new owner raises and a random word: who does not find
-its own there writes nothing more. `heartbeat.json` shows that it lives, on other hosts or where there are no locks."""
+"""Who may write to a run folder: one live process, of two incarnations the later. The owner locks `lock`; `owner.json`
+has its fencing token: who does not find its own there writes no more. `heartbeat.json` shows others that it lives."""
 
 import contextlib
 import errno

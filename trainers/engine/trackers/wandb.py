@@ -1,5 +1,4 @@
-"""Weights & Biases: online with a key and a server that can be reached, else files in the run folder, for
-`wandb sync runs/NAME/trackers/wandb/offline-run-*`."""
+"""Weights & Biases: online, else files in the run folder for `wandb sync runs/NAME/trackers/wandb/offline-run-*`."""
 
 import importlib
 import shutil
