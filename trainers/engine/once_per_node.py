@@ -75,8 +75,7 @@ def is_first_to_write(world: World, folder: Path) -> bool:
 
 
 def found_once(world: World, find: Callable[[], T], *, folder: Path, digest: Callable[[T], str]) -> T | None:
-    """What `find` finds in a folder, in which nothing is written: by one rank of all those that see it, and handed to
-    every rank by rank 0. None if folders of that name on several file systems differ by `digest`."""
+    """What one rank of all that see a folder finds in it, for every rank; None if file systems differ by `digest`."""
     found, leads = list[T](), is_first(world, folder)
     once_per_node(world, lambda: found.append(find()) if leads else None)
     digests = {each for each in gather(world, digest(*found) if found else None) if each is not None}

@@ -97,8 +97,7 @@ def layer_numbers(model: nn.Module) -> dict[str, int]:
 
 
 def as_matrix(tensor: Tensor, like: Tensor) -> Tensor:
-    """Filters (O, I, ...) as a matrix (O, I * ...), its columns in the order in which `like` holds them in memory, so
-    that one laid out as `like` is not copied. Muon's update does not depend on the columns' order."""
+    """Filters (O, I, ...) as a matrix (O, I * ...), the columns as `like` has them in memory: copies none, for Muon."""
     return tensor.permute(0, *sorted(range(1, like.ndim), key=like.stride, reverse=True)).flatten(1)
 
 

@@ -39,8 +39,7 @@ def choose_parallel(name: ParallelName, world: World, *, num_gpus: int) -> tuple
 
 def parallelize(model: nn.Module, parallel: Literal["none", "dp", "ddp"], world: World, *, comm_hook: str = "none",
                 find_unused_parameters: bool = False) -> nn.Module:
-    """Wrap a model that is on its device. DDP starts every rank from rank 0's weights, and broadcasts no buffers later:
-    BatchNorm in training mode does not read them, and evaluation takes rank 0's (metrics.sync_buffers)."""
+    """Wrap a model on its device. DDP broadcasts no buffers later: evaluation takes rank 0's (metrics.sync_buffers)."""
     if parallel == "dp":
         return DataParallel(model)
     if parallel == "none" or not any(parameter.requires_grad for parameter in model.parameters()):

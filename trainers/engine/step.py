@@ -30,8 +30,7 @@ class StepOptions:
 
 
 class DataWait:
-    """Adds up how long steps wait for their batches; of a process without its first batch, which starts the workers.
-    By the clock of what waits: a GPU has work queued while the host reads, so its own events are asked."""
+    """Adds up how long steps wait for batches, but for a process's first; on a GPU, with work queued, by its events."""
 
     def __init__(self, device: torch.device) -> None:
         self.on_gpu, self._spans, self._num_seen = device.type == "cuda", [], 0

@@ -1,8 +1,8 @@
 """What a trainer is given: the loss, and training and evaluation batches."""
 
-import functools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Annotated, Any, ClassVar
 
 import torch
@@ -106,20 +106,18 @@ def with_own_code(task: Task, found: Sequence[Reference], device: torch.device, 
         metrics[own["--metric"].name] = function_of(own["--metric"], torch.device("cpu"), task.num_classes)
     elif metric is not None:
         metrics["metric"] = metric
-    train, test = (on_logits(each, logits, task.num_classes) if loss is None else user_loss(loss, name)
+    train, test = (partial(on_logits, each, logits, task.num_classes) if loss is None else user_loss(loss, name)
                    for each in (task.loss, task.test_loss))
     return replace(task, loss=train, test_loss=test, logits=logits, metrics=metrics, is_own=task.is_own or bool(found))
 
 
-def on_logits(loss: Loss, logits: Callable[[Any], Tensor], num_classes: int | None) -> Loss:
+def on_logits(loss: Loss, logits: Callable[..., Tensor], num_classes: int | None, outputs: Any, targets: Any) -> Tensor:
     """A loss of logits, for a model that may return more than those; UsageError if they are not of so many classes."""
-    def loss_of(outputs: Any, targets: Any) -> Tensor:
-        found = logits(outputs)
-        if num_classes is not None and (found.ndim < 2 or found.shape[1] != num_classes):
-            raise UsageError(f"--model: gives logits of shape {tuple(found.shape)} for {num_classes} classes; give it "
-                             f"as many outputs")
-        return loss(found, targets)
-    return loss_of
+    found = logits(outputs)
+    if num_classes is not None and (found.ndim < 2 or found.shape[1] != num_classes):
+        raise UsageError(f"--model: gives logits of shape {tuple(found.shape)} for {num_classes} classes; give it as "
+                         f"many outputs")
+    return loss(found, targets)
 
 
 def map_tensors(change: Callable[[Tensor], Tensor], tree: Any) -> Any:
@@ -146,7 +144,7 @@ def classification_task(class_names: tuple[str, ...], device: torch.device, *, l
                          f"{len(class_names)} classes; give one for each of {', '.join(class_names)}")
     plain, weighted = (label_wise, label_wise) if loss == "bce" else (F.cross_entropy, weighted_cross_entropy)
     weights = {"weights": torch.tensor(class_weights, device=device)} if class_weights else {}
-    trained = functools.partial(weighted if weights else plain, label_smoothing=label_smoothing, **weights)
+    trained = partial(weighted if weights else plain, label_smoothing=label_smoothing, **weights)
     return Task(loss=trained, test_loss=plain, num_classes=len(class_names))
 
 

@@ -80,8 +80,7 @@ def check_archive(path: Path, source: str) -> None:
 
 
 def load_weights(model: nn.Module, path: Path, *, flag: str, new_head: bool = False) -> str:
-    """Put a file's weights into a model, `new_head`: but for a last layer of another size; returns what was taken, such
-    as `weights in net.pt (ema)`. CheckpointError, which names `flag`, if they do not fit."""
+    """Put a file's weights into a model, but for a `new_head`; returns what was taken. CheckpointError for others."""
     source = f"{flag} {path}"
     part, saved = weights_in(read_weights_file(path, source), source)
     taken = f"weights in {path} ({part})" if part else f"weights in {path}"

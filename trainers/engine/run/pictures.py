@@ -1,5 +1,4 @@
-"""Curves, confusion matrix and image grids as PNG bytes. matplotlib is imported by the first drawing, and without
-pyplot, which would look for a window system. Names are never read as markup; what the font lacks is drawn as a box."""
+"""Curves, confusion matrix and image grids as PNG bytes; matplotlib is imported by the first, and without pyplot."""
 
 import io
 import logging

@@ -1,5 +1,4 @@
-"""What a run prints and leaves for people: lines of metrics.jsonl, which trackers get too, pictures, and a bar. On rank
-0 only, outside the timed steps. Only the lines are needed: of pictures and trackers the first failure is a warning."""
+"""What a run prints and leaves for people, on rank 0 and untimed: metrics.jsonl, for trackers too, pictures, a bar."""
 
 import contextlib
 import sys
