@@ -8,10 +8,9 @@ from typing import Any
 
 from torch import Tensor
 
+from launch import launcher, process_group
 from launch.errors import CheckpointError, UsageError, first_line, launched_rank, say, to_stderr
 from launch.files import read_object, writing
-from launch.launcher import job_identity
-from launch.process_group import from_main, gather
 from trainers.engine import history, optimizer
 from trainers.engine.checkpoints import files, load, snapshot, weights
 from trainers.engine.config import ImageConfig, TrainConfig
@@ -36,7 +35,7 @@ def choose_checkpoint(resume: str, folder: RunFolder, unfit: load.Check = lambda
         damaged, newest, state = load.newest_good(folder.checkpoints)
     continues = resume == "auto"
     if state is not None and not continues:  # a restart of the same job, or the same PATH again, resumes where it was
-        continues = (ownership.is_restart_of(state["fingerprint"], job_identity()) if resume == "never" else
+        continues = (ownership.is_restart_of(state["fingerprint"], launcher.job_identity()) if resume == "never" else
                      state["config"].get("resume") == resume)
     if not continues:
         return start_over(resume, folder)
@@ -131,7 +130,7 @@ def check_same_on_all_ranks(trainer: Trainer, source: Path) -> None:
     """Compare hashes of weights and optimizer state: CheckpointError on every rank, if any differs. A collective."""
     state = trainer.train_step.state()
     loaded = snapshot.tensors_in([state["model"], state["ema"], state["optimizer"]])
-    if len(set(gather(trainer.world, snapshot.hash_tensors(loaded)))) > 1:
+    if len(set(process_group.gather(trainer.world, snapshot.hash_tensors(loaded)))) > 1:
         raise CheckpointError(f"{source}: the ranks loaded different weights; let every node see the same folder")
 
 
@@ -163,10 +162,10 @@ def is_memory_of(parameter: Tensor, entry: Any) -> bool:
 def resume(config: TrainConfig, trainer: Trainer, *, steps_per_epoch: int) -> str:
     """Put the trainer where the run was, or at the weights of `--init-from`; returns a sentence for the summary."""
     world, folder = trainer.world, trainer.folder
-    source = from_main(world, writing(folder.checkpoints)(lambda: choose_checkpoint(
+    source = process_group.from_main(world, writing(folder.checkpoints)(lambda: choose_checkpoint(
         config.resume, folder, lambda state: unlike_run(state, trainer.train_step))))
     if source is None:
-        from_main(world, lambda: folder.truncate_metrics(-1, evaluated=False))
+        process_group.from_main(world, lambda: folder.truncate_metrics(-1, evaluated=False))
         if config.init_from is None:
             return "from the start"
         taken = weights.load_weights(trainer.train_step.network, config.init_from, flag="--init-from")
@@ -194,7 +193,7 @@ def resume(config: TrainConfig, trainer: Trainer, *, steps_per_epoch: int) -> st
     if world.is_main and config.schedule != "constant":
         say_other_rate(config, trainer, state["config"], steps_per_epoch)
     evaluated = trainer.history.has_recorded(trainer.step)
-    from_main(world, lambda: folder.truncate_metrics(trainer.step, evaluated=evaluated))
+    process_group.from_main(world, lambda: folder.truncate_metrics(trainer.step, evaluated=evaluated))
     return f"from {source.name}, step {trainer.step}, epoch {trainer.epoch}"
 
 

@@ -14,10 +14,9 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from launch import failure, launcher
+from launch import failure, launcher, stop
 from launch.errors import UsageError, say, to_stderr
 from launch.process_group import World, from_main, process_group
-from launch.stop import Stopped, signals_caught
 from trainers.engine import history, measure, metrics, parallel, result, resume, user_code
 from trainers.engine.checkpoints import load, save
 from trainers.engine.config import ImageConfig, Statistics, TrainConfig
@@ -63,7 +62,7 @@ def open_run(config: TrainConfig, trainer: str, *, named: bool = False) -> Itera
     config.check()
     ownership.check_run_name(config.run_name)
     torch.backends.mkldnn.enabled = config.onednn
-    with signals_caught() as stop, process_group(
+    with stop.signals_caught() as asked, process_group(
             config.backend, device=config.device, timeout_seconds=config.timeout, threads=config.threads,
             deterministic=config.deterministic) as world:
         files = user_code.load_all(config)
@@ -88,9 +87,9 @@ def open_run(config: TrainConfig, trainer: str, *, named: bool = False) -> Itera
             if world.is_main and (warning := launcher.too_many_threads(world, world.threads)):
                 to_stderr(warning)
             with user_code.blaming(user_code.references(config)):
-                yield Run(trainer=trainer, world=world, folder=folder, stop=stop, config=config, evaluated=state,
+                yield Run(trainer=trainer, world=world, folder=folder, stop=asked, config=config, evaluated=state,
                           known=known, user_code=files)
-        except Stopped as stopped:
+        except stop.Stopped as stopped:
             folder.preempted(str(stopped))
             raise
         except Exception as error:

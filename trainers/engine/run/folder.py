@@ -9,9 +9,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from launch import files, machine
 from launch.errors import CheckpointError, UsageError, say, user_line
-from launch.files import read_lines, read_object, replace_file, sync_folder, writing
-from launch.machine import environment_record
 from trainers.engine.checkpoints.files import committed, step_of
 from trainers.engine.config import MAY_CHANGE
 from trainers.engine.run.ownership import Ownership, read_config
@@ -31,7 +30,7 @@ class RunFolder:
     def claim(self) -> None:
         """Create the folder and own it; CheckpointError if it cannot be written, or another live process owns it."""
         if self.is_main:
-            with writing(f"--output-dir {self.path.parent}"):
+            with files.writing(f"--output-dir {self.path.parent}"):
                 self.checkpoints.mkdir(parents=True, exist_ok=True)
                 self.ownership.claim()
 
@@ -40,20 +39,20 @@ class RunFolder:
         """The path of a file to write, behind the fence; what the disk refuses becomes one line for the user."""
         self.ownership.check()
         path = self.path / name
-        with writing(path):
+        with files.writing(path):
             if path.suffix and path.exists() and not path.is_file():  # opening a pipe may wait without end
                 raise OSError(errno.EEXIST, "it is no regular file")
             yield path
 
     def read_json(self, name: str) -> dict[str, Any] | None:
         """The content of a JSON file of the folder, or None if it is missing or damaged."""
-        return read_object(self.path / name)
+        return files.read_object(self.path / name)
 
     def write_bytes(self, name: str, content: bytes) -> None:
         """Replace a file of the folder; CheckpointError if a later incarnation owns the run, or the disk refuses."""
         if self.is_main:
             with self._writing(name) as path:
-                replace_file(path, content, check_fence=self.ownership.check)
+                files.replace_file(path, content, check_fence=self.ownership.check)
 
     def write_json(self, name: str, content: Mapping[str, Any]) -> None:
         """Replace a JSON file of the folder. A number that is not finite becomes null, as JSON has no NaN."""
@@ -103,20 +102,20 @@ class RunFolder:
         if path.is_file():
             with open(path, "rb") as file:
                 os.fsync(file.fileno())
-            sync_folder(self.path)
-            sync_folder(self.path.parent)
+            files.sync_folder(self.path)
+            files.sync_folder(self.path.parent)
 
     def truncate_metrics(self, step: int, *, evaluated: bool) -> None:
         """Drop lines that a run resumed at `step` writes again: of its evaluation too, unless `evaluated` before."""
         if self.is_main and (self.path / "metrics.jsonl").exists():
             with self._writing("metrics.jsonl") as path:
-                kept = [text + "\n" for text, line in read_lines(path) if line["step"] < step or (
+                kept = [text + "\n" for text, line in files.read_lines(path) if line["step"] < step or (
                     line["step"] == step and (evaluated or line["split"] == "train"))]
-                replace_file(path, "".join(kept).encode(), durable=True, check_fence=self.ownership.check)
+                files.replace_file(path, "".join(kept).encode(), durable=True, check_fence=self.ownership.check)
 
     def first_evaluated_split(self) -> str | None:
         """The split of the first evaluation that metrics.jsonl holds; None before there is one."""
-        lines = read_lines(self.path / "metrics.jsonl")
+        lines = files.read_lines(self.path / "metrics.jsonl")
         return next((line["split"] for _, line in lines if line["split"] != "train"), None)
 
     def set_aside(self) -> None:
@@ -150,7 +149,7 @@ class RunFolder:
                 raise CheckpointError(f"{self.path}: is DONE and its checkpoints are gone, so it cannot continue; use "
                                       f"--resume never to start over, or another --run-name")
         self.write_json("config.json", config)
-        self.write_json("environment.json", {**environment_record(), **world})
+        self.write_json("environment.json", {**machine.environment_record(), **world})
         step, epoch = self.position()
         self.write_status("RUNNING", step=step, epoch=epoch)
         self._started = True
