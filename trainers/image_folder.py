@@ -27,10 +27,9 @@ import torchvision
 from datasets import image_folder, mixing, pack, samples, transforms
 from datasets.augment import Augmentation
 from datasets.errors import DataError
-from datasets.images import packed, read
+from datasets.images import packed, read, unreadable
 from datasets.images.loaders import DecodedImages, Decoder, Decoding
 from datasets.images.packed import ImageSource
-from datasets.images.unreadable import BadImages
 from datasets.loaders import check_size, split_loaders
 from launch.command_line import run
 from launch.errors import Above, AtLeast, UsageError, first_line, printable, say, to_stderr
@@ -133,7 +132,7 @@ def load_data(config: ImageFolderConfig, world: World, known: Sequence[str] | No
     if splits is None:
         raise DataError(f"--data-dir {folder}: the ranks found different files in it; give every node the same folder")
     if splits.train is not None:
-        BadImages(config.skip_bad).add(splits.train.unreadable.items())  # rather than that there are too few
+        unreadable.BadImages(config.skip_bad).add(splits.train.unreadable.items())  # rather than that there are too few
         check_size(len(splits.train), config.batch_size)
     return splits
 
@@ -165,7 +164,7 @@ def build_model(config: ImageFolderConfig, num_classes: int, world: World) -> to
     return model.train()
 
 
-def remember_bad_images(config: ImageFolderConfig, run: Run) -> BadImages:
+def remember_bad_images(config: ImageFolderConfig, run: Run) -> unreadable.BadImages:
     """The unreadable images of this run, those of before an interruption included; kept in bad_images.json."""
     world, folder = run.world, run.folder
     def exchange(mine: dict[str, str]) -> list[dict[str, str]]:
@@ -175,7 +174,7 @@ def remember_bad_images(config: ImageFolderConfig, run: Run) -> BadImages:
         return all_found
 
     known = from_main(world, lambda: None if config.resume == "never" else folder.read_json("bad_images.json"))
-    return BadImages(config.skip_bad, exchange=exchange, log=to_stderr, known=known)
+    return unreadable.BadImages(config.skip_bad, exchange=exchange, log=to_stderr, known=known)
 
 
 def build_loaders(config: ImageFolderConfig, splits: dict[str, ImageSource], images: Augmentation, run: Run

@@ -118,8 +118,7 @@ def residual_layer(channels_in: int, channels_out: int, *, stride: int) -> nn.Se
     """Two basic blocks; the first halves the image if the stride is 2."""
     shortcut = None
     if stride != 1:
-        shortcut = nn.Sequential(nn.Conv2d(channels_in, channels_out, 1, stride=stride, bias=False),
-                                 nn.BatchNorm2d(channels_out))
+        shortcut = Conv2dNormActivation(channels_in, channels_out, 1, stride, activation_layer=None)
     block = torchvision_models.resnet.BasicBlock
     return nn.Sequential(block(channels_in, channels_out, stride, shortcut), block(channels_out, channels_out))
 

@@ -24,8 +24,7 @@ from torchvision.transforms.v2.functional import rgb_to_grayscale
 
 from datasets import augment, listing, samples, tensors, transforms
 from datasets.errors import DataError
-from datasets.images.loaders import Key
-from datasets.images.packed import ImageSource
+from datasets.images import loaders, packed
 from datasets.images.read import BadImage, Stored, read_file, to_square
 from launch import launcher, machine
 from launch.command_line import parse, run
@@ -162,9 +161,9 @@ class Reader:
         self.bad |= getattr(test, "unreadable", {})
         for sample in range(min(number, len(test))):
             if isinstance(found, samples.Reading):
-                inputs, targets = samples.unless_failed(found[Key("test", [sample], 0)])
+                inputs, targets = samples.unless_failed(found[loaders.Key("test", [sample], 0)])
                 yield Picture(f"test {sample}", inputs, names[int(targets[0])])
-            elif isinstance(test, ImageSource):
+            elif isinstance(test, packed.ImageSource):
                 yield from self.picture(test.path(sample), partial(test.read, sample), names[int(test.targets[sample])])
             else:
                 pixels = self.transform(test.inputs[sample]) if self.transform else test.inputs[sample]

@@ -1,5 +1,4 @@
-"""Long work that one rank of each node does before training, while the others wait: downloads, folders, packs, caches.
-A function runs in a thread, a generator here, bit by bit: `once_per_node(world, fill(packing), folder=cache_dir)`."""
+"""Long work that one rank of each node does while others wait: downloads, packs, caches; in a thread or bit by bit."""
 
 import contextlib
 import os
@@ -23,9 +22,8 @@ STILL = object()  # in place of a step of one that has not moved
 
 def once_per_node(world: World, work: Callable[[], object] | Generator[Any], *,
                   folder: Path | None = None, stop: StopRequest | None = None) -> None:
-    """Run `work` to its end on local rank 0 of every node, with a `folder` on one of all that see it; returns
-    on all ranks together. They exchange how far they are twice a second: a stop is noticed, an error of one raised on
-    all. A generator is then closed; a function ends with the process, so what it writes must be whole or absent."""
+    """Run `work` to its end on local rank 0 of every node, with a `folder` on one of all that see it; returns on all
+    ranks together. A stop or an error of one is raised on all within a second; what `work` writes is whole or none."""
     stop = stop_request() if stop is None else stop
     steps = work if isinstance(work, Generator) else in_thread(work)
     done = not (world.local_rank == 0 if folder is None else is_first_to_write(world, folder))

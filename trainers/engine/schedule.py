@@ -1,5 +1,4 @@
-"""The learning rate as a function of the step: multipliers of each parameter group's own peak rate. A pure function
-needs no state in a checkpoint, and a run resumed at step k has exactly the rate of one never stopped."""
+"""The learning rate as a pure function of the step, of which no checkpoint holds a state: shares of the peak rate."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -26,9 +25,8 @@ def curve(name: ScheduleName, step: int, total_steps: int) -> float:
 
 def schedule(name: ScheduleName, *, total_steps: int, warmup_steps: int = 0, milestones: Sequence[int] = (),
              floor: float | None = None) -> Callable[[int], float]:
-    """step -> multiplier. The warm-up rises linearly to 1 over its steps, and the curve is laid over the rest of
-    `total_steps`. Each of the `milestones`, in steps, divides the rate by ten, in place of `step`'s own. `floor` is the
-    lowest share of the peak: where linear, cosine and onecycle end, and below which step does not fall."""
+    """step -> multiplier: a linear warm-up to 1, then the curve over the rest of `total_steps`. Each of `milestones`
+    (steps) divides the rate by ten. `floor`: the share of the peak where curves end, below which step does not fall."""
     remaining = max(1, total_steps - warmup_steps)
     def multiplier(step: int) -> float:
         if step < warmup_steps:

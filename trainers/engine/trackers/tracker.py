@@ -1,5 +1,4 @@
-"""The protocol of experiment trackers, and the thread that each gets: one that fails or hangs costs one WARNING. Each
-line of metrics.jsonl is told once, by the record in trackers/NAME.json: a resumed run continues as the same one."""
+"""The protocol of experiment trackers, and the thread that each gets: one that fails or hangs costs one WARNING."""
 
 import importlib
 import json
@@ -71,7 +70,7 @@ class TrackerThread:
         self._ready.set()
 
     def _tell_all(self, record: Path) -> None:
-        """Start the tracker, tell it the lines that it has not had, and finish it."""
+        """Start the tracker, tell it the lines that it has not had, by the record of runs before, and finish it."""
         record.parent.mkdir(exist_ok=True)
         before = read_object(record) or {"last": {}}
         start = importlib.import_module(f"trainers.engine.trackers.{self.name}").start
