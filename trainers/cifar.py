@@ -27,7 +27,8 @@ from launch.command_line import run
 from launch.errors import AtLeast, UsageError
 from trainers import models, recipes
 from trainers.augment_flags import AugmentFlags, load_splits
-from trainers.engine import session, user_code
+from trainers.engine.session import entry_point, open_run, train_classifier
+from trainers.engine.user_code import is_reference
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,7 +45,7 @@ class CifarConfig(AugmentFlags):
         """Find mistakes in the flags before ranks wait for each other."""
         super().check()
         models.check_name(self.model, models.OURS)
-        if self.width is not None and self.model not in models.OURS and not user_code.is_reference(self.model):
+        if self.width is not None and self.model not in models.OURS and not is_reference(self.model):
             raise UsageError(f"--width {self.width}: {self.model} has no width to set; leave it out")
 
 
@@ -60,17 +61,17 @@ def build_model(config: CifarConfig, train: TensorDataset | None, num_classes: i
     return model
 
 
-@session.entry_point
+@entry_point
 def main(config: CifarConfig) -> dict[str, Any]:
     """One run, on this rank; returns its result."""
-    with session.open_run(config, "cifar") as run:
+    with open_run(config, "cifar") as run:
         config = run.config
         train, validation, test = load_data(config, run.world, run.known)
         source = cifar if config.dataset == "cifar10" else synthetic
         images = Augmentation(**config.augmentation((source.MEAN, source.STD)))
         loaders = config.loaders((train, validation, test), images, run.world)
-        return session.train_classifier(config, run, build_model(config, train, len(test.class_names), images),
-                                        test.class_names, (images.mean, images.std), dataset=train, **loaders)
+        return train_classifier(config, run, build_model(config, train, len(test.class_names), images),
+                                test.class_names, (images.mean, images.std), dataset=train, **loaders)
 
 
 if __name__ == "__main__":
