@@ -19,7 +19,6 @@ CACHED_VALUES = 2**18  # 1 MiB of floats: a core's own cache holds them through 
 @dataclass(frozen=True, kw_only=True)
 class Augmentation:
     """What is done to a training image between the data set and the network."""
-
     seed: int
     mean: tuple[float, ...]  # per channel, in units of the full range [0, 1]
     std: tuple[float, ...]
@@ -78,7 +77,6 @@ class Augmentation:
 @dataclass(frozen=True, kw_only=True)
 class KeyedTransforms:
     """torchvision's transforms, of one training image at a time, drawn by torch's generator, seeded by the sample."""
-
     augmentation: Augmentation  # its crop and flips come first
     transform: Callable[[Tensor], Tensor]
 

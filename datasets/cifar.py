@@ -18,7 +18,6 @@ MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)  # of training im
 
 class TestBatch(CIFAR10):
     """The test batch alone: CIFAR10 checks all six files to read one."""
-
     train_list: ClassVar = []
 
 

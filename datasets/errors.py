@@ -10,5 +10,4 @@ DAMAGED = (OSError, ValueError, SyntaxError, EOFError, LookupError, TypeError, A
 
 class DataError(Exception):
     """Data that is missing, damaged or does not fit. One line for the user; `exit_code` is what the process returns."""
-
     kind, exit_code = "data", 3

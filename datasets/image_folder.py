@@ -23,7 +23,6 @@ TEST_NAMES = ("test", "val", "valid", "validation")
 @dataclass(frozen=True, kw_only=True)
 class ImageTree:
     """The image files of one split, in a fixed order, with their labels; see packed.ImageSource."""
-
     folder: Path
     names: tuple[str, ...]  # paths below the folder
     targets: torch.Tensor  # int64 (N,)

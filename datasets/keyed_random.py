@@ -16,7 +16,6 @@ FIRST, SECOND = 0xBF58476D1CE4E5B9, 0x94D049BB133111EB  # splitmix64's multiplie
 @unique
 class Purpose(IntEnum):
     """What random numbers are for: no two choices share a number. One that is changed changes every run."""
-
     ORDER = 1
     CROP_ROW, CROP_COLUMN, FLIP = 2, 3, 4
     SYNTHETIC, SYNTHETIC_GRAIN = 5, 6

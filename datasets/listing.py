@@ -17,7 +17,6 @@ LEFT_BEHIND = {"__macosx", "thumbs.db", "ehthumbs.db", "desktop.ini", "@eadir", 
 @dataclass(kw_only=True)
 class Listing:
     """What is below a folder: paths relative to it, in no particular order."""
-
     images: list[str] = field(default_factory=list)
     folders: list[str] = field(default_factory=list)  # those in it, not those below
     left_out: Counter[str] = field(default_factory=Counter)  # files that are no images, by extension, and hidden names

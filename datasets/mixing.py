@@ -17,7 +17,6 @@ from datasets.loaders import Batch
 @dataclass(frozen=True, kw_only=True)
 class Mixing:
     """What is done to a pair of training images and their labels: of two kinds one, each to half of the pairs."""
-
     num_classes: int
     mixup: float | None = None  # images are averaged, lambda from Beta(this, this) (Zhang et al., 2018)
     cutmix: float | None = None  # or exchange a box of 1 - lambda of their area, lambda likewise (Yun et al., 2019)

@@ -47,7 +47,6 @@ class BeingPacked(DataError):
 @dataclass(frozen=True, kw_only=True)
 class PackConfig:
     """Pack a folder of images, tar shards or Parquet files for trainers/image_folder.py."""
-
     data_dir: Path = Path("data")
     """Holds train/ and test/ (or val/), or train-*.tar and test-*.tar, or train-*.parquet and test-*.parquet."""
     out: Path | None = None
@@ -74,7 +73,6 @@ class PackConfig:
 @dataclass(frozen=True, kw_only=True)
 class Packing:
     """What is packed, as what, and where to."""
-
     sources: Mapping[str, Any]  # ImageSource or ArchivedImages of each split
     out: Path
     convert: Callable[[read.Stored], read.Stored]  # a file's bytes to what is stored of it; BadImage for no image

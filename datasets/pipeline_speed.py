@@ -78,8 +78,7 @@ def mean_color(num_classes: int) -> nn.Module:
 def photographs(kind: str, data_dir: Path, batch_size: int, workers: int) -> Iterator[Any]:
     """Batches of photographs without end, or waits between epochs, by `torchvision`, `timm` or `ours` (packs, too)."""
     if kind == "ours":
-        module = packed if packed.is_pack(data_dir) else image_folder
-        tree, _ = module.load(data_dir)
+        tree, _ = (packed if packed.is_pack(data_dir) else image_folder).load(data_dir)
         assert tree is not None
         decoding = loaders.Decoding(splits={"train": tree}, size=SIZE, smallest_area=SMALLEST_AREA)
         augmentation = augment.Augmentation(seed=0, mean=MEAN, std=STD, flip="random")

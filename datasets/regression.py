@@ -11,7 +11,6 @@ from datasets.tensors import TensorDataset
 @dataclass(frozen=True, kw_only=True)
 class LinearRelation:
     """targets = features @ weights + bias + noise, the features from the standard normal distribution."""
-
     weights: tuple[float, ...]
     bias: float
     num_samples: int

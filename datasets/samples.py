@@ -26,7 +26,6 @@ Explain = Callable[[BaseException, str], BaseException]
 
 class Splits(NamedTuple):
     """What is trained and evaluated on: map-style data sets of (input, target), None of a split that there is not."""
-
     train: Any = None
     validation: Any = None
     test: Any = None

@@ -41,8 +41,7 @@ def generate_some(index: Tensor, seed: int) -> Tensor:
 
 def ink(stroke: Tensor, traits: Tensor) -> Tensor:
     """How much of the pen each pixel took, (N, 28, 28) in [0, 1]: stroke (P, 2), traits (N, TRAITS) in [-0.5, 0.5)."""
-    num_points = len(stroke)
-    wobble = traits[:, 8 : 8 + 2 * num_points].reshape(-1, num_points, 2)
+    wobble = traits[:, 8 : 8 + 2 * len(stroke)].reshape(-1, len(stroke), 2)
     points = place(stroke - 0.5 + 0.16 * wobble, traits)
     pixels = torch.arange(SIZE, dtype=torch.float32)
     grid = torch.stack(torch.meshgrid(pixels, pixels, indexing="xy"), -1)  # (28, 28, 2): x, y

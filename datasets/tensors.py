@@ -19,7 +19,6 @@ ThreeSplits = tuple["TensorDataset | None", "TensorDataset | None", "TensorDatas
 @dataclass(frozen=True, kw_only=True)
 class TensorDataset:
     """Inputs and targets of one split, both of length N."""
-
     inputs: Tensor  # uint8 images (N, C, H, W), or float32 features (N, F)
     targets: Tensor  # int64 labels (N,), or float32 values (N, 1)
     class_names: tuple[str, ...] = ()

@@ -30,7 +30,6 @@ def takes_train(transform: Callable[..., Any]) -> bool:
 
 class Images(NamedTuple):
     """One split of images, sample by sample, before the user's transform."""
-
     read: Callable[..., Tensor]  # uint8 (C, H, W), at full size; with `frame`, at the size that the network sees
     targets: Tensor
     frame: Mapping[str, Any] = {}

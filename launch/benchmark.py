@@ -23,7 +23,6 @@ from launch.errors import MOST_SECONDS, Above, AtLeast, UsageError, nearest, say
 @dataclass(frozen=True, kw_only=True)
 class BenchmarkConfig:
     """Time the real training commands: CPU ranks, one GPU, DataParallel, DDP."""
-
     setups: tuple[str, ...] = ()
     """What to compare: cpu:N, gpu:1, dp:N, ddp:N, with options as in ddp:2+bf16. Default: all this machine has."""
     model: str = "net"

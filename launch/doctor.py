@@ -28,7 +28,6 @@ from launch.errors import MOST_SECONDS, Above, AtLeast, DeviceError, UsageError,
 @dataclass(frozen=True, kw_only=True)
 class DoctorConfig:
     """Check this machine and, under torchrun or srun, the ranks of the job. Trains nothing."""
-
     output_dir: str = "runs"
     """Folder in which runs are to be kept: its space, and whether files can be replaced and synced there."""
     device: Literal["auto", "cpu", "cuda"] = "auto"

@@ -25,7 +25,6 @@ UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u20
 
 class RunError(Exception):
     """What a user can cause: shown as one line, without a traceback. `exit_code` is what the process returns."""
-
     kind, exit_code = "run", 1
     speaks: bool | None = None  # whether this rank prints it; None where all ranks find the same, and rank 0 does
 
@@ -95,7 +94,6 @@ def encodable(text: str, stream: TextIO) -> str:
 
 class PatientFile(io.FileIO):
     """A pipe or terminal whose reader may have stopped reading, or left: what it does not take in time is dropped."""
-
     _is_full = False
 
     def write(self, data: Any) -> int:
@@ -146,7 +144,6 @@ def say(text: str, *, is_result: bool = False) -> None:
 @dataclass(frozen=True)
 class AtLeast:
     """Numbers from `low` to `most`, without `below` itself. NaN and infinity are in no range."""
-
     low: float
     _: KW_ONLY
     most: float = LARGEST

@@ -20,7 +20,6 @@ START_WITH = "start with torchrun, srun python, or plain python"
 @dataclass(frozen=True, kw_only=True)
 class Launch:
     """What the launcher says, before any device is touched or connection made."""
-
     launcher: Literal["torchrun", "slurm", "none"] = "none"
     rank: int = 0
     local_rank: int = 0

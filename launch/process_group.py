@@ -24,7 +24,6 @@ NCCL_REMEDIES = {"Duplicate GPU": "start one rank per GPU, or use --backend gloo
 @dataclass(frozen=True, kw_only=True)
 class World(launcher.Launch):
     """This process's place in the job, its device and its group. A world of one has no backend, needs no collective."""
-
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     backend: str | None = None  # gloo, nccl, or None where there is no process group
     threads: int = 1

@@ -100,8 +100,7 @@ def check_paths(store: dist.Store, launch: launcher.Launch) -> None:
         return
     host, address = socket.gethostname(), network.interface_address(name)
     with socket.create_server((address or "", 0), backlog=8) as listener:  # nothing accepts: the kernel alone is asked
-        path = f"{host} {address} {listener.getsockname()[1]} {name}" if address else ""
-        store.set(f"path/{launch.rank}", path)
+        store.set(f"path/{launch.rank}", f"{host} {address} {listener.getsockname()[1]} {name}" if address else "")
         names = ", ".join(other for _, other in socket.if_nameindex())
         problem = (problem_with_next(store, launch) if address else
                    f"{host} has no interface {name} with an IPv4 address (it has {names})")

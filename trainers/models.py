@@ -60,8 +60,7 @@ class WhiteNet(nn.Module):
         The eigenvectors' signs are fixed, since those that LAPACK returns differ between machines."""
         patches = images.unfold(2, 2, 1).unfold(3, 2, 1).movedim(1, 3).flatten(0, 2).flatten(1).double()
         eigenvalues, eigenvectors = torch.linalg.eigh(patches.T @ patches / len(patches))
-        largest = eigenvectors.abs().argmax(0)
-        eigenvectors = eigenvectors * eigenvectors.gather(0, largest[None]).sign()
+        eigenvectors = eigenvectors * eigenvectors.gather(0, eigenvectors.abs().argmax(0)[None]).sign()
         filters = (eigenvectors / (eigenvalues + eps).sqrt()).T.view(12, 3, 2, 2)
         self.whitening.weight.copy_(torch.cat([filters, -filters]))
 

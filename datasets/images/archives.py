@@ -32,7 +32,6 @@ LOCK = threading.Lock()  # of the one row group in memory
 @dataclass(frozen=True, kw_only=True)
 class ArchivedImages:
     """The images of one split, in the order of the archives: what a pack needs of an ImageSource."""
-
     folder: Path  # what the names of the images are below
     rows: Sequence[tuple[Path, Row]]
     targets: torch.Tensor  # int64 (N,)

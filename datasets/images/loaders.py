@@ -26,7 +26,6 @@ Bad = list[tuple[str, str]]  # path and reason of each unreadable image
 
 class Key(NamedTuple):
     """One batch to decode: which images of which split, and the epoch that their random choices belong to."""
-
     split: str
     samples: list[int]
     epoch: int
@@ -34,7 +33,6 @@ class Key(NamedTuple):
 
 class DecodedBatch(NamedTuple):
     """What a worker sends back."""
-
     images: Tensor  # uint8 (B, 3, size, size)
     samples: list[int]  # those asked for (B,), less those that nothing could replace
     sources: list[int]  # the images that are shown (B,): other ones where a sample was unreadable
@@ -44,7 +42,6 @@ class DecodedBatch(NamedTuple):
 @dataclass(frozen=True, kw_only=True)
 class Decoding(Dataset[Any]):
     """The work of one worker: files to a batch of uint8 images. It is copied to every worker, and holds no state."""
-
     splits: Mapping[str, packed.ImageSource]
     size: int
     fit: FitName = "squash"
@@ -113,7 +110,6 @@ class Decoding(Dataset[Any]):
 @dataclass(frozen=True, kw_only=True)
 class FromMemory(Dataset[DecodedBatch]):
     """The same work where the images (N, C, H, W) are in memory, which all workers share."""
-
     images: Tensor
     keyed: KeyedTransforms
 

@@ -41,7 +41,6 @@ ENTRY = np.dtype([
 @dataclass(frozen=True, kw_only=True)
 class PackedImages:
     """The images of one split of a pack. It is copied to every worker, without what it has opened."""
-
     root: Path
     split: str
     record: Mapping[str, Any]  # what pack.json says

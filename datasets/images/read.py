@@ -52,7 +52,6 @@ class BadImage(Exception):
 
 class Window(NamedTuple):
     """A part of an image, in shares of its area and of the room that is left beside it."""
-
     area: float
     ratio: float
     top: float

@@ -1,6 +1,5 @@
 """Processes that decode images beside the training process, which stop signals do not reach; a dead one is an error.
-They are forked from a new process (`forkserver`): copies of the training process would hold its sockets open, so that
-the other ranks would not notice its death, and its threads' locks."""
+Forked from a new process (`forkserver`): copies of this one would hold its locks, and sockets that tell its death."""
 
 import contextlib
 import functools

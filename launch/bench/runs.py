@@ -28,7 +28,6 @@ OPTIONS: dict[str, dict[str, Any]] = {
 @dataclass(frozen=True, kw_only=True)
 class Setup:
     """One column of the comparison."""
-
     name: str
     kind: str  # cpu, gpu, dp or ddp
     devices: int  # ranks, or GPUs of a DataParallel
@@ -126,7 +125,6 @@ def environment(setup: Setup) -> dict[str, str]:
 @dataclass(frozen=True, kw_only=True)
 class Job:
     """One set-up at one global batch, run once per round."""
-
     setup: Setup
     batch_size: int
     scalings: tuple[str, ...]  # which curves it is a point of: one device at the base batch is the start of both

@@ -8,7 +8,6 @@ from typing import Literal
 @dataclass(frozen=True)
 class Finding:
     """One line of the page."""
-
     check: str
     state: Literal["OK", "WARN", "FAIL"] = field(kw_only=True)
     text: str
