@@ -34,7 +34,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 @pytest.hookimpl(optionalhook=True)  # pytest-xdist may be missing where pytest is started by hand
 def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
     """With `-n auto`: most tests wait for something half of their time. Timings are taken one at a time."""
-    return 0 if config.getoption("--long") else min(8, (os.cpu_count() or 1) + 1 + 2 * config.getoption("--slurm"))
+    return 0 if config.getoption("--long") else min(8, (os.cpu_count() or 1) + 1 + config.getoption("--slurm"))
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
