@@ -3,7 +3,7 @@
     srun --ntasks-per-node=1 python launch/node.py --nodes 2 --rendezvous node1:13455 --id 1734-0 -- \\
         --nproc-per-node 4 trainers/cifar.py --epochs 20
 
-What torchrun lacks: a rendezvous that cannot come up ends in one line; nodes get an address that others can reach; a
+What torchrun lacks: a rendezvous that cannot come up ends in a minute; nodes get an address that others can reach; a
 stop signal that comes again does not interrupt the ranks' saving; cut off, it ends when its ranks have."""
 
 import argparse
@@ -24,7 +24,7 @@ if not __package__:
 
 from launch import errors, files, launcher, network, stop
 
-ARRIVAL_SECONDS = 300  # for the slowest node: srun starts them together, but torch may come over a slow network
+ARRIVAL_SECONDS = 60  # for the slowest node; srun starts them together
 CONNECT_SECONDS = 40  # of which torch makes 60 by trying again
 CUT_OFF_SECONDS = 30  # without ranks and without a way to the rendezvous: a switch that restarts takes less
 
@@ -42,14 +42,14 @@ def main() -> int:
     node = int(os.environ.get("SLURM_NODEID", "0"))
     nodes = launcher.host_names(os.environ.get("SLURM_STEP_NODELIST") or host)
     address = network.address_among([host, nodes[0 if node else -1]])
-    is_host = node == 0 if options.nodes.isdigit() else host == me  # 1:2 is elastic: any may be missing
+    is_elastic = not options.nodes.isdigit()  # as 1:2: none is waited for, and one may come later
     if address is None or address.startswith("127."):
         address = me  # which the other nodes know as something else
     rendezvous = ["--standalone"] if options.nodes == "1" else [
         f"--nnodes={options.nodes}", "--rdzv-backend=c10d", f"--rdzv-endpoint={options.rendezvous}",
         f"--rdzv-id={options.id}", f"--local-addr={address}",
-        f"--rdzv-conf=is_host={str(is_host).lower()},join_timeout={ARRIVAL_SECONDS},"
-        f"read_timeout={CONNECT_SECONDS},last_call_timeout=15"]
+        f"--rdzv-conf=is_host={str(host == me if is_elastic else node == 0).lower()},read_timeout={CONNECT_SECONDS},"
+        f"join_timeout={(5 if is_elastic else 1) * ARRIVAL_SECONDS},last_call_timeout=15"]
     command = options.command[1:] if options.command[:1] == ["--"] else options.command
     words = [sys.executable, str(files.ROOT / "launch" / "torchrun.py"), *rendezvous, stop.signals_flag(), *command]
     return supervise(words, host, int(port))
