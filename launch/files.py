@@ -64,8 +64,9 @@ def writing(place: Path | str) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise CheckpointError(f"{place}: cannot be written ({error.strerror or error}); {remedy(error)}, then start "
-                              f"the same command again") from None
+        reason = f"{error.strerror}: {error.filename}" if str(place).startswith("--") else error.strerror or error
+        raise CheckpointError(f"{place}: cannot be written ({reason}); {remedy(error)}, then start the same command "
+                              f"again") from None
 
 
 def remedy(error: OSError) -> str:

@@ -50,8 +50,7 @@ class Heartbeats:
 
     def silent_since(self, before: dict[int, list[Any]]) -> list[int]:
         """Other ranks that have sent nothing since `last` gave `before`, and did not leave of their own will."""
-        now = self.last()
-        if not now:
+        if not (now := self.last()):
             return [0] if self.rank else []  # the store's host
         return [rank for rank in range(self.world_size) if rank != self.rank
                 and (rank not in now or (now[rank] == before.get(rank) and now[rank][2] != "left"))]

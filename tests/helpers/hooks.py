@@ -348,7 +348,7 @@ def model_with_unused_layer() -> None:
 @hook
 def gradients_apart() -> None:
     """Have no rank average its gradients with the others'."""
-    engine_step.gradient_sync = lambda model, last: model.no_sync()
+    engine_step.parallel.gradient_sync = lambda model, last: model.no_sync()
 
 
 @hook
