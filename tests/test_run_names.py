@@ -170,7 +170,7 @@ def test_without_proc_a_standalone_torchrun_still_names_its_restarts_alike(no_la
 
 def test_an_output_folder_that_is_a_file_is_one_line(no_launcher: pytest.MonkeyPatch, tmp_path: Path) -> None:
     (tmp_path / "runs").write_text("")
-    with pytest.raises(CheckpointError, match=r"--output-dir .*runs: cannot be written \(File exists: .*runs\); move away"):
+    with pytest.raises(CheckpointError, match=r"--output-dir .*runs: cannot be written \(File exists: .*\); move"):
         unnamed_run(tmp_path / "runs", "cifar", "fast")
 
 
